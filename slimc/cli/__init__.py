@@ -1,0 +1,20 @@
+"""The ``slimc`` command. Results go to standard output; progress, notes and errors to standard error.
+
+The commands import what they need when they run, so that ``slimc --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from slimc.cli.app import app, main
+from slimc.cli.compressing import compress
+from slimc.cli.inspection import inspect
+from slimc.cli.running import evaluate, generate
+from slimc.cli.showing import recipes
+
+__all__ = ["app", "main"]
+
+app.command()(compress)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(inspect)
+app.command()(recipes)

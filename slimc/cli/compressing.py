@@ -1,0 +1,151 @@
+"""``slimc compress``."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slimc import recipes
+from slimc.cli.models import is_compressed, open_model, read_text
+from slimc.cli.terminal import err, megabytes, note, out
+from slimc.errors import InputError
+from slimc.progress import duration, for_console
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimc.passes.report import Report
+
+
+class DType(StrEnum):
+    """The precision in which the dense model is loaded, and in which 16-bit values and scales are stored."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a .gguf file.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", metavar="NAME|FILE", help="A preset (see 'slimc recipes') or a YAML file."),
+    ] = recipes.DEFAULT,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option of the recipe: quantize.bits=3"),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="self|FILE", help="A text file to calibrate on, or 'self': text sampled from the model."),
+    ] = "self",
+    samples: Annotated[int | None, typer.Option(min=1, help="How many calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="How many tokens a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="How many sequences run at once.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of sampled calibration text.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Compress these weights too, though they are left dense by default."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave these weights dense: '*.layers.0.*'")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Load the model in this precision, not its own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; an accelerator if there is one.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave a pass of the recipe out.")] = None,
+    stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Leave out all passes after this one.")] = None,
+    dump_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass as text into this folder.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+) -> None:
+    """Compress a model into a folder.
+
+    The model is read, its linear layers are rewritten one after another, and a folder is written that holds exactly
+    the bits promised. Nothing is downloaded to calibrate on: by default the model samples its own text.
+
+    [bold]Examples[/bold]
+
+      slimc compress Qwen/Qwen3-0.6B -o small                      the default recipe
+
+      slimc compress model.gguf -o small --recipe slim-w4          another preset
+
+      slimc compress ./llama -o small --set quantize.bits=3        one option changed
+
+      slimc compress ./llama -o small --calibration notes.txt --samples 128 --length 2048
+
+      slimc compress ./llama -o small --resume                     go on after an interruption
+    """
+    begun = time.monotonic()
+    journal = output.with_name(output.name + ".partial")
+    _check_places(model, output, overwrite=overwrite)
+    calibrate = {"samples": samples, "length": length, "batch": batch, "seed": seed}
+    changes = [f"calibrate.{option}={value}" for option, value in calibrate.items() if value is not None]
+    chosen = recipes.load(recipe).override([*changes, *(settings or [])])
+    passes = chosen.build()
+    text = None if calibration == "self" else read_text(Path(calibration))
+
+    import slimc
+
+    dense, tokenizer = open_model(model, dtype=dtype, device=device)
+    before = weight_bytes(dense)
+    try:
+        with for_console(err, quiet=quiet) as progress:
+            small = slimc.compile(
+                dense,
+                calibration=text,
+                passes=passes,
+                tokenizer=tokenizer,
+                inplace=True,
+                journal=journal,
+                resume=resume,
+                include=[*chosen.include, *(include or [])],
+                exclude=[*chosen.exclude, *(exclude or [])],
+                skip=skip or (),
+                stop_after=stop_after,
+                dump_dir=dump_dir,
+                progress=progress,
+            )
+            slimc.save(small, output, tokenizer=tokenizer, overwrite=overwrite)
+    except KeyboardInterrupt:
+        if journal.exists():
+            note(f"Interrupted. What is finished is in {journal}; the same command with --resume goes on from there.")
+        raise
+    shutil.rmtree(journal, ignore_errors=True)
+    _summarise(slimc.report(small), before, output, time.monotonic() - begun)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the size of a model's parameters and persistent buffers, shared ones counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(storages.values())
+
+
+def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
+    """Refuse before any work what could only fail after it."""
+    if is_compressed(model):
+        raise InputError(f"{model} is compressed already; compress the dense model that it was made from")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; the result is a folder: choose another --output")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"{output} exists and is not empty; add --overwrite to replace it, or choose another --output")
+
+
+def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:
+    after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    out.print(f"{output}: {megabytes(before)} of weights are now {megabytes(after)}, in {duration(seconds)}.")
+    out.print(
+        f"{len(report.sites)} layers take {report.bits_per_weight:.2f} bits a weight; "
+        f"{len(report.left)} matrices stay dense ('slimc inspect {output}' tells which, and why)."
+    )
+    out.print(f"Next: slimc generate {output} --prompt 'Once upon a time'")

@@ -1,0 +1,147 @@
+"""``slimc inspect``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from slimc.cli.terminal import megabytes, out, show
+from slimc.errors import InputError
+
+if TYPE_CHECKING:
+    from slimc.passes.report import LeftRow, SiteRow
+    from slimc.runtime.storage import NativeFolder
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes of a compressed folder; bytes are what the weight files hold.
+
+    Attributes:
+        sites: how many weights are compressed.
+        site_weights: how many numbers they hold.
+        site_bytes: what they take, with their masks, scales and adapters.
+        bits_per_weight: the same, a number.
+        dense_bytes: what everything else takes: embeddings, norms, biases.
+        file_bytes: the size of the weight files.
+    """
+
+    sites: int
+    site_weights: int
+    site_bytes: int
+    bits_per_weight: float
+    dense_bytes: int
+    file_bytes: int
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that slimc wrote.", metavar="DIR", show_default=False)],
+    sites: Annotated[str, typer.Option(metavar="PATTERN", help="Only layers whose name matches: '*.mlp.*'")] = "*",
+    graph: Annotated[bool, typer.Option("--graph", help="Print the program as text instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a compressed folder: a row a layer, what was left dense and why, and the totals.
+
+    The errors are relative to the exact layer: that of its weight, and that of its output on the calibration inputs.
+
+    [bold]Examples[/bold]
+
+      slimc inspect small
+
+      slimc inspect small --sites '*.layers.0.*'
+
+      slimc inspect small --graph                   the program that the compressed layers are part of
+    """
+    from slimc.passes.report import Report
+    from slimc.runtime.storage import open_folder
+
+    opened = open_folder(folder, verify=False)
+    if graph:
+        out.print(_graph(folder), markup=False, end="")
+        return
+    report = Report.from_json(opened.report)
+    rows = [row for row in report.sites if fnmatchcase(row.name, sites)]
+    if not rows:
+        raise InputError(f"no compressed layer of {folder} matches '{sites}'; 'slimc inspect {folder}' lists them")
+    totals = totals_of(opened)
+    if as_json:
+        record = report.to_json() | {"sites": [asdict(row) for row in rows], "totals": asdict(totals)}
+        out.print_json(json.dumps(record))
+        return
+    _print_sites(rows)
+    if sites == "*":
+        _print_left(report.left)
+    _print_totals(totals)
+
+
+def totals_of(folder: NativeFolder) -> Totals:
+    """Add up a compressed folder."""
+    site_bytes = sum(folder.site_nbytes(name) for name in folder.formats)
+    weights = sum(form.rows * form.columns for form in folder.formats.values())
+    entries = [folder.entries[dense.name][1] for dense in folder.description.dense]
+    return Totals(
+        sites=len(folder.formats),
+        site_weights=weights,
+        site_bytes=site_bytes,
+        bits_per_weight=8 * site_bytes / max(weights, 1),
+        dense_bytes=sum(entry.end - entry.start for entry in entries),
+        file_bytes=sum((folder.path / shard).stat().st_size for shard in folder.description.shards),
+    )
+
+
+def _graph(folder: Path) -> str:
+    path = folder / "graph.txt"
+    if not path.is_file():
+        raise InputError(f"{folder} has no graph.txt, so the program was not saved with it; compress the model again")
+    return path.read_text(encoding="utf-8")
+
+
+def _print_sites(rows: list[SiteRow]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("expression", overflow="fold")
+    for heading in ("bits", "weight error", "output error", "without adapters"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            _shape(row.shape),
+            row.expression,
+            f"{row.bits:.3f}",
+            _error(row.weight_error),
+            _error(row.output_error),
+            _error(row.base_output_error),
+        )
+    show(table)
+
+
+def _print_left(rows: list[LeftRow]) -> None:
+    out.print("\nLeft dense:")
+    table = Table("weight", "shape", "reason", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(row.name, _shape(row.shape), row.reason)
+    show(table)
+
+
+def _print_totals(totals: Totals) -> None:
+    out.print(
+        f"\n{totals.sites} layers: {totals.site_weights:,} weights in {megabytes(totals.site_bytes)}, "
+        f"{totals.bits_per_weight:.3f} bits each with masks, scales and adapters"
+    )
+    out.print(f"everything else, dense: {megabytes(totals.dense_bytes)}")
+    out.print(f"weight files: {megabytes(totals.file_bytes)}")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(side) for side in shape)
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

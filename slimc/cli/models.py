@@ -1,0 +1,82 @@
+"""Opening what the user calls a model: a dense one, or a folder that slimc wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimc.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def is_compressed(model: str) -> bool:
+    """Tell whether ``model`` is a folder that slimc wrote."""
+    from slimc.runtime.storage import is_native_folder
+
+    return is_native_folder(Path(model))
+
+
+def open_model(model: str, *, dtype: str | None = None, device: str | None = None) -> tuple[nn.Module, Any]:
+    """Return the model, ready to run, and its tokenizer (``None`` if it has none).
+
+    Raises:
+        InputError: There is no such model, or ``device`` is not to be had.
+        FormatError: Its files are damaged.
+    """
+    import torch
+
+    import slimc
+    from slimc.backends import hf
+
+    place = _device(device)
+    if is_compressed(model):
+        if dtype is not None:
+            raise InputError(f"{model} is compressed already; its values keep their dtype: drop --dtype")
+        return slimc.load(model, device=str(place)), hf.load_tokenizer(Path(model))
+    dense, tokenizer = hf.load_model(model, dtype=None if dtype is None else getattr(torch, dtype))
+    return dense.to(place), tokenizer
+
+
+def open_language_model(model: str, *, device: str | None = None) -> tuple[nn.Module, Any]:
+    """Return the model and its tokenizer.
+
+    Raises:
+        InputError: As :func:`open_model`, or there is no tokenizer.
+        FormatError: Its files are damaged.
+    """
+    opened, tokenizer = open_model(model, device=device)
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")
+    return opened, tokenizer
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        InputError: There is no such file, or it is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device called ``name``; the accelerator, if there is one, when left out."""
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the device '{name}' cannot be used ({reason}); 'cpu' always can") from error
+    return device

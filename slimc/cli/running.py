@@ -1,0 +1,96 @@
+"""``slimc eval`` and ``slimc generate``: what becomes of a model's answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimc.cli.models import open_language_model, read_text
+from slimc.cli.terminal import err, note, out
+from slimc.progress import duration, for_console
+
+_ANY_MODEL = "A folder that slimc wrote, a Hugging Face folder or id, or a .gguf file."
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_ANY_MODEL, show_default=False)],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to predict, UTF-8.", show_default=False)],
+    windows: Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="How many tokens a window.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="How many windows run at once.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; an accelerator if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+) -> None:
+    """Measure how well a model predicts a text: its perplexity (lower is better).
+
+    The text is cut into consecutive windows, and each token but a window's first is predicted from those before it.
+    Perplexities compare only where the text, the tokenizer and the windows are the same.
+
+    [bold]Examples[/bold]
+
+      slimc eval small --text book.txt
+
+      slimc eval Qwen/Qwen3-0.6B --text book.txt        the dense model, to compare with
+    """
+    content = read_text(text)
+
+    from slimc.backends import hf
+    from slimc.runtime.evaluate import perplexity
+
+    opened, tokenizer = open_language_model(model, device=device)
+    ids = hf.tokenize_text(tokenizer, content, windows, length)
+    begun = time.monotonic()
+    with for_console(err, quiet=quiet) as progress:
+        value = perplexity(opened, ids, batch=batch, progress=progress)
+    seconds = time.monotonic() - begun
+    if as_json:
+        record = {"model": model, "perplexity": value, "text": str(text), "windows": windows, "length": length}
+        out.print_json(json.dumps(record | {"seconds": round(seconds, 2)}))
+    else:
+        out.print(
+            f"{model}: perplexity {value:.3f} ({windows} windows of {length} tokens of {text}, {duration(seconds)})",
+            markup=False,
+        )
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help=_ANY_MODEL, show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.", show_default=False)],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The seed of the choice when the temperature is above 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a question in a chat.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; an accelerator if there is one.")] = None,
+) -> None:
+    """Let a model continue a text.
+
+    [bold]Examples[/bold]
+
+      slimc generate small --prompt "The capital of France is"
+
+      slimc generate small --prompt "Once upon a time" --tokens 200 --temperature 0.8 --seed 1
+
+      slimc generate small --chat --prompt "Why is the sky blue?"
+    """
+    from slimc.runtime.generate import generate_text
+
+    opened, tokenizer = open_language_model(model, device=device)
+    if not chat:
+        out.print(prompt, markup=False, end="")
+    made = generate_text(
+        opened,
+        tokenizer,
+        prompt,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        write=lambda piece: out.print(piece, markup=False, end=""),
+    )
+    out.print()
+    note(f"{made.tokens} tokens in {duration(made.seconds)}, {made.tokens / made.seconds:.1f} a second")

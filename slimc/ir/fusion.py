@@ -1,0 +1,102 @@
+"""The rules of ``fuse``: storage ops, product and adapters of a site become one ``slim.linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from slimc.ir.match import Anything, Call, Match, OneOf, Pattern, arguments
+from slimc.ir.rules import Rule
+from slimc.runtime.ops import LINEAR_TENSORS
+
+aten = torch.ops.aten
+slim = torch.ops.slim
+
+_STORAGE_OPS = (slim.dequant.default, slim.dequant_nm.default, slim.dequant_mask.default)
+_STORED = Call(_STORAGE_OPS, name="weight", shareable=True)
+_STORED_TRANSPOSED = Call((aten.t.default,), {"self": _STORED}, shareable=True)
+
+
+def _product_of(activation: Pattern) -> tuple[Pattern, ...]:
+    """Return the four forms of a product whose weight is in a storage form."""
+    return (
+        Call((aten.linear.default,), {"input": activation, "weight": _STORED, "bias": Anything("bias")}),
+        Call((aten.addmm.default,), {"self": Anything("bias"), "mat1": activation, "mat2": _STORED_TRANSPOSED}),
+        Call((aten.mm.default,), {"self": activation, "mat2": _STORED_TRANSPOSED}),
+        Call((aten.matmul.default,), {"self": activation, "other": _STORED_TRANSPOSED}),
+    )
+
+
+_PLAIN = Anything("x")
+_SCALED = Call(
+    (aten.mul.Tensor,),
+    {"self": Anything("x"), "other": Anything("input_scale", attribute="input_scale")},
+    shareable=True,
+)
+_PRODUCT = OneOf((*_product_of(_SCALED), *_product_of(_PLAIN)))
+
+
+class FuseLinear(Rule):
+    """``linear(x * s, dequant(values, ...), b)  ->  slim.linear(x, values, ..., s, b)``."""
+
+    def pattern(self) -> Pattern:
+        """A product whose weight is in a storage form."""
+        return _PRODUCT
+
+    def rewrite(self, graph: fx.Graph, found: Match) -> fx.Node:
+        """One ``slim.linear`` without adapters."""
+        return _fused(graph, found, {"rank": 0} | _factor("left", None) | _factor("right", None))
+
+
+class FuseLowRank(Rule):
+    """``linear(x * s, dequant(values, ...), b) + low_rank(x, l, r)  ->  slim.linear(x, values, ..., s, l, r, b)``."""
+
+    benefit = 2
+
+    def pattern(self) -> Pattern:
+        """The sum of a product and of adapters that read the same, unscaled input."""
+        adapters = Call(
+            (slim.low_rank.default,), {"x": Anything("x"), "left": Anything("left"), "right": Anything("right")}
+        )
+        return Call(
+            (aten.add.Tensor,),
+            {"self": _PRODUCT, "other": adapters, "alpha": Anything("alpha")},
+            commutes=("self", "other"),
+        )
+
+    def check(self, found: Match) -> None:
+        """The factors must be constants, plain or in the dense symmetric storage form, and added as they are."""
+        found.require(found["alpha"] == 1, f"the adapters are added {found['alpha']} times")
+        for side in ("left", "right"):
+            factor = found[side]
+            constant = isinstance(factor, fx.Node) and factor.op == "get_attr"
+            stored = isinstance(factor, fx.Node) and factor.target is slim.dequant.default
+            found.require(constant or stored, f"the {side} factor is neither a constant nor a dequant of one", factor)
+            found.require(constant or arguments(factor)["zero_point"] is None, f"the {side} factor has a zero point", factor)
+
+    def rewrite(self, graph: fx.Graph, found: Match) -> fx.Node:
+        """One ``slim.linear`` with adapters."""
+        rank = int(found["right"].meta["val"].shape[0])
+        return _fused(graph, found, {"rank": rank} | _factor("left", found["left"]) | _factor("right", found["right"]))
+
+
+FUSION_RULES: tuple[Rule, ...] = (FuseLowRank(), FuseLinear())
+
+
+def _factor(side: str, node: fx.Node | None) -> dict[str, Any]:
+    """Return the tensors and attributes of one factor, under the names of ``slim.linear``."""
+    stored = arguments(node) if node is not None and node.op == "call_function" else {}
+    return {
+        f"{side}_values": stored.get("values", node),
+        f"{side}_scale": stored.get("scale"),
+        f"{side}_bits": stored.get("bits", 0),
+        f"{side}_group": stored.get("group", 0),
+    }
+
+
+def _fused(graph: fx.Graph, found: Match, adapters: dict[str, Any]) -> fx.Node:
+    given = {"n": 0, "m": 0} | arguments(found["weight"]) | {"input_scale": found["input_scale"]} | adapters
+    tensors = [found["x"], *(given.pop(name, None) for name in LINEAR_TENSORS), found["bias"]]
+    return graph.call_function(slim.linear.default, tuple(tensors), given)

@@ -1,0 +1,22 @@
+"""The passes, each usable alone and in any order that :func:`check_order` accepts."""
+
+from slimc.passes.base import Pass, SitePass
+from slimc.passes.calibrate import Calibrate
+from slimc.passes.fuse import Fuse
+from slimc.passes.low_rank import LowRank
+from slimc.passes.pipeline import PASSES, check_order, from_config
+from slimc.passes.prune import Prune
+from slimc.passes.quantize import Quantize
+
+__all__ = [
+    "PASSES",
+    "Calibrate",
+    "Fuse",
+    "LowRank",
+    "Pass",
+    "Prune",
+    "Quantize",
+    "SitePass",
+    "check_order",
+    "from_config",
+]

@@ -1,0 +1,45 @@
+"""Calibrate: how much text is run through the model to learn the statistics of every site's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slimc.errors import RecipeError
+from slimc.passes.base import Pass, whole_number
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Run calibration data through the model, so that later passes know each site's input.
+
+    The options shape text only; batches of tensors are used as they are given.
+
+    Attributes:
+        samples: number of sequences.
+        length: tokens in a sequence.
+        batch: sequences that run together; a smaller batch needs no less memory (all activations are kept), a larger one
+            makes larger kernels.
+        seed: of the sampling, when the model writes its own calibration text.
+    """
+
+    name: ClassVar[str] = "calibrate"
+
+    samples: int = 128
+    length: int = 2048
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for option in ("samples", "length", "batch"):
+            value = getattr(self, option)
+            self._require(whole_number(value) and value >= 1, f"{option} must be a whole number of at least 1, not {value!r}")
+        self._require(self.length >= 2, f"length must be at least 2 tokens, not {self.length}")
+        self._require(whole_number(self.seed) and self.seed >= 0, f"seed must be a whole number, not {self.seed!r}")
+
+    def check_after(self, earlier: Sequence[Pass]) -> None:
+        """Calibration comes first: statistics cannot be asked for after the fact."""
+        if earlier:
+            raise RecipeError(f"calibrate must be the first pass, but it comes after '{earlier[-1].name}'. Move it to the top.")

@@ -1,0 +1,196 @@
+"""The pipeline: check the order of the passes, sweep, rewrite the graph stage by stage, verify in between."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimc.errors import InputError, NumericsError, RecipeError, closest
+from slimc.ir.express import express
+from slimc.ir.program import Program, Site
+from slimc.ir.text import text
+from slimc.ir.verify import verify
+from slimc.passes.base import Pass, SitePass
+from slimc.passes.calibrate import Calibrate
+from slimc.passes.fuse import Fuse
+from slimc.passes.journal import Journal
+from slimc.passes.low_rank import LowRank
+from slimc.passes.prune import Prune
+from slimc.passes.quantize import Quantize
+from slimc.passes.report import SiteRow
+from slimc.passes.sweep import Sweep
+from slimc.progress import Progress
+from slimc.runtime.packing import PackedLinear
+
+log = logging.getLogger(__name__)
+
+PASSES: Mapping[str, type[Pass]] = {one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Fuse)}
+"""Every pass by its name in recipes."""
+
+
+def from_config(lines: Sequence[Any]) -> list[Pass]:
+    """Build passes from recipe lines: a name, or ``{name: {option: value}}``.
+
+    Raises:
+        RecipeError: a line has another form, or names an unknown pass or option.
+    """
+    return [_from_line(line) for line in lines]
+
+
+def _from_line(line: Any) -> Pass:
+    if isinstance(line, str):
+        name, options = line, {}
+    elif isinstance(line, Mapping) and len(line) == 1:
+        name, options = next(iter(line.items()))
+        options = {} if options is None else options
+    else:
+        raise RecipeError(f"A line of 'passes' must be a name or one 'name: {{options}}', not {line!r}.")
+    if name not in PASSES:
+        raise RecipeError(f"There is no pass '{name}'{closest(str(name), PASSES)}; there are {', '.join(PASSES)}.")
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"The options of '{name}' must be a mapping such as {{bits: 4}}, not {options!r}.")
+    return PASSES[name].from_options(options)
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Check that every pass may follow the ones before it, and that somebody compresses.
+
+    Raises:
+        RecipeError: naming the pass, what is wrong with its place, and what to do.
+    """
+    for position, one in enumerate(passes):
+        if not isinstance(one, Pass):
+            raise RecipeError(f"Number {position + 1} of the passes is {one!r}, which is not a pass. Use slimc.passes, such as Quantize(bits=4).")
+        earlier = passes[:position]
+        if "fuse" in [other.name for other in earlier]:
+            raise RecipeError(f"'{one.name}' comes after fuse, which must be the last pass. Move fuse to the end.")
+        one.check_after(earlier)
+        if one.statistics() and not any(isinstance(other, Calibrate) for other in earlier):
+            raise RecipeError(f"{one!r} needs statistics of the activations: put Calibrate() first.")
+    if not any(isinstance(one, SitePass) for one in passes):
+        raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune.")
+
+
+def select(passes: Sequence[Pass], *, skip: Sequence[str] = (), stop_after: str | None = None) -> list[Pass]:
+    """Return the passes without those named in ``skip`` and without all after ``stop_after``; the order is checked.
+
+    Raises:
+        RecipeError: a name is not in the recipe, or what is left has no valid order.
+    """
+    names = [one.name for one in passes]
+    for name in (*skip, *([stop_after] if stop_after else [])):
+        if name not in names:
+            raise RecipeError(f"The recipe has no pass '{name}'{closest(name, names)}; it has {', '.join(names)}.")
+    end = names.index(stop_after) + 1 if stop_after else len(names)
+    selected = [one for one in passes[:end] if one.name not in skip]
+    check_order(selected)
+    return selected
+
+
+def needs_calibration(passes: Sequence[Pass]) -> bool:
+    """Tell whether any pass asks for statistics of the activations."""
+    return any(one.statistics() for one in passes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pipeline run did: the report rows, and seconds by stage."""
+
+    rows: list[SiteRow]
+    seconds: dict[str, float]
+
+
+def run(
+    program: Program,
+    passes: Sequence[Pass],
+    inputs: Sequence[Sequence[Any]],
+    *,
+    journal: Journal | None = None,
+    progress: Progress,
+    dump_dir: Path | None = None,
+) -> Outcome:
+    """Run ``passes`` over ``program``; its sites and its graph are changed.
+
+    Args:
+        program: a captured model.
+        passes: in an order that :func:`check_order` accepts.
+        inputs: flat calibration inputs by batch (:meth:`Program.flatten_inputs`).
+        journal: for resuming.
+        progress: told what happens.
+        dump_dir: where to write the text of the graph after every pass, as ``0-capture.txt``, ``1-quantize.txt``...
+
+    Raises:
+        NumericsError: a weight holds NaN or Inf.
+        VerifyError: a pass left the graph inconsistent.
+    """
+    check_order(passes)
+    _check_weights(program)
+    verify(program)
+    dump = _Dump(program, dump_dir)
+    dump.write("capture")
+    seconds: dict[str, float] = {}
+
+    started = time.perf_counter()
+    site_passes = [one for one in passes if isinstance(one, SitePass)]
+    sweep = Sweep(program, site_passes, inputs, journal=journal, progress=progress, snapshot=dump.snapshot if dump_dir else None)
+    rows = sweep.run()
+    seconds["sweep"] = time.perf_counter() - started
+
+    for one in site_passes:
+        if dump_dir:
+            for site in program.sites.values():
+                express(program, site, dump.stages[one.name, site.name])
+            verify(program)
+            dump.write(one.name)
+    for site in program.sites.values():
+        express(program, site, _packed(site))
+    program.module.recompile()
+    verify(program)
+
+    for one in passes:
+        if isinstance(one, Fuse):
+            started = time.perf_counter()
+            log.info("fuse: %d sites", one.rewrite(program))
+            seconds["fuse"] = time.perf_counter() - started
+            verify(program)
+            dump.write(one.name)
+    return Outcome(rows, seconds)
+
+
+def _packed(site: Site) -> PackedLinear:
+    if site.packed is None:
+        raise InputError(f"The sweep never reached '{site.name}': the calibration inputs do not run that part of the model.")
+    return site.packed
+
+
+def _check_weights(program: Program) -> None:
+    for site in program.sites.values():
+        weight = program.dense_weight(site)
+        if not bool(weight.isfinite().all()):
+            raise NumericsError(
+                f"The weight of '{site.name}' holds NaN or Inf. Repair the checkpoint, or leave the site out with exclude=['{site.name}']."
+            )
+
+
+class _Dump:
+    """Writes the graph after each stage, for people who want to see what a pass did."""
+
+    def __init__(self, program: Program, folder: Path | None) -> None:
+        self.program = program
+        self.folder = folder
+        self.stages: dict[tuple[str, str], PackedLinear] = {}
+        self._count = 0
+
+    def snapshot(self, name: str, site: Site, packed: PackedLinear) -> None:
+        self.stages[name, site.name] = packed
+
+    def write(self, stage: str) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self._count}-{stage}.txt").write_text(text(self.program), encoding="utf-8")
+        self._count += 1

@@ -1,0 +1,117 @@
+"""Prune: keep N of every M weights, or a share of each row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from slimc.errors import RecipeError
+from slimc.passes.base import Pass, SitePass, Statistic
+from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
+from slimc.passes.solvers.quantization import Quantized
+from slimc.passes.solvers.sparsegpt import sparsegpt
+from slimc.passes.work import SiteWork
+from slimc.runtime.packing import NM, Unstructured
+
+
+@dataclass(frozen=True)
+class Prune(SitePass):
+    """``w = dequant_nm(values, pattern, scale)``: store only what is kept.
+
+    After ``Quantize``, the codes that are kept keep their values; before it, the grid is fitted to what is kept.
+
+    Attributes:
+        pattern: ``"n:m"`` keeps n of every m weights along the input; a number is the share of weights to drop.
+        method: ``"wanda"`` scores ``|w| * |x|`` (Sun et al.), by row; ``"magnitude"`` scores ``|w|``; ``"sparsegpt"`` also corrects the
+            weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one.
+        damping: SparseGPT's, as a share of the mean diagonal of the Gram matrix.
+    """
+
+    name: ClassVar[str] = "prune"
+
+    pattern: str | float = "2:4"
+    method: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        self._require(
+            self.method in ("wanda", "magnitude", "sparsegpt"),
+            f"method must be 'wanda', 'magnitude' or 'sparsegpt', not {self.method!r}",
+        )
+        self._require(self.damping > 0, f"damping must be positive, not {self.damping!r}")
+        if isinstance(self.pattern, str):
+            matched = re.fullmatch(r"(\d{1,3}):(\d{1,3})", self.pattern)
+            valid = matched is not None and 1 <= int(matched[1]) < int(matched[2])
+            self._require(valid, f"pattern must be 'n:m' with 1 <= n < m (such as '2:4') or a share to drop, not {self.pattern!r}")
+        else:
+            valid = isinstance(self.pattern, float) and 0 < self.pattern < 1
+            self._require(valid, f"the share to drop must lie strictly between 0 and 1, not {self.pattern!r}")
+
+    @property
+    def sparsity(self) -> NM | Unstructured:
+        """The pattern as a value."""
+        if isinstance(self.pattern, str):
+            kept, of = self.pattern.split(":")
+            return NM(int(kept), int(of))
+        return Unstructured()
+
+    def statistics(self) -> frozenset[Statistic]:
+        """Wanda needs channel norms, SparseGPT the Gram matrix."""
+        needs = {"wanda": {"activations"}, "sparsegpt": {"activations", "gram"}}
+        return frozenset(needs.get(self.method, ()))
+
+    def check_after(self, earlier: Sequence[Pass]) -> None:
+        """A weight is pruned once, and before its adapters are solved."""
+        names = [one.name for one in earlier]
+        if self.name in names:
+            raise RecipeError("prune appears twice: a weight has one mask. Remove one of the two.")
+        if "low_rank" in names:
+            raise RecipeError(
+                "prune comes after low_rank, so the adapters could not correct the error that it makes. Put prune before low_rank."
+            )
+
+    def apply(self, work: SiteWork) -> None:
+        """Choose the site's mask, and with SparseGPT its values."""
+        work.sparsity = self.sparsity
+        if isinstance(work.sparsity, NM) and work.dense.shape[1] % work.sparsity.m:
+            raise RecipeError(
+                f"prune: the pattern {self.pattern} does not divide the width {work.dense.shape[1]} of '{work.name}'. Use a pattern "
+                f"whose second number divides it, a share such as 0.5, or leave the site out with exclude=['{work.name}']."
+            )
+        if self.method == "sparsegpt":
+            self._apply_sparsegpt(work)
+            return
+        work.mask = self._mask(self._scores(work))
+        work.base = work.base * work.mask
+
+    def _scores(self, work: SiteWork) -> Tensor:
+        """Score the exact weight: the ties that a coarse grid makes would be broken blindly."""
+        if self.method == "magnitude":
+            return magnitude_scores(work.dense)
+        statistics = work.require_statistics(self.name)
+        return wanda_scores(work.dense, statistics.sum_squares, statistics.count)
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        sparsity = self.sparsity
+        if isinstance(sparsity, NM):
+            return nm_mask(scores, sparsity.n, sparsity.m)
+        return unstructured_mask(scores, float(self.pattern), per="row" if self.method == "wanda" else "tensor")
+
+    def _apply_sparsegpt(self, work: SiteWork) -> None:
+        """Prune in the coordinates that are stored: an input scale belongs to the Gram matrix there."""
+        gram = work.require_gram(self.name)
+        weight = work.dense
+        if work.input_scale is not None:
+            gram = gram * work.input_scale[:, None] * work.input_scale
+            weight = weight / work.input_scale
+        sparsity = self.sparsity
+        pattern = (sparsity.n, sparsity.m) if isinstance(sparsity, NM) else float(self.pattern)
+        result, work.mask = sparsegpt(weight, gram, sparsity=pattern, grid=work.quantized, damping=self.damping)
+        if isinstance(result, Quantized):
+            work.quantized, result = result, result.dequantize()
+        work.base = result * work.mask

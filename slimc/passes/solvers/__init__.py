@@ -1,0 +1,40 @@
+"""The mathematics of the passes: tensors in, tensors out, with no graph, no module and no files."""
+
+from slimc.passes.solvers.low_rank import (
+    plain_adapters,
+    quantize_factor,
+    resolve_rank,
+    slim_adapters,
+    truncated_svd,
+)
+from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
+from slimc.passes.solvers.quantization import (
+    Group,
+    Quantized,
+    activation_aware_scales,
+    important_channels,
+    quantize_absmax,
+    quantize_slim,
+    round_to_grid,
+)
+from slimc.passes.solvers.sparsegpt import sparsegpt
+
+__all__ = [
+    "Group",
+    "Quantized",
+    "activation_aware_scales",
+    "important_channels",
+    "magnitude_scores",
+    "nm_mask",
+    "plain_adapters",
+    "quantize_absmax",
+    "quantize_factor",
+    "quantize_slim",
+    "resolve_rank",
+    "round_to_grid",
+    "slim_adapters",
+    "sparsegpt",
+    "truncated_svd",
+    "unstructured_mask",
+    "wanda_scores",
+]

@@ -1,0 +1,176 @@
+"""The sweep: run the graph node by node over all calibration batches, and compress each site when it is reached.
+
+A site therefore sees its *actual* input: everything before it is already compressed, and the sweep goes on with the weight
+decoded from its packed bytes. Memory is the live activations plus one site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from slimc.errors import CaptureError
+from slimc.ir.program import Program, Site, Use, attribute
+from slimc.passes.base import SitePass
+from slimc.passes.journal import Journal
+from slimc.passes.report import SiteRow
+from slimc.passes.statistics import InputStatistics
+from slimc.passes.work import SiteWork
+from slimc.runtime.ops import apply_packed
+from slimc.runtime.packing import PackedLinear
+from slimc.progress import Progress
+
+Snapshot = Callable[[str, Site, PackedLinear], None]
+"""Receives the name of a pass, a site, and the packed form that the site has after that pass."""
+
+
+class Sweep:
+    """One run of the site passes over a program.
+
+    Args:
+        program: the captured model; each site's ``packed`` is set.
+        passes: the site passes, in recipe order.
+        inputs: flat inputs of each calibration batch, in placeholder order. May be empty when no pass needs statistics.
+        journal: where finished sites are written and found again, or ``None``.
+        progress: told once a site.
+        snapshot: called after each pass at each site; packing every stage costs time, so only for dumps.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        passes: Sequence[SitePass],
+        inputs: Sequence[Sequence[Any]],
+        *,
+        journal: Journal | None,
+        progress: Progress,
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        self.program = program
+        self.passes = tuple(passes)
+        self.inputs = inputs
+        self.journal = journal
+        self.progress = progress
+        self.snapshot = snapshot
+        self.wanted = frozenset().union(*(one.statistics() for one in passes)) if passes else frozenset()
+        self.rows: list[SiteRow] = []
+        self._earlier_inputs: dict[str, list[Tensor]] = {}
+        self._shared_statistics: dict[tuple[str, ...], InputStatistics] = {}
+
+    def run(self) -> list[SiteRow]:
+        """Compress every site and return their report rows in data-flow order."""
+        self.progress.start("compress", len(self.program.sites))
+        if self.wanted:
+            self._run_graph()
+        else:
+            for site in self.program.site_order():
+                self._finish(site, ())
+        self.progress.finish("compress")
+        return self.rows
+
+    @torch.no_grad()
+    def _run_graph(self) -> None:
+        uses = {use.node: (site, use) for site in self.program.sites.values() for use in site.uses}
+        remaining = len(uses)
+        last_reader = _last_readers(self.program.graph)
+        values: dict[fx.Node, list[Any]] = {}
+        placeholders = iter(range(len(self.program.placeholders())))
+        for node in self.program.graph.nodes:
+            if node in uses:
+                site, use = uses[node]
+                values[node] = self._run_use(site, use, values)
+                remaining -= 1
+            elif node.op == "placeholder":
+                position = next(placeholders)
+                values[node] = [batch[position] for batch in self.inputs]
+            elif node.op != "output":
+                values[node] = self._run_node(node, values)
+            if not remaining:
+                return
+            for finished in last_reader.get(node, ()):
+                values.pop(finished, None)
+
+    def _run_node(self, node: fx.Node, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
+        if node.op == "get_attr":
+            return [attribute(self.program.module, str(node.target))] * len(self.inputs)
+        if node.op == "call_module":
+            function: Callable[..., Any] = self.program.module.get_submodule(str(node.target))
+        elif node.op == "call_function" and callable(node.target):
+            function = node.target
+        else:
+            raise CaptureError(f"The graph has a node of a kind that slimc cannot run: {node.format_node()}.")
+        return [function(*args, **kwargs) for args, kwargs in self._arguments(node, values)]
+
+    def _arguments(
+        self, node: fx.Node, values: Mapping[fx.Node, list[Any]]
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        for batch in range(len(self.inputs)):
+            yield fx.node.map_arg((node.args, node.kwargs), lambda source, batch=batch: values[source][batch])
+
+    def _run_use(self, site: Site, use: Use, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
+        """Run one product of a site's weight; at its last use the site is compressed first.
+
+        A weight with several uses stays dense until its last one, where the statistics of all of them are known.
+        """
+        activations: list[Tensor] = values[use.input]
+        if use is not site.uses[-1]:
+            self._earlier_inputs.setdefault(site.name, []).extend(activations)
+            return self._run_node(use.node, values)
+        packed = self._finish(site, [*self._earlier_inputs.pop(site.name, []), *activations])
+        biases = values[use.bias] if use.bias is not None else [None] * len(activations)
+        return [apply_packed(x, packed, bias) for x, bias in zip(activations, biases, strict=True)]
+
+    def _finish(self, site: Site, inputs: Sequence[Tensor]) -> PackedLinear:
+        """Take the site from the journal, or solve it and write it there."""
+        device = self.program.dense_weight(site).device
+        recorded = self.journal.read(site.name, device) if self.journal else None
+        if recorded is None:
+            packed, row = self._solve(site, self._statistics(site, inputs))
+            if self.journal:
+                self.journal.write(site.name, packed, row)
+        else:
+            packed, row = recorded
+        site.packed = packed
+        self.rows.append(row)
+        self.progress.advance("compress", note=site.name)
+        return packed
+
+    def _statistics(self, site: Site, inputs: Sequence[Tensor]) -> InputStatistics | None:
+        """Gather the statistics of the site's input, once for all sites that share it."""
+        if not self.wanted:
+            return None
+        group = site.group
+        if group not in self._shared_statistics:
+            self._shared_statistics = {group: InputStatistics.gather(inputs, self.wanted, site.name)}
+        return self._shared_statistics[group]
+
+    def _solve(self, site: Site, statistics: InputStatistics | None) -> tuple[PackedLinear, SiteRow]:
+        work = SiteWork(
+            name=site.name,
+            dense=self.program.dense_weight(site).float(),
+            dtype=site.dtype,
+            statistics=statistics,
+            siblings=[self.program.dense_weight(self.program.sites[name]).float() for name in site.group],
+        )
+        packed = None
+        for one in self.passes:
+            one.apply(work)
+            if self.snapshot:
+                self.snapshot(one.name, site, packed := work.pack())
+        packed = work.pack() if packed is None else packed
+        return packed, work.row(packed)
+
+
+def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Map each node to the values that nobody reads after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        readers.setdefault(node, []).append(source)
+    return readers

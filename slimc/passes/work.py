@@ -1,0 +1,150 @@
+"""A site while its passes run: the dense weight, and how it is expressed so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slimc.errors import RecipeError
+from slimc.passes.report import SiteRow
+from slimc.passes.solvers.quantization import Quantized
+from slimc.passes.statistics import InputStatistics
+from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Unstructured, pack_weight
+
+Quantizer = Callable[[Tensor, Tensor | None], Quantized]
+"""Puts a float32 ``[rows, columns]`` weight on a grid; the mask says which entries count."""
+
+
+@dataclass
+class SiteWork:
+    """The working state of one site; every matrix is float32 ``[out_features, in_features]``.
+
+    The weight is expressed as ``base * input_scale + left @ right``. ``base`` is what will be stored: on the grid of
+    ``quantized`` if there is one, zero outside ``mask`` if there is one.
+
+    Attributes:
+        name: of the site.
+        dense: the exact weight.
+        dtype: of the stored 16-bit values and scales.
+        statistics: of the site's input; ``None`` when no pass of the recipe needs them.
+        base: the part that is stored as values.
+        siblings: dense weights of all sites that read the same input, this one included.
+        quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
+        adapters: the low-rank factors, as floats or as codes.
+    """
+
+    name: str
+    dense: Tensor
+    dtype: torch.dtype
+    statistics: InputStatistics | None
+    siblings: list[Tensor]
+    base: Tensor = field(init=False)
+    mask: Tensor | None = None
+    sparsity: NM | Unstructured | None = None
+    quantized: Quantized | None = None
+    quantizer: Quantizer | None = None
+    input_scale: Tensor | None = None
+    adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
+
+    def __post_init__(self) -> None:
+        """Start from the dense weight itself."""
+        self.base = self.dense
+
+    def require_statistics(self, name: str) -> InputStatistics:
+        """Return the input statistics that the pass ``name`` declared to need."""
+        if self.statistics is None:
+            raise RecipeError(f"{name} needs the statistics of '{self.name}': put calibrate before it.")
+        return self.statistics
+
+    def require_gram(self, name: str) -> Tensor:
+        """Return the Gram matrix of the input that the pass ``name`` declared to need."""
+        gram = self.require_statistics(name).gram
+        if gram is None:
+            raise RecipeError(f"{name} needs the Gram matrix of the input of '{self.name}': put calibrate before it.")
+        return gram
+
+    def quantize(self) -> None:
+        """Put ``base`` on the grid again, with the quantiser of this site."""
+        if self.quantizer is None:
+            self.base = self.base.to(self.dtype).float()
+            return
+        self.quantized = self.quantizer(self.base, self.mask)
+        self.base = self.quantized.dequantize()
+        if self.mask is not None:
+            self.base = self.base * self.mask
+
+    def effective_base(self) -> Tensor:
+        """Return what the stored values amount to on the unscaled input."""
+        return self.base if self.input_scale is None else self.base * self.input_scale
+
+    def correction(self) -> Tensor:
+        """Return ``left @ right`` as it will be decoded, or zeros."""
+        if self.adapters is None:
+            return torch.zeros_like(self.dense)
+        left, right = (factor.dequantize() if isinstance(factor, Quantized) else factor.float() for factor in self.adapters)
+        return left @ right
+
+    def pack(self) -> PackedLinear:
+        """Return the packed form of what has been reached."""
+        left, right = (None, None) if self.adapters is None else (self._pack_factor(factor) for factor in self.adapters)
+        return PackedLinear(
+            weight=self._pack_base(),
+            left=left,
+            right=right,
+            input_scale=None if self.input_scale is None else self.input_scale.to(self.dtype),
+        )
+
+    def row(self, packed: PackedLinear) -> SiteRow:
+        """Return the report row of ``packed``, its errors measured on the decoded weight."""
+        decoded, base = packed.decode(), packed.decode_base().float()
+        rows, columns = self.dense.shape
+        return SiteRow(
+            name=self.name,
+            shape=(rows, columns),
+            expression=packed.format.describe(),
+            bits=packed.format.bits_per_weight(),
+            weight_error=_relative(decoded - self.dense, self.dense),
+            base_output_error=self._output_error(base),
+            output_error=self._output_error(decoded),
+        )
+
+    def _pack_base(self) -> PackedWeight:
+        quantized = self.quantized
+        return pack_weight(
+            self.base.to(self.dtype) if quantized is None else quantized.codes,
+            bits=None if quantized is None else quantized.bits,
+            scale=None if quantized is None else quantized.scale.to(self.dtype),
+            zero_point=None if quantized is None else quantized.zero_point,
+            group=None if quantized is None else _group_columns(quantized),
+            mask=self.mask,
+            sparsity=self.sparsity,
+        )
+
+    def _pack_factor(self, factor: Tensor | Quantized) -> PackedWeight:
+        if isinstance(factor, Quantized):
+            return pack_weight(
+                factor.codes,
+                bits=factor.bits,
+                scale=factor.scale.to(self.dtype),
+                zero_point=factor.zero_point,
+                group=_group_columns(factor),
+            )
+        return pack_weight(factor.to(self.dtype), bits=None)
+
+    def _output_error(self, weight: Tensor) -> float | None:
+        if self.statistics is None:
+            return None
+        sample = self.statistics.sample
+        return _relative(sample @ (weight - self.dense).t(), sample @ self.dense.t())
+
+
+def _relative(difference: Tensor, exact: Tensor) -> float:
+    scale = float(exact.norm())
+    return float(difference.norm()) / scale if scale else float(difference.norm())
+
+
+def _group_columns(quantized: Quantized) -> int | None:
+    return quantized.group if isinstance(quantized.group, int) else None

@@ -1,0 +1,119 @@
+"""``slimc.json``: what a native folder says about itself, and the check that it says it in the right form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slimc.errors import FormatError
+from slimc.runtime.formats import LinearFormat
+from slimc.version import __version__
+
+DESCRIPTION = "slimc.json"
+FORMAT_VERSION = 1
+
+
+class _Record(BaseModel):
+    """Part of ``slimc.json``: exactly these keys, exactly these types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelRecord(_Record):
+    """Which model the tensors belong to.
+
+    ``huggingface`` models are rebuilt from ``config.json``; for a ``module`` the caller brings an instance.
+    ``attention`` is the attention implementation the model ran with, where it is a portable one.
+    """
+
+    kind: Literal["huggingface", "module"]
+    architecture: str
+    attention: Literal["eager", "sdpa"] | None = None
+
+
+class _SiteRow(_Record):
+    name: str
+    shape: list[int]
+    expression: str
+    bits: float
+    weight_error: float
+    base_output_error: float | None
+    output_error: float | None
+
+
+class _LeftRow(_Record):
+    name: str
+    shape: list[int]
+    reason: str
+
+
+class ReportRecord(_Record):
+    """The compression's report, in the form of ``Report.to_json()``."""
+
+    recipe: list[dict[str, Any]]
+    sites: list[_SiteRow]
+    left: list[_LeftRow]
+    calibration_tokens: int
+
+
+class SiteRecord(_Record):
+    """A compressed linear: its module's name, its format, and the digest of its packed tensors."""
+
+    name: str
+    format: dict[str, Any]
+    sha256: str
+
+
+class DenseRecord(_Record):
+    """A tensor stored as it is: its ``state_dict`` name, its form, and the digest of its bytes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    sha256: str
+
+
+class Description(_Record):
+    """All of ``slimc.json``.
+
+    ``ties`` maps every further name of a stored tensor to the name it is stored under; ``buffers`` gives the
+    dtype of each buffer that the model makes for itself and that is not stored.
+    """
+
+    format_version: int
+    slimc_version: str
+    model: ModelRecord
+    report: ReportRecord
+    sites: list[SiteRecord]
+    dense: list[DenseRecord]
+    ties: dict[str, str]
+    buffers: dict[str, str]
+    shards: list[str]
+
+
+def parse_description(value: Any, source: Path) -> Description:
+    """Validate the content of ``slimc.json``: the version first, then every key and type."""
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if type(version) is not int:
+        raise FormatError(f"{source}: has no format_version, so slimc did not write it")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{source}: has format version {version}, but slimc {__version__} reads version {FORMAT_VERSION}; "
+            f"{'upgrade slimc' if version > FORMAT_VERSION else 'compress the model again'}"
+        )
+    try:
+        return Description.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:100] for part in first["loc"])
+        raise FormatError(f"{source}: {where}: {first['msg']}; the file is damaged or was edited") from None
+
+
+def parse_format(site: SiteRecord, source: Path) -> LinearFormat:
+    """Validate the format of a site."""
+    try:
+        return LinearFormat.from_json(site.format)
+    except FormatError as error:
+        raise FormatError(f"{source}: site {site.name[:200]!r}: {error}") from None

@@ -1,0 +1,357 @@
+"""How a weight is stored, without the bytes: the formats that files, modules and kernels agree on.
+
+A weight of ``rows`` x ``columns`` is stored as codes of ``bits`` bits with scales, or (``bits`` None) as plain
+floating point values; with a sparsity only the kept positions are stored, beside a bit mask. A linear layer adds
+an optional pair of low-rank factors and an optional scale for each input column. Every format can be built from
+untrusted JSON: whatever is not a valid format raises `FormatError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from slimc.errors import FormatError, closest
+from slimc.runtime.bits import stream_bytes
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""The floating point types of scales and of values that are not quantised, by the name used in JSON."""
+
+_SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_SIDE = 2**31
+"""No side of a real weight is longer; a larger number in a file is corruption or malice."""
+
+MAX_WEIGHTS = 2**40
+"""The same limit for rows times columns."""
+
+TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""For each stored tensor its shape and dtype."""
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: exactly ``n`` of every ``m`` consecutive columns are kept."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        """Reject patterns that keep nothing or everything."""
+        if not 0 < self.n < self.m <= MAX_SIDE:
+            raise FormatError(f"{self.n}:{self.m} is not an N:M sparsity: 0 < N < M must hold")
+
+    def __str__(self) -> str:
+        """The usual notation, such as ``2:4``."""
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Sparsity without a pattern: any position may be kept."""
+
+    def __str__(self) -> str:
+        """The name used in JSON."""
+        return "unstructured"
+
+
+Sparsity = NM | Unstructured | None
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """The storage form of one matrix.
+
+    Attributes:
+        rows: Output features.
+        columns: Input features.
+        bits: Bits a code, 2 to 8, or None for floating point values.
+        group: Columns that share a scale (the last group of a row may be short); None means all columns.
+        per_tensor: One scale for the whole matrix, of shape [1, 1].
+        asymmetric: A zero point is stored for every scale; otherwise the zero point is ``2 ** (bits - 1)``.
+        sparsity: Which positions are stored; None stores all.
+        nonzeros: How many values an `Unstructured` weight stores; None otherwise.
+        dtype: Type of the scales, or of the values when ``bits`` is None.
+    """
+
+    rows: int
+    columns: int
+    bits: int | None = None
+    group: int | None = None
+    per_tensor: bool = False
+    asymmetric: bool = False
+    sparsity: Sparsity = None
+    nonzeros: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        """Check that the fields describe something that can exist; raise `FormatError` otherwise."""
+        for name in ("rows", "columns"):
+            side = getattr(self, name)
+            if not 0 < side <= MAX_SIDE:
+                raise FormatError(f"a weight cannot have {side} {name}: between 1 and {MAX_SIDE} are possible")
+        if self.rows * self.columns > MAX_WEIGHTS:
+            raise FormatError(f"a weight of {self.rows} x {self.columns} is larger than {MAX_WEIGHTS} elements")
+        if self.dtype not in _DTYPE_NAMES:
+            raise FormatError(f"scales and values cannot be {self.dtype}: use one of {', '.join(DTYPES)}")
+        self._check_scales()
+        self._check_sparsity()
+
+    def _check_scales(self) -> None:
+        if self.bits is None:
+            if self.group is not None or self.per_tensor or self.asymmetric:
+                raise FormatError("group, per_tensor and asymmetric describe scales, but without bits there are none")
+            return
+        if not 2 <= self.bits <= 8:
+            raise FormatError(f"codes cannot have {self.bits} bits: 2 to 8 are possible")
+        if self.group is not None and not 0 < self.group <= MAX_SIDE:
+            raise FormatError(f"a group cannot have {self.group} columns")
+        if self.group is not None and self.per_tensor:
+            raise FormatError(f"one scale per tensor excludes groups of {self.group} columns")
+
+    def _check_sparsity(self) -> None:
+        if isinstance(self.sparsity, NM) and self.columns % self.sparsity.m:
+            raise FormatError(
+                f"{self.sparsity} sparsity does not divide {self.columns} columns: the width must be a multiple "
+                f"of {self.sparsity.m}"
+            )
+        if isinstance(self.sparsity, Unstructured) != (self.nonzeros is not None):
+            raise FormatError("nonzeros is the number of values of an unstructured weight, and of no other")
+        if self.nonzeros is not None and not 0 <= self.nonzeros <= self.rows * self.columns:
+            raise FormatError(f"{self.nonzeros} values cannot be stored of {self.rows} x {self.columns}")
+
+    @property
+    def stored_per_row(self) -> int:
+        """Values stored for each row; meaningless for an unstructured weight."""
+        return self.columns // self.sparsity.m * self.sparsity.n if isinstance(self.sparsity, NM) else self.columns
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Shape of ``scale`` and of ``zero_point``."""
+        if self.per_tensor:
+            return (1, 1)
+        return (self.rows, 1 if self.group is None else -(-self.columns // self.group))
+
+    def tensor_specs(self) -> TensorSpecs:
+        """Return shape and dtype of every tensor of a `PackedWeight` of this format, in storage order."""
+        if self.bits is None:
+            shape = (self.rows, self.stored_per_row) if self.nonzeros is None else (self.nonzeros,)
+            specs: TensorSpecs = {"values": (shape, self.dtype)}
+        elif self.nonzeros is None:
+            specs = {"values": ((self.rows, stream_bytes(self.stored_per_row, self.bits)), torch.uint8)}
+        else:
+            specs = {"values": ((stream_bytes(self.nonzeros, self.bits),), torch.uint8)}
+        if self.sparsity is not None:
+            specs["pattern"] = ((self.rows, stream_bytes(self.columns, 1)), torch.uint8)
+        if self.bits is not None:
+            specs["scale"] = (self.scale_shape, self.dtype)
+            if self.asymmetric:
+                specs["zero_point"] = (self.scale_shape, torch.uint8)
+        return specs
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors together."""
+        return specs_nbytes(self.tensor_specs())
+
+    def bits_per_weight(self) -> float:
+        """Return stored bits divided by rows times columns: values, pattern, scales and zero points."""
+        return 8 * self.nbytes() / (self.rows * self.columns)
+
+    def describe(self) -> str:
+        """Return the format for people: ``2:4 int4 per tensor``, ``int3/64 asymmetric``, ``50% unstructured bf16``."""
+        words = []
+        if isinstance(self.sparsity, NM):
+            words.append(str(self.sparsity))
+        elif self.nonzeros is not None:
+            words.append(f"{100 * (1 - self.nonzeros / (self.rows * self.columns)):.4g}% unstructured")
+        if self.bits is None:
+            words.append(_SHORT_NAMES[self.dtype])
+        elif self.group is not None:
+            words.append(f"int{self.bits}/{self.group}")
+        else:
+            words.append(f"int{self.bits} per {'tensor' if self.per_tensor else 'channel'}")
+        if self.asymmetric:
+            words.append("asymmetric")
+        return " ".join(words)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the format as plain JSON types."""
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
+        return record | {
+            "sparsity": None if self.sparsity is None else str(self.sparsity),
+            "dtype": _DTYPE_NAMES[self.dtype],
+        }
+
+    @classmethod
+    def from_json(cls, record: object) -> WeightFormat:
+        """Build a format from untrusted JSON; raise `FormatError` on anything but the form of :meth:`to_json`."""
+        entries = _entries(record, [field.name for field in fields(cls)], "weight format")
+        dtype = entries["dtype"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            hint = closest(dtype, DTYPES) if isinstance(dtype, str) else ""
+            raise FormatError(f"dtype of a weight format is {dtype!r}: use one of {', '.join(DTYPES)}{hint}")
+        return cls(
+            rows=_integer(entries, "rows"),
+            columns=_integer(entries, "columns"),
+            bits=_optional_integer(entries, "bits"),
+            group=_optional_integer(entries, "group"),
+            per_tensor=_boolean(entries, "per_tensor"),
+            asymmetric=_boolean(entries, "asymmetric"),
+            sparsity=_parse_sparsity(entries["sparsity"]),
+            nonzeros=_optional_integer(entries, "nonzeros"),
+            dtype=DTYPES[dtype],
+        )
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """The storage form of a linear layer's weight, its adapters and its input scale (the bias is not part of it).
+
+    ``left`` is [rows, rank] and ``right`` [rank, columns]; there are both or neither.
+    """
+
+    weight: WeightFormat
+    left: WeightFormat | None = None
+    right: WeightFormat | None = None
+    input_scaled: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the adapters fit the weight; raise `FormatError` otherwise."""
+        if (self.left is None) != (self.right is None):
+            raise FormatError("a low-rank correction needs both factors, left and right")
+        if self.left is None or self.right is None:
+            return
+        for name, factor in (("left", self.left), ("right", self.right)):
+            if factor.sparsity is not None or factor.asymmetric:
+                raise FormatError(f"the {name} factor is {factor.describe()}: factors are dense and symmetric")
+        outer = (self.left.rows, self.right.columns)
+        if outer != (self.weight.rows, self.weight.columns) or self.left.columns != self.right.rows:
+            raise FormatError(
+                f"factors of {self.left.rows} x {self.left.columns} and {self.right.rows} x {self.right.columns} "
+                f"do not correct a weight of {self.weight.rows} x {self.weight.columns}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Output features."""
+        return self.weight.rows
+
+    @property
+    def columns(self) -> int:
+        """Input features."""
+        return self.weight.columns
+
+    @property
+    def rank(self) -> int:
+        """Rank of the correction, 0 without one."""
+        return 0 if self.left is None else self.left.columns
+
+    def tensor_specs(self) -> TensorSpecs:
+        """Return shape and dtype of every tensor of a `PackedLinear` of this format, under its flat name."""
+        specs = self.weight.tensor_specs()
+        if self.input_scaled:
+            specs["input_scale"] = ((self.columns,), self.weight.dtype)
+        for prefix, factor in (("left", self.left), ("right", self.right)):
+            if factor is not None:
+                specs |= {f"{prefix}_{name}": spec for name, spec in factor.tensor_specs().items()}
+        return specs
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors together."""
+        return specs_nbytes(self.tensor_specs())
+
+    def bits_per_weight(self) -> float:
+        """Return all stored bits, adapters and input scale included, divided by rows times columns."""
+        return 8 * self.nbytes() / (self.rows * self.columns)
+
+    def describe(self) -> str:
+        """Return the format for people: ``2:4 int4 per tensor + low-rank 57 int4/64``."""
+        text = self.weight.describe()
+        if self.input_scaled:
+            text += " scaled inputs"
+        if self.left is not None and self.right is not None:
+            left, right = self.left.describe(), self.right.describe()
+            text += f" + low-rank {self.rank} " + (left if left == right else f"{left} x {right}")
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the format as plain JSON types."""
+        return {
+            "weight": self.weight.to_json(),
+            "left": None if self.left is None else self.left.to_json(),
+            "right": None if self.right is None else self.right.to_json(),
+            "input_scaled": self.input_scaled,
+        }
+
+    @classmethod
+    def from_json(cls, record: object) -> LinearFormat:
+        """Build a format from untrusted JSON; raise `FormatError` on anything but the form of :meth:`to_json`."""
+        entries = _entries(record, [field.name for field in fields(cls)], "linear format")
+        return cls(
+            weight=WeightFormat.from_json(entries["weight"]),
+            left=None if entries["left"] is None else WeightFormat.from_json(entries["left"]),
+            right=None if entries["right"] is None else WeightFormat.from_json(entries["right"]),
+            input_scaled=_boolean(entries, "input_scaled"),
+        )
+
+
+def specs_nbytes(specs: TensorSpecs) -> int:
+    """Return the bytes that tensors of these shapes and dtypes occupy."""
+    total = 0
+    for shape, dtype in specs.values():
+        elements = 1
+        for side in shape:
+            elements *= side
+        total += elements * dtype.itemsize
+    return total
+
+
+def _entries(record: object, names: list[str], what: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise FormatError(f"a {what} must be a JSON object, not {type(record).__name__}")
+    for key in record:
+        if key not in names:
+            raise FormatError(f"unknown key {key!r} in a {what}{closest(str(key), names)}")
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise FormatError(f"a {what} lacks {', '.join(missing)}")
+    return record
+
+
+def _integer(entries: dict[str, Any], name: str) -> int:
+    value = entries[name]
+    if type(value) is not int:
+        raise FormatError(f"{name} of a weight format must be an integer, not {value!r}")
+    return value
+
+
+def _optional_integer(entries: dict[str, Any], name: str) -> int | None:
+    return None if entries[name] is None else _integer(entries, name)
+
+
+def _boolean(entries: dict[str, Any], name: str) -> bool:
+    value = entries[name]
+    if type(value) is not bool:
+        raise FormatError(f"{name} of a format must be true or false, not {value!r}")
+    return value
+
+
+def _parse_sparsity(text: object) -> Sparsity:
+    if text is None:
+        return None
+    if text == str(Unstructured()):
+        return Unstructured()
+    n, separator, m = text.partition(":") if isinstance(text, str) else ("", "", "")
+    # At most ten ASCII digits: int() refuses absurdly long numbers with an error of its own.
+    if separator and all(len(part) <= 10 and part.isascii() and part.isdigit() for part in (n, m)):
+        return NM(int(n), int(m))
+    raise FormatError(f"sparsity of a weight format is {text!r}: use 'unstructured' or N:M such as '2:4'")

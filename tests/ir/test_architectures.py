@@ -1,0 +1,108 @@
+"""Capture of many architectures with small random configurations: what becomes a site, and why the rest does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import slimc
+from slimc.ir.capture import capture
+from slimc.passes import Quantize
+
+transformers = pytest.importorskip("transformers")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 60, (2, 7))}
+
+
+def pixels() -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]], int]] = {
+    "Llama": ("LlamaForCausalLM", GROUPED, tokens, 14),
+    "Qwen2": ("Qwen2ForCausalLM", GROUPED, tokens, 14),
+    "Qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, tokens, 14),
+    "Gemma3": ("Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 16}, tokens, 14),
+    "OPT": ("OPTForCausalLM", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, tokens, 12),
+    "GPT2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        tokens,
+        8,
+    ),
+    "GPTNeoX": ("GPTNeoXForCausalLM", SMALL, tokens, 8),
+    "Phi3": ("Phi3ForCausalLM", GROUPED, tokens, 8),
+    "Bert": ("BertModel", SMALL, tokens, 13),
+    "ViT": (
+        "ViTModel",
+        {
+            **{
+                key: SMALL[key]
+                for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            },
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        pixels,
+        13,
+    ),
+    "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, tokens, 8),
+}
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], int]:
+    class_name, options, inputs, sites = CASES[name]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**options)).eval()
+    return model, inputs(), sites
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sites_and_the_compressed_model(name: str) -> None:
+    model, inputs, expected = build(name)
+    with torch.no_grad():
+        before = model(**inputs)[0]
+    small = slimc.compile(model, calibration=[inputs], passes=[Quantize(method="absmax", bits=8, group="channel")])
+    report = slimc.report(small)
+    assert len(report.sites) == expected, [row.name for row in report.sites]
+    assert all(row.reason for row in report.left)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    named = {f"{row.name}.weight" for row in report.sites} | {row.name for row in report.left}
+    named |= {f"{row.name}.weight" for row in report.left}
+    assert matrices <= named, "every matrix is a site or is left alone with a reason"
+    with torch.no_grad():
+        after = small(**inputs)[0]
+        again = model(**inputs)[0]
+    assert torch.equal(before, again), "the model passed in is left as it was"
+    assert not torch.equal(before, after)
+    assert (after - before).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert"])
+def test_the_graph_and_the_module_agree(name: str) -> None:
+    model, inputs, _ = build(name)
+    program = capture(model, [((), inputs)])
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    result = program.run(**inputs)
+    assert torch.equal(torch.utils._pytree.tree_leaves(result)[0], expected)

@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import slimc
+from slimc import recipes
+from slimc.cli import app
+from slimc.errors import NumericsError, VerifyError
+
+SMALL = ["--samples", "4", "--length", "32", "--batch", "2"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a user does."""
+    words = [sys.executable, "-m", "slimc", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("compressed") / "small"
+    return folder, invoke("compress", tiny_llama_folder, "-o", folder, *SMALL)
+
+
+# ---------------------------------------------------------------------------------------------------- help, version
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"slimc {slimc.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["compress", "eval", "generate", "inspect", "recipes"])
+def test_help_teaches_by_example(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Examples" in result.stdout
+    assert f"slimc {command} " in result.stdout
+
+
+def test_no_command_shows_the_help() -> None:
+    assert "compress" in invoke().output
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from slimc.cli import main; sys.argv = ['slimc', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.stderr == "[]\n"
+    assert "compress" in process.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    listing = invoke("recipes").stdout
+    assert all(name in listing for name in recipes.names())
+    printed = invoke("recipes", "rtn-w4").stdout
+    assert printed == recipes.load("rtn-w4").to_yaml()
+
+
+# -------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_compress_writes_a_folder_and_says_what_it_did(compressed: tuple[Path, Result]) -> None:
+    folder, result = compressed
+    assert result.exit_code == 0, result.output
+    assert (folder / "slimc.json").is_file()
+    assert "14 layers take" in result.stdout
+    assert "compress: done in" in result.stderr
+    assert not folder.with_name("small.partial").exists()
+
+
+def test_inspect_shows_every_layer_and_what_was_left(compressed: tuple[Path, Result]) -> None:
+    folder, _ = compressed
+    result = invoke("inspect", folder)
+    assert result.exit_code == 0, result.output
+    assert "model.layers.1.mlp.down_proj" in result.stdout
+    assert "2:4 int4" in result.stdout
+    left = result.stdout.split("Left dense:")[1]
+    assert "lm_head" in left or "embed_tokens" in left
+    assert "14 layers: " in left
+
+
+def test_inspect_adds_up(compressed: tuple[Path, Result]) -> None:
+    folder, _ = compressed
+    record = json.loads(invoke("inspect", folder, "--json").stdout)
+    totals = record["totals"]
+    assert totals["sites"] == len(record["sites"]) == 14
+    assert totals["site_weights"] == sum(row["shape"][0] * row["shape"][1] for row in record["sites"])
+    promised = sum(row["bits"] * row["shape"][0] * row["shape"][1] for row in record["sites"]) / totals["site_weights"]
+    assert totals["bits_per_weight"] == pytest.approx(promised, rel=0.01)
+    on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert totals["file_bytes"] == on_disk > totals["site_bytes"] + totals["dense_bytes"]
+
+
+def test_inspect_filters_by_name(compressed: tuple[Path, Result]) -> None:
+    folder, _ = compressed
+    record = json.loads(invoke("inspect", folder, "--json", "--sites", "*.mlp.*").stdout)
+    assert len(record["sites"]) == 6
+    result = invoke("inspect", folder, "--sites", "*.moe.*")
+    assert result.exit_code == 2
+    assert "no compressed layer" in result.stderr
+
+
+def test_inspect_prints_the_graph(compressed: tuple[Path, Result]) -> None:
+    folder, _ = compressed
+    result = invoke("inspect", folder, "--graph")
+    assert result.exit_code == 0, result.output
+    assert "slim.linear" in result.stdout
+
+
+@pytest.mark.parametrize("which", ["dense", "compressed"])
+def test_eval_measures_either_model(
+    which: str, compressed: tuple[Path, Result], tiny_llama_folder: Path, english: Path
+) -> None:
+    model = tiny_llama_folder if which == "dense" else compressed[0]
+    arguments = ["eval", model, "--text", english, "--windows", 2, "--length", 64]
+    record = json.loads(invoke(*arguments, "--json", "--quiet").stdout)
+    assert (record["windows"], record["length"]) == (2, 64)
+    # A random model knows nothing: its perplexity is about the size of its vocabulary.
+    assert 300 < record["perplexity"] < 500
+    assert f"perplexity {record['perplexity']:.3f}" in invoke(*arguments).stdout
+
+
+@pytest.mark.parametrize("which", ["dense", "compressed"])
+def test_generate_continues_and_is_repeatable(
+    which: str, compressed: tuple[Path, Result], tiny_llama_folder: Path
+) -> None:
+    model = tiny_llama_folder if which == "dense" else compressed[0]
+    arguments = ["generate", model, "--prompt", "Alice [was", "--tokens", 8, "--temperature", 1, "--seed", 3]
+    first, second = invoke(*arguments), invoke(*arguments)
+    assert first.exit_code == 0, first.output
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("Alice [was")
+    assert "tokens in" in first.stderr
+
+
+def test_options_reach_the_recipe(tmp_path: Path, tiny_llama_folder: Path, english: Path) -> None:
+    result = invoke(
+        *("compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "slim-w4", "--calibration", english),
+        *("--set", "quantize.bits=3", "--set", "quantize.group=32", "--skip", "low_rank", "--exclude", "*.layers.0.*"),
+        *("--dump-dir", tmp_path / "dump", "--quiet", *SMALL),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    record = json.loads(invoke("inspect", tmp_path / "small", "--json").stdout)
+    assert {row["expression"] for row in record["sites"]} == {"int3/32"}
+    assert not any(".layers.0." in row["name"] for row in record["sites"])
+    assert sum(".layers.0." in row["name"] for row in record["left"]) == 7
+    assert record["calibration_tokens"] == 4 * 32
+    assert len(list((tmp_path / "dump").glob("*.txt"))) >= 2
+
+
+# -------------------------------------------------------------------------------------- interrupted, resumed, replaced
+
+
+def test_an_interrupted_run_says_how_to_resume_and_does(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimc.passes.journal import Journal
+
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--quiet", *SMALL]
+    write, written = Journal.write, []
+
+    def interrupt_at_the_fourth(self: Journal, name: str, *rest: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", interrupt_at_the_fourth)
+        result = invoke(*arguments)
+    assert result.exit_code == 130
+    assert "--resume goes on from there" in result.stderr
+    assert not (tmp_path / "small").exists()
+
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "--resume" in refused.stderr
+
+    rewritten = []
+
+    def record(self: Journal, name: str, *rest: Any) -> None:
+        rewritten.append(name)
+        write(self, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", record)
+        resumed = invoke(*arguments, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert not set(written) & set(rewritten)
+    assert not (tmp_path / "small.partial").exists()
+
+    assert invoke(*arguments[:2], "-o", tmp_path / "straight", "--quiet", *SMALL).exit_code == 0
+    for path in (tmp_path / "straight").glob("slimc*"):
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("moment", ["record_tokens", "begin"])
+def test_an_interruption_before_the_first_layer_is_resumed_too(
+    moment: str, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimc.passes.journal import Journal
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--set", "low_rank.rank=1", "--quiet", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, moment, interrupt)
+        assert invoke(*arguments).exit_code == 130
+    result = invoke(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_run_that_failed_leaves_nothing_in_the_way(tmp_path: Path, tiny_llama_folder: Path, english: Path) -> None:
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--calibration", english, "--quiet"]
+    assert "give a longer text" in invoke(*arguments, "--samples", 1000).stderr
+    result = invoke(*arguments, *SMALL)
+    assert result.exit_code == 0, result.output
+
+
+def test_an_existing_folder_is_replaced_only_on_demand(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    precious = tmp_path / "small" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    assert precious.read_text() == "mine"
+    assert invoke(*arguments, "--overwrite").exit_code == 0
+    assert (tmp_path / "small" / "slimc.json").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "{missing}", "-o", "{out}"], "missing"),
+        (["compress", "{model}", "-o", "{out}", "--recipe", "slim-w4-24"], "did you mean 'slim-w4-2x4'?"),
+        (
+            ["compress", "{model}", "-o", "{out}", "--recipe", "{recipe}"],
+            "'pases' (did you mean 'passes'?)",
+        ),
+        (["compress", "{model}", "-o", "{out}", "--recipe", "{order}"], "statistics of the activations"),
+        (["compress", "{model}", "-o", "{out}", "--set", "bits=3"], "write PASS.OPTION=VALUE"),
+        (["compress", "{model}", "-o", "{out}", "--set", "quantize.bits=77"], "bits"),
+        (["compress", "{model}", "-o", "{out}", "--recipe", "rtn-w4", "--samples", "3"], "no pass 'calibrate'"),
+        (["compress", "{model}", "-o", "{out}", "--skip", "prun"], "did you mean 'prune'?"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{missing}"], "cannot be read: No such file"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{empty}"], "the text has 1 tokens, but"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{binary}"], "not UTF-8"),
+        (["compress", "{model}", "-o", "{out}", "--device", "abacus"], "the device 'abacus' cannot be used"),
+        (["compress", "{model}", "-o", "{empty}"], "is a file"),
+        (["compress", "{small}", "-o", "{out}"], "compressed already"),
+        (["eval", "{model}", "--text", "{missing}"], "cannot be read: No such file"),
+        (["eval", "{model}", "--text", "{empty}"], "the text has 1 tokens, but"),
+        (["eval", "{missing}", "--text", "{empty}"], "missing"),
+        (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
+        (["generate", "{model}", "--prompt", "Hi", "--chat"], "no chat template"),
+        (["inspect", "{missing}"], "no such folder"),
+        (["inspect", "{model}"], "not a folder that slimc wrote"),
+        (["recipes", "slim"], "there is no recipe 'slim'"),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    arguments: list[str], message: str, tmp_path: Path, tiny_llama_folder: Path, compressed: tuple[Path, Result]
+) -> None:
+    places = {
+        "model": tiny_llama_folder,
+        "small": compressed[0],
+        "missing": tmp_path / "missing",
+        "out": tmp_path / "out",
+        "empty": tmp_path / "empty.txt",
+        "binary": tmp_path / "binary.bin",
+        "recipe": tmp_path / "recipe.yaml",
+        "order": tmp_path / "order.yaml",
+    }
+    places["empty"].write_text("a")
+    places["binary"].write_bytes(b"\xff\xfe\xff")
+    places["recipe"].write_text("pases: [fuse]")
+    places["order"].write_text("passes: [quantize, prune, fuse]")
+    result = invoke(*(argument.format_map(places) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert not places["out"].exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["comprss"], "Did you mean 'compress'"),
+        (["compress", "model"], "--output"),
+        (["compress", "model", "-o", "out", "--samples", "0"], "--samples"),
+        (["compress", "model", "-o", "out", "--dtype", "float"], "--dtype"),
+        (["generate", "model"], "--prompt"),
+    ],
+)
+def test_bad_usage_exits_with_2(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+# ------------------------------------------------------------------------------------- what becomes of an exception
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (NumericsError("NaN in x"), 2, "error: NaN in x\n"),
+        (VerifyError("node y"), 1, "error: node y\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "the disk is full (out/x)"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: out: Permission denied\n"),
+        (ZeroDivisionError("division by zero"), 1, "(ZeroDivisionError: division by zero)"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exceptions_become_exit_codes(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recipes, "load", fail)
+    result = invoke("recipes", "any")
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert ("--debug" in result.stderr) == isinstance(error, ZeroDivisionError)
+
+
+def test_debug_shows_the_traceback() -> None:
+    process = run("--debug", "recipes", "slim")
+    assert process.returncode == 1
+    assert "Traceback" in process.stderr
+    assert "RecipeError: there is no recipe 'slim'" in process.stderr
+
+
+def test_the_command_as_a_process(tmp_path: Path) -> None:
+    process = run("compress", tmp_path / "missing", "-o", tmp_path / "out")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert "missing" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "slimc", "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert "Traceback" not in process.stderr
+    assert "error" not in process.stderr
