@@ -156,14 +156,15 @@ def test_generate_continues_and_is_repeatable(
 
 def test_options_reach_the_recipe(tmp_path: Path, tiny_llama_folder: Path, english: Path) -> None:
     result = invoke(
-        *("compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "slim-w4", "--calibration", english),
+        *("compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "slim-w4-2x4-grouped"),
+        *("--calibration", english),
         *("--set", "quantize.bits=3", "--set", "quantize.group=32", "--skip", "low_rank", "--exclude", "*.layers.0.*"),
         *("--dump-dir", tmp_path / "dump", "--quiet", *SMALL),
     )
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     record = json.loads(invoke("inspect", tmp_path / "small", "--json").stdout)
-    assert {row["expression"] for row in record["sites"]} == {"int3/32"}
+    assert {row["expression"] for row in record["sites"]} == {"2:4 int3/32"}
     assert not any(".layers.0." in row["name"] for row in record["sites"])
     assert sum(".layers.0." in row["name"] for row in record["left"]) == 7
     assert record["calibration_tokens"] == 4 * 32
@@ -241,16 +242,26 @@ def test_a_run_that_failed_leaves_nothing_in_the_way(tmp_path: Path, tiny_llama_
 
 
 def test_an_existing_folder_is_replaced_only_on_demand(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
+    assert invoke(*arguments).exit_code == 0
+    before = (tmp_path / "small" / "slimc.json").read_bytes()
+    changed = [*arguments, "--set", "quantize.bits=8"]
+    refused = invoke(*changed)
+    assert refused.exit_code == 2
+    assert "add --overwrite to replace it" in refused.stderr
+    assert (tmp_path / "small" / "slimc.json").read_bytes() == before
+    assert invoke(*changed, "--overwrite").exit_code == 0
+    assert (tmp_path / "small" / "slimc.json").read_bytes() != before
+
+
+def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: Path) -> None:
     precious = tmp_path / "small" / "precious.txt"
     precious.parent.mkdir()
     precious.write_text("mine")
-    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
-    refused = invoke(*arguments)
+    refused = invoke("compress", tiny_llama_folder, "-o", tmp_path / "small", "--overwrite")
     assert refused.exit_code == 2
-    assert "--overwrite" in refused.stderr
+    assert "slimc did not write" in refused.stderr
     assert precious.read_text() == "mine"
-    assert invoke(*arguments, "--overwrite").exit_code == 0
-    assert (tmp_path / "small" / "slimc.json").is_file()
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

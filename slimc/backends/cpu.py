@@ -18,14 +18,24 @@ from torch.nn import functional
 
 from slimc.errors import FormatError
 from slimc.runtime.decode import signed_codes
-from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.formats import LinearFormat, WeightFormat
+from slimc.runtime.ops import weight_attributes
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
 __all__ = ["INT4PACK", "INT8PACK", "KERNELS"]
 
-INT4PACK_TOKENS = 8
-INT8PACK_TOKENS = 8
+INT4PACK_TOKENS = 128
+"""Most tokens for which the int4 kernel is chosen over decoding the weight and multiplying densely.
+
+Measured on two threads of a CPU with AVX-512 and without AMX, 2:4 int4 with 4-bit adapters, ms a call (int4 kernel,
+decoding, bfloat16 `Linear`): 576 x 576 with 128 tokens 1.0, 2.0, 0.7; 1536 x 576 with 128 tokens 2.2, 3.2, 1.6;
+2048 x 2048 with 128 tokens 11.6, 16.8, 7.6 and with 256 tokens 23.9, 27.0, 15.3. Where AMX makes dense products
+faster, decoding wins earlier, hence not more.
+"""
+
+INT8PACK_TOKENS = 128
+"""The same for the int8 kernel: 2048 x 2048 with 128 tokens 12.2, 37.7, 7.9 ms."""
 
 _KERNEL_GROUPS = (256, 128, 64, 32)
 """Columns that may share a scale in the int4 kernel, larger first."""
@@ -36,9 +46,10 @@ _ROW_MULTIPLE = 16
 _ZERO = 8
 """The zero point of the int4 kernel: ``weight = (code - 8) * scale + zero``."""
 
-_int4pack_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-_int4pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
-_int8pack_mm = torch.ops.aten._weight_int8pack_mm.default
+# The bindings in torch's own namespace cost 2 us less a call than torch.ops.
+_int4pack_mm = torch._weight_int4pack_mm_for_cpu
+_int4pack = torch._convert_weight_to_int4pack_for_cpu
+_int8pack_mm = torch._weight_int8pack_mm
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +63,18 @@ class Int4Matrix:
 
 @dataclass(frozen=True, slots=True)
 class DenseAdapters:
-    """Adapters in 16 bit: ``right`` [rank, columns] and the transpose of ``left`` [rank, rows]."""
+    """Adapters that no integer kernel holds, transposed: ``right`` [columns, rank] and ``left`` [rank, rows].
+
+    They are kept in float32: for so few numbers oneDNN's bfloat16 products take three times as long, nearly all
+    of it spent before the first multiplication (576 x 576, rank 57, 1 token: 95 us against 28 us).
+    """
 
     right: Tensor
     left: Tensor
+
+    def correct(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return ``y + (x @ right) @ left`` in bfloat16, rounded once."""
+        return torch.addmm(y.float(), torch.mm(x.float(), self.right), self.left).to(torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,31 +106,31 @@ class Int8Layer:
     columns: int
 
 
-def _accepts_int4(format: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     return (
-        _refuses_device(format.weight, dtype, device)
-        or _refuses_int4(format.weight)
+        _refuses_device(spec.weight, dtype, device)
+        or _refuses_int4(spec.weight)
         or _refuses_tokens(tokens, INT4PACK_TOKENS)
     )
 
 
-def _accepts_int8(format: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+def _accepts_int8(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     return (
-        _refuses_device(format.weight, dtype, device)
-        or _refuses_int8(format.weight)
+        _refuses_device(spec.weight, dtype, device)
+        or _refuses_int8(spec.weight)
         or _refuses_tokens(tokens, INT8PACK_TOKENS)
     )
 
 
-def _refuses_device(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+def _refuses_device(spec: WeightFormat, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return "PyTorch has no vectorised version for this CPU"
     if dtype != torch.bfloat16:
         return f"fast for bfloat16 inputs only, not {str(dtype).removeprefix('torch.')}"
-    if format.dtype != torch.bfloat16:
-        return f"reads bfloat16 scales, not {str(format.dtype).removeprefix('torch.')}"
+    if spec.dtype != torch.bfloat16:
+        return f"reads bfloat16 scales, not {str(spec.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -119,30 +138,30 @@ def _refuses_tokens(tokens: int, limit: int) -> str | None:
     return f"for more than {limit} tokens decoding the weight is faster" if tokens > limit else None
 
 
-def _refuses_int4(format: WeightFormat) -> str | None:
+def _refuses_int4(spec: WeightFormat) -> str | None:
     """Why the int4 kernel cannot hold this matrix."""
-    if format.bits is None or format.bits > 4:
-        return f"holds codes of up to 4 bits, not {format.describe()}"
-    if format.asymmetric:
+    if spec.bits is None or spec.bits > 4:
+        return f"holds codes of up to 4 bits, not {spec.describe()}"
+    if spec.asymmetric:
         return "holds symmetric codes only: it would round the offset of each group to bfloat16"
-    if _has_groups(format) and (format.group or 0) % _KERNEL_GROUPS[-1]:
-        return f"groups of {format.group} columns are not a multiple of {_KERNEL_GROUPS[-1]}"
+    if _has_groups(spec) and (spec.group or 0) % _KERNEL_GROUPS[-1]:
+        return f"groups of {spec.group} columns are not a multiple of {_KERNEL_GROUPS[-1]}"
     return None
 
 
-def _refuses_int8(format: WeightFormat) -> str | None:
+def _refuses_int8(spec: WeightFormat) -> str | None:
     """Why the int8 kernel cannot hold this matrix."""
-    if format.bits is None:
-        return f"holds codes, not {format.describe()}"
-    if format.asymmetric:
+    if spec.bits is None:
+        return f"holds codes, not {spec.describe()}"
+    if spec.asymmetric:
         return "holds symmetric codes only"
-    if _has_groups(format):
-        return f"holds one scale a row, not one for {format.group} columns"
+    if _has_groups(spec):
+        return f"holds one scale a row, not one for {spec.group} columns"
     return None
 
 
-def _has_groups(format: WeightFormat) -> bool:
-    return format.group is not None and format.group < format.columns
+def _has_groups(spec: WeightFormat) -> bool:
+    return spec.group is not None and spec.group < spec.columns
 
 
 def _prepare_int4(packed: PackedLinear) -> Int4Layer:
@@ -179,20 +198,20 @@ def _prepare_int8(packed: PackedLinear) -> Int8Layer:
 
 
 def _dense_adapters(packed: PackedLinear, *, always: bool = False) -> DenseAdapters | None:
-    """The adapters in bfloat16, if there are any and (unless ``always``) the int4 kernel cannot hold them."""
+    """The decoded adapters, if there are any and (unless ``always``) the int4 kernel cannot hold them."""
     if packed.left is None or packed.right is None:
         return None
     if not always and all(_refuses_int4(factor.format) is None for factor in (packed.left, packed.right)):
         return None
-    left, right = (factor.decode().to(torch.bfloat16) for factor in (packed.left, packed.right))
-    return DenseAdapters(right, left.t())
+    left, right = (factor.decode().float() for factor in (packed.left, packed.right))
+    return DenseAdapters(right.t(), left.t())
 
 
-def _kernel_group(width: int, format: WeightFormat, beside: WeightFormat | None = None) -> int:
+def _kernel_group(width: int, spec: WeightFormat, beside: WeightFormat | None = None) -> int:
     """Choose the kernel's group: it divides ``width`` and the groups of the parts, and pads ``beside`` least."""
 
     def fits(group: int) -> bool:
-        parts = [part for part in (format, beside) if part is not None and _has_groups(part)]
+        parts = [part for part in (spec, beside) if part is not None and _has_groups(part)]
         return width % group == 0 and all((part.group or 0) % group == 0 for part in parts)
 
     # min() keeps the first of equals, the largest group.
@@ -222,10 +241,9 @@ def _signed(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     spec = packed.format
     if spec.bits is None or packed.scale is None:
         raise FormatError(f"{spec.describe()} has no codes")
-    pattern = spec.sparsity if isinstance(spec.sparsity, NM) else None
-    n, m = (pattern.n, pattern.m) if pattern else (0, 0)
-    codes = signed_codes(packed.values, packed.pattern, bits=spec.bits, columns=spec.columns, n=n, m=m)
-    return codes, packed.scale.to(torch.bfloat16)
+    attributes = weight_attributes(spec)
+    del attributes["group"]
+    return signed_codes(packed.values, packed.pattern, **attributes), packed.scale.to(torch.bfloat16)
 
 
 def _run_int4(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
@@ -242,7 +260,7 @@ def _run_int4(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     if y.shape[1] != layer.rows:
         y = y[:, : layer.rows].contiguous()
     if layer.dense is not None:
-        y = torch.addmm(y, functional.linear(inputs[:, : layer.columns], layer.dense.right), layer.dense.left)
+        y = layer.dense.correct(y, inputs[:, : layer.columns])
     if bias is not None:
         y = y.add_(bias)
     return y.view(*x.shape[:-1], layer.rows)
@@ -254,7 +272,7 @@ def _run_int8(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
     y: Tensor = _int8pack_mm(scaled, layer.codes, layer.scales)
     if layer.dense is not None:
-        y = torch.addmm(y, functional.linear(inputs, layer.dense.right), layer.dense.left)
+        y = layer.dense.correct(y, inputs)
     if bias is not None:
         y = y.add_(bias)
     return y.view(*x.shape[:-1], y.shape[1])

@@ -146,6 +146,7 @@ def _load_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     _refuse_gaps(checkpoint.folder, loaded)
@@ -178,7 +179,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 def _refuse_gaps(source: Path, loaded: Mapping[str, Any]) -> None:
     """Raise a FormatError if transformers had to invent weights, which it does with no more than a warning."""
     for kind in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loaded.get(kind, ()))
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in loaded.get(kind, ()))
         if names:
             raise FormatError(
                 f"{source}: {kind.replace('_keys', '')} weights: {', '.join(names[:3])} ({len(names)} in all); the "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 from slimc.errors import FormatError, InputError, SlimError
@@ -46,11 +47,13 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def explained(source: object) -> Iterator[None]:
     """Turn whatever transformers raises about ``source`` into a FormatError that names it."""
+    # Some progress bars listen to no setting; they draw on whatever standard error is when they start.
+    unheard: AbstractContextManager[object] = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
-        with quiet():
+        with quiet(), unheard:
             yield
     except (SlimError, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(f"{source}: transformers {transformers().__version__} cannot open it: {reason}") from error

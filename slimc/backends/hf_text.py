@@ -58,14 +58,15 @@ def sample_calibration(
     seed: int,
     progress: Progress | None = None,
     *,
-    batch: int = 16,
+    batch: int | None = None,
 ) -> list[Tensor]:
     """Let ``model`` write its own calibration text: ``samples`` tensors of token ids, int64 [length], on the CPU.
 
     Each sample starts with the begin-of-text token (a random token if there is none), which counts, and goes
     on by sampling at temperature 1 from all tokens but those that end a text, so that all have full length.
     Equal seeds give equal samples on the same device, thread count and versions; the global random state and
-    the model's generation settings are left as they were.
+    the model's generation settings are left as they were. ``batch`` samples are written at once; left out, as
+    many as keep the cache of keys and values at about 16,000 tokens.
 
     Raises:
         InputError: the model cannot generate, or ``length`` is more than its positions.
@@ -81,6 +82,7 @@ def sample_calibration(
         raise InputError(
             f"samples of {length} tokens do not fit the model's {positions} positions; ask for shorter ones"
         )
+    batch = batch or max(1, min(32, 16_384 // length))
     starts = _first_tokens(model, tokenizer, samples, seed)
     ends = _ending_tokens(model, tokenizer)
     settings = transformers().GenerationConfig(

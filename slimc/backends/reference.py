@@ -17,7 +17,7 @@ __all__ = ["DECODE", "KERNELS"]
 _State = tuple[tuple[Tensor | None, ...], dict[str, int]]
 
 
-def _accepts(format: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+def _accepts(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, _tokens: int) -> str | None:
     return None
 
 
@@ -28,7 +28,7 @@ def _prepare(packed: PackedLinear) -> _State:
 
 def _run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     tensors, attributes = state
-    return ops.linear(x, *tensors, bias, **attributes)
+    return ops.OPS["slim::linear"].reference(x, *tensors, bias, **attributes)
 
 
 DECODE = Kernel("decode", _accepts, _prepare, _run)

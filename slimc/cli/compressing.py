@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimc import recipes
-from slimc.cli.models import is_compressed, open_model, read_text
+from slimc.cli.models import open_model, read_text
 from slimc.cli.terminal import err, megabytes, note, out
 from slimc.errors import InputError
 from slimc.progress import duration, for_console
@@ -133,12 +133,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     """Refuse before any work what could only fail after it."""
-    if is_compressed(model):
+    from slimc.runtime.files import check_replaceable
+    from slimc.runtime.storage import is_native_folder
+
+    if is_native_folder(Path(model)):
         raise InputError(f"{model} is compressed already; compress the dense model that it was made from")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; the result is a folder: choose another --output")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError(f"{output} exists and is not empty; add --overwrite to replace it, or choose another --output")
+        raise InputError(f"{output}: already exists; add --overwrite to replace it, or choose another --output")
+    check_replaceable(output, overwrite=overwrite, replaceable=is_native_folder)
 
 
 def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:
@@ -146,6 +148,6 @@ def _summarise(report: Report, before: int, output: Path, seconds: float) -> Non
     out.print(f"{output}: {megabytes(before)} of weights are now {megabytes(after)}, in {duration(seconds)}.")
     out.print(
         f"{len(report.sites)} layers take {report.bits_per_weight:.2f} bits a weight; "
-        f"{len(report.left)} matrices stay dense ('slimc inspect {output}' tells which, and why)."
+        f"left dense: {len(report.left)} ('slimc inspect {output}' tells what, and why)."
     )
     out.print(f"Next: slimc generate {output} --prompt 'Once upon a time'")

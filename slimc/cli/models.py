@@ -12,13 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def is_compressed(model: str) -> bool:
-    """Tell whether ``model`` is a folder that slimc wrote."""
-    from slimc.runtime.storage import is_native_folder
-
-    return is_native_folder(Path(model))
-
-
 def open_model(model: str, *, dtype: str | None = None, device: str | None = None) -> tuple[nn.Module, Any]:
     """Return the model, ready to run, and its tokenizer (``None`` if it has none).
 
@@ -30,9 +23,10 @@ def open_model(model: str, *, dtype: str | None = None, device: str | None = Non
 
     import slimc
     from slimc.backends import hf
+    from slimc.runtime.storage import is_native_folder
 
     place = _device(device)
-    if is_compressed(model):
+    if is_native_folder(Path(model)):
         if dtype is not None:
             raise InputError(f"{model} is compressed already; its values keep their dtype: drop --dtype")
         return slimc.load(model, device=str(place)), hf.load_tokenizer(Path(model))

@@ -126,7 +126,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
         write_file(partial, content)
         partial.replace(path)
-        flush_folder(path.parent)
+        flush_path(path.parent)
     except OSError as error:
         raise InputError(describe_write_failure(error, path, len(content))) from error
     finally:
@@ -143,8 +143,8 @@ def flush_to_disk(descriptor: int) -> None:
             raise
 
 
-def flush_folder(path: Path) -> None:
-    """Wait until the entries of a folder are on the disk."""
+def flush_path(path: Path) -> None:
+    """Wait until a file, or the list of what is in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         flush_to_disk(descriptor)
@@ -181,8 +181,8 @@ def publish_folder(
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         fresh.chmod(0o777 & ~current_umask())
         yield fresh
-        for folder in (fresh, *(path for path in fresh.rglob("*") if path.is_dir())):
-            flush_folder(folder)
+        for path in (fresh, *fresh.rglob("*")):
+            flush_path(path)
         exchange(fresh, target)
     except BaseException as error:
         if fresh is not None:
@@ -192,7 +192,7 @@ def publish_folder(
         if isinstance(error, OSError):
             raise InputError(describe_write_failure(error, target, needed)) from error
         raise
-    flush_folder(target.parent)
+    flush_path(target.parent)
 
 
 def check_replaceable(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

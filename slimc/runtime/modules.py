@@ -66,7 +66,7 @@ class SlimLinear(nn.Module):
     @classmethod
     def empty(
         cls,
-        format: LinearFormat,
+        spec: LinearFormat,
         bias: bool | torch.dtype = False,
         device: torch.device | str = "meta",
         *,
@@ -77,17 +77,16 @@ class SlimLinear(nn.Module):
         ``bias`` True makes a bias of the weight's dtype; a dtype makes one of that dtype.
         """
         tensors = {
-            name: torch.empty(shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in format.tensor_specs().items()
+            name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in spec.tensor_specs().items()
         }
-        bias_dtype = bias if isinstance(bias, torch.dtype) else format.weight.dtype if bias else None
-        offset = None if bias_dtype is None else torch.empty(format.rows, dtype=bias_dtype, device=device)
-        return cls(PackedLinear.assemble(format, tensors), offset, kernels=kernels)
+        bias_dtype = bias if isinstance(bias, torch.dtype) else spec.weight.dtype if bias else None
+        offset = None if bias_dtype is None else torch.empty(spec.rows, dtype=bias_dtype, device=device)
+        return cls(PackedLinear.assemble(spec, tensors), offset, kernels=kernels)
 
-    def _set_format(self, format: LinearFormat) -> None:
-        self.format = format
-        self.in_features, self.out_features = format.columns, format.rows
-        self._attributes = ops.linear_attributes(format)
+    def _set_format(self, spec: LinearFormat) -> None:
+        self.format = spec
+        self.in_features, self.out_features = spec.columns, spec.rows
+        self._attributes = ops.linear_attributes(spec)
 
     @property
     def packed(self) -> PackedLinear:
@@ -124,7 +123,7 @@ class SlimLinear(nn.Module):
             torch.compiler.is_compiling()
             or type(x) is not Tensor
             or (x.requires_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled(x.device.type)
+            or torch.is_autocast_enabled(self._device_type)
         ):
             return self._reference(x)
         tokens = x.numel() // self.in_features
@@ -169,6 +168,7 @@ class SlimLinear(nn.Module):
 
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the packed tensors."""
+        self._device_type = self.values.device.type
         self._plans: dict[tuple[torch.dtype, int], _Plan] = {}
         self._states: dict[str, Any] = {}
 
@@ -192,15 +192,14 @@ class SlimLinear(nn.Module):
     def _adopt_dtypes(self) -> None:
         """Let the format follow the tensors after a cast."""
 
-        def adopt(format: WeightFormat, values: Tensor, scale: Tensor | None) -> WeightFormat:
-            return replace(format, dtype=values.dtype if scale is None else scale.dtype)
+        def follow(form: WeightFormat, prefix: str = "") -> WeightFormat:
+            carrier = getattr(self, f"{prefix}{'values' if form.bits is None else 'scale'}")
+            return replace(form, dtype=carrier.dtype)
 
-        spec = self.format
-        left = spec.left and self.left_values is not None and adopt(spec.left, self.left_values, self.left_scale)
-        right = spec.right and self.right_values is not None and adopt(spec.right, self.right_values, self.right_scale)
-        self._set_format(
-            replace(spec, weight=adopt(spec.weight, self.values, self.scale), left=left or None, right=right or None)
-        )
+        form = self.format
+        left = None if form.left is None else follow(form.left, "left_")
+        right = None if form.right is None else follow(form.right, "right_")
+        self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
         self._forget_kernels()
 
     def _load_from_state_dict(

@@ -60,23 +60,23 @@ class Op:
         return f"({', '.join(tensors + (['*'] if integers else []) + integers)}) -> Tensor"
 
 
-def weight_attributes(format: WeightFormat) -> dict[str, int]:
+def weight_attributes(spec: WeightFormat) -> dict[str, int]:
     """Return what the dequant ops need to know of a weight: bits, columns, group, n, m."""
-    pattern = format.sparsity if isinstance(format.sparsity, NM) else None
+    pattern = spec.sparsity if isinstance(spec.sparsity, NM) else None
     return {
-        "bits": format.bits or 0,
-        "columns": format.columns,
-        "group": format.group or 0,
+        "bits": spec.bits or 0,
+        "columns": spec.columns,
+        "group": spec.group or 0,
         "n": pattern.n if pattern else 0,
         "m": pattern.m if pattern else 0,
     }
 
 
-def linear_attributes(format: LinearFormat) -> dict[str, int]:
+def linear_attributes(spec: LinearFormat) -> dict[str, int]:
     """Return the attributes of ``slim::linear`` for a layer of this format."""
-    left, right = format.left, format.right
-    return weight_attributes(format.weight) | {
-        "rank": format.rank,
+    left, right = spec.left, spec.right
+    return weight_attributes(spec.weight) | {
+        "rank": spec.rank,
         "left_bits": (left.bits or 0) if left else 0,
         "left_group": (left.group or 0) if left else 0,
         "right_bits": (right.bits or 0) if right else 0,
@@ -337,7 +337,7 @@ def _low_rank_gradients(
 def _linear_gradients(
     gradient: Tensor,
     needed: tuple[bool, ...],
-    x: Tensor,
+    _x: Tensor,
     values: Tensor,
     pattern: Tensor | None,
     scale: Tensor | None,
@@ -438,7 +438,10 @@ def _register(op: Op) -> None:
         return
 
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, keyword_only_inputs: dict[str, int] | None = None
+        ctx: Any,
+        inputs: tuple[Tensor | None, ...],
+        output: Tensor,  # noqa: ARG001 - passed by keyword
+        keyword_only_inputs: dict[str, int] | None = None,
     ) -> None:
         ctx.save_for_backward(*inputs)
         ctx.attributes = keyword_only_inputs or {}

@@ -61,14 +61,14 @@ class PackedWeight:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
-    def from_tensors(cls, format: WeightFormat, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """Put untrusted tensors together; raise `FormatError` unless they are exactly what ``format`` needs.
+    def from_tensors(cls, spec: WeightFormat, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        """Put untrusted tensors together; raise `FormatError` unless they are exactly what ``spec`` needs.
 
         Names, shapes and dtypes are checked, and that a pattern keeps as many positions as values are stored
         (not on the meta device, where there is nothing to read).
         """
-        check_specs(format.tensor_specs(), tensors)
-        packed = cls(format, **tensors)
+        check_specs(spec.tensor_specs(), tensors)
+        packed = cls(spec, **tensors)
         check_pattern(packed)
         return packed
 
@@ -213,24 +213,24 @@ class PackedLinear:
         return named
 
     @classmethod
-    def from_tensors(cls, format: LinearFormat, tensors: Mapping[str, Tensor]) -> PackedLinear:
-        """Put untrusted tensors together; raise `FormatError` unless they are exactly what ``format`` needs."""
-        check_specs(format.tensor_specs(), tensors)
-        packed = cls.assemble(format, tensors)
+    def from_tensors(cls, spec: LinearFormat, tensors: Mapping[str, Tensor]) -> PackedLinear:
+        """Put untrusted tensors together; raise `FormatError` unless they are exactly what ``spec`` needs."""
+        check_specs(spec.tensor_specs(), tensors)
+        packed = cls.assemble(spec, tensors)
         check_pattern(packed.weight)
         return packed
 
     @classmethod
-    def assemble(cls, format: LinearFormat, tensors: Mapping[str, Tensor]) -> PackedLinear:
+    def assemble(cls, spec: LinearFormat, tensors: Mapping[str, Tensor]) -> PackedLinear:
         """Put tensors together that are known to fit; nothing is checked."""
 
         def part(prefix: str, spec: WeightFormat) -> PackedWeight:
             return PackedWeight(spec, **{name: tensors[prefix + name] for name in spec.tensor_specs()})
 
         return cls(
-            part("", format.weight),
-            None if format.left is None else part("left_", format.left),
-            None if format.right is None else part("right_", format.right),
+            part("", spec.weight),
+            None if spec.left is None else part("left_", spec.left),
+            None if spec.right is None else part("right_", spec.right),
             tensors.get("input_scale"),
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["Choice", "Kernel", "choose", "choices", "token_bucket"]
+__all__ = ["Choice", "Kernel", "choices", "choose", "token_bucket"]
 
 LARGEST_EXPLAINED = 1 << 14
 """Token counts above this choose like this one in `choices`."""
@@ -72,25 +72,25 @@ def token_bucket(tokens: int) -> int:
 
 
 def choose(
-    kernels: Sequence[Kernel], format: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int
+    kernels: Sequence[Kernel], spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> tuple[Kernel | None, dict[str, str]]:
     """Return the first kernel that accepts, and the reasons of those before it."""
     refusals: dict[str, str] = {}
     for kernel in kernels:
-        reason = kernel.accepts(format, dtype, device, token_bucket(tokens))
+        reason = kernel.accepts(spec, dtype, device, token_bucket(tokens))
         if reason is None:
             return kernel, refusals
         refusals[kernel.name] = reason
     return None, refusals
 
 
-def choices(kernels: Sequence[Kernel], format: LinearFormat, dtype: torch.dtype, device: torch.device) -> list[Choice]:
+def choices(kernels: Sequence[Kernel], spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> list[Choice]:
     """Return what is chosen at every number of tokens, as few ranges as tell it all."""
     found: list[Choice] = []
     first = 1
     tokens = 1
     while tokens <= LARGEST_EXPLAINED:
-        kernel, refusals = choose(kernels, format, dtype, device, tokens)
+        kernel, refusals = choose(kernels, spec, dtype, device, tokens)
         if found and found[-1].kernel is kernel and found[-1].refusals == refusals:
             first = found.pop().first_tokens
         found.append(Choice(first, tokens, kernel, refusals))

@@ -16,8 +16,9 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,11 @@ def describe(contents: Contents, shards: list[str], record: ModelRecord, report:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
-    return {"python": platform.python_version(), "slimc": __version__, "torch": torch.__version__}
+    packages = {}
+    for name in ("torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return packages | {"python": platform.python_version(), "slimc": __version__}
 
 
 def is_native_folder(path: Path) -> bool:
@@ -397,10 +402,9 @@ class NativeFolder:
     def _linear(self, site: str, form: LinearFormat, tensors: Mapping[str, Tensor]) -> SlimLinear:
         try:
             packed = PackedLinear.from_tensors(form, {short: tensors[name] for name, short in site_tensors(site, form)})
+            return SlimLinear(packed, tensors.get(join(site, "bias")))
         except FormatError as error:
             raise FormatError(f"{self.path}: site {site!r}: {error}") from None
-        bias = tensors.get(join(site, "bias"))
-        return SlimLinear(packed, bias)
 
 
 def open_folder(path: str | os.PathLike[str], *, verify: bool = True) -> NativeFolder:
@@ -514,6 +518,8 @@ def check_specs(native: NativeFolder, source: Path) -> None:
             raise FormatError(f"{source}: {dense.name[:200]!r} has the unknown dtype {dense.dtype[:40]!r}")
         if dense.name in expected:
             raise FormatError(f"{source}: {dense.name[:200]!r} is listed both as dense and as part of a site")
+        if owner(dense.name) in native.formats and dense.name != join(owner(dense.name), "bias"):
+            raise FormatError(f"{source}: {dense.name[:200]!r} is no part of the format of its site")
         expected[dense.name] = (tuple(dense.shape), DTYPES_BY_TORCH_NAME[dense.dtype])
     for names, problem in (
         (expected.keys() - native.entries.keys(), "the weight files lack"),

@@ -378,6 +378,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "site twice": (edit_json(lambda d: d["sites"].append(d["sites"][0])), "site 'block.0' is listed twice"),
     "dense twice": (edit_json(lambda d: d["dense"].append(d["dense"][0])), "is listed twice"),
     "packed and dense": (edit_json(lambda d: d["dense"][0].update(name="block.0.values")), "both as dense and as part"),
+    "stray tensor in a site": (edit_json(lambda d: d["dense"][0].update(name="block.0.x")), "no part of the format of"),
     "dense left out": (edit_json(lambda d: d["dense"].pop()), "slimc.json does not mention"),
     "dense not there": (edit_json(lambda d: d["dense"].append(d["dense"][0] | {"name": "x"})), "weight files lack 'x'"),
     "dense of another dtype": (edit_json(lambda d: d["dense"][0].update(dtype="float16")), "implies torch.float16"),
@@ -459,6 +460,13 @@ def test_a_packed_pattern_that_keeps_too_much_is_refused(folder: Path) -> None:
     raw[entry.start] = 0xFF
     path.write_bytes(raw)
     with pytest.raises(FormatError, match=r"site 'block\.0'"):
+        load_folder(folder, model=Net(), verify=False)
+
+
+def test_a_bias_of_another_length_is_refused(folder: Path) -> None:
+    edit_json(lambda d: d["dense"][0].update(shape=[3, 4]))(folder)
+    edit_header(lambda header: header["block.0.bias"].update(shape=[3, 4]))(folder)
+    with pytest.raises(FormatError, match=r"site 'block\.0': the bias must have 12 entries"):
         load_folder(folder, model=Net(), verify=False)
 
 
@@ -558,7 +566,7 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
 def test_a_full_disk_leaves_everything_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     full = fail_with(OSError(errno.ENOSPC, "No space left on device"))
     target = {"write_tensors": storage, "write_file": storage, "flush": files}[step]
-    monkeypatch.setattr(target, {"flush": "flush_folder"}.get(step, step), full)
+    monkeypatch.setattr(target, {"flush": "flush_path"}.get(step, step), full)
     before = contents(folder)
     with pytest.raises(InputError, match=r"net: the disk is full; 16\.8 MB are needed there. Nothing was written"):
         save(small_net(), folder, overwrite=True)

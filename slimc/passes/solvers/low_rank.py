@@ -87,7 +87,8 @@ def slim_adapters(error: Tensor, saliency: Tensor, rank: int) -> tuple[Tensor, T
 
     Args:
         error: ``W - W_compressed``, ``[rows, columns]``.
-        saliency: ``x~``, mean ``|x|`` of each input channel before the shift, ``[columns]``, not negative.
+        saliency: ``x~``, mean ``|x|`` of each input channel before the shift, ``[columns]``, not negative. (The
+            authors' code has the root mean square instead; the output error differs by under 0.1 %.)
         rank: 1 .. min(rows, columns).
 
     Returns:

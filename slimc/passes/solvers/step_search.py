@@ -16,8 +16,8 @@ E is continuous and piecewise quadratic, with many local minima. Two facts make 
   ``sqrt(r)`` of ``step*``, so a point whose error exceeds the best one found by more than
   ``(sqrt(r) - 1)^2 * sum(v^2)`` has no optimum near it and can be dropped; what is left is scanned four times finer.
 
-That is branch and bound: the step found is optimal up to :data:`GAP` of its error (or up to the finest scan, when the
-error is nearly zero), not merely a local minimum.
+That is branch and bound: the step found is optimal up to :data:`GAP` of its error (or to a :data:`NEGLIGIBLE` error),
+not merely a local minimum.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from torch import Tensor
 GAP = 1e-3
 """A group is done once no step can lower its squared error by more than this share."""
 
+NEGLIGIBLE = 1e-7
+"""A group is done, too, once its squared error is this share of its energy; a bfloat16 scale alone costs more."""
+
 COARSEST = 4
 """Steps an octave in the first scan."""
 
@@ -37,7 +40,7 @@ SCANS = 6
 BINS = 2**19
 """Histogram bins from zero to the largest magnitude, for groups with more values than :data:`DIRECT`."""
 
-DIRECT = 2**16
+DIRECT = 2**14
 """The most values for which the search looks at each value rather than at a histogram."""
 
 _INTEGER_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -115,7 +118,8 @@ def _branch_and_bound(values: Tensor, counts: Tensor | None, peaks: Tensor, low:
         best_step = torch.where(lowest_error < best_error, winner, best_step)
         best_error = torch.minimum(best_error, lowest_error)
         slack = (2 ** (octaves / 2) - 1) ** 2 * energy
-        promising = (errors <= (best_error + slack)[owners]) & (slack > GAP * best_error)[owners]
+        unsettled = (slack > GAP * best_error) & (best_error > NEGLIGIBLE * energy)
+        promising = (errors <= (best_error + slack)[owners]) & unsettled[owners]
         if scan == SCANS - 1 or not bool(promising.any()):
             break
         owners = owners[promising].repeat_interleave(4)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from slimc.errors import InputError, NumericsError, RecipeError
 from slimc.passes.solvers import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 
 
-def scores_of(seed: int, rows: int, columns: int) -> torch.Tensor:
+def scores_of(seed: int, rows: int, columns: int) -> Tensor:
     """Few distinct values, so that ties are everywhere."""
     return torch.randint(0, 5, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
 
@@ -72,11 +74,12 @@ def test_refusals_say_what_to_do() -> None:
         wanda_scores(weight, torch.ones(5))
     with pytest.raises(InputError, match="no sum of squares may be negative"):
         wanda_scores(weight, -torch.ones(6))
-    for call in (
+    calls: list[Callable[[], Tensor]] = [
         lambda: nm_mask(weight * torch.nan, 1, 2),
         lambda: unstructured_mask(weight * torch.nan, 0.5),
         lambda: magnitude_scores(weight * torch.inf),
         lambda: wanda_scores(weight, torch.full((6,), torch.inf)),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(NumericsError, match="NaN or Inf"):
             call()

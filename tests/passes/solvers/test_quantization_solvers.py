@@ -71,7 +71,8 @@ def test_what_every_quantiser_promises(
 ) -> None:
     quantized = any_quantiser(weight, method, bits, group, dtype)
     rows, columns = weight.shape
-    shape = {None: (1, 1), "channel": (rows, 1)}.get(group) or (rows, -(-columns // group))
+    per_row = -(-columns // group) if isinstance(group, int) else 1
+    shape = (1, 1) if group is None else (rows, per_row)
     assert quantized.codes.shape == weight.shape
     assert quantized.scale.shape == shape
     assert quantized.scale.dtype == dtype
@@ -112,12 +113,18 @@ def test_masked_entries_do_not_count(weight: Tensor, method: str, bits: int, gro
 @settings(deadline=None, max_examples=60)
 @given(weights(), BITS, st.integers(1, 45))
 def test_groups_are_quantised_one_by_one(weight: Tensor, bits: int, group: int) -> None:
-    for quantise in (quantize_absmax, quantize_slim):
-        whole = quantise(weight, bits, group)
-        for index, part in enumerate(weight.split(group, dim=1)):
-            alone = quantise(part, bits, "channel")
-            assert torch.equal(whole.scale[:, index : index + 1], alone.scale)
-            assert torch.equal(whole.codes[:, index * group :][:, : part.shape[1]], alone.codes)
+    absmax, slim = quantize_absmax(weight, bits, group), quantize_slim(weight, bits, group)
+    for index, part in enumerate(torch.split(weight, group, dim=1)):
+        alone = quantize_absmax(part, bits, "channel")
+        assert torch.equal(absmax.scale[:, index : index + 1], alone.scale)
+        columns = slice(index * group, index * group + part.shape[1])
+        assert torch.equal(absmax.codes[:, columns], alone.codes)
+        # The padding of a short group changes the order of summation, and with it the pick among near-equal steps.
+        decoded, alone = slim.dequantize()[:, columns], quantize_slim(part, bits, "channel")
+        for row, values in enumerate(part):
+            error = float((decoded[row].double() - values.double()).square().sum())
+            reference = float((alone.dequantize()[row].double() - values.double()).square().sum())
+            assert error <= guaranteed(reference, values)
 
 
 def test_absmax_conventions() -> None:
@@ -153,8 +160,9 @@ def brute_force(weight: Tensor, bits: int, points: int) -> float:
     flat = weight.flatten().double()
     levels = 2 ** (bits - 1)
     lowest, highest = flat.abs().mean() / (4 * levels), 2.5 * flat.abs().max()
+    scan = torch.logspace(float(lowest.log10()), float(highest.log10()), points, dtype=torch.float64)
     best = float("inf")
-    for steps in torch.logspace(lowest.log10(), highest.log10(), points, dtype=torch.float64).split(500):
+    for steps in torch.split(scan, 500):
         codes = (flat / steps[:, None]).round().clamp(-levels, levels - 1)
         best = min(best, float((codes * steps[:, None] - flat).square().sum(dim=1).min()))
     return best
@@ -163,10 +171,12 @@ def brute_force(weight: Tensor, bits: int, points: int) -> float:
 def guaranteed(optimum: float, weight: Tensor) -> float:
     """Return the largest squared error that the branch and bound may leave (step_search's docstring)."""
     finest = 1 / (step_search.COARSEST * 4 ** (step_search.SCANS - 1))
-    slack = (2 ** (finest / 2) - 1) ** 2 * float(weight.double().square().sum())
+    energy = float(weight.double().square().sum())
+    slack = (2 ** (finest / 2) - 1) ** 2 * energy
     # The float32 residuals are exact to EPS * |w|, which moves their norm by that much at most.
     rounding = EPS * float(weight.double().norm())
-    return (max(optimum / (1 - step_search.GAP), optimum + slack) ** 0.5 + rounding) ** 2
+    left = max(optimum / (1 - step_search.GAP), optimum + slack, step_search.NEGLIGIBLE * energy)
+    return float((left**0.5 + rounding) ** 2)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "zero"])
@@ -182,11 +192,10 @@ def test_the_step_is_optimal(kind: str, bits: int) -> None:
 def test_the_histogram_finds_what_the_direct_search_finds(
     kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = draw(kind, 5, 300, 300)
-    assert weight.numel() > step_search.DIRECT
-    binned = squared_error(weight, quantize_slim(weight, bits))
-    monkeypatch.setattr(step_search, "DIRECT", weight.numel())
-    assert binned <= guaranteed(squared_error(weight, quantize_slim(weight, bits)), weight)
+    weight = draw(kind, 5, 50, 50)
+    direct = squared_error(weight, quantize_slim(weight, bits))
+    monkeypatch.setattr(step_search, "DIRECT", weight.numel() - 1)
+    assert squared_error(weight, quantize_slim(weight, bits)) <= guaranteed(direct, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -207,7 +216,7 @@ def test_values_on_a_grid_are_found_again(bits: int) -> None:
 
 def test_uniform_values_at_8_bits_use_the_whole_range() -> None:
     # The optimum lies at the end of the search range, where a search by deciles of the range may lose it.
-    weight = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    weight = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
     step = quantize_slim(weight, 8).scale.item()
     assert 2 / 256 * 0.99 < step < 1 / 127 * 1.01
 
@@ -257,17 +266,19 @@ def test_activation_aware_scales_weigh_each_matrix_alike() -> None:
     assert activation_aware_scales(inputs * 0, [loud], fraction=0.25).tolist() == [2, 1, 1, 1]
 
 
-def test_activation_aware_rounding_helps_the_chosen_channel() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 32, generator=generator) * 0.1
-    weight[:, :16] *= 2
+def test_activation_aware_rounding_halves_the_error_bound_of_the_chosen_channel() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 0.1
+    weight[:, :16] *= 10
     inputs = torch.ones(32)
     inputs[20] = 1e3
     scales = activation_aware_scales(inputs, [weight], fraction=0.03)
     grid = quantize_slim(weight, 4)
-    plain = (grid.dequantize() - weight)[:, 20].norm()
-    aware = (round_to_grid(weight * scales, grid).dequantize() / scales - weight)[:, 20].norm()
-    assert aware < 0.6 * plain
+    # Twice the small weights of this channel are still inside the clipping range.
+    assert float(2 * weight[:, 20].abs().max()) < 7 * grid.scale.item()
+    decoded = round_to_grid(weight * scales, grid).dequantize() / scales
+    half_step = grid.scale.item() / 2
+    assert float((decoded - weight)[:, 20].abs().max()) <= half_step / 2 * (1 + 8 * EPS)
+    assert float((grid.dequantize() - weight)[:, 20].abs().max()) > half_step / 2
 
 
 def test_refusals_say_what_to_do() -> None:
@@ -276,7 +287,7 @@ def test_refusals_say_what_to_do() -> None:
         with pytest.raises(RecipeError, match=r"5 bits are not supported; choose one of 2, 3, 4, 8"):
             quantise(weight, 5)
         with pytest.raises(RecipeError, match=r"the group 'row' is not valid; give None, 'channel' or a number"):
-            quantise(weight, 4, "row")
+            quantise(weight, 4, "row")  # type: ignore[arg-type]
         with pytest.raises(RecipeError, match="the group 0 is not valid"):
             quantise(weight, 4, 0)
         with pytest.raises(RecipeError, match=r"cannot be stored as torch.int8; choose float32"):

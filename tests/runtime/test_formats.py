@@ -1,0 +1,122 @@
+"""Formats: strict JSON, sizes, and the words for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimc.errors import FormatError
+from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+
+INT4 = WeightFormat(64, 128, bits=4, group=64, dtype=torch.bfloat16)
+
+
+@given(
+    bits=st.sampled_from([None, 2, 3, 4, 8]),
+    group=st.sampled_from([None, 48, 128]),
+    per_tensor=st.booleans(),
+    asymmetric=st.booleans(),
+    sparsity=st.sampled_from([None, NM(2, 4), Unstructured()]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_json_round_trip(bits, group, per_tensor, asymmetric, sparsity, dtype) -> None:
+    scales = (
+        {}
+        if bits is None
+        else {"group": None if per_tensor else group, "per_tensor": per_tensor, "asymmetric": asymmetric}
+    )
+    nonzeros = 7 if sparsity == Unstructured() else None
+    form = WeightFormat(9, 576, bits, sparsity=sparsity, nonzeros=nonzeros, dtype=dtype, **scales)
+    assert WeightFormat.from_json(form.to_json()) == form
+    whole = LinearFormat(form, WeightFormat(9, 2), WeightFormat(2, 576, bits=4, group=64), input_scaled=True)
+    assert LinearFormat.from_json(whole.to_json()) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, "cannot have 0 rows"),
+        ({"columns": -1}, "cannot have -1 columns"),
+        ({"rows": 2**31 + 1}, "cannot have 2147483649 rows"),
+        ({"rows": 2**31, "columns": 2**31}, "is larger than"),
+        ({"rows": 64.0}, "rows of a weight format must be an integer, not 64.0"),
+        ({"rows": True}, "rows of a weight format must be an integer, not True"),
+        ({"rows": None}, "must be an integer, not None"),
+        ({"bits": 1}, "cannot have 1 bits"),
+        ({"bits": 9}, "cannot have 9 bits"),
+        ({"bits": "4"}, "bits of a weight format must be an integer, not '4'"),
+        ({"bits": None}, "without bits there are none"),
+        ({"group": 0}, "a group cannot have 0 columns"),
+        ({"per_tensor": True}, "one scale per tensor excludes groups of 64 columns"),
+        ({"asymmetric": 1}, "must be true or false, not 1"),
+        ({"sparsity": "4:2"}, "4:2 is not an N:M sparsity"),
+        ({"sparsity": "0:4"}, "0:4 is not an N:M sparsity"),
+        ({"sparsity": "2:5"}, "2:5 sparsity does not divide 128 columns"),
+        ({"sparsity": "2:" + "9" * 9999}, "use 'unstructured' or N:M"),
+        ({"sparsity": [2, 4]}, "use 'unstructured' or N:M"),
+        ({"sparsity": "unstructured"}, "nonzeros is the number of values of an unstructured weight"),
+        ({"nonzeros": 3}, "nonzeros is the number of values of an unstructured weight"),
+        ({"sparsity": "unstructured", "nonzeros": 64 * 128 + 1}, "8193 values cannot be stored"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'?"),
+        ({"dtype": 16}, "dtype of a weight format is 16"),
+        ({"gruop": 64}, "unknown key 'gruop' in a weight format (did you mean 'group'?)"),
+    ],
+)
+def test_hostile_weight_formats_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        WeightFormat.from_json(INT4.to_json() | changes)
+    assert message in str(caught.value)
+
+
+def test_formats_must_be_complete_objects() -> None:
+    with pytest.raises(FormatError, match="must be a JSON object, not list"):
+        WeightFormat.from_json([])
+    record = INT4.to_json()
+    del record["bits"], record["dtype"]
+    with pytest.raises(FormatError, match="lacks bits, dtype"):
+        WeightFormat.from_json(record)
+
+
+def test_adapters_must_fit() -> None:
+    left, right = WeightFormat(64, 3), WeightFormat(3, 128)
+    with pytest.raises(FormatError, match="needs both factors"):
+        LinearFormat(INT4, left)
+    with pytest.raises(FormatError, match="factors of 64 x 3 and 4 x 128 do not correct a weight of 64 x 128"):
+        LinearFormat(INT4, left, WeightFormat(4, 128))
+    with pytest.raises(FormatError, match="the right factor is 2:4 fp32: factors are dense and symmetric"):
+        LinearFormat(INT4, left, WeightFormat(3, 128, sparsity=NM(2, 4)))
+    with pytest.raises(FormatError, match="dtypes|cannot be torch.int8"):
+        WeightFormat(64, 3, dtype=torch.int8)
+    assert LinearFormat(INT4, left, right).rank == 3
+
+
+def test_words_for_people() -> None:
+    def words(**fields: Any) -> str:
+        return WeightFormat(**{"rows": 10, "columns": 576, "dtype": torch.bfloat16} | fields).describe()
+
+    assert words(bits=4, per_tensor=True, sparsity=NM(2, 4)) == "2:4 int4 per tensor"
+    assert words(bits=3, group=64, asymmetric=True) == "int3/64 asymmetric"
+    assert words(bits=8) == "int8 per channel"
+    assert words(sparsity=Unstructured(), nonzeros=2880) == "50% unstructured bf16"
+    factors = (WeightFormat(10, 57, bits=4, group=64), WeightFormat(57, 576, bits=4, group=64))
+    base = WeightFormat(10, 576, bits=4, per_tensor=True, sparsity=NM(2, 4))
+    assert LinearFormat(base, *factors).describe() == "2:4 int4 per tensor + low-rank 57 int4/64"
+    mixed = LinearFormat(base, WeightFormat(10, 57, dtype=torch.bfloat16), factors[1], input_scaled=True)
+    assert mixed.describe() == "2:4 int4 per tensor scaled inputs + low-rank 57 bf16 x int4/64"
+
+
+def test_every_stored_byte_counts() -> None:
+    form = LinearFormat(
+        WeightFormat(16, 128, bits=4, group=64, asymmetric=True, dtype=torch.bfloat16),
+        WeightFormat(16, 3, dtype=torch.bfloat16),
+        WeightFormat(3, 128, bits=4, group=64, dtype=torch.bfloat16),
+        input_scaled=True,
+    )
+    weight = 16 * 64 + 16 * 2 * (2 + 1)
+    adapters = 16 * 3 * 2 + 3 * 64 + 3 * 2 * 2
+    assert form.nbytes() == weight + 128 * 2 + adapters
+    assert form.bits_per_weight() == 8 * form.nbytes() / (16 * 128)
