@@ -24,8 +24,9 @@ class LowRank(SitePass):
         rank: a share of ``min(in, out)``, rounded down, or a whole number.
         bits: ``None`` stores the adapters in the weight's dtype, 4 (or 2, 3, 8) in codes with a scale a group.
         group: columns of a factor that share a scale: along ``in`` for ``r``, along the rank for ``l``.
-        requantize: once the adapters are known, store ``mask * (W - l r)`` on a fresh grid in place of ``mask * W``. The paper
-            has no such step; the authors' code does, and on real models it measures better.
+        rounds: how often, once the adapters are known, ``mask * (W - l r)`` is stored on a fresh grid in place of ``mask * W``;
+            between rounds the adapters are solved again for what that leaves. The paper has no such step (0 rounds), the authors' code
+            has one; more than one is alternating minimisation, which measures far better on real models.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -34,7 +35,7 @@ class LowRank(SitePass):
     rank: float | int = 0.1
     bits: int | None = None
     group: int = 64
-    requantize: bool = False
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -45,6 +46,7 @@ class LowRank(SitePass):
             share or number, f"rank must be a share in (0, 1] or a whole number of at least 1, not {self.rank!r}"
         )
         self._require(self.bits in (None, 2, 3, 4, 8), f"bits must be null, 2, 3, 4 or 8, not {self.bits!r}")
+        self._require(whole_number(self.rounds) and self.rounds >= 0, f"rounds must be 0 or more, not {self.rounds!r}")
         self._require(whole_number(self.group) and self.group >= 2, f"group must be 2 or more columns, not {self.group!r}")
 
     def statistics(self) -> frozenset[Statistic]:
@@ -62,8 +64,13 @@ class LowRank(SitePass):
     def apply(self, work: SiteWork) -> None:
         """Solve the adapters and, if asked, what is stored beside them."""
         work.adapters = self._adapters(work)
-        if not self.requantize:
-            return
+        for finished in range(self.rounds):
+            if finished:
+                work.adapters = self._adapters(work)
+            self._express_residual(work)
+
+    def _express_residual(self, work: SiteWork) -> None:
+        """Store what the adapters leave, on a fresh grid, in the mask that is there."""
         residual = work.dense - work.correction()
         if work.input_scale is not None:
             residual = residual / work.input_scale

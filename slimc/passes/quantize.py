@@ -77,7 +77,7 @@ class Quantize(SitePass):
         if "low_rank" in names:
             raise RecipeError(
                 "quantize comes after low_rank, so the adapters could not correct the error that it makes. Put quantize before "
-                "low_rank (LowRank(requantize=true) quantises once more after the adapters are known)."
+                "low_rank (LowRank(rounds=1) quantises once more after the adapters are known)."
             )
 
     def apply(self, work: SiteWork) -> None:

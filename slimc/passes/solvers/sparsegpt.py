@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
+from functools import cache
 from typing import overload
 
 import torch
@@ -12,6 +15,9 @@ from slimc.errors import NumericsError, RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape, share_of
 from slimc.passes.solvers.pruning import keep_highest, require_ratio
 from slimc.passes.solvers.quantization import Quantized
+
+_MAX_SETS = 70
+"""Of 4:8, the largest pattern in use; beyond it the number of sets grows faster than their worth."""
 
 
 @overload
@@ -51,9 +57,11 @@ def sparsegpt(
 
     With ``U`` the upper Cholesky factor of the inverse damped Hessian, ``(gram + damping * mean(diag(gram)) * I)^-1 =
     U^T U``, the columns are visited from left to right; the error ``w_j - q_j`` of a column moves into the ones after
-    it as ``-(w_j - q_j) * U[j, j:] / U[j, j]``. The saliency of an entry is ``(w_ij / U_jj)^2``. The mask of an N:M
-    block is chosen when its first column is reached, that of an unstructured block of columns over all of its rows
-    when the block is reached. With a ``grid`` the survivors are rounded in the same loop (the joint form of section
+    it as ``-(w_j - q_j) * U[j, j:] / U[j, j]``. The mask of an N:M block is chosen
+    when its first column is reached, as the set of entries whose joint removal costs least (:func:`_pattern_mask`; the
+    paper adds up the entries' own saliencies, which ignores that the columns of a block are correlated). An
+    unstructured mask is chosen over all rows of a block of columns when that is reached, by the saliency
+    ``(w_ij / U_jj)^2``. With a ``grid`` the survivors are rounded in the same loop (the joint form of section
     3.4), so the columns after them see pruning and rounding errors together. A ratio of 0 with a grid is GPTQ.
 
     An input channel that is dead (zero on the diagonal of ``gram``) costs nothing to prune, so it is pruned first;
@@ -117,7 +125,7 @@ def sparsegpt(
             at = start + column
             if pattern is not None and at % pattern[1] == 0:
                 ahead = slice(at, at + pattern[1])
-                mask[:, ahead] = keep_highest((left[:, ahead] * importance[ahead]).abs(), pattern[0])
+                mask[:, ahead] = _pattern_mask(left[:, ahead], factor[ahead, ahead], dead[ahead], pattern[0])
             now = current[:, column]
             chosen = torch.where(mask[:, at], now, 0.0)
             if grid is not None and codes is not None:
@@ -133,6 +141,37 @@ def sparsegpt(
     if grid is not None and codes is not None:
         return replace(grid, codes=codes.to(torch.uint8)), mask
     return left, mask
+
+
+def _pattern_mask(weight: Tensor, factor: Tensor, dead: Tensor, keep: int) -> Tensor:
+    """Return which ``keep`` of the m columns of an N:M block to keep in each row, bool ``[rows, m]``.
+
+    Removing the set P from a row costs ``w_P^T ([H^-1]_PP)^-1 w_P`` once the columns after it have made up for it, where the
+    inverse Hessian of what has not been visited yet is ``factor^T factor`` (the optimal brain surgeon's cost of a set). All sets
+    are compared as long as there are few; beyond, the entries' own saliencies decide.
+    """
+    columns = weight.shape[1]
+    weight = torch.where(dead, 0.0, weight)
+    if math.comb(columns, keep) > _MAX_SETS:
+        return keep_highest((weight / factor.diagonal()).abs(), keep)
+    sets, kept = _removable_sets(columns, keep)
+    sets, kept = sets.to(weight.device), kept.to(weight.device)
+    inverse = factor.t().double() @ factor.double()
+    precision = torch.linalg.inv(inverse[sets[:, :, None], sets[:, None, :]]).to(weight.dtype)
+    parts = weight[:, sets]
+    costs = torch.einsum("rsi,sij,rsj->rs", parts, precision, parts)
+    return kept[costs.argmin(1)]
+
+
+@cache
+def _removable_sets(columns: int, keep: int) -> tuple[Tensor, Tensor]:
+    """Return the sets that may be removed, ``[sets, columns - keep]``, and what each of them keeps, bool ``[sets, columns]``.
+
+    Later columns are listed first, so that the lower column is kept when two sets cost the same.
+    """
+    sets = torch.tensor(list(itertools.combinations(reversed(range(columns)), columns - keep)))
+    kept = torch.ones(len(sets), columns, dtype=torch.bool)
+    return sets, kept.scatter_(1, sets, False)
 
 
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> Tensor:

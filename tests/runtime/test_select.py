@@ -1,0 +1,44 @@
+"""Choosing a kernel: the first that accepts, buckets of tokens, and what is said about the others."""
+
+from __future__ import annotations
+
+import torch
+
+from slimc.runtime.packing import LinearFormat, WeightFormat
+from slimc.runtime.select import Kernel, choices, choose, token_bucket
+
+FORM = LinearFormat(WeightFormat(8, 8, bits=4))
+CPU = torch.device("cpu")
+
+
+def kernel(name: str, limit: int | None = None) -> Kernel:
+    return Kernel(
+        name,
+        accepts=lambda form, dtype, device, tokens: "too many tokens" if limit and tokens > limit else None,
+        prepare=lambda packed: None,
+        run=lambda x, state, bias: x,
+    )
+
+
+FEW, ANY = kernel("few", 8), kernel("any")
+
+
+def test_tokens_are_rounded_up_to_a_power_of_two() -> None:
+    assert [token_bucket(tokens) for tokens in (1, 2, 3, 8, 9, 1000)] == [1, 2, 4, 8, 16, 1024]
+
+
+def test_the_first_that_accepts_is_chosen() -> None:
+    assert choose((FEW, ANY), FORM, torch.float32, CPU, 7) == (FEW, {})
+    assert choose((FEW, ANY), FORM, torch.float32, CPU, 9) == (ANY, {"few": "too many tokens"})
+    assert choose((FEW,), FORM, torch.float32, CPU, 9) == (None, {"few": "too many tokens"})
+
+
+def test_choices_tell_ranges_and_reasons() -> None:
+    assert [str(choice) for choice in choices((FEW, ANY), FORM, torch.float32, CPU)] == [
+        "1 to 8 tokens: few",
+        "9 tokens or more: any (few: too many tokens)",
+    ]
+    assert [str(choice) for choice in choices((kernel("one", 1),), FORM, torch.float32, CPU)] == [
+        "1 token: one",
+        "2 tokens or more: slim::linear (one: too many tokens)",
+    ]
