@@ -1,11 +1,14 @@
 # make demo   a real model compressed, in its own environment
 # make test   everything that continuous integration runs
 #
+# Another recipe: make demo RECIPE=slim-w4
+#
 # Nothing need be installed but Python 3.11 or newer. Choose another one with  make test PYTHON=python3.12 ;
 # pass options to pip with  make demo PIPFLAGS=...  (for example an index that serves CPU builds of torch).
 
 PYTHON   ?= python3
 PIPFLAGS ?=
+RECIPE   ?=
 
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check $(PIPFLAGS)
 SOURCES     = $(shell find slimc -name '*.py' -o -name '*.yaml')
@@ -20,7 +23,7 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: .venv-demo/ready  ## compress a real language model and talk to it (about ten minutes on two cores)
-	@$(DEMO) examples/demo.py
+	@$(DEMO) examples/demo.py $(RECIPE)
 
 test: lint types pytest  ## lint, type-check and test
 

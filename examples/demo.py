@@ -21,13 +21,14 @@ PROMPT = "The most important thing to know about the sea is"
 
 
 def main() -> None:
-    """Run the commands and print what came out of them."""
+    """Run the commands, with the recipe that the first argument names, and print what came out of them."""
+    recipe = ["--recipe", sys.argv[1]] if len(sys.argv) > 1 else []
     started = time.monotonic()
     model = find_model()
     print(f"The model is {model.name}, {megabytes(model.stat().st_size)}, from the package {PACKAGE}.")
 
     headline("Compress it, calibrated on text that it samples from itself")
-    slimc("compress", model, "-o", OUTPUT, "--samples", 32, "--length", 256, "--resume", "--overwrite")
+    slimc("compress", model, "-o", OUTPUT, *recipe, "--samples", 32, "--length", 256, "--resume", "--overwrite")
 
     headline("How well does each predict a text? (perplexity, lower is better)")
     scoring = ["--text", TEXT, "--windows", 4, "--length", 1024, "--json", "--quiet"]

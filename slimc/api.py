@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from slimc import recipes
-from slimc.backends import KERNELS
+from slimc.backends import KERNELS, hf
 from slimc.calibration import calibration_batches, count_tokens, example_batches, is_language_model
 from slimc.errors import InputError
 from slimc.ir.capture import Batch, capture
@@ -22,10 +23,15 @@ from slimc.passes import Calibrate, Pass, pipeline
 from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.progress import Progress, SilentProgress
+from slimc.runtime.files import write_file
 from slimc.runtime.modules import use_kernels
+from slimc.runtime.storage import load_folder, save_folder
 from slimc.version import __version__
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_GRAPH = "graph.txt"
+"""The text form of the program, in the native folder."""
 
 
 def compile(  # noqa: A001 - slimc.compile, like torch.compile
@@ -102,6 +108,49 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     return small  # type: ignore[return-value]
 
 
+def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> None:
+    """Write a compressed model to a folder, really packed: the files are as large as the bits that the report promises.
+
+    Args:
+        model: what :func:`compile` or :func:`load` returned.
+        path: the folder. It appears whole or not at all.
+        tokenizer: saved beside the model, so that :func:`load` and the command line find it.
+        overwrite: replace a folder that slimc wrote.
+
+    Raises:
+        InputError: the model is not compressed, the folder exists, or the disk is full.
+    """
+    done = report(model)
+    record, write_model_files = hf.saved_form(model, tokenizer)
+
+    def write_extra(folder: Path) -> None:
+        write_model_files(folder)
+        write_file(folder / _GRAPH, done.graph.encode())
+
+    save_folder(
+        model, Path(path), record=record, report=done.to_json(), seconds=done.seconds, write_extra=write_extra, overwrite=overwrite
+    )
+
+
+def load(path: str | Path, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """Read a folder that :func:`save` wrote; outputs are equal to those before saving, bit for bit.
+
+    Args:
+        path: the folder. Every size, offset and digest is checked before anything is built; no pickle is ever read.
+        model: for a model that is not from Hugging Face, an instance of the same architecture, which is filled in place.
+        device: where the tensors go.
+
+    Raises:
+        FormatError: a file is missing, damaged, or not what ``slimc.json`` promises.
+        InputError: ``model`` is missing or does not fit.
+    """
+    loaded, record = load_folder(Path(path), model=model, skeleton=hf.native_skeleton, device=device)
+    use_kernels(loaded, KERNELS)
+    graph = Path(path) / _GRAPH
+    loaded.slim_report = replace(Report.from_json(record), graph=graph.read_text("utf-8") if graph.is_file() else "")  # type: ignore[assignment]
+    return loaded
+
+
 def report(model: nn.Module) -> Report:
     """Return what slimc did to ``model``: a row a site, and a reason for every weight left alone.
 
@@ -136,8 +185,6 @@ def _batches(
 def _capture(model: nn.Module, batches: Sequence[Batch], include: Sequence[str], exclude: Sequence[str]) -> Program:
     dense: dict[str, str] = {}
     if is_language_model(model):
-        from slimc.backends import hf
-
         dense = dict.fromkeys(hf.output_embedding_names(model), "output embedding, dense by default; include it by its name")
     return capture(model, batches, dense=dense, include=include, exclude=exclude)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimc.backends import hf
 from slimc.errors import InputError
 from slimc.ir.capture import Batch
 from slimc.passes import Calibrate
@@ -90,8 +91,6 @@ def _self_sampled(
     recorded = journal.tokens() if journal else None
     if recorded is not None:
         return list(recorded)
-    from slimc.backends import hf
-
     if not (is_language_model(model) and hf.can_generate(model)):
         raise InputError(
             f"{type(model).__name__} cannot write its own calibration text, because it cannot generate. Pass calibration= with texts or "
@@ -104,8 +103,6 @@ def _self_sampled(
 def _tokenised(texts: str | Sequence[str], settings: Calibrate, tokenizer: Any, journal: Journal | None) -> list[Any]:
     if tokenizer is None:
         raise InputError("Calibration texts need tokenizer=, to turn them into tokens.")
-    from slimc.backends import hf
-
     return _record(hf.tokenize_text(tokenizer, texts, settings.samples, settings.length), settings, journal)
 
 

@@ -43,6 +43,9 @@ _KERNEL_GROUPS = (256, 128, 64, 32)
 _ROW_MULTIPLE = 16
 """The int4 kernel wants whole blocks of output rows."""
 
+_COLUMN_MULTIPLE = 32
+"""The int8 kernel reads whole vectors of columns, past the end of the weight if they do not fill up (it crashes)."""
+
 _ZERO = 8
 """The zero point of the int4 kernel: ``weight = (code - 8) * scale + zero``."""
 
@@ -97,13 +100,14 @@ class Int4Layer:
 
 @dataclass(frozen=True, slots=True)
 class Int8Layer:
-    """State of the int8 kernel: signed codes [rows, columns], a scale a row, and adapters in 16 bit."""
+    """State of the int8 kernel: signed codes [rows, columns + padding], a scale a row, and decoded adapters."""
 
     codes: Tensor
     scales: Tensor
     dense: DenseAdapters | None
     input_scale: Tensor | None
     columns: int
+    padding: int
 
 
 def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
@@ -188,12 +192,14 @@ def _prepare_int4(packed: PackedLinear) -> Int4Layer:
 def _prepare_int8(packed: PackedLinear) -> Int8Layer:
     spec = packed.format
     codes, scale = _signed(packed.weight)
+    padding = -spec.columns % _COLUMN_MULTIPLE
     return Int8Layer(
-        codes=codes,
+        codes=functional.pad(codes, (0, padding)),
         scales=scale[:, 0].expand(spec.rows).contiguous(),
         dense=_dense_adapters(packed, always=True),
         input_scale=packed.input_scale,
         columns=spec.columns,
+        padding=padding,
     )
 
 
@@ -270,6 +276,8 @@ def _run_int8(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     layer: Int8Layer = state
     inputs = x.reshape(-1, layer.columns).contiguous()
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
+    if layer.padding:
+        scaled = functional.pad(scaled, (0, layer.padding))
     y: Tensor = _int8pack_mm(scaled, layer.codes, layer.scales)
     if layer.dense is not None:
         y = layer.dense.correct(y, inputs)

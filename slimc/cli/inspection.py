@@ -107,7 +107,7 @@ def _print_sites(rows: list[SiteRow]) -> None:
     table.add_column("layer", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("expression", overflow="fold")
-    for heading in ("bits", "weight error", "output error", "without adapters"):
+    for heading in ("bits", "weight\nerror", "output\nerror", "without\nadapters"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

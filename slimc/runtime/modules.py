@@ -123,7 +123,7 @@ class SlimLinear(nn.Module):
             torch.compiler.is_compiling()
             or type(x) is not Tensor
             or (x.requires_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled(self._device_type)
+            or torch.is_autocast_enabled(self._autocast_type)
         ):
             return self._reference(x)
         tokens = x.numel() // self.in_features
@@ -168,7 +168,9 @@ class SlimLinear(nn.Module):
 
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the packed tensors."""
-        self._device_type = self.values.device.type
+        # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
+        device = self.values.device.type
+        self._autocast_type = device if torch.amp.is_autocast_available(device) else "cpu"
         self._plans: dict[tuple[torch.dtype, int], _Plan] = {}
         self._states: dict[str, Any] = {}
 

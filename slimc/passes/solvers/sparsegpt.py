@@ -152,7 +152,7 @@ def _pattern_mask(weight: Tensor, factor: Tensor, dead: Tensor, keep: int) -> Te
     """
     columns = weight.shape[1]
     weight = torch.where(dead, 0.0, weight)
-    if math.comb(columns, keep) > _MAX_SETS:
+    if keep == columns or math.comb(columns, keep) > _MAX_SETS:
         return keep_highest((weight / factor.diagonal()).abs(), keep)
     sets, kept = _removable_sets(columns, keep)
     sets, kept = sets.to(weight.device), kept.to(weight.device)
