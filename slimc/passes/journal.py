@@ -27,13 +27,14 @@ from slimc.runtime.files import read_json, write_bytes
 
 _FINGERPRINT = "journal.json"
 _TOKENS = "tokens.safetensors"
+_SITES = "sites"
 
 
 class Journal:
     """The journal at ``folder``.
 
     Args:
-        folder: created if need be; belongs to this run alone.
+        folder: created with the first record; belongs to this run alone.
         resume: go on from what is there. Without it, a journal of an earlier run is an error, never overwritten.
 
     Raises:
@@ -42,15 +43,13 @@ class Journal:
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         self.folder = folder
-        self._sites = folder / "sites"
-        started = (folder / _FINGERPRINT).exists()
-        if started and not resume:
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if folder.exists() and not (folder.is_dir() and found <= {_FINGERPRINT, _TOKENS, _SITES}):
+            raise InputError(f"{folder} exists and is not a journal. Move it away or choose another output.")
+        if found and not resume:
             raise InputError(
                 f"{folder} holds the journal of a run that did not finish. Add --resume (resume=True) to go on with it, or delete it."
             )
-        if folder.exists() and not started and any(folder.iterdir()):
-            raise InputError(f"{folder} exists and is not a journal. Move it away or choose another output.")
-        self._sites.mkdir(parents=True, exist_ok=True)
 
     def tokens(self) -> list[Tensor] | None:
         """Return the recorded calibration tokens by batch, or ``None`` if there are none."""
@@ -62,6 +61,7 @@ class Journal:
 
     def record_tokens(self, batches: Sequence[Tensor]) -> None:
         """Write the calibration tokens, so that a resumed run need not sample or tokenise them again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.folder / _TOKENS, save({str(index): batch.cpu().contiguous() for index, batch in enumerate(batches)}))
 
     def begin(self, fingerprint: dict[str, Any]) -> None:
@@ -72,6 +72,7 @@ class Journal:
         """
         path = self.folder / _FINGERPRINT
         if not path.exists():
+            (self.folder / _SITES).mkdir(parents=True, exist_ok=True)
             write_bytes(path, json.dumps(fingerprint, sort_keys=True, indent=1).encode())
             return
         recorded = read_json(path)
@@ -102,7 +103,7 @@ class Journal:
 
     def _path(self, name: str) -> Path:
         """Name the file by a digest: module paths may be longer than file names, or differ by case only."""
-        return self._sites / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+        return self.folder / _SITES / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,7 +19,7 @@ from slimc.passes.journal import Journal
 from slimc.passes.report import SiteRow
 from slimc.passes.statistics import InputStatistics
 from slimc.passes.work import SiteWork
-from slimc.runtime.ops import apply_packed
+from slimc.runtime.ops import decoded_linear
 from slimc.runtime.packing import PackedLinear
 from slimc.progress import Progress
 
@@ -121,7 +121,8 @@ class Sweep:
             return self._run_node(use.node, values)
         packed = self._finish(site, [*self._earlier_inputs.pop(site.name, []), *activations])
         biases = values[use.bias] if use.bias is not None else [None] * len(activations)
-        return [apply_packed(x, packed, bias) for x, bias in zip(activations, biases, strict=True)]
+        linear = decoded_linear(packed)
+        return [linear(x, bias) for x, bias in zip(activations, biases, strict=True)]
 
     def _finish(self, site: Site, inputs: Sequence[Tensor]) -> PackedLinear:
         """Take the site from the journal, or solve it and write it there."""

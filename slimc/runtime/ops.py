@@ -23,7 +23,7 @@ from slimc.runtime.decode import dequantize
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["OPS", "Op", "apply_packed", "linear_attributes", "weight_attributes"]
+__all__ = ["OPS", "Op", "apply_packed", "decoded_linear", "linear_attributes", "weight_attributes"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,17 @@ def apply_packed(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) ->
     return result
 
 
+def decoded_linear(packed: PackedLinear) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Decode a packed weight once and return ``(x, bias) -> y``, equal to ``slim::linear`` bit for bit.
+
+    For many calls in a row, where decoding at each would dominate.
+    """
+    weight = packed.weight.decode()
+    left = None if packed.left is None else packed.left.decode()
+    right = None if packed.right is None else packed.right.decode()
+    return lambda x, bias: _products(x, weight, packed.input_scale, left, right, bias)
+
+
 def dequant(values: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, columns: int, group: int) -> Tensor:
     """``(codes - zero_point) * scale``: the dense weight [rows, columns] in the scale's dtype."""
     return dequantize(values, None, scale, zero_point, bits=bits, columns=columns, group=group)
@@ -158,11 +169,24 @@ def linear(
 ) -> Tensor:
     """``(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T``, every step rounded to x's dtype."""
     weight = dequantize(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
-    scaled = x if input_scale is None else x * input_scale.to(x.dtype)
-    y = functional.linear(scaled, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    left = right = None
     if left_values is not None and right_values is not None:
         left = dequantize(left_values, None, left_scale, None, bits=left_bits, columns=rank, group=left_group)
         right = dequantize(right_values, None, right_scale, None, bits=right_bits, columns=columns, group=right_group)
+    return _products(x, weight, input_scale, left, right, bias)
+
+
+def _products(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    scaled = x if input_scale is None else x * input_scale.to(x.dtype)
+    y = functional.linear(scaled, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if left is not None and right is not None:
         y = y + low_rank(x, left, right)
     return y.contiguous()
 
