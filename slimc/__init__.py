@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slimc.version import __version__
 
 if TYPE_CHECKING:
-    from slimc.api import compile, load, report, save
+    from slimc.api import compile, load, report, save  # noqa: A004 - slimc.compile, like torch.compile
 
 __all__ = ["__version__", "compile", "load", "report", "save"]
 

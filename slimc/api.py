@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +15,14 @@ from torch import nn
 
 from slimc import recipes
 from slimc.backends import KERNELS, hf
-from slimc.calibration import calibration_batches, count_tokens, example_batches, is_language_model
-from slimc.errors import InputError
+from slimc.calibration import (
+    calibration_batches,
+    count_tokens,
+    example_batches,
+    self_sampled_batches,
+    self_sampled_outline,
+)
+from slimc.errors import FormatError, InputError, RecipeError
 from slimc.ir.capture import Batch, capture
 from slimc.ir.carrier import install
 from slimc.ir.program import Program
@@ -23,7 +31,7 @@ from slimc.passes import Calibrate, Pass, pipeline
 from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.progress import Progress, SilentProgress
-from slimc.runtime.files import write_file
+from slimc.runtime.files import file_inside, write_file
 from slimc.runtime.modules import use_kernels
 from slimc.runtime.storage import load_folder, save_folder
 from slimc.version import __version__
@@ -37,16 +45,16 @@ _GRAPH = "graph.txt"
 def compile(  # noqa: A001 - slimc.compile, like torch.compile
     model: Model,
     calibration: Any = None,
-    passes: str | Path | Sequence[Pass] = recipes.DEFAULT,
+    passes: str | Path | Pass | Sequence[Pass] = recipes.DEFAULT,
     *,
     tokenizer: Any = None,
     inplace: bool = False,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     journal: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     stop_after: str | None = None,
     dump_dir: str | Path | None = None,
 ) -> Model:
@@ -54,15 +62,15 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
 
     Args:
         model: any module that ``torch.export`` captures. Left as it was unless ``inplace``.
-        calibration: texts (with ``tokenizer``), a tensor, or an iterable of batches (tensors, tuples of arguments, dicts of keyword
-            arguments). ``None``: a causal language model writes its own text.
-        passes: the name of a preset, the path of a recipe file, or a list of passes.
+        calibration: texts (with ``tokenizer``), a tensor, or an iterable of batches (tensors, tuples of arguments,
+            dicts of keyword arguments). ``None``: a causal language model writes its own text.
+        passes: the name of a preset, the path of a recipe file, one pass or a list of passes.
         tokenizer: of a language model, for texts and self-sampling.
-        inplace: replace the linears of ``model`` itself and return it.
+        inplace: replace the linears of ``model`` itself and return it; an error leaves it as it was.
         include: patterns of sites to compress although they are dense by default (``"lm_head"``).
         exclude: patterns of sites to leave dense. Patterns are shell wildcards, or regular expressions after ``re:``.
         journal: folder that keeps finished sites, so that a run that dies can be resumed.
-        resume: go on with the run that ``journal`` holds.
+        resume: go on with the run that ``journal`` holds, or start one if it holds none.
         progress: told what happens; see :mod:`slimc.progress`.
         skip: names of passes to leave out.
         stop_after: name of the last pass to run.
@@ -75,37 +83,63 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         SlimError: with what happened, where, and what to do; see :mod:`slimc.errors`.
     """
     recipe_include, recipe_exclude, chosen = _passes(passes)
-    chosen = pipeline.select(chosen, skip=skip, stop_after=stop_after)
+    chosen = pipeline.select(chosen, skip=_several(skip), stop_after=stop_after)
     progress = progress or SilentProgress()
-    seconds: dict[str, float] = {}
-    record = Journal(Path(journal), resume=resume) if journal else None
-
-    started = time.perf_counter()
-    batches = _batches(model, calibration, chosen, tokenizer, record, progress)
-    seconds["calibration data"] = time.perf_counter() - started
-
-    started = time.perf_counter()
-    program = _capture(model, batches, (*recipe_include, *include), (*recipe_exclude, *exclude))
-    seconds["capture"] = time.perf_counter() - started
-
+    if resume and journal is None:
+        raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
+    record = Journal(Path(journal), resume=resume) if journal is not None else None
+    settings = next((one for one in chosen if isinstance(one, Calibrate)), Calibrate())
     calibrated = pipeline.needs_calibration(chosen)
+    self_sampled = calibrated and calibration is None
+    clock = _Clock()
+
+    # What can be refused is refused before a model spends its time on writing text.
+    if calibration is not None:
+        batches = calibration_batches(model, calibration, settings, tokenizer=tokenizer)
+    else:
+        batches = self_sampled_outline(model, settings) if calibrated else example_batches(model)
+    clock.lap("calibration data")
+    program = _capture(model, batches, (*recipe_include, *_several(include)), (*recipe_exclude, *_several(exclude)))
+    pipeline.check_sites(program, chosen)
     inputs = [program.flatten_inputs(*batch) for batch in batches] if calibrated else []
+    clock.lap("capture")
+
     if record:
-        record.begin(_fingerprint(program, chosen, inputs))
-    outcome = pipeline.run(
-        program, chosen, inputs, journal=record, progress=progress, dump_dir=Path(dump_dir) if dump_dir else None
-    )
-    small = install(model, program, inplace=inplace)
+        source = "self-sampled" if self_sampled else _calibration_digest(inputs)
+        record.begin(_fingerprint(program, chosen, source))
+        clock.lap("journal")
+    if self_sampled:
+        batches = self_sampled_batches(model, settings, tokenizer=tokenizer, journal=record, progress=progress)
+        inputs = [program.flatten_inputs(*batch) for batch in batches]
+        clock.lap("calibration data")
+
+    dumps = Path(dump_dir) if dump_dir is not None else None
+    outcome = pipeline.run(program, chosen, inputs, journal=record, progress=progress, dump_dir=dumps)
+    small = _install(model, program, inplace=inplace)
     use_kernels(small, KERNELS)
-    small.slim_report = Report(
+    report = Report(
         recipe=[one.to_config() for one in chosen],
         sites=outcome.rows,
         left=[LeftRow(row.name, row.shape, row.reason) for row in program.left],
         calibration_tokens=count_tokens(batches) if calibrated else 0,
-        seconds=seconds | outcome.seconds,
+        seconds=clock.seconds | outcome.seconds,
         graph=text(program),
     )
+    _attach(small, report)
     return small  # type: ignore[return-value]
+
+
+class _Clock:
+    """Adds up the seconds between laps, by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> None:
@@ -128,7 +162,13 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite
         write_file(folder / _GRAPH, done.graph.encode())
 
     save_folder(
-        model, Path(path), record=record, report=done.to_json(), seconds=done.seconds, write_extra=write_extra, overwrite=overwrite
+        model,
+        Path(path),
+        record=record,
+        report=done.to_json(),
+        seconds=done.seconds,
+        write_extra=write_extra,
+        overwrite=overwrite,
     )
 
 
@@ -137,7 +177,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
 
     Args:
         path: the folder. Every size, offset and digest is checked before anything is built; no pickle is ever read.
-        model: for a model that is not from Hugging Face, an instance of the same architecture, which is filled in place.
+        model: for a model that is not from Hugging Face, an instance of the same architecture; it is filled in place.
         device: where the tensors go.
 
     Raises:
@@ -146,8 +186,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     """
     loaded, record = load_folder(Path(path), model=model, skeleton=hf.native_skeleton, device=device)
     use_kernels(loaded, KERNELS)
-    graph = Path(path) / _GRAPH
-    loaded.slim_report = replace(Report.from_json(record), graph=graph.read_text("utf-8") if graph.is_file() else "")  # type: ignore[assignment]
+    _attach(loaded, replace(Report.from_json(record), graph=_read_graph(Path(path))))
     return loaded
 
 
@@ -163,48 +202,82 @@ def report(model: nn.Module) -> Report:
     return found
 
 
-def _passes(passes: str | Path | Sequence[Pass]) -> tuple[Sequence[str], Sequence[str], Sequence[Pass]]:
+def _passes(passes: str | Path | Pass | Sequence[Pass]) -> tuple[Sequence[str], Sequence[str], Sequence[Pass]]:
     """Return the include patterns, the exclude patterns and the passes of what the user named."""
     if isinstance(passes, str | Path):
         recipe = recipes.load(passes)
         return recipe.include, recipe.exclude, recipe.build()
+    if isinstance(passes, Pass):
+        return (), (), [passes]
+    if not isinstance(passes, Iterable):
+        raise RecipeError(f"passes is a {type(passes).__name__}; give a recipe's name, its path, or a list of passes.")
     return (), (), list(passes)
 
 
-def _batches(
-    model: nn.Module, calibration: Any, passes: Sequence[Pass], tokenizer: Any, journal: Journal | None, progress: Progress
-) -> list[Batch]:
-    settings = next((one for one in passes if isinstance(one, Calibrate)), Calibrate())
-    if calibration is None and not pipeline.needs_calibration(passes):
-        return example_batches(model)
-    return calibration_batches(
-        model, calibration, settings, tokenizer=tokenizer, journal=journal, progress=progress
-    )
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Let one name stand for a list of it; its letters are never meant."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _capture(model: nn.Module, batches: Sequence[Batch], include: Sequence[str], exclude: Sequence[str]) -> Program:
-    dense: dict[str, str] = {}
-    if is_language_model(model):
-        dense = dict.fromkeys(hf.output_embedding_names(model), "output embedding, dense by default; include it by its name")
+    reason = "output embedding, dense by default; include it by its name"
+    dense = dict.fromkeys(hf.output_embedding_names(model), reason)
     return capture(model, batches, dense=dense, include=include, exclude=exclude)
 
 
-def _fingerprint(program: Program, passes: Sequence[Pass], inputs: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def _install(model: nn.Module, program: Program, *, inplace: bool) -> nn.Module:
+    """Put the compressed linears into a copy of ``model``, or into itself."""
+    try:
+        return install(model, program, inplace=inplace)
+    except (TypeError, RuntimeError, PicklingError) as error:
+        if inplace:
+            raise
+        raise InputError(
+            f"{type(model).__name__} cannot be copied ({error}). Pass inplace=True to compress the model itself."
+        ) from error
+
+
+def _attach(model: nn.Module, report: Report) -> None:
+    # A plain attribute of no declared name: modules type theirs as tensors and modules only.
+    model.slim_report = report  # type: ignore[assignment]
+
+
+def _read_graph(folder: Path) -> str:
+    if not (folder / _GRAPH).exists():
+        return ""
+    path = file_inside(folder, _GRAPH)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} cannot be read ({error}); delete it, or get the whole folder again.") from error
+
+
+def _fingerprint(program: Program, passes: Sequence[Pass], calibration: str) -> dict[str, Any]:
     """Return everything that must be the same for a resumed run to give the same bytes."""
-    tensors = [
-        (f"{batch}.{leaf}", value)
-        for batch, values in enumerate(inputs)
-        for leaf, value in enumerate(values)
-        if isinstance(value, torch.Tensor)
-    ]
     device = next(program.module.parameters()).device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    tensors = [*program.module.named_parameters(), *program.module.named_buffers()]
     return {
-        "slimc": __version__,
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
+        "version of slimc": __version__,
+        "version of torch": str(torch.__version__),
+        "device": name,
+        "number of threads": torch.get_num_threads(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
         "recipe": [one.to_config() for one in passes],
-        "sites": sorted(program.sites),
-        "weights": digest(sorted(program.module.named_parameters())),
-        "calibration": digest(tensors),
+        "choice of sites": sorted(program.sites),
+        # The graph also holds the dtypes, the attention implementation, and what the configuration decided.
+        "model's code or configuration": hashlib.sha256(text(program).encode()).hexdigest(),
+        "model's weights": digest(sorted(tensors)),
+        "calibration": calibration,
     }
+
+
+def _calibration_digest(inputs: Sequence[Sequence[Any]]) -> str:
+    """Return the digest of the flat inputs of all batches."""
+    leaves = [(f"{batch}.{leaf}", value) for batch, values in enumerate(inputs) for leaf, value in enumerate(values)]
+    tensors = [(name, value) for name, value in leaves if isinstance(value, torch.Tensor)]
+    others = [(name, repr(value)) for name, value in leaves if not isinstance(value, torch.Tensor)]
+    return hashlib.sha256(f"{digest(tensors)} {others}".encode()).hexdigest()

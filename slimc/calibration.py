@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,49 +18,76 @@ from slimc.progress import Progress
 
 
 def is_language_model(model: nn.Module) -> bool:
-    """Tell whether ``model`` reads token ids: a Hugging Face model with input embeddings."""
-    return hasattr(model, "config") and hasattr(model, "get_input_embeddings")
+    """Tell whether ``model`` reads token ids: a Hugging Face model whose main input is ``input_ids``."""
+    return hasattr(model, "config") and getattr(model, "main_input_name", None) == "input_ids"
 
 
 def calibration_batches(
-    model: nn.Module,
-    calibration: Any,
-    settings: Calibrate,
-    *,
-    tokenizer: Any = None,
-    journal: Journal | None = None,
-    progress: Progress,
+    model: nn.Module, calibration: Any, settings: Calibrate, *, tokenizer: Any = None
 ) -> list[Batch]:
     """Return the calls of the model that calibration runs.
 
     Args:
         model: the model; its device is where tensors go.
-        calibration: ``None`` (the model writes its own text), a text or a list of texts (with ``tokenizer``), a tensor
-            ``[samples, ...]``, or an iterable of batches, each a tensor, a tuple of arguments or a dict of keyword arguments.
-        settings: how many samples of which length; used for text, and to cut one tensor into batches.
+        calibration: a text or an iterable of texts (with ``tokenizer``), a tensor ``[samples, ...]``, a dict of keyword
+            arguments, or an iterable of batches, each a tensor, a tuple of arguments or a dict of keyword arguments.
+            One row of token ids is a batch of one.
+        settings: how many samples of which length to take of text; into batches of which size to cut a tensor.
         tokenizer: for texts.
-        journal: keeps the tokens; a resumed run takes them from there when the model wrote them.
-        progress: told how self-sampling goes.
 
     Raises:
-        InputError: there is no data, too little text, or data of a form that slimc does not know.
+        InputError: there is no data, too little text, or data of a form that slimc or the model does not know.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if calibration is None:
-        batches = _self_sampled(model, settings, tokenizer, journal, progress)
-    elif isinstance(calibration, str) or _are_texts(calibration):
-        batches = _tokenised(calibration, settings, tokenizer, journal)
+    if isinstance(calibration, str):
+        batches: list[Any] = [calibration]
     elif isinstance(calibration, Tensor):
-        batches = list(calibration.split(settings.batch))
+        batches = _split(calibration, settings.batch) if calibration.ndim > 1 else [calibration]
     elif isinstance(calibration, Mapping):
         batches = [calibration]
     elif isinstance(calibration, Iterable):
         batches = list(calibration)
     else:
-        raise InputError(f"calibration is a {type(calibration).__name__}; give texts, a tensor, or an iterable of batches.")
+        raise InputError(
+            f"calibration is a {type(calibration).__name__}; give texts, a tensor, or an iterable of batches."
+        )
     if not batches:
         raise InputError("The calibration data is empty: give at least one batch.")
-    return [_call(model, batch, device) for batch in batches]
+    if all(isinstance(batch, str) for batch in batches):
+        batches = _tokenised(calibration if isinstance(calibration, str) else batches, settings, tokenizer)
+    return [_call(model, batch) for batch in batches]
+
+
+def self_sampled_batches(
+    model: nn.Module, settings: Calibrate, *, tokenizer: Any, journal: Journal | None, progress: Progress
+) -> list[Batch]:
+    """Return calls with text that the model writes itself, or that ``journal`` has from before.
+
+    Raises:
+        InputError: the text does not fit the model's positions.
+        NumericsError: the model's logits hold NaN or Inf.
+    """
+    batches = journal.tokens() if journal else None
+    if batches is None:
+        samples = hf.sample_calibration(model, tokenizer, settings.samples, settings.length, settings.seed, progress)
+        batches = _split(torch.stack(list(samples)), settings.batch)
+        if journal:
+            journal.record_tokens(batches)
+    return [_call(model, batch) for batch in batches]
+
+
+def self_sampled_outline(model: nn.Module, settings: Calibrate) -> list[Batch]:
+    """Return calls shaped like self-sampled text, to capture the model before hours go into sampling.
+
+    Raises:
+        InputError: the model cannot generate.
+    """
+    if not (is_language_model(model) and hf.can_generate(model)):
+        raise InputError(
+            f"{type(model).__name__} cannot write its own calibration text, because it cannot generate. Pass "
+            "calibration= with texts or batches of inputs (on the command line: --calibration FILE)."
+        )
+    zeros = torch.zeros((1, 1), dtype=torch.int64).expand(settings.samples, settings.length)
+    return [_call(model, batch) for batch in _split(zeros, settings.batch)]
 
 
 def example_batches(model: nn.Module) -> list[Batch]:
@@ -70,65 +98,68 @@ def example_batches(model: nn.Module) -> list[Batch]:
     """
     if not is_language_model(model):
         raise InputError(
-            f"Pass calibration= with at least one batch: {type(model).__name__} must be captured with an example of its inputs."
+            f"Pass calibration= with at least one batch: {type(model).__name__} must be captured with an example of "
+            "its inputs."
         )
-    device = next(model.parameters()).device
-    return [((), {"input_ids": torch.arange(2 * 9, device=device).view(2, 9) % 8})]
+    return [_call(model, torch.zeros((2, 9), dtype=torch.int64))]
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:
-    """Return the number of rows that the first tensor of each batch holds: tokens for text, samples otherwise."""
+    """Return how much the first tensor of all batches holds: token ids for text, samples otherwise."""
     total = 0
     for args, kwargs in batches:
-        first = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
-        total += first.shape[0] if first.is_floating_point() else first.numel()
+        first = next((leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), torch.empty(0))
+        total += first.numel() if not first.is_floating_point() else len(first) if first.ndim else 1
     return total
 
 
-def _self_sampled(
-    model: nn.Module, settings: Calibrate, tokenizer: Any, journal: Journal | None, progress: Progress
-) -> list[Any]:
-    recorded = journal.tokens() if journal else None
-    if recorded is not None:
-        return list(recorded)
-    if not (is_language_model(model) and hf.can_generate(model)):
-        raise InputError(
-            f"{type(model).__name__} cannot write its own calibration text, because it cannot generate. Pass calibration= with texts or "
-            "batches of inputs (on the command line: --calibration FILE)."
-        )
-    samples = hf.sample_calibration(model, tokenizer, settings.samples, settings.length, settings.seed, progress)
-    return _record(torch.stack(list(samples)), settings, journal)
-
-
-def _tokenised(texts: str | Sequence[str], settings: Calibrate, tokenizer: Any, journal: Journal | None) -> list[Any]:
+def _tokenised(texts: str | Sequence[str], settings: Calibrate, tokenizer: Any) -> list[Tensor]:
     if tokenizer is None:
         raise InputError("Calibration texts need tokenizer=, to turn them into tokens.")
-    return _record(hf.tokenize_text(tokenizer, texts, settings.samples, settings.length), settings, journal)
+    return _split(hf.tokenize_text(tokenizer, texts, settings.samples, settings.length), settings.batch)
 
 
-def _record(tokens: Tensor, settings: Calibrate, journal: Journal | None) -> list[Any]:
-    batches = list(tokens.split(settings.batch))
-    if journal:
-        journal.record_tokens(batches)
-    return batches
+def _split(samples: Tensor, size: int) -> list[Tensor]:
+    """Cut ``[samples, ...]`` into batches of ``size``, the last one perhaps smaller."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
-def _are_texts(calibration: Any) -> bool:
-    return isinstance(calibration, list | tuple) and bool(calibration) and all(isinstance(text, str) for text in calibration)
-
-
-def _call(model: nn.Module, batch: Any, device: torch.device) -> Batch:
-    """Return one batch as a call of the model: a bare tensor of integers is a language model's ``input_ids``."""
+def _call(model: nn.Module, batch: Any) -> Batch:
+    """Return one batch as a call of ``model``, on its device."""
+    args, kwargs = _arguments(model, batch)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors:
+        raise InputError(
+            f"A calibration batch is a {type(batch).__name__} without a tensor; give a tensor, a tuple of arguments "
+            "or a dict of keyword arguments."
+        )
+    if not all(tensor.numel() for tensor in tensors):
+        raise InputError("A calibration batch holds an empty tensor; leave such batches out.")
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"A calibration batch does not fit {type(model).__name__}.forward: {error}. Give tuples of its positional "
+            "arguments or dicts of its keyword arguments."
+        ) from error
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
+    return tuple(move(value) for value in args), {name: move(value) for name, value in kwargs.items()}
+
+
+def _arguments(model: nn.Module, batch: Any) -> Batch:
+    """Return positional and keyword arguments; a bare tensor of integers is a language model's ``input_ids``."""
     if isinstance(batch, Tensor):
         if is_language_model(model) and not batch.is_floating_point():
-            return (), {"input_ids": move(batch)}
-        return (move(batch),), {}
+            return (), {"input_ids": batch.unsqueeze(0) if batch.ndim == 1 else batch}
+        return (batch,), {}
     if isinstance(batch, Mapping):
-        return (), {str(name): move(value) for name, value in batch.items()}
-    if isinstance(batch, tuple | list) and any(isinstance(value, Tensor) for value in batch):
-        return tuple(move(value) for value in batch), {}
-    raise InputError(f"A calibration batch is a {type(batch).__name__}; give a tensor, a tuple of arguments or a dict of keywords.")
+        return (), {str(name): value for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    raise InputError(
+        f"A calibration batch is a {type(batch).__name__}; give a tensor, a tuple of arguments or a dict of keywords."
+    )

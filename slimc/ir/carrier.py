@@ -1,16 +1,21 @@
 """The second carrier of a compression: the user's own module, with :class:`SlimLinear` set where its linears were.
 
-A module is replaced only if the graph shows that it is exactly one linear. Otherwise its weight is refused, with the reason.
+A module is replaced only if the capture shows that it is exactly one linear. Otherwise its weight is refused, with the
+reason.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from slimc.ir.program import Program, Site
 from slimc.ir.text import operator_name
@@ -18,31 +23,97 @@ from slimc.runtime.modules import SlimLinear
 
 aten = torch.ops.aten
 
-_SHAPE_PLUMBING = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.sym_size.int,
-    aten.t.default,
-    aten.transpose.int,
-}
+_KEEPS_ROWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.contiguous.default,
+    }
+)
+"""Operators that leave the elements in order: between two of them a product with ``[rows, columns]`` is a linear."""
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """How a module was called while it was traced; sizes are text, since symbolic ones must not be compared.
+
+    Attributes:
+        plain: one positional tensor went in, and one tensor came out.
+        input: sizes of that tensor.
+        output: sizes of the result.
+    """
+
+    plain: bool
+    input: tuple[str, ...] = ()
+    output: tuple[str, ...] = ()
+
+
+class ModuleCalls:
+    """The calls of each module of a model.
+
+    The exporter calls a module that has several paths through a proxy, another object with the same ``__dict__``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._calls: dict[int, list[ModuleCall]] = {id(vars(module)): [] for module in model.modules()}
+
+    def __getitem__(self, module: nn.Module) -> list[ModuleCall]:
+        """Return the calls of one module, in order."""
+        return self._calls[id(vars(module))]
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Add a call; those of foreign modules are ignored."""
+        if id(vars(module)) not in self._calls:
+            return
+        plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(result, Tensor)
+        self[module].append(ModuleCall(True, _sizes(args[0]), _sizes(result)) if plain else ModuleCall(False))
+
+
+@contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[ModuleCalls]:
+    """Record how the modules of ``model`` are called: the graph does not show arguments that are merely passed."""
+    calls = ModuleCalls(model)
+    handle = register_module_forward_hook(calls.record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _sizes(tensor: Tensor) -> tuple[str, ...]:
+    return tuple(str(size) for size in tensor.shape)
 
 
 class CarrierCheck:
-    """Decides whether the modules that hold a weight can be replaced by a :class:`SlimLinear`."""
+    """Decides whether the modules that hold a weight can be replaced by a :class:`SlimLinear`.
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    Args:
+        model: the user's model.
+        graph: what it was captured as.
+        calls: how its modules were called meanwhile.
+        canonical: the first name of each tensor, by all its names.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, calls: ModuleCalls, canonical: Mapping[str, str]) -> None:
         self.model = model
+        self.calls = calls
+        self.canonical = canonical
         self.nodes: dict[str, list[fx.Node]] = {}
+        self.constants: list[fx.Node] = [node for node in graph.nodes if node.op == "get_attr" and node.users]
         for node in graph.nodes:
             if node.op == "call_function":
                 self.nodes.setdefault(innermost_module(node), []).append(node)
 
-    def refusal(self, site: Site) -> str | None:
-        """Say why a module that holds the site's weight cannot be replaced, or return ``None``."""
-        if not site.weight_name.endswith("weight") or site.weight_name.rpartition(".")[2] != "weight":
-            owner = type(self.model.get_submodule(site.weight_name.rpartition(".")[0])).__name__
-            return f"is a parameter of {owner}, not the weight of a linear module"
+    def refusal(self, site: Site, names: tuple[str, ...]) -> str | None:
+        """Say why a module that holds the site's weight, under any of ``names``, stays; or return ``None``."""
+        for name in names:
+            path, _, last = name.rpartition(".")
+            if last != "weight":
+                owner = type(self.model.get_submodule(path)).__name__
+                return f"is the parameter '{last}' of {owner}, not the weight of a linear module"
         for use in site.uses:
             path = innermost_module(use.node)
             if path not in site.modules:
@@ -51,21 +122,65 @@ class CarrierCheck:
 
     def _module_refusal(self, path: str, site: Site) -> str | None:
         module = self.model.get_submodule(path)
-        products = {use.node for use in site.uses}
-        extra = [
-            node
-            for node in self.nodes.get(path, [])
-            if node not in products and node.target not in _SHAPE_PLUMBING and str(node.target)[:5] == "aten."
-        ]
-        if extra:
-            return f"its module {type(module).__name__} does more than one linear (it also runs {operator_name(extra[0])})"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"its module {type(module).__name__} has forward hooks, which would be lost"
-        biases = {None if use.bias is None else str(use.bias.target) for use in site.uses if innermost_module(use.node) == path}
-        own_bias = getattr(module, "bias", None)
-        if own_bias is not None and None in biases:
-            return f"the bias of its module {type(module).__name__} is not added by the product"
+        what = f"its module {type(module).__name__}"
+        if not self.calls[module]:
+            return f"{what} ('{path}') shares the weight, but is not called"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return f"{what} has hooks, which would be lost"
+        if "forward" in vars(module):
+            return f"{what} has had its forward() replaced, which would be lost"
+        extra = self._extra_node(path, site)
+        if extra is not None:
+            return f"{what} does more than one linear (it also runs {operator_name(extra)})"
+        return (
+            self._call_refusal(what, module, site)
+            or self._bias_refusal(what, path, site)
+            or self._other_tensor_refusal(what, path)
+        )
+
+    def _extra_node(self, path: str, site: Site) -> fx.Node | None:
+        """Return a node of the module that computes something besides the product."""
+        part_of_linear = {use.node for use in site.uses}
+        part_of_linear |= {node for use in site.uses for node in _weight_path(use.weight)}
+        for node in self.nodes.get(path, []):
+            if node not in part_of_linear and node.target not in _KEEPS_ROWS and _makes_tensors(node):
+                return node
         return None
+
+    def _call_refusal(self, what: str, module: nn.Module, site: Site) -> str | None:
+        rows, columns = (str(size) for size in site.shape)
+        calls = self.calls[module]
+        if not all(call.plain for call in calls):
+            return f"{what} is called with more than one positional tensor, or returns more than one"
+        if any(call.input[-1:] != (columns,) or call.output != (*call.input[:-1], rows) for call in calls):
+            return f"{what} changes the shape of its input or output"
+        paths = [path for path, other in self.model.named_modules(remove_duplicate=False) if other is module]
+        products = sum(innermost_module(use.node) in paths for use in site.uses)
+        traces = max(len(self.calls[self.model]), 1)
+        return f"{what} multiplies by it more than once in a call" if products * traces > len(calls) else None
+
+    def _bias_refusal(self, what: str, path: str, site: Site) -> str | None:
+        own = self.canonical.get(f"{path}.bias" if path else "bias")
+        for use in site.uses:
+            added = None if use.bias is None else self.canonical.get(str(use.bias.target), str(use.bias.target))
+            if innermost_module(use.node) == path and added != own:
+                return f"the product adds {added or 'no bias'}, but the bias of {what} is {own or 'absent'}"
+        return None
+
+    def _other_tensor_refusal(self, what: str, path: str) -> str | None:
+        start = f"{path}." if path else ""
+        for node in self.constants:
+            name = str(node.target)
+            if path and name.startswith(start) and name.removeprefix(start) not in ("weight", "bias"):
+                return f"{what} also holds '{name.removeprefix(start)}', which the model reads"
+        return None
+
+
+def _weight_path(operand: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes from a product's weight operand back to the constant."""
+    while operand.op == "call_function":
+        yield operand
+        operand = operand.all_input_nodes[0]
 
 
 def innermost_module(node: fx.Node) -> str:
@@ -74,10 +189,16 @@ def innermost_module(node: fx.Node) -> str:
     return re.sub(r"@\d+", "", str(list(stack.values())[-1][0])) if stack else ""
 
 
+def _makes_tensors(node: fx.Node) -> bool:
+    """Tell whether a node computes with tensors; arithmetic on sizes does not."""
+    return isinstance(node.meta.get("val"), Tensor | list | tuple)
+
+
 def install(model: nn.Module, program: Program, *, inplace: bool) -> nn.Module:
     """Return ``model`` with a :class:`SlimLinear` in place of each site's modules.
 
-    Without ``inplace`` the model is copied; the dense weights that are replaced are not.
+    Without ``inplace`` the model is copied; the dense weights that are replaced are not. A model that is itself one
+    linear cannot be changed in place: its replacement is returned.
     """
     replacements = _replacements(model, program)
     if "" in replacements:
@@ -91,15 +212,19 @@ def install(model: nn.Module, program: Program, *, inplace: bool) -> nn.Module:
     return model
 
 
-def _replacements(model: nn.Module, program: Program) -> Mapping[str, SlimLinear]:
+def _replacements(model: nn.Module, program: Program) -> dict[str, SlimLinear]:
+    """Return the new module for each path; modules of equal weight and bias become one, so that they stay equal."""
     replacements: dict[str, SlimLinear] = {}
     for site in program.sites.values():
         if site.packed is None:
             continue
         by_bias: dict[int, SlimLinear] = {}
         for path in site.modules:
-            bias = getattr(model.get_submodule(path), "bias", None)
-            new = by_bias.setdefault(id(bias), SlimLinear(site.packed, None if bias is None else bias.detach().clone()))
-            new.train(model.get_submodule(path).training)
-            replacements[path] = new
+            old = model.get_submodule(path)
+            bias: Any = getattr(old, "bias", None)
+            bias = bias if isinstance(bias, Tensor) else None
+            if id(bias) not in by_bias:
+                by_bias[id(bias)] = SlimLinear(site.packed, None if bias is None else bias.detach().clone())
+                by_bias[id(bias)].train(old.training)
+            replacements[path] = by_bias[id(bias)]
     return replacements

@@ -8,79 +8,74 @@ The product stays a product until ``fuse``; every stage runs in plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from slimc.errors import VerifyError
 from slimc.ir.program import Program, Site, Use
 from slimc.runtime import ops  # noqa: F401 - registers the slim:: ops
 from slimc.runtime.packing import NM, PackedLinear, PackedWeight
-
-__all__ = ["buffer_prefix", "express"]
 
 aten = torch.ops.aten
 slim = torch.ops.slim
 
 
 def express(program: Program, site: Site, packed: PackedLinear) -> None:
-    """Replace the present form of ``site`` in the graph by ``packed``. A second call with the same form changes nothing."""
+    """Replace the present form of ``site`` in the graph by ``packed``; a second call changes nothing.
+
+    Raises:
+        VerifyError: the site's products are gone, because they have been fused.
+    """
+    if any(use.node._erased for use in site.uses):
+        raise VerifyError(f"'{site.name}' has been fused; its compressed form cannot be replaced any more.")
     _erase(program, site)
     site.packed = packed
     prefix = _register(program.module, site, packed)
-    with _recording(program.graph, site):
-        first = site.uses[0].node
-        with program.graph.inserting_before(first):
-            weight = _decoded(program.graph, prefix, packed.weight, first)
-            left, right = _factors(program.graph, prefix, packed, first)
-            scale = None if packed.input_scale is None else _get(program.graph, f"{prefix}input_scale", packed.input_scale, first)
-        for use in site.uses:
-            _rewrite_use(program.graph, use, weight, scale, left, right)
-
-def buffer_prefix(module: nn.Module, site: Site) -> str:
-    """Return what the names of the site's packed tensors begin with: ``"layers.0.q_proj."``."""
-    owners = {name for name, _ in module.named_modules()}
-    return f"{site.name}." if site.name in owners else f"{site.name}_"
-
-
-@contextmanager
-def _recording(graph: fx.Graph, site: Site) -> Iterator[None]:
-    before = set(graph.nodes)
-    yield
-    site.written = [node for node in graph.nodes if node not in before]
+    before = set(program.graph.nodes)
+    first = site.uses[0].node
+    with program.graph.inserting_before(first):
+        weight = _decoded(program.graph, prefix, packed.weight, first)
+        left, right = _factors(program.graph, prefix, packed, first)
+        scale = packed.input_scale
+        scaling = None if scale is None else _get(program.graph, f"{prefix}input_scale", scale, first)
+    for use in site.uses:
+        _rewrite_use(program.graph, use, weight, scaling, left, right)
+    site.written = [node for node in program.graph.nodes if node not in before]
 
 
 def _erase(program: Program, site: Site) -> None:
     """Put the captured operands back and remove what an earlier call wrote."""
-    if not site.written:
-        return
+    written = set(site.written)
     for use in site.uses:
-        for node in [node for node in use.node.users if node in site.written and node.target is aten.add.Tensor]:
-            node.replace_all_uses_with(use.node)
-        _set_operands(use, use.input, use.weight)
+        for total in [node for node in use.node.users if node in written]:
+            total.replace_all_uses_with(use.node)
+        activation = _activation(use)
+        _set_operands(use, activation.all_input_nodes[0] if activation in written else activation, use.weight)
     for node in reversed(site.written):
         program.graph.erase_node(node)
+        if node.op == "get_attr":
+            _delete_buffer(program.module, str(node.target))
     site.written = []
 
 
 def _register(module: fx.GraphModule, site: Site, packed: PackedLinear) -> str:
-    prefix = buffer_prefix(module, site)
-    owner_path, _, start = prefix.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    stale = [name for name in owner._buffers if name in {f"{start}{key}" for key in _TENSOR_NAMES}]
-    for name in stale:
-        del owner._buffers[name]
-    for name, tensor in packed.tensors().items():
+    """Register the packed tensors beside the weight; return what their names begin with: ``"layers.0.q_proj."``."""
+    tensors = packed.tensors()
+    in_module = site.name in {name for name, _ in module.named_modules()}
+    path, _, start = (f"{site.name}." if in_module else f"{site.name}_").rpartition(".")
+    owner = module.get_submodule(path)
+    while any(hasattr(owner, f"{start}{name}") for name in tensors):  # the module has a tensor of that name itself
+        start = f"slim_{start}"
+    for name, tensor in tensors.items():
         owner.register_buffer(f"{start}{name}", tensor)
-    return prefix
+    return f"{path}.{start}" if path else start
 
 
-_TENSOR_NAMES = (
-    *("values", "pattern", "scale", "zero_point", "input_scale"),
-    *(f"{side}_{name}" for side in ("left", "right") for name in ("values", "scale", "zero_point")),
-)
+def _delete_buffer(module: fx.GraphModule, name: str) -> None:
+    path, _, last = name.rpartition(".")
+    del module.get_submodule(path)._buffers[last]
 
 
 def _factors(
@@ -114,11 +109,12 @@ def _rewrite_use(
     graph: fx.Graph, use: Use, weight: fx.Node, scale: fx.Node | None, left: fx.Node | None, right: fx.Node | None
 ) -> None:
     product = use.node
-    operand, activation = weight, use.input
+    unscaled = _activation(use)
+    operand, activation = weight, unscaled
     with graph.inserting_before(product):
         if scale is not None:
-            activation = graph.call_function(aten.mul.Tensor, (activation, scale))
-            _describe(activation, product, use.input.meta.get("val"))
+            activation = graph.call_function(aten.mul.Tensor, (unscaled, scale))
+            _describe(activation, product, unscaled.meta.get("val"))
         if use.product_reads_transposed:
             operand = graph.call_function(aten.t.default, (weight,))
             value = weight.meta.get("val")
@@ -127,12 +123,20 @@ def _rewrite_use(
     if left is None or right is None:
         return
     with graph.inserting_after(product):
-        correction = graph.call_function(slim.low_rank.default, (use.input, left, right))
+        correction = graph.call_function(slim.low_rank.default, (unscaled, left, right))
         _describe(correction, product, product.meta.get("val"))
     with graph.inserting_after(correction):
         total = graph.call_function(aten.add.Tensor, (product, correction))
         _describe(total, product, product.meta.get("val"))
     product.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _activation(use: Use) -> fx.Node:
+    """Return what the product reads now: not ``use.input`` once that is a product with adapters of its own."""
+    activation = use.node.args[use.input_position]
+    if not isinstance(activation, fx.Node):
+        raise VerifyError(f"%{use.node.name} reads {activation!r} where an activation belongs.")
+    return activation
 
 
 def _set_operands(use: Use, activation: fx.Node, weight: fx.Node) -> None:

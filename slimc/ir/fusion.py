@@ -21,18 +21,19 @@ _STORED_TRANSPOSED = Call((aten.t.default,), {"self": _STORED}, shareable=True)
 
 def _product_of(activation: Pattern) -> tuple[Pattern, ...]:
     """Return the four forms of a product whose weight is in a storage form."""
+    bias = Anything("bias")
     return (
-        Call((aten.linear.default,), {"input": activation, "weight": _STORED, "bias": Anything("bias")}),
-        Call((aten.addmm.default,), {"self": Anything("bias"), "mat1": activation, "mat2": _STORED_TRANSPOSED}),
-        Call((aten.mm.default,), {"self": activation, "mat2": _STORED_TRANSPOSED}),
-        Call((aten.matmul.default,), {"self": activation, "other": _STORED_TRANSPOSED}),
+        Call((aten.linear.default,), {"weight": _STORED, "input": activation, "bias": bias}),
+        Call((aten.addmm.default,), {"mat2": _STORED_TRANSPOSED, "mat1": activation, "self": bias}),
+        Call((aten.mm.default,), {"mat2": _STORED_TRANSPOSED, "self": activation}),
+        Call((aten.matmul.default,), {"other": _STORED_TRANSPOSED, "self": activation}),
     )
 
 
 _PLAIN = Anything("x")
 _SCALED = Call(
     (aten.mul.Tensor,),
-    {"self": Anything("x"), "other": Anything("input_scale", attribute="input_scale")},
+    {"self": Anything("x"), "other": Anything("input_scale")},
     shareable=True,
 )
 _PRODUCT = OneOf((*_product_of(_SCALED), *_product_of(_PLAIN)))
@@ -45,6 +46,10 @@ class FuseLinear(Rule):
         """A product whose weight is in a storage form."""
         return _PRODUCT
 
+    def check(self, found: Match) -> None:
+        """A multiplication is taken in only if it belongs to the storage form."""
+        _require_own_scale(found)
+
     def rewrite(self, graph: fx.Graph, found: Match) -> fx.Node:
         """One ``slim.linear`` without adapters."""
         return _fused(graph, found, {"rank": 0} | _factor("left", None) | _factor("right", None))
@@ -54,12 +59,12 @@ class FuseLowRank(Rule):
     """``linear(x * s, dequant(values, ...), b) + low_rank(x, l, r)  ->  slim.linear(x, values, ..., s, l, r, b)``."""
 
     benefit = 2
+    near = 3
 
     def pattern(self) -> Pattern:
         """The sum of a product and of adapters that read the same, unscaled input."""
-        adapters = Call(
-            (slim.low_rank.default,), {"x": Anything("x"), "left": Anything("left"), "right": Anything("right")}
-        )
+        factors = {"left": Anything("left"), "right": Anything("right")}
+        adapters = Call((slim.low_rank.default,), {"x": Anything("x"), **factors})
         return Call(
             (aten.add.Tensor,),
             {"self": _PRODUCT, "other": adapters, "alpha": Anything("alpha")},
@@ -68,13 +73,13 @@ class FuseLowRank(Rule):
 
     def check(self, found: Match) -> None:
         """The factors must be constants, plain or in the dense symmetric storage form, and added as they are."""
+        _require_own_scale(found)
         found.require(found["alpha"] == 1, f"the adapters are added {found['alpha']} times")
         for side in ("left", "right"):
             factor = found[side]
-            constant = isinstance(factor, fx.Node) and factor.op == "get_attr"
-            stored = isinstance(factor, fx.Node) and factor.target is slim.dequant.default
-            found.require(constant or stored, f"the {side} factor is neither a constant nor a dequant of one", factor)
-            found.require(constant or arguments(factor)["zero_point"] is None, f"the {side} factor has a zero point", factor)
+            stored = factor.target is slim.dequant.default
+            found.require(factor.op == "get_attr" or stored, f"the {side} factor is neither a constant nor its dequant")
+            found.require(not stored or arguments(factor)["zero_point"] is None, f"the {side} factor has a zero point")
 
     def rewrite(self, graph: fx.Graph, found: Match) -> fx.Node:
         """One ``slim.linear`` with adapters."""
@@ -83,6 +88,17 @@ class FuseLowRank(Rule):
 
 
 FUSION_RULES: tuple[Rule, ...] = (FuseLowRank(), FuseLinear())
+
+
+def _require_own_scale(found: Match) -> None:
+    """The input scale must be the constant stored beside the weight's values, not a multiplication of the model's."""
+    scale = found["input_scale"]
+    values = arguments(found["weight"])["values"]
+    own = str(values.target).removesuffix("values") + "input_scale"
+    found.require(
+        scale is None or (isinstance(scale, fx.Node) and scale.op == "get_attr" and scale.target == own),
+        "its input is multiplied by something other than the input scale that is stored with the weight",
+    )
 
 
 def _factor(side: str, node: fx.Node | None) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Patterns over fx graphs: what a rule looks for, and why it did not find it.
 
-Arguments are compared by the names of the operator's schema, so positional, keyword and defaulted arguments are the same thing.
-Equal names bind equal nodes. Interior nodes of a match must have no reader outside it.
+Arguments are compared by the names of the operator's schema, so positional, keyword and defaulted arguments are the
+same thing. Equal names bind equal nodes. Interior nodes of a match must have no reader outside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -16,29 +16,31 @@ from torch._ops import OpOverload
 from slimc.ir.text import operator_name
 
 
-class Refusal(Exception):
-    """A pattern or a check that did not hold; ``node`` is where."""
+class RefusedError(Exception):
+    """A match that fits in form only: what a check that does not hold raises."""
 
-    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.node = node
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a pattern or a check did not hold, and how many calls had matched by then."""
+
+    reason: str
+    depth: int
 
 
 @dataclass(frozen=True)
 class Anything:
-    """Matches any value and binds it to ``name``; with ``attribute``, only a constant of that name (its last part)."""
+    """Matches any value and binds it to ``name``."""
 
     name: str
-    attribute: str | None = None
 
 
 @dataclass(frozen=True)
 class Call:
     """Matches a call of one of ``targets`` whose arguments match ``arguments`` (those not named may be anything).
 
-    ``commutes`` names two arguments that are tried both ways round. ``name`` binds the node itself. A ``shareable`` call may have
-    readers outside the match: it is cheap to do again, so it stays for them.
+    ``commutes`` names two arguments that are tried both ways round. ``name`` binds the node itself. A ``shareable``
+    call may have readers outside the match: it is cheap to do again, so it stays for them.
     """
 
     targets: tuple[OpOverload, ...]
@@ -50,7 +52,7 @@ class Call:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Matches the first of several patterns that does."""
+    """Matches what any of several patterns does; earlier ones are tried first."""
 
     patterns: tuple[Pattern, ...]
 
@@ -58,38 +60,33 @@ class OneOf:
 Pattern = Anything | Call | OneOf
 
 
-@dataclass
+@dataclass(frozen=True)
 class Match:
     """What a pattern found: ``bound`` values by name, the nodes it covers, and its root."""
 
     root: fx.Node
-    bound: dict[str, Any] = field(default_factory=dict)
-    covered: list[fx.Node] = field(default_factory=list)
-    shareable: set[fx.Node] = field(default_factory=set)
+    bound: Mapping[str, Any] = field(default_factory=dict)
+    covered: tuple[fx.Node, ...] = ()
+    shareable: frozenset[fx.Node] = frozenset()
 
     def __getitem__(self, name: str) -> Any:
         """Return the value bound to ``name``, or ``None``."""
         return self.bound.get(name)
 
-    def require(self, condition: bool, reason: str, node: fx.Node | None = None) -> None:
+    def require(self, condition: bool, reason: str) -> None:
         """Refuse the match with ``reason`` unless ``condition`` holds."""
         if not condition:
-            raise Refusal(reason, node or self.root)
+            raise RefusedError(reason)
 
 
-def match(pattern: Pattern, node: fx.Node) -> Match:
-    """Match ``pattern`` with ``node`` as its root.
-
-    Raises:
-        Refusal: saying where the pattern stopped fitting.
-    """
-    found = Match(node)
-    _match(pattern, node, found)
-    for covered in found.covered:
-        outside = [user for user in covered.users if user not in found.covered]
-        if covered is not node and outside and covered not in found.shareable:
-            raise Refusal(f"%{covered.name} is used elsewhere, by %{outside[0].name}", covered)
-    return found
+def matches(pattern: Pattern, node: fx.Node, misses: list[Miss]) -> Iterator[Match]:
+    """Yield every way in which ``pattern`` matches with ``node`` as its root; add to ``misses`` where it stopped."""
+    for found in _solve(pattern, node, Match(node), misses):
+        reader = _outside_reader(found)
+        if reader is None:
+            yield found
+        else:
+            misses.append(Miss(reader, len(found.covered)))
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -101,63 +98,63 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return values | dict(zip((one.name for one in schema), node.args, strict=False)) | dict(node.kwargs)
 
 
-def _match(pattern: Pattern, value: Any, found: Match) -> None:
+def _outside_reader(found: Match) -> str | None:
+    for covered in found.covered:
+        if covered is found.root or covered in found.shareable:
+            continue
+        outside = [user for user in covered.users if user not in found.covered]
+        if outside:
+            return f"%{covered.name} is used elsewhere, by %{outside[0].name}"
+    return None
+
+
+def _solve(pattern: Pattern, value: Any, found: Match, misses: list[Miss]) -> Iterator[Match]:
+    """Yield each extension of ``found`` in which ``pattern`` matches ``value``."""
     if isinstance(pattern, Anything):
-        _require_attribute(pattern.attribute, value, found)
-        _bind(pattern.name, value, found)
+        yield from _bind(pattern.name, value, found, misses)
     elif isinstance(pattern, OneOf):
-        _first_that_fits([lambda one=one: _match(one, value, found) for one in pattern.patterns], found)
+        for one in pattern.patterns:
+            yield from _solve(one, value, found, misses)
     else:
-        _match_call(pattern, value, found)
+        yield from _solve_call(pattern, value, found, misses)
 
 
-def _match_call(pattern: Call, value: Any, found: Match) -> None:
-    wanted = " or ".join(str(target).removesuffix(".default") for target in pattern.targets)
-    if not isinstance(value, fx.Node) or value.op != "call_function":
-        raise Refusal(f"expected {wanted}, found {value!r}", found.root)
-    if value.target not in pattern.targets:
-        raise Refusal(f"expected {wanted}, found {operator_name(value)}", value)
-    found.covered.append(value)
-    if pattern.shareable:
-        found.shareable.add(value)
-    if pattern.name:
-        _bind(pattern.name, value, found)
+def _solve_call(pattern: Call, value: Any, found: Match, misses: list[Miss]) -> Iterator[Match]:
+    if not isinstance(value, fx.Node) or value.target not in pattern.targets:
+        wanted = " or ".join(str(target).removesuffix(".default") for target in pattern.targets)
+        misses.append(Miss(f"expected {wanted}, found {_described(value)}", len(found.covered)))
+        return
+    shareable = found.shareable | {value} if pattern.shareable else found.shareable
+    found = replace(found, covered=(*found.covered, value), shareable=shareable)
     given = arguments(value)
     orders = [pattern.arguments]
     if pattern.commutes:
         first, second = pattern.commutes
         orders.append({**pattern.arguments, first: pattern.arguments[second], second: pattern.arguments[first]})
-    _first_that_fits([lambda order=order: _match_arguments(order, given, found) for order in orders], found)
+    for named in _bind(pattern.name, value, found, misses) if pattern.name else (found,):
+        for order in orders:
+            pairs = [(inner, given.get(name)) for name, inner in order.items()]
+            yield from _solve_all(pairs, named, misses)
 
 
-def _match_arguments(wanted: Mapping[str, Pattern], given: Mapping[str, Any], found: Match) -> None:
-    for name, inner in wanted.items():
-        _match(inner, given.get(name), found)
-
-
-def _first_that_fits(attempts: Sequence[Callable[[], None]], found: Match) -> None:
-    """Run the attempts until one does not refuse; undo what a refused one had bound."""
-    refusals = []
-    for attempt in attempts:
-        bound, covered = dict(found.bound), list(found.covered)
-        try:
-            attempt()
-            return
-        except Refusal as refusal:
-            refusals.append(refusal)
-            found.bound, found.covered = bound, covered
-    raise refusals[-1]
-
-
-def _require_attribute(name: str | None, value: Any, found: Match) -> None:
-    if name is None:
+def _solve_all(pairs: Sequence[tuple[Pattern, Any]], found: Match, misses: list[Miss]) -> Iterator[Match]:
+    if not pairs:
+        yield found
         return
-    constant = isinstance(value, fx.Node) and value.op == "get_attr"
-    if not constant or not str(value.target).endswith(name):
-        raise Refusal(f"expected the constant '{name}', found {value}", found.root)
+    (pattern, value), *rest = pairs
+    for extended in _solve(pattern, value, found, misses):
+        yield from _solve_all(rest, extended, misses)
 
 
-def _bind(name: str, value: Any, found: Match) -> None:
+def _bind(name: str, value: Any, found: Match, misses: list[Miss]) -> Iterator[Match]:
     if name in found.bound and found.bound[name] is not value:
-        raise Refusal(f"'{name}' is {found.bound[name]} in one place and {value} in another", found.root)
-    found.bound[name] = value
+        reason = f"'{name}' is {_described(found.bound[name])} in one place and {_described(value)} in another"
+        misses.append(Miss(reason, len(found.covered)))
+        return
+    yield replace(found, bound={**found.bound, name: value})
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    return f"%{value.name} ({operator_name(value)})" if value.op == "call_function" else f"%{value.name}"

@@ -13,10 +13,13 @@ from torch import Tensor, fx
 from slimc.errors import InputError
 from slimc.runtime.packing import PackedLinear
 
+EMBEDDINGS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
+"""Operators that look rows of a constant up."""
+
 
 @dataclass(frozen=True)
 class Use:
-    """One product of a site's weight with an activation.
+    """One product of a site's weight with an activation, as it was captured.
 
     Attributes:
         node: the product: ``linear``, ``addmm``, ``mm`` or ``matmul``.
@@ -44,7 +47,7 @@ class Site:
     """One compressible weight, always looked at as ``[out_features, in_features]``.
 
     Attributes:
-        name: path of the module that owns the weight (the weight's own name if no module does).
+        name: path of the module that owns the weight (the weight's own name if that is the model itself).
         weight_name: fully qualified name of the parameter in the captured module.
         shape: ``(out_features, in_features)``.
         dtype: of the dense weight.
@@ -100,7 +103,7 @@ class Program:
 
     def dense_weight(self, site: Site) -> Tensor:
         """Return the site's dense weight as ``[out_features, in_features]`` in its own dtype (a view)."""
-        weight = attribute(self.module, site.weight_name)
+        weight: Tensor = attribute(self.module, site.weight_name)
         return weight.detach().t() if site.transposed else weight.detach()
 
     def placeholders(self) -> list[fx.Node]:
@@ -116,7 +119,7 @@ class Program:
         if len(args) != self.positional or set(kwargs) != set(self.keywords):
             raise InputError(
                 f"A calibration batch has {len(args)} positional arguments and the keywords {sorted(kwargs)}, but the "
-                f"model was captured with {self.positional} and {sorted(self.keywords)}; give every batch the same form."
+                f"model was captured with {self.positional} and {sorted(self.keywords)}; give all the same form."
             )
         ordered = {name: kwargs[name] for name in self.keywords}
         leaves, _ = torch.utils._pytree.tree_flatten((args, ordered))
@@ -153,9 +156,12 @@ def attribute(module: torch.nn.Module, name: str) -> Any:
 
 
 def shared_storage(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Map every name to the first name that has the same storage, offset and shape."""
+    """Map every name to the first name that views the same memory in the same way."""
     first: dict[tuple[Any, ...], str] = {}
-    return {
-        name: first.setdefault((tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)), name)
-        for name, tensor in tensors
-    }
+    return {name: first.setdefault(memory(tensor), name) for name, tensor in tensors}
+
+
+def memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a key that two tensors share exactly if they are the same view of the same storage."""
+    view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (tensor.untyped_storage()._cdata, *view)

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
-from slimc.ir.match import Match, Pattern, Refusal, match
+from slimc.ir.match import Match, Miss, Pattern, RefusedError, matches
 from slimc.ir.program import Program
 
 _CARRIED_METADATA = ("val", "nn_module_stack", "stack_trace", "source_fn_stack")
 
 
-class Rule:
+class Rule(ABC):
     """One rewrite. Rules hold no state; arithmetic on weights happens in passes, never here."""
 
     benefit: ClassVar[int] = 1
     """Rules of higher benefit are tried first."""
 
+    near: ClassVar[int] = 2
+    """How many calls must fit for a place to be worth explaining; fewer are found all over a graph."""
+
+    @abstractmethod
     def pattern(self) -> Pattern:
         """Return what the rule looks for, root first."""
-        raise TypeError(f"{type(self).__name__} has no pattern")
 
+    @abstractmethod
     def check(self, found: Match) -> None:
         """Refuse a match that fits in form only, with ``found.require(condition, reason)``."""
 
+    @abstractmethod
     def rewrite(self, graph: fx.Graph, found: Match) -> fx.Node:
         """Insert and return the node that takes the place of ``found.root``."""
-        raise TypeError(f"{type(self).__name__} has no rewrite")
 
 
 @dataclass(frozen=True)
-class Miss:
+class NearMiss:
     """A place where a rule almost applied, and why it did not."""
 
     rule: str
@@ -44,39 +49,53 @@ class Miss:
 def apply_rules(program: Program, rules: Sequence[Rule], *, fuel: int | None = None) -> int:
     """Apply ``rules`` until none matches or ``fuel`` applications are made; return how many there were.
 
-    New nodes take the place, the metadata and the name of the rule (``meta["slim_rule"]``); what nobody reads any more is
-    removed. A second call changes nothing.
+    A new node takes the place and the metadata of the root, and the name of its rule (``meta["slim_rule"]``); what
+    nobody reads any more is removed. A second call changes nothing.
     """
+    ordered = sorted(rules, key=lambda rule: -rule.benefit)
     applied = 0
-    for rule in sorted(rules, key=lambda rule: -rule.benefit):
-        for node in list(program.graph.nodes):
-            if node._erased or (fuel is not None and applied >= fuel):
-                continue
-            found = _try(rule, node)
-            if isinstance(found, Match):
-                _replace(program.graph, rule, found)
-                applied += 1
+    while (fuel is None or applied < fuel) and (found := _one_round(program, ordered, fuel, applied)):
+        applied += found
     program.graph.eliminate_dead_code()
     program.module.recompile()
     return applied
 
 
-def explain(program: Program, rule: Rule) -> list[Miss]:
-    """Return the places where the root of ``rule`` fits but the rule does not apply, each with its reason."""
+def explain(program: Program, rule: Rule) -> list[NearMiss]:
+    """Return the places where ``rule`` almost applies, each with the reason why it does not."""
+    nearest = ((node, _try(rule, node)) for node in program.graph.nodes)
     return [
-        Miss(type(rule).__name__, node.name, found.reason)
-        for node, found in ((node, _try(rule, node)) for node in program.graph.nodes)
-        if isinstance(found, Refusal) and found.node is not node
+        NearMiss(type(rule).__name__, node.name, miss.reason)
+        for node, miss in nearest
+        if isinstance(miss, Miss) and miss.depth >= rule.near
     ]
 
 
-def _try(rule: Rule, node: fx.Node) -> Match | Refusal:
-    try:
-        found = match(rule.pattern(), node)
-        rule.check(found)
-    except Refusal as refusal:
-        return refusal
-    return found
+def _one_round(program: Program, rules: Iterable[Rule], fuel: int | None, spent: int) -> int:
+    """Offer every node of the graph to every rule once; return the number of applications."""
+    applied = 0
+    for rule in rules:
+        for node in list(program.graph.nodes):
+            if fuel is not None and spent + applied >= fuel:
+                return applied
+            found = None if node._erased else _try(rule, node)
+            if isinstance(found, Match):
+                _replace(program.graph, rule, found)
+                applied += 1
+    return applied
+
+
+def _try(rule: Rule, node: fx.Node) -> Match | Miss:
+    """Return the first match that the rule accepts, or the miss that came nearest."""
+    misses: list[Miss] = []
+    for found in matches(rule.pattern(), node, misses):
+        try:
+            rule.check(found)
+        except RefusedError as refusal:
+            misses.append(Miss(str(refusal), len(found.covered) + 1))
+        else:
+            return found
+    return max(misses, key=lambda miss: miss.depth)
 
 
 def _replace(graph: fx.Graph, rule: Rule, found: Match) -> None:

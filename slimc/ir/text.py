@@ -1,10 +1,14 @@
 """The stable text form of a program: one line a node, for goldens, dumps and people.
 
+A line names the result, its type, the operator with its operands and attributes, and the module it comes from::
+
     %linear : bf16[s0, s1, 576] = aten.linear(%mul_4, %dequant_nm)        # model.layers.0.self_attn.q_proj
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,30 +32,73 @@ _SHORT_NAMES = {
 
 def text(program: Program) -> str:
     """Return the graph as text. Nodes that nobody reads are left out; equal graphs give equal text."""
-    return "\n".join(_lines(program.graph)) + "\n"
+    return "\n".join(_Writer().lines(program.graph)) + "\n"
 
 
-def _lines(graph: fx.Graph) -> Iterator[str]:
-    symbols: dict[str, str] = {}
-    for node in graph.nodes:
-        if not node.users and node.op in ("get_attr", "call_function") and not node.is_impure():
-            continue
-        line = _line(node, symbols)
-        path = _module_path(node)
-        yield f"{line:<100}  # {path}" if path and node.op != "get_attr" else line
+class _Writer:
+    """Writes one graph, and numbers what has no stable name of its own.
 
+    The exporter numbers symbolic sizes differently from run to run, and fx never gives the name of an erased node
+    away again; both are therefore counted in order of appearance.
+    """
 
-def _line(node: fx.Node, symbols: dict[str, str]) -> str:
-    if node.op == "output":
-        return f"return {_argument(node.args[0])}"
-    kind = _type(node, symbols)
-    if node.op == "placeholder":
-        return f"%{node.name}{kind} = input"
-    if node.op == "get_attr":
-        return f"%{node.name}{kind} = @{node.target}"
-    arguments = ", ".join(_argument(argument) for argument in _without_trailing_none(node.args))
-    attributes = ", ".join(f"{key}={_argument(value)}" for key, value in node.kwargs.items())
-    return f"%{node.name}{kind} = {operator_name(node)}({arguments})" + (f"{{{attributes}}}" if attributes else "")
+    def __init__(self) -> None:
+        self.symbols: dict[str, str] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.taken: set[str] = set()
+
+    def lines(self, graph: fx.Graph) -> Iterator[str]:
+        self.taken.update(node.name for node in graph.nodes if node.op == "placeholder")
+        for node in graph.nodes:
+            if not node.users and node.op in ("get_attr", "call_function") and not node.is_impure():
+                continue
+            line = self._line(node)
+            path = _module_path(node)
+            yield f"{line:<100}  # {path}" if path and node.op != "get_attr" else line
+
+    def _line(self, node: fx.Node) -> str:
+        if node.op == "output":
+            return f"return {self._argument(node.args[0])}"
+        kind = self._type(node)
+        name = self._name(node)
+        if node.op == "placeholder":
+            return f"{name}{kind} = input"
+        if node.op == "get_attr":
+            return f"{name}{kind} = @{node.target}"
+        arguments = ", ".join(self._argument(argument) for argument in _without_trailing_none(node.args))
+        attributes = ", ".join(f"{key}={self._argument(value)}" for key, value in node.kwargs.items())
+        return f"{name}{kind} = {operator_name(node)}({arguments})" + (f"{{{attributes}}}" if attributes else "")
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            return f"%{node.name}"
+        if node not in self.names:
+            base = re.sub(r"(_\d+)+$", "", node.name)
+            candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
+            name = next(candidate for candidate in candidates if candidate not in self.taken)
+            self.taken.add(name)
+            self.names[node] = name
+        return f"%{self.names[node]}"
+
+    def _argument(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self._name(value)
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(self._argument(item) for item in value)}]"
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{key}: {self._argument(item)}' for key, item in value.items())}}}"
+        return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)
+
+    def _type(self, node: fx.Node) -> str:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return ""
+        sizes = ", ".join(self._size(size) for size in value.shape)
+        return f" : {_SHORT_NAMES.get(value.dtype, str(value.dtype))}[{sizes}]"
+
+    def _size(self, size: Any) -> str:
+        name = str(size)
+        return name if name.isdigit() else self.symbols.setdefault(name, f"s{len(self.symbols)}")
 
 
 def operator_name(node: fx.Node) -> str:
@@ -65,31 +112,6 @@ def _without_trailing_none(args: tuple[Any, ...]) -> tuple[Any, ...]:
     while args and args[-1] is None:
         args = args[:-1]
     return args
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{value.name}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_argument(item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_argument(item)}' for key, item in value.items())}}}"
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)
-
-
-def _type(node: fx.Node, symbols: dict[str, str]) -> str:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ""
-    sizes = ", ".join(_size(size, symbols) for size in value.shape)
-    return f" : {_SHORT_NAMES.get(value.dtype, str(value.dtype))}[{sizes}]"
-
-
-def _size(size: Any, symbols: dict[str, str]) -> str:
-    """Name symbolic sizes s0, s1... in order of appearance: the exporter's own numbers change from run to run."""
-    if isinstance(size, int):
-        return str(size)
-    return symbols.setdefault(str(size), f"s{len(symbols)}")
 
 
 def _module_path(node: fx.Node) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeGuard
 
@@ -30,6 +32,12 @@ class Pass:
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """Raise ``RecipeError`` if this pass cannot follow ``earlier``."""
 
+    def check_site(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise ``RecipeError`` if this pass cannot work on a site of this name and shape ``(out, in)``.
+
+        Asked for every site before any work starts, so that no run dies of it halfway.
+        """
+
     def options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""
         return {
@@ -47,30 +55,33 @@ class Pass:
         """Build the pass from the options of a recipe line.
 
         Raises:
-            RecipeError: an option is unknown, missing or out of range.
+            RecipeError: an option is unknown, of the wrong type or out of range.
         """
         known = [option.name for option in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                raise RecipeError(f"The pass '{cls.name}' has no option '{key}'{closest(str(key), known)}; it takes {', '.join(known)}.")
-        try:
-            return cls(**options)
-        except TypeError as error:
-            raise RecipeError(f"The pass '{cls.name}' cannot be built from {dict(options)}: {error}.") from error
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise RecipeError(f"The pass '{cls.name}' has no option '{key}'{closest(str(key), known)}; {takes}.")
+        return cls(**options)
 
     def _require(self, condition: bool, what: str) -> None:
         if not condition:
             raise RecipeError(f"{self.name}: {what}.")
 
 
-class SitePass(Pass):
+class SitePass(Pass, ABC):
     """A pass that works on one site at a time, inside the sweep."""
 
+    @abstractmethod
     def apply(self, work: SiteWork) -> None:
         """Change how ``work`` expresses its weight."""
-        raise TypeError(f"{type(self).__name__} does not say what it does at a site")
 
 
 def whole_number(value: object) -> TypeGuard[int]:
     """Tell whether ``value`` is an ``int`` and not a ``bool``."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def real_number(value: object) -> TypeGuard[float]:
+    """Tell whether ``value`` is a finite number and not a ``bool``."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

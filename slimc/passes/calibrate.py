@@ -19,8 +19,8 @@ class Calibrate(Pass):
     Attributes:
         samples: number of sequences.
         length: tokens in a sequence.
-        batch: sequences that run together; a smaller batch needs no less memory (all activations are kept), a larger one
-            makes larger kernels.
+        batch: sequences that run together. The activations of all batches are kept, so a smaller one saves little
+            memory; a larger one makes larger kernels.
         seed: of the sampling, when the model writes its own calibration text.
     """
 
@@ -35,11 +35,15 @@ class Calibrate(Pass):
         """Check the options."""
         for option in ("samples", "length", "batch"):
             value = getattr(self, option)
-            self._require(whole_number(value) and value >= 1, f"{option} must be a whole number of at least 1, not {value!r}")
+            valid = whole_number(value) and value >= 1
+            self._require(valid, f"{option} must be a whole number of at least 1, not {value!r}")
         self._require(self.length >= 2, f"length must be at least 2 tokens, not {self.length}")
-        self._require(whole_number(self.seed) and self.seed >= 0, f"seed must be a whole number, not {self.seed!r}")
+        valid = whole_number(self.seed) and 0 <= self.seed < 2**63
+        self._require(valid, f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """Calibration comes first: statistics cannot be asked for after the fact."""
         if earlier:
-            raise RecipeError(f"calibrate must be the first pass, but it comes after '{earlier[-1].name}'. Move it to the top.")
+            raise RecipeError(
+                f"calibrate must be the first pass, but it comes after '{earlier[-1].name}'. Move it to the top."
+            )

@@ -1,17 +1,17 @@
 """The journal of a run: what a crash must not lose.
 
-A folder with the fingerprint of the run, the calibration tokens, and one safetensors file a finished site. Every file is
-written under another name and renamed, so that a file that exists is whole. A resumed run replays the graph with the
-recorded sites and goes on at the first one that is missing; on the same device, thread count and versions the result is the
-same byte for byte.
+A folder with the fingerprint of the run, the calibration tokens that the model wrote, and one safetensors file a
+finished site. Every file is written under another name and renamed, so that a file that exists is whole, and carries
+the digest of its tensors. A resumed run replays the graph with the recorded sites and goes on at the first one that is
+missing; on the same device, thread count and versions the result is the same byte for byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slimc.errors import FormatError, InputError, ResumeError
+from slimc.ir.program import Site
 from slimc.passes.report import SiteRow
+from slimc.runtime.files import parse_json, read_json, write_bytes
 from slimc.runtime.packing import LinearFormat, PackedLinear
-from slimc.runtime.files import read_json, write_bytes
 
 _FINGERPRINT = "journal.json"
 _TOKENS = "tokens.safetensors"
 _SITES = "sites"
+_DIGEST = "sha256"
 
 
 class Journal:
@@ -43,75 +45,112 @@ class Journal:
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         self.folder = folder
-        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if folder.exists() and not (folder.is_dir() and found <= {_FINGERPRINT, _TOKENS, _SITES}):
+        found = {path for path in folder.iterdir() if not _is_partial(path)} if folder.is_dir() else set()
+        strangers = {path.name for path in found} - {_FINGERPRINT, _TOKENS, _SITES}
+        if strangers or (folder.exists() and not folder.is_dir()):
             raise InputError(f"{folder} exists and is not a journal. Move it away or choose another output.")
         if found and not resume:
             raise InputError(
-                f"{folder} holds the journal of a run that did not finish. Add --resume (resume=True) to go on with it, or delete it."
+                f"{folder} holds the journal of a run that did not finish. Add --resume (resume=True) to go on with "
+                "it, or delete it."
             )
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Record the fingerprint of this run, or compare it with the recorded one.
+
+        Raises:
+            ResumeError: they differ; the message names what changed.
+            FormatError: the recorded one cannot be read, or is gone while other records are there.
+            InputError: the journal cannot be written.
+        """
+        path = self.folder / _FINGERPRINT
+        if path.exists():
+            self._compare(read_json(path), fingerprint)
+            return
+        orphans = [name for name in (_TOKENS, _SITES) if _holds_records(self.folder / name)]
+        if orphans:
+            raise FormatError(
+                f"{path} is missing, so nobody knows what {' and '.join(orphans)} belong to. {self._advice}"
+            )
+        try:
+            (self.folder / _SITES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder}: the journal cannot be created ({error.strerror}).") from error
+        write_bytes(path, json.dumps(fingerprint, sort_keys=True, indent=1).encode())
 
     def tokens(self) -> list[Tensor] | None:
         """Return the recorded calibration tokens by batch, or ``None`` if there are none."""
         path = self.folder / _TOKENS
         if not path.exists():
             return None
-        tensors, _ = _read(path)
-        return [tensors[str(index)] for index in range(len(tensors))]
+        tensors, _ = self._load(path)
+        names = [str(index) for index in range(len(tensors))]
+        if set(names) != tensors.keys() or any(tensor.dtype != torch.int64 for tensor in tensors.values()):
+            raise FormatError(f"{path} does not hold batches of tokens. {self._advice}")
+        return [tensors[name] for name in names]
 
     def record_tokens(self, batches: Sequence[Tensor]) -> None:
-        """Write the calibration tokens, so that a resumed run need not sample or tokenise them again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / _TOKENS, save({str(index): batch.cpu().contiguous() for index, batch in enumerate(batches)}))
+        """Write the calibration tokens, so that a resumed run need not sample them again."""
+        tensors = {str(index): batch.cpu().contiguous() for index, batch in enumerate(batches)}
+        _save(self.folder / _TOKENS, tensors, {})
 
-    def begin(self, fingerprint: dict[str, Any]) -> None:
-        """Record the fingerprint of this run, or compare it with the recorded one.
+    def read(self, site: Site, device: torch.device) -> tuple[PackedLinear, SiteRow] | None:
+        """Return the recorded form of ``site`` on ``device``, or ``None``.
 
         Raises:
-            ResumeError: they differ; the message names what changed.
+            FormatError: the record is damaged, or is not one of this site.
         """
-        path = self.folder / _FINGERPRINT
-        if not path.exists():
-            (self.folder / _SITES).mkdir(parents=True, exist_ok=True)
-            write_bytes(path, json.dumps(fingerprint, sort_keys=True, indent=1).encode())
-            return
-        recorded = read_json(path)
-        changed = sorted(key for key in recorded.keys() | fingerprint.keys() if recorded.get(key) != fingerprint.get(key))
-        if changed:
-            details = "; ".join(f"{key} was {recorded.get(key)!r}, is {fingerprint.get(key)!r}" for key in changed)
-            raise ResumeError(
-                f"{self.folder} belongs to another run ({details}). Resume with the same model, recipe, calibration, device and number "
-                "of threads, or delete the journal to start again."
-            )
-
-    def read(self, name: str, device: torch.device) -> tuple[PackedLinear, SiteRow] | None:
-        """Return the recorded form of a site on ``device``, or ``None``."""
-        path = self._path(name)
+        path = self._path(site.name)
         if not path.exists():
             return None
-        tensors, metadata = _read(path)
-        row = json.loads(metadata["row"])
-        form = LinearFormat.from_json(json.loads(metadata["format"]))
-        packed = PackedLinear.from_tensors(form, {key: tensor.to(device) for key, tensor in tensors.items()})
-        return packed, SiteRow(**{**row, "shape": tuple(row["shape"])})
+        tensors, metadata = self._load(path)
+        try:
+            row = _parse_row(parse_json(metadata.get("row", "").encode(), "row"))
+            form = LinearFormat.from_json(parse_json(metadata.get("format", "").encode(), "format"))
+            if (row.name, row.shape) != (site.name, site.shape) or (form.rows, form.columns) != site.shape:
+                raise FormatError(f"it is of '{row.name}' {form.rows} x {form.columns}, not of '{site.name}'")
+            packed = PackedLinear.from_tensors(form, {name: tensor.to(device) for name, tensor in tensors.items()})
+        except FormatError as error:
+            raise FormatError(f"{path} is not the record of a site: {error}. {self._advice}") from error
+        return packed, row
 
     def write(self, name: str, packed: PackedLinear, row: SiteRow) -> None:
         """Record a finished site."""
         metadata = {"format": json.dumps(packed.format.to_json()), "row": json.dumps(asdict(row))}
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in packed.tensors().items()}
-        write_bytes(self._path(name), save(tensors, metadata))
+        _save(self._path(name), tensors, metadata)
+
+    def _compare(self, recorded: Any, fingerprint: Mapping[str, Any]) -> None:
+        if not isinstance(recorded, dict):
+            raise FormatError(f"{self.folder / _FINGERPRINT} is not the fingerprint of a run. {self._advice}")
+        changed = [key for key in fingerprint if recorded.get(key) != json.loads(json.dumps(fingerprint[key]))]
+        if changed:
+            details = "; ".join(_difference(key, recorded.get(key), fingerprint[key]) for key in changed)
+            raise ResumeError(
+                f"{self.folder} belongs to another run: {details}. Resume with the same model, recipe, calibration, "
+                "device, number of threads and versions, or delete the journal to start again."
+            )
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} cannot be read ({error}). {self._advice}") from error
+        if metadata.get(_DIGEST) != _content_digest(tensors, metadata):
+            raise FormatError(
+                f"{path} is damaged: its content does not have the digest it was written with. {self._advice}"
+            )
+        return tensors, metadata
+
+    @property
+    def _advice(self) -> str:
+        return f"Delete {self.folder} and start again without resuming."
 
     def _path(self, name: str) -> Path:
         """Name the file by a digest: module paths may be longer than file names, or differ by case only."""
         return self.folder / _SITES / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error}). Delete the journal's folder and start again.") from error
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -121,3 +160,52 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    write_bytes(path, save(dict(tensors), {**metadata, _DIGEST: _content_digest(tensors, metadata)}))
+
+
+def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the digest of everything in a file but the digest itself."""
+    words = json.dumps({key: value for key, value in metadata.items() if key != _DIGEST}, sort_keys=True)
+    return hashlib.sha256(f"{words}\n{digest(sorted(tensors.items()))}".encode()).hexdigest()
+
+
+def _parse_row(record: Any) -> SiteRow:
+    """Check a report row from a file; a wrong type would only show when the report is saved or printed."""
+    names = {field.name for field in fields(SiteRow)}
+    if not isinstance(record, dict) or record.keys() != names:
+        raise FormatError("its report row has other fields")
+    shape = record["shape"]
+    numbers = [record["bits"], record["weight_error"], record["base_output_error"], record["output_error"]]
+    if not (
+        all(isinstance(record[name], str) for name in ("name", "expression"))
+        and isinstance(shape, list)
+        and [type(side) for side in shape] == [int, int]
+        and all(type(number) in (float, int) for number in numbers[:2])
+        and all(number is None or type(number) in (float, int) for number in numbers[2:])
+    ):
+        raise FormatError("its report row has values of other types")
+    return SiteRow(**{**record, "shape": tuple(shape)})
+
+
+def _difference(key: str, recorded: Any, present: Any) -> str:
+    """Say how one part of the fingerprint changed; digests and long lists would say nothing to a person."""
+    shown = [value if isinstance(value, str | int) else json.dumps(value) for value in (recorded, present)]
+    if any(len(str(value)) > 300 for value in shown) or any(_is_digest(value) for value in shown):
+        return f"the {key} changed"
+    return f"the {key} changed from {shown[0]} to {shown[1]}"
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _is_partial(path: Path) -> bool:
+    """Tell whether ``path`` is what a process that died left of a file that it was writing."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _holds_records(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(not _is_partial(child) for child in path.iterdir()))

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.base import Pass, SitePass, Statistic, whole_number
 from slimc.passes.solvers.low_rank import plain_adapters, quantize_factor, resolve_rank, slim_adapters
-from slimc.passes.solvers.quantization import Quantized
+from slimc.passes.solvers.quantization import BITS, Quantized
 from slimc.passes.work import SiteWork
 
 
@@ -20,13 +21,16 @@ class LowRank(SitePass):
     """``y = linear(x, w) + low_rank(x, l, r)`` with ``l r`` the best rank-r correction of what earlier passes changed.
 
     Attributes:
-        method: ``"slim"`` weighs the error of each input channel by its saliency (SLiM-LoRA, paper S3.2); ``"svd"`` does not.
+        method: ``"slim"`` weighs the error of each input channel by its saliency (SLiM-LoRA, paper section 3.2), where
+            calibration saw any input; ``"svd"`` does not.
         rank: a share of ``min(in, out)``, rounded down, or a whole number.
         bits: ``None`` stores the adapters in the weight's dtype, 4 (or 2, 3, 8) in codes with a scale a group.
         group: columns of a factor that share a scale: along ``in`` for ``r``, along the rank for ``l``.
-        rounds: how often, once the adapters are known, ``mask * (W - l r)`` is stored on a fresh grid in place of ``mask * W``;
-            between rounds the adapters are solved again for what that leaves. The paper has no such step (0 rounds), the authors' code
-            has one; more than one is alternating minimisation, which measures far better on real models.
+        rounds: how often, once the adapters are known, ``mask * (W - l r)`` is stored on a fresh grid in place of
+            ``mask * W``; between rounds the adapters are solved again for what that leaves. The paper has no such step
+            (0 rounds), the authors' code has one; more than one is alternating minimisation, which measures far better
+            on real models. The two halves minimise different norms, so a round can also make things worse: the best
+            state is kept, and no number of rounds leaves a larger weighted error than none.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -45,9 +49,11 @@ class LowRank(SitePass):
         self._require(
             share or number, f"rank must be a share in (0, 1] or a whole number of at least 1, not {self.rank!r}"
         )
-        self._require(self.bits in (None, 2, 3, 4, 8), f"bits must be null, 2, 3, 4 or 8, not {self.bits!r}")
+        bits_are_valid = self.bits is None or (whole_number(self.bits) and self.bits in BITS)
+        self._require(bits_are_valid, f"bits must be null, 2, 3, 4 or 8, not {self.bits!r}")
         self._require(whole_number(self.rounds) and self.rounds >= 0, f"rounds must be 0 or more, not {self.rounds!r}")
-        self._require(whole_number(self.group) and self.group >= 2, f"group must be 2 or more columns, not {self.group!r}")
+        group_is_valid = whole_number(self.group) and self.group >= 2
+        self._require(group_is_valid, f"group must be 2 or more columns, not {self.group!r}")
 
     def statistics(self) -> frozenset[Statistic]:
         """The saliency is the mean magnitude of each input channel."""
@@ -57,17 +63,42 @@ class LowRank(SitePass):
         """There must be an error to correct, and one set of adapters."""
         names = [one.name for one in earlier]
         if self.name in names:
-            raise RecipeError("low_rank appears twice: a site has one pair of adapters. Raise the rank of the first one instead.")
+            raise RecipeError(
+                "low_rank appears twice: a site has one pair of adapters. Raise the rank of the first one instead."
+            )
         if not {"quantize", "prune"} & set(names):
             raise RecipeError("low_rank has no error to correct: put quantize or prune before it.")
+
+    def check_site(self, name: str, shape: tuple[int, int]) -> None:
+        """The rank must fit."""
+        try:
+            resolve_rank(self.rank, *shape)
+        except RecipeError as error:
+            raise RecipeError(f"low_rank: '{name}': {error}, or leave the site out with exclude=['{name}'].") from error
 
     def apply(self, work: SiteWork) -> None:
         """Solve the adapters and, if asked, what is stored beside them."""
         work.adapters = self._adapters(work)
+        best, least = (work.base, work.quantized, work.adapters), self._remaining(work)
         for finished in range(self.rounds):
             if finished:
                 work.adapters = self._adapters(work)
             self._express_residual(work)
+            if (remaining := self._remaining(work)) < least:
+                best, least = (work.base, work.quantized, work.adapters), remaining
+        work.base, work.quantized, work.adapters = best
+
+    def _remaining(self, work: SiteWork) -> float:
+        """Return the norm of the error that is left, weighted as the adapters weigh it."""
+        error = work.dense - work.effective_base() - work.correction()
+        saliency = self._saliency(work)
+        return float(torch.linalg.vector_norm(error if saliency is None else error * saliency, dtype=torch.float64))
+
+    def _saliency(self, work: SiteWork) -> Tensor | None:
+        """Return the mean magnitude of each input channel, ``None`` if all count alike."""
+        if self.method == "svd" or not work.reached:
+            return None
+        return work.require_statistics(self.name).mean_abs
 
     def _express_residual(self, work: SiteWork) -> None:
         """Store what the adapters leave, on a fresh grid, in the mask that is there."""
@@ -80,13 +111,11 @@ class LowRank(SitePass):
     def _adapters(self, work: SiteWork) -> tuple[Tensor | Quantized, Tensor | Quantized]:
         error = work.dense - work.effective_base()
         rank = resolve_rank(self.rank, *work.dense.shape)
-        if self.method == "slim":
-            left, right = slim_adapters(error, work.require_statistics(self.name).mean_abs, rank)
-        else:
-            left, right = plain_adapters(error, rank)
+        saliency = self._saliency(work)
+        left, right = plain_adapters(error, rank) if saliency is None else slim_adapters(error, saliency, rank)
         if self.bits is None:
             return left.to(work.dtype).float(), right.to(work.dtype).float()
         return (
-            quantize_factor(left, self.bits, self.group, scale_dtype=work.dtype),
-            quantize_factor(right, self.bits, self.group, scale_dtype=work.dtype),
+            quantize_factor(left, self.bits, self.group, scale_dtype=work.scale_dtype),
+            quantize_factor(right, self.bits, self.group, scale_dtype=work.scale_dtype),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimc.errors import InputError, NumericsError, RecipeError, closest
+from slimc.errors import InputError, NumericsError, RecipeError, VerifyError, closest
 from slimc.ir.express import express
 from slimc.ir.program import Program, Site
 from slimc.ir.text import text
@@ -24,6 +24,7 @@ from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
 from slimc.passes.sweep import Sweep
 from slimc.progress import Progress
+from slimc.runtime.files import write_bytes
 from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
@@ -42,15 +43,17 @@ def from_config(lines: Sequence[Any]) -> list[Pass]:
 
 
 def _from_line(line: Any) -> Pass:
+    name: object
+    options: object = None
     if isinstance(line, str):
-        name, options = line, {}
+        name = line
     elif isinstance(line, Mapping) and len(line) == 1:
         name, options = next(iter(line.items()))
-        options = {} if options is None else options
     else:
         raise RecipeError(f"A line of 'passes' must be a name or one 'name: {{options}}', not {line!r}.")
-    if name not in PASSES:
+    if not isinstance(name, str) or name not in PASSES:
         raise RecipeError(f"There is no pass '{name}'{closest(str(name), PASSES)}; there are {', '.join(PASSES)}.")
+    options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise RecipeError(f"The options of '{name}' must be a mapping such as {{bits: 4}}, not {options!r}.")
     return PASSES[name].from_options(options)
@@ -62,9 +65,8 @@ def check_order(passes: Sequence[Pass]) -> None:
     Raises:
         RecipeError: naming the pass, what is wrong with its place, and what to do.
     """
+    _require_passes(passes)
     for position, one in enumerate(passes):
-        if not isinstance(one, Pass):
-            raise RecipeError(f"Number {position + 1} of the passes is {one!r}, which is not a pass. Use slimc.passes, such as Quantize(bits=4).")
         earlier = passes[:position]
         if "fuse" in [other.name for other in earlier]:
             raise RecipeError(f"'{one.name}' comes after fuse, which must be the last pass. Move fuse to the end.")
@@ -75,12 +77,22 @@ def check_order(passes: Sequence[Pass]) -> None:
         raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune.")
 
 
+def _require_passes(passes: Sequence[object]) -> None:
+    for position, one in enumerate(passes, start=1):
+        if not isinstance(one, Pass):
+            raise RecipeError(
+                f"Number {position} of the passes is {one!r}, which is not a pass. Use slimc.passes, such as "
+                "Quantize(bits=4)."
+            )
+
+
 def select(passes: Sequence[Pass], *, skip: Sequence[str] = (), stop_after: str | None = None) -> list[Pass]:
     """Return the passes without those named in ``skip`` and without all after ``stop_after``; the order is checked.
 
     Raises:
         RecipeError: a name is not in the recipe, or what is left has no valid order.
     """
+    _require_passes(passes)
     names = [one.name for one in passes]
     for name in (*skip, *([stop_after] if stop_after else [])):
         if name not in names:
@@ -116,7 +128,7 @@ def run(
     """Run ``passes`` over ``program``; its sites and its graph are changed.
 
     Args:
-        program: a captured model.
+        program: a captured model that :func:`check_sites` has accepted.
         passes: in an order that :func:`check_order` accepts.
         inputs: flat calibration inputs by batch (:meth:`Program.flatten_inputs`).
         journal: for resuming.
@@ -124,11 +136,11 @@ def run(
         dump_dir: where to write the text of the graph after every pass, as ``0-capture.txt``, ``1-quantize.txt``...
 
     Raises:
-        NumericsError: a weight holds NaN or Inf.
+        NumericsError: NaN or Inf appeared in the activations.
+        InputError: ``dump_dir`` cannot be written.
         VerifyError: a pass left the graph inconsistent.
     """
     check_order(passes)
-    _check_weights(program)
     verify(program)
     dump = _Dump(program, dump_dir)
     dump.write("capture")
@@ -136,43 +148,47 @@ def run(
 
     started = time.perf_counter()
     site_passes = [one for one in passes if isinstance(one, SitePass)]
-    sweep = Sweep(program, site_passes, inputs, journal=journal, progress=progress, snapshot=dump.snapshot if dump_dir else None)
-    rows = sweep.run()
+    snapshot = dump.snapshot if dump_dir else None
+    rows = Sweep(program, site_passes, inputs, journal=journal, progress=progress, snapshot=snapshot).run()
     seconds["sweep"] = time.perf_counter() - started
 
-    for one in site_passes:
-        if dump_dir:
-            for site in program.sites.values():
-                express(program, site, dump.stages[one.name, site.name])
-            verify(program)
-            dump.write(one.name)
+    if dump_dir:
+        dump.write_stages(site_passes)
     for site in program.sites.values():
         express(program, site, _packed(site))
     program.module.recompile()
     verify(program)
 
-    for one in passes:
-        if isinstance(one, Fuse):
-            started = time.perf_counter()
-            log.info("fuse: %d sites", one.rewrite(program))
-            seconds["fuse"] = time.perf_counter() - started
-            verify(program)
-            dump.write(one.name)
+    for fuse in (one for one in passes if isinstance(one, Fuse)):
+        started = time.perf_counter()
+        log.info("fuse: %d sites", fuse.rewrite(program))
+        seconds["fuse"] = time.perf_counter() - started
+        verify(program)
+        dump.write(fuse.name)
     return Outcome(rows, seconds)
 
 
 def _packed(site: Site) -> PackedLinear:
     if site.packed is None:
-        raise InputError(f"The sweep never reached '{site.name}': the calibration inputs do not run that part of the model.")
+        raise VerifyError(f"The sweep never reached '{site.name}'; this is a bug in the order of the graph.")
     return site.packed
 
 
-def _check_weights(program: Program) -> None:
+def check_sites(program: Program, passes: Sequence[Pass]) -> None:
+    """Check, before any work starts, that every site can be compressed by every pass.
+
+    Raises:
+        RecipeError: a pass cannot work on a site (a pattern that does not divide the width, a rank that is too large).
+        NumericsError: a weight holds NaN or Inf.
+    """
     for site in program.sites.values():
-        weight = program.dense_weight(site)
-        if not bool(weight.isfinite().all()):
+        for one in passes:
+            one.check_site(site.name, site.shape)
+    for site in program.sites.values():
+        if not bool(program.dense_weight(site).isfinite().all()):
             raise NumericsError(
-                f"The weight of '{site.name}' holds NaN or Inf. Repair the checkpoint, or leave the site out with exclude=['{site.name}']."
+                f"The weight of '{site.name}' holds NaN or Inf. Repair the checkpoint, or leave the site out with "
+                f"exclude=['{site.name}']."
             )
 
 
@@ -184,13 +200,28 @@ class _Dump:
         self.folder = folder
         self.stages: dict[tuple[str, str], PackedLinear] = {}
         self._count = 0
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be made to hold the dumps ({error.strerror}).") from error
 
     def snapshot(self, name: str, site: Site, packed: PackedLinear) -> None:
         self.stages[name, site.name] = packed
 
+    def write_stages(self, passes: Sequence[SitePass]) -> None:
+        """Write the graph as it was after each pass; a site from the journal is shown in its final form throughout."""
+        final = {site.name: _packed(site) for site in self.program.sites.values()}
+        for one in passes:
+            for site in self.program.sites.values():
+                express(self.program, site, self.stages.get((one.name, site.name), final[site.name]))
+            verify(self.program)
+            self.write(one.name)
+        for site in self.program.sites.values():
+            site.packed = final[site.name]
+
     def write(self, stage: str) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{self._count}-{stage}.txt").write_text(text(self.program), encoding="utf-8")
+        write_bytes(self.folder / f"{self._count}-{stage}.txt", text(self.program).encode())
         self._count += 1

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from slimc.errors import RecipeError
-from slimc.passes.base import Pass, SitePass, Statistic
+from slimc.passes.base import Pass, SitePass, Statistic, real_number
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
@@ -26,8 +26,9 @@ class Prune(SitePass):
 
     Attributes:
         pattern: ``"n:m"`` keeps n of every m weights along the input; a number is the share of weights to drop.
-        method: ``"wanda"`` scores ``|w| * |x|`` (Sun et al.), by row; ``"magnitude"`` scores ``|w|``; ``"sparsegpt"`` also corrects the
-            weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one.
+        method: ``"wanda"`` scores ``|w| * |x|`` (Sun et al.), by row; ``"magnitude"`` scores ``|w|``; ``"sparsegpt"``
+            also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one.
+            Where calibration saw no input but zeros, all of them choose by magnitude.
         damping: SparseGPT's, as a share of the mean diagonal of the Gram matrix.
     """
 
@@ -43,14 +44,19 @@ class Prune(SitePass):
             self.method in ("wanda", "magnitude", "sparsegpt"),
             f"method must be 'wanda', 'magnitude' or 'sparsegpt', not {self.method!r}",
         )
-        self._require(self.damping > 0, f"damping must be positive, not {self.damping!r}")
+        damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1
+        self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
         if isinstance(self.pattern, str):
-            matched = re.fullmatch(r"(\d{1,3}):(\d{1,3})", self.pattern)
-            valid = matched is not None and 1 <= int(matched[1]) < int(matched[2])
-            self._require(valid, f"pattern must be 'n:m' with 1 <= n < m (such as '2:4') or a share to drop, not {self.pattern!r}")
+            matched = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", self.pattern)
+            self._require(
+                matched is not None and 1 <= int(matched[1]) < int(matched[2]),
+                f"pattern must be 'n:m' with 1 <= n < m (such as '2:4') or a share to drop, not {self.pattern!r}",
+            )
         else:
-            valid = isinstance(self.pattern, float) and 0 < self.pattern < 1
-            self._require(valid, f"the share to drop must lie strictly between 0 and 1, not {self.pattern!r}")
+            self._require(
+                real_number(self.pattern) and 0 < self.pattern < 1,
+                f"pattern must be 'n:m' or a share to drop strictly between 0 and 1, not {self.pattern!r}",
+            )
 
     @property
     def sparsity(self) -> NM | Unstructured:
@@ -72,18 +78,23 @@ class Prune(SitePass):
             raise RecipeError("prune appears twice: a weight has one mask. Remove one of the two.")
         if "low_rank" in names:
             raise RecipeError(
-                "prune comes after low_rank, so the adapters could not correct the error that it makes. Put prune before low_rank."
+                "prune comes after low_rank, so the adapters could not correct the error that it makes. "
+                "Put prune before low_rank."
+            )
+
+    def check_site(self, name: str, shape: tuple[int, int]) -> None:
+        """The pattern must divide the width."""
+        sparsity = self.sparsity
+        if isinstance(sparsity, NM) and shape[1] % sparsity.m:
+            raise RecipeError(
+                f"prune: the pattern {self.pattern} does not divide the width {shape[1]} of '{name}'. Use a pattern "
+                f"whose second number divides it, a share such as 0.5, or leave the site out with exclude=['{name}']."
             )
 
     def apply(self, work: SiteWork) -> None:
         """Choose the site's mask, and with SparseGPT its values."""
         work.sparsity = self.sparsity
-        if isinstance(work.sparsity, NM) and work.dense.shape[1] % work.sparsity.m:
-            raise RecipeError(
-                f"prune: the pattern {self.pattern} does not divide the width {work.dense.shape[1]} of '{work.name}'. Use a pattern "
-                f"whose second number divides it, a share such as 0.5, or leave the site out with exclude=['{work.name}']."
-            )
-        if self.method == "sparsegpt":
+        if self.method == "sparsegpt" and work.reached:
             self._apply_sparsegpt(work)
             return
         work.mask = self._mask(self._scores(work))
@@ -91,7 +102,7 @@ class Prune(SitePass):
 
     def _scores(self, work: SiteWork) -> Tensor:
         """Score the exact weight: the ties that a coarse grid makes would be broken blindly."""
-        if self.method == "magnitude":
+        if self.method == "magnitude" or not work.reached:
             return magnitude_scores(work.dense)
         statistics = work.require_statistics(self.name)
         return wanda_scores(work.dense, statistics.sum_squares, statistics.count)

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from slimc.errors import RecipeError
-from slimc.passes.base import Pass, SitePass, Statistic, whole_number
+from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.solvers.quantization import (
+    BITS,
     Quantized,
     activation_aware_scales,
     quantize_absmax,
@@ -19,7 +20,8 @@ from slimc.passes.solvers.quantization import (
 )
 from slimc.passes.work import SiteWork
 
-_BITS = (2, 3, 4, 8)
+MAX_FACTOR = 256
+"""More than this would push every other channel of an 8-bit grid to zero."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,14 @@ class Quantize(SitePass):
     """``w = dequant(codes, scale)``: codes of ``bits`` bits on a grid with one scale a tensor, channel or group.
 
     Attributes:
-        method: ``"slim"`` takes the step that minimises the squared weight error on the real grid (SLiM-Quant, paper S3.1);
-            ``"absmax"`` takes the largest magnitude.
+        method: ``"slim"`` takes the step that minimises the squared weight error on the real grid (SLiM-Quant, paper
+            section 3.1); ``"absmax"`` takes the largest magnitude.
         bits: 2, 3, 4 or 8.
         group: ``None`` for one scale a tensor, ``"channel"`` for one a row, or the number of columns that share one
             (it need not divide the width).
-        symmetric: no zero point; only ``"absmax"`` can do without.
-        activation_aware: SLiM-Quant^O (paper S3.1): the most salient input channels are stored larger by ``factor``, and the graph
-            scales the input back. One input scale serves all sites that share the input.
+        symmetric: the grid has no zero point; ``False`` needs the method ``"absmax"``.
+        activation_aware: SLiM-Quant^O (paper section 3.1): the most salient input channels are stored larger by
+            ``factor``, and the graph scales the input back. One input scale serves all sites that share the input.
         fraction: share of the channels that counts as salient.
         factor: by how much they are enlarged.
     """
@@ -52,18 +54,26 @@ class Quantize(SitePass):
     def __post_init__(self) -> None:
         """Check the options."""
         self._require(self.method in ("slim", "absmax"), f"method must be 'slim' or 'absmax', not {self.method!r}")
-        self._require(whole_number(self.bits) and self.bits in _BITS, f"bits must be one of {_BITS}, not {self.bits!r}")
+        self._require(whole_number(self.bits) and self.bits in BITS, f"bits must be 2, 3, 4 or 8, not {self.bits!r}")
         group_is_valid = self.group in (None, "channel") or (whole_number(self.group) and self.group >= 2)
-        self._require(group_is_valid, f"group must be a number of columns (2 or more), 'channel' or null, not {self.group!r}")
+        self._require(
+            group_is_valid, f"group must be a number of columns (2 or more), 'channel' or null, not {self.group!r}"
+        )
+        for option in ("symmetric", "activation_aware"):
+            value = getattr(self, option)
+            self._require(isinstance(value, bool), f"{option} must be true or false, not {value!r}")
         self._require(
             self.symmetric or self.method == "absmax",
             "method 'slim' is symmetric by definition; symmetric=false needs method 'absmax'",
         )
         self._require(
-            not self.activation_aware or self.method == "slim", "activation_aware belongs to method 'slim' (SLiM-Quant^O)"
+            not self.activation_aware or self.method == "slim",
+            "activation_aware belongs to method 'slim' (SLiM-Quant^O)",
         )
-        self._require(0 < self.fraction <= 1, f"fraction must lie in (0, 1], not {self.fraction!r}")
-        self._require(self.factor > 1, f"factor must be larger than 1, not {self.factor!r}")
+        fraction_is_valid = real_number(self.fraction) and 0 < self.fraction <= 1
+        self._require(fraction_is_valid, f"fraction must lie in (0, 1], not {self.fraction!r}")
+        factor_is_valid = real_number(self.factor) and 1 < self.factor <= MAX_FACTOR
+        self._require(factor_is_valid, f"factor must lie in (1, {MAX_FACTOR}], not {self.factor!r}")
 
     def statistics(self) -> frozenset[Statistic]:
         """SLiM-Quant^O needs the mean magnitude of each input channel."""
@@ -76,8 +86,8 @@ class Quantize(SitePass):
             raise RecipeError("quantize appears twice: a weight has one grid. Remove one of the two.")
         if "low_rank" in names:
             raise RecipeError(
-                "quantize comes after low_rank, so the adapters could not correct the error that it makes. Put quantize before "
-                "low_rank (LowRank(rounds=1) quantises once more after the adapters are known)."
+                "quantize comes after low_rank, so the adapters could not correct the error that it makes. Put "
+                "quantize before low_rank (LowRank(rounds=1) quantises once more after the adapters are known)."
             )
 
     def apply(self, work: SiteWork) -> None:
@@ -89,11 +99,15 @@ class Quantize(SitePass):
         work.quantize()
 
     def _apply_activation_aware(self, work: SiteWork) -> None:
-        """Find the step on the plain weight, then round the enlarged channels on that grid (the cap stays, paper S3.1)."""
+        """Find the step on the plain weight, then round the enlarged channels on that grid (the cap stays).
+
+        What is stored is enlarged by the exact inverse of the input scale *as it is stored*, so that its rounding to
+        16 bits adds no error.
+        """
         mean_abs = work.require_statistics(self.name).mean_abs
         enlarge = activation_aware_scales(mean_abs, work.siblings, fraction=self.fraction, factor=self.factor)
-        enlarge = enlarge.to(work.dtype).float()
         work.input_scale = (1 / enlarge).to(work.dtype).float()
+        enlarge = 1 / work.input_scale
 
         def quantizer(weight: Tensor, mask: Tensor | None) -> Quantized:
             return round_to_grid(weight, self._solve(weight / enlarge, mask, work))
@@ -104,5 +118,7 @@ class Quantize(SitePass):
 
     def _solve(self, weight: Tensor, mask: Tensor | None, work: SiteWork) -> Quantized:
         if self.method == "slim":
-            return quantize_slim(weight, self.bits, self.group, scale_dtype=work.dtype, mask=mask)
-        return quantize_absmax(weight, self.bits, self.group, symmetric=self.symmetric, scale_dtype=work.dtype, mask=mask)
+            return quantize_slim(weight, self.bits, self.group, scale_dtype=work.scale_dtype, mask=mask)
+        return quantize_absmax(
+            weight, self.bits, self.group, symmetric=self.symmetric, scale_dtype=work.scale_dtype, mask=mask
+        )

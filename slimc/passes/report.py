@@ -13,7 +13,8 @@ class SiteRow:
 
     Errors are Frobenius norms relative to the exact quantity: ``weight_error = |W' - W| / |W|`` and
     ``output_error = |X (W' - W)^T| / |X W^T|`` on the calibration inputs; ``base_output_error`` is the
-    same without the adapters. An output error is ``None`` when no input second moment was gathered.
+    same without the adapters. An output error is ``None`` when no pass asked for the site's inputs, so that none were
+    gathered; it is measured on at most :data:`slimc.passes.statistics.SAMPLE_TOKENS` of the calibration tokens.
     """
 
     name: str
@@ -38,8 +39,8 @@ class LeftRow:
 class Report:
     """The record of one compression: the recipe in config form, the sites, and what was left alone.
 
-    ``graph`` is the text form of the final program. ``seconds`` holds wall-clock time by stage; it is kept apart because it
-    differs from run to run.
+    ``graph`` is the text form of the final program. ``seconds`` holds wall-clock time by stage; it is kept apart
+    because it differs from run to run.
     """
 
     recipe: list[dict[str, Any]]

@@ -37,6 +37,11 @@ class InputStatistics:
         """Mean of ``|x|`` by channel, float32 ``[columns]``."""
         return self.sum_abs / max(self.count, 1)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether every input was zero, or there was none."""
+        return not bool(self.sum_abs.any())
+
     @classmethod
     def gather(cls, activations: Sequence[Tensor], wanted: Collection[str], where: str) -> InputStatistics:
         """Accumulate over ``activations``, each ``[..., columns]``.
@@ -46,14 +51,14 @@ class InputStatistics:
         """
         columns = activations[0].shape[-1]
         statistics = cls(columns, activations[0].device, wanted)
-        tokens = sum(activation.numel() // columns for activation in activations)
-        stride = max(1, -(-tokens // SAMPLE_TOKENS))
+        chosen = _evenly_spaced(sum(activation.numel() // columns for activation in activations))
         kept = []
         for activation in activations:
             rows = activation.detach().reshape(-1, columns).float()
+            here = chosen[(chosen >= statistics.count) & (chosen < statistics.count + len(rows))] - statistics.count
+            kept.append(rows[here.to(rows.device)])
             statistics._add(rows)
-            kept.append(rows[::stride])
-        statistics.sample = torch.cat(kept)[:SAMPLE_TOKENS]
+        statistics.sample = torch.cat(kept)
         if not bool(torch.isfinite(statistics.sum_squares).all()):
             raise NumericsError(
                 f"The calibration inputs of '{where}' contain NaN or Inf (or overflow float32 when squared). "
@@ -67,3 +72,9 @@ class InputStatistics:
         self.sum_squares += rows.square().sum(0)
         if self.gram is not None:
             self.gram.addmm_(rows.t(), rows)
+
+
+def _evenly_spaced(tokens: int) -> Tensor:
+    """Return the positions of the sampled tokens among all of them, whatever batches they come in."""
+    size = min(tokens, SAMPLE_TOKENS)
+    return torch.arange(size) * tokens // max(size, 1)

@@ -1,27 +1,30 @@
 """The sweep: run the graph node by node over all calibration batches, and compress each site when it is reached.
 
-A site therefore sees its *actual* input: everything before it is already compressed, and the sweep goes on with the weight
-decoded from its packed bytes. Memory is the live activations plus one site.
+A site therefore sees its *actual* input: everything before it is already compressed, and the sweep goes on with the
+weight decoded from its packed bytes. Memory is the live activations plus one site.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from slimc.errors import CaptureError
+from slimc.errors import CaptureError, SlimError
 from slimc.ir.program import Program, Site, Use, attribute
 from slimc.passes.base import SitePass
 from slimc.passes.journal import Journal
 from slimc.passes.report import SiteRow
 from slimc.passes.statistics import InputStatistics
 from slimc.passes.work import SiteWork
+from slimc.progress import Progress
 from slimc.runtime.ops import decoded_linear
 from slimc.runtime.packing import PackedLinear
-from slimc.progress import Progress
+
+log = logging.getLogger(__name__)
 
 Snapshot = Callable[[str, Site, PackedLinear], None]
 """Receives the name of a pass, a site, and the packed form that the site has after that pass."""
@@ -36,7 +39,8 @@ class Sweep:
         inputs: flat inputs of each calibration batch, in placeholder order. May be empty when no pass needs statistics.
         journal: where finished sites are written and found again, or ``None``.
         progress: told once a site.
-        snapshot: called after each pass at each site; packing every stage costs time, so only for dumps.
+        snapshot: called after each pass at each site that is solved (not those found in the journal); packing every
+            stage costs time, so only for dumps.
     """
 
     def __init__(
@@ -81,15 +85,16 @@ class Sweep:
         for node in self.program.graph.nodes:
             if node in uses:
                 site, use = uses[node]
-                values[node] = self._run_use(site, use, values)
                 remaining -= 1
+                self._reach(site, use, values)
+                if not remaining:
+                    return
+                values[node] = self._products(site, use, values)
             elif node.op == "placeholder":
                 position = next(placeholders)
                 values[node] = [batch[position] for batch in self.inputs]
             elif node.op != "output":
                 values[node] = self._run_node(node, values)
-            if not remaining:
-                return
             for finished in last_reader.get(node, ()):
                 values.pop(finished, None)
 
@@ -108,26 +113,35 @@ class Sweep:
         self, node: fx.Node, values: Mapping[fx.Node, list[Any]]
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         for batch in range(len(self.inputs)):
-            yield fx.node.map_arg((node.args, node.kwargs), lambda source, batch=batch: values[source][batch])
 
-    def _run_use(self, site: Site, use: Use, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
-        """Run one product of a site's weight; at its last use the site is compressed first.
+            def value(source: fx.Node, batch: int = batch) -> Any:
+                return values[source][batch]
+
+            yield fx.node.map_arg((node.args, node.kwargs), value)
+
+    def _reach(self, site: Site, use: Use, values: Mapping[fx.Node, list[Any]]) -> None:
+        """Note the input of one product of a site's weight; at its last use the site is compressed.
 
         A weight with several uses stays dense until its last one, where the statistics of all of them are known.
         """
         activations: list[Tensor] = values[use.input]
         if use is not site.uses[-1]:
             self._earlier_inputs.setdefault(site.name, []).extend(activations)
+            return
+        self._finish(site, [*self._earlier_inputs.pop(site.name, []), *activations])
+
+    def _products(self, site: Site, use: Use, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
+        """Run one product: with the compressed weight, decoded once for all batches, or still with the dense one."""
+        if use is not site.uses[-1]:
             return self._run_node(use.node, values)
-        packed = self._finish(site, [*self._earlier_inputs.pop(site.name, []), *activations])
+        activations: list[Tensor] = values[use.input]
         biases = values[use.bias] if use.bias is not None else [None] * len(activations)
-        linear = decoded_linear(packed)
+        linear = decoded_linear(_packed(site))
         return [linear(x, bias) for x, bias in zip(activations, biases, strict=True)]
 
-    def _finish(self, site: Site, inputs: Sequence[Tensor]) -> PackedLinear:
+    def _finish(self, site: Site, inputs: Sequence[Tensor]) -> None:
         """Take the site from the journal, or solve it and write it there."""
-        device = self.program.dense_weight(site).device
-        recorded = self.journal.read(site.name, device) if self.journal else None
+        recorded = self.journal.read(site, self.program.dense_weight(site).device) if self.journal else None
         if recorded is None:
             packed, row = self._solve(site, self._statistics(site, inputs))
             if self.journal:
@@ -135,18 +149,24 @@ class Sweep:
         else:
             packed, row = recorded
         site.packed = packed
+        if all(self.program.sites[name].packed for name in site.group):
+            self._shared_statistics.pop(site.group, None)
         self.rows.append(row)
         self.progress.advance("compress", note=site.name)
-        return packed
 
     def _statistics(self, site: Site, inputs: Sequence[Tensor]) -> InputStatistics | None:
         """Gather the statistics of the site's input, once for all sites that share it."""
         if not self.wanted:
             return None
-        group = site.group
-        if group not in self._shared_statistics:
-            self._shared_statistics = {group: InputStatistics.gather(inputs, self.wanted, site.name)}
-        return self._shared_statistics[group]
+        if site.group not in self._shared_statistics:
+            statistics = InputStatistics.gather(inputs, self.wanted, site.name)
+            if statistics.is_silent:
+                log.warning(
+                    "Calibration never reached %s: its inputs are all zero, so only its weights can guide the choices.",
+                    " and ".join(f"'{name}'" for name in site.group),
+                )
+            self._shared_statistics[site.group] = statistics
+        return self._shared_statistics[site.group]
 
     def _solve(self, site: Site, statistics: InputStatistics | None) -> tuple[PackedLinear, SiteRow]:
         work = SiteWork(
@@ -154,21 +174,30 @@ class Sweep:
             dense=self.program.dense_weight(site).float(),
             dtype=site.dtype,
             statistics=statistics,
-            siblings=[self.program.dense_weight(self.program.sites[name]).float() for name in site.group],
+            siblings=[self.program.dense_weight(self.program.sites[name]) for name in site.group],
         )
-        packed = None
         for one in self.passes:
-            one.apply(work)
+            try:
+                one.apply(work)
+            except SlimError as error:
+                raise type(error)(f"{one.name}, at '{site.name}': {error}") from error
             if self.snapshot:
-                self.snapshot(one.name, site, packed := work.pack())
-        packed = work.pack() if packed is None else packed
+                self.snapshot(one.name, site, work.pack())
+        packed = work.pack()
         return packed, work.row(packed)
 
 
+def _packed(site: Site) -> PackedLinear:
+    if site.packed is None:
+        raise CaptureError(f"'{site.name}' is used before it is compressed; this is a bug in the order of its uses.")
+    return site.packed
+
+
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Map each node to the values that nobody reads after it."""
+    """Map each node to the values that nobody reads after it; its own is among them if nobody ever does."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
+        last[node] = node
         for source in node.all_input_nodes:
             last[source] = node
     readers: dict[fx.Node, list[fx.Node]] = {}

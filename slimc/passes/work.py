@@ -31,7 +31,7 @@ class SiteWork:
         dtype: of the stored 16-bit values and scales.
         statistics: of the site's input; ``None`` when no pass of the recipe needs them.
         base: the part that is stored as values.
-        siblings: dense weights of all sites that read the same input, this one included.
+        siblings: dense weights of all sites that read the same input, this one included, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
     """
@@ -52,6 +52,16 @@ class SiteWork:
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
         self.base = self.dense
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The precision in which scales are solved: that of the weight, but no more than float32."""
+        return torch.float32 if self.dtype == torch.float64 else self.dtype
+
+    @property
+    def reached(self) -> bool:
+        """Whether calibration saw anything but zeros here; if not, its statistics say nothing about the inputs."""
+        return self.statistics is None or not self.statistics.is_silent
 
     def require_statistics(self, name: str) -> InputStatistics:
         """Return the input statistics that the pass ``name`` declared to need."""
@@ -84,8 +94,8 @@ class SiteWork:
         """Return ``left @ right`` as it will be decoded, or zeros."""
         if self.adapters is None:
             return torch.zeros_like(self.dense)
-        left, right = (factor.dequantize() if isinstance(factor, Quantized) else factor.float() for factor in self.adapters)
-        return left @ right
+        left, right = self.adapters
+        return _dense(left) @ _dense(right)
 
     def pack(self) -> PackedLinear:
         """Return the packed form of what has been reached."""
@@ -141,9 +151,14 @@ class SiteWork:
         return _relative(sample @ (weight - self.dense).t(), sample @ self.dense.t())
 
 
+def _dense(factor: Tensor | Quantized) -> Tensor:
+    return factor.dequantize() if isinstance(factor, Quantized) else factor.float()
+
+
 def _relative(difference: Tensor, exact: Tensor) -> float:
-    scale = float(exact.norm())
-    return float(difference.norm()) / scale if scale else float(difference.norm())
+    """Return the ratio of two Frobenius norms; they are summed in float64, where no square of a float32 overflows."""
+    size, error = (float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (exact, difference))
+    return error / size if size else error
 
 
 def _group_columns(quantized: Quantized) -> int | None:

@@ -56,8 +56,10 @@ def sparsegpt(
     when the block is reached. With a ``grid`` the survivors are rounded in the same loop (the joint form of section
     3.4), so the columns after them see pruning and rounding errors together. A ratio of 0 with a grid is GPTQ.
 
-    The columns with the largest inputs come first, while most others are left to absorb their error; the paper goes from left to
-    right. N:M blocks stay together. On SmolLM2-135M this lowers the output error on held-out text at nearly every site, by 1 to 6 %.
+    The columns with the largest inputs come first, while most others are left to absorb their error; the paper goes
+    from left to right. N:M blocks stay together. On SmolLM2-135M this lowers the output error on held-out text at
+    nearly every site, by 1 to 6 %. Unstructured sparsity keeps the paper's order: each block of columns loses the same
+    share, and a block of strong columns only would lose what matters.
 
     An input channel that is dead (zero on the diagonal of ``gram``) costs nothing to prune, so it is pruned first;
     where the pattern keeps it nonetheless its weight keeps its value, in case the channel is alive in use.
@@ -94,7 +96,9 @@ def sparsegpt(
         block = max(block // pattern[1], 1) * pattern[1]
     require_ratio("sparsegpt", ratio)
 
-    order = _visiting_order(gram, pattern[1] if pattern is not None else 1)
+    order = torch.arange(columns, device=gram.device)
+    if not ratio:
+        order = _visiting_order(gram, pattern[1] if pattern is not None else 1)
     weight, gram = weight[:, order], gram[order][:, order]
     dead = gram.diagonal() <= 0
     factor = _inverse_factor(gram, dead, damping)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from slimc.passes.solvers import (
     sparsegpt,
     unstructured_mask,
 )
+
+# The package exports the function under the name of its module.
+solver = importlib.import_module("slimc.passes.solvers.sparsegpt")
 
 
 def layer(seed: int, rows: int = 24, columns: int = 60, tokens: int = 300) -> tuple[Tensor, Tensor]:
@@ -109,6 +114,8 @@ def test_ratio_zero_with_a_grid_is_gptq() -> None:
 
 def test_first_column_follows_the_published_update() -> None:
     weight, inputs = layer(2, rows=3, columns=4)
+    # Columns are visited by falling energy; put in that order, they are visited from left to right.
+    inputs = inputs[:, inputs.square().sum(0).argsort(descending=True)]
     gram = (inputs.T @ inputs).double()
     inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(4))
     grid = quantize_absmax(weight, 8)
@@ -119,6 +126,49 @@ def test_first_column_follows_the_published_update() -> None:
     expected = round_to_grid(torch.stack([first, moved, *weight[:, 2:].T], dim=1), grid).codes[:, 1]
     assert torch.equal(quantized.codes[:, 0], grid.codes[:, 0])
     assert torch.equal(quantized.codes[:, 1], expected)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
+def test_visiting_strong_columns_first_lowers_the_output_error(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_error() -> float:
+        errors = []
+        for seed in range(8):
+            weight, inputs = layer(seed, rows=48)
+            sizes = torch.randn(60, generator=torch.Generator().manual_seed(seed)).mul(spread).exp()
+            inputs = inputs * sizes
+            pruned, _ = sparsegpt(weight, inputs.T @ inputs, sparsity=(2, 4))
+            errors.append(output_error(inputs, weight, pruned))
+        return sum(errors) / len(errors)
+
+    by_energy = mean_error()
+    with monkeypatch.context() as patch:
+        patch.setattr(solver, "_visiting_order", lambda gram, width: torch.arange(len(gram)))
+        from_left_to_right = mean_error()
+    assert by_energy < from_left_to_right
+
+
+def test_unstructured_pruning_takes_most_from_weak_columns() -> None:
+    """A block of columns loses a fixed share, so strong and weak columns must meet in one block."""
+    weight, inputs = layer(4, rows=48)
+    sizes = torch.ones(60)
+    sizes[::2] = 20
+    _, mask = sparsegpt(weight, (inputs * sizes).T @ (inputs * sizes), sparsity=0.5, block=10)
+    kept = mask.float().mean(0)
+    assert float(kept[::2].mean()) > 0.75
+    assert float(kept[1::2].mean()) < 0.25
+
+
+def test_nm_blocks_stay_together_when_columns_are_reordered() -> None:
+    weight, inputs = layer(5)
+    inputs = inputs * torch.rand(60, generator=torch.Generator().manual_seed(1)).mul(6).exp()
+    order = solver._visiting_order(inputs.T @ inputs, 4)
+    blocks = order.view(-1, 4)
+    assert torch.equal(blocks % 4, torch.arange(4).expand(15, 4))
+    assert torch.equal(order.sort().values, torch.arange(60))
+    energy = inputs.square().sum(0).view(-1, 4).sum(1)[blocks[:, 0] // 4]
+    assert torch.equal(energy, energy.sort(descending=True).values)
+    _, mask = sparsegpt(weight, inputs.T @ inputs, sparsity=(2, 4))
+    assert bool((mask.view(24, 15, 4).sum(2) == 2).all())
 
 
 def test_dead_inputs_are_pruned_first_and_otherwise_keep_their_weight() -> None:
