@@ -2,7 +2,7 @@
 
     python benchmarks/compress_cpu.py MODEL OUTPUT --calibration valid.txt [--recipe slim-w4-2x4] [--json results/...]
 
-The SLiM authors' code takes 47.4 s for its row with 4-bit adapters on an H100 ("slim-lora-q w4 2:4"); it does not run on a CPU.
+The SLiM authors' code takes 47.4 s for its row with 4-bit adapters on an H100 ("slim-lora-q w4 2:4").
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main() -> None:
     print(f"{seconds:.0f} s, {peak:.0f} MiB at the peak, on {os.cpu_count()} cores")
     if options.json:
         record = {
-            "command": f"python benchmarks/compress_cpu.py MODEL OUTPUT --calibration valid.txt --recipe {options.recipe}",
+            "command": "python benchmarks/compress_cpu.py MODEL OUTPUT --calibration valid.txt",
+            "recipe": options.recipe,
             "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
             "seconds": seconds,
             "peak_memory_mib": peak,

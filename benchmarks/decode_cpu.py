@@ -2,7 +2,8 @@
 
     python benchmarks/decode_cpu.py DENSE COMPRESSED [--tokens 32] [--rounds 5] [--json results/...]
 
-Both models generate greedily from the same prompt, in turns; the figures are medians over the rounds, in tokens a second.
+Both models generate greedily from the same prompt, in turns; the figures are medians over the rounds, in tokens a
+second.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
     models = {"dense bf16": dense.to(torch.bfloat16), "slimc": slimc.load(options.compressed)}
     prompt = torch.arange(100, 100 + PROMPT_TOKENS)[None]
     speeds: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
+    for model in models.values():
         tokens_per_second(model, prompt, 4)
     for _ in range(options.rounds):
         for name, model in models.items():

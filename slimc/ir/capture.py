@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from slimc.errors import CaptureError, InputError, RecipeError, closest
-from slimc.ir.carrier import CarrierCheck, ModuleCalls, innermost_module, recorded_calls
+from slimc.ir.carrier import CarrierCheck, ModuleCalls, recorded_calls
 from slimc.ir.program import EMBEDDINGS, LeftAlone, Program, Site, Use, attribute, shared_storage
-from slimc.ir.text import operator_name
+from slimc.ir.text import innermost_module, operator_name
 
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
 """One call of the model: positional and keyword arguments."""

@@ -7,7 +7,6 @@ reason.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from slimc.ir.program import Program, Site
-from slimc.ir.text import operator_name
+from slimc.ir.text import innermost_module, operator_name
 from slimc.runtime.modules import SlimLinear
 
 aten = torch.ops.aten
@@ -181,12 +180,6 @@ def _weight_path(operand: fx.Node) -> Iterator[fx.Node]:
     while operand.op == "call_function":
         yield operand
         operand = operand.all_input_nodes[0]
-
-
-def innermost_module(node: fx.Node) -> str:
-    """Return the path of the module whose code made ``node``; repeated calls (``layer@1``) count as the same module."""
-    stack = node.meta.get("nn_module_stack")
-    return re.sub(r"@\d+", "", str(list(stack.values())[-1][0])) if stack else ""
 
 
 def _makes_tensors(node: fx.Node) -> bool:

@@ -29,6 +29,9 @@ _SHORT_NAMES = {
     torch.bool: "bool",
 }
 
+_NO_MODULE = "_empty_nn_module_stack"
+"""What the exporter writes where it has put a node in itself."""
+
 
 def text(program: Program) -> str:
     """Return the graph as text. Nodes that nobody reads are left out; equal graphs give equal text."""
@@ -53,7 +56,7 @@ class _Writer:
             if not node.users and node.op in ("get_attr", "call_function") and not node.is_impure():
                 continue
             line = self._line(node)
-            path = _module_path(node)
+            path = innermost_module(node)
             yield f"{line:<100}  # {path}" if path and node.op != "get_attr" else line
 
     def _line(self, node: fx.Node) -> str:
@@ -73,7 +76,7 @@ class _Writer:
         if node.op == "placeholder":
             return f"%{node.name}"
         if node not in self.names:
-            base = re.sub(r"(_\d+)+$", "", node.name)
+            base = _base_name(node)
             candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(1)))
             name = next(candidate for candidate in candidates if candidate not in self.taken)
             self.taken.add(name)
@@ -114,6 +117,15 @@ def _without_trailing_none(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-def _module_path(node: fx.Node) -> str:
+def _base_name(node: fx.Node) -> str:
+    """Return what a result is called: after its operator, or after the constant that it reads."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket).rpartition(".")[2]
+    return re.sub(r"(_\d+)+$", "", node.name)
+
+
+def innermost_module(node: fx.Node) -> str:
+    """Return the path of the module whose code made ``node``; repeated calls (``layer@1``) count as the same module."""
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return "" if path.startswith(_NO_MODULE) else re.sub(r"@\d+", "", path)

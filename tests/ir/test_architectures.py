@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-import slimc
+from slimc.backends.hf import output_embedding_names
 from slimc.ir.capture import capture
-from slimc.passes import Quantize
+from slimc.ir.carrier import install
+from slimc.passes import Fuse, Quantize
+from slimc.passes.pipeline import run
+from slimc.progress import SilentProgress
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,31 +82,25 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sites_and_the_compressed_model(name: str) -> None:
+def test_sites_graph_and_compressed_model(name: str) -> None:
     model, inputs, expected = build(name)
     with torch.no_grad():
         before = model(**inputs)[0]
-    small = slimc.compile(model, calibration=[inputs], passes=[Quantize(method="absmax", bits=8, group="channel")])
-    report = slimc.report(small)
-    assert len(report.sites) == expected, [row.name for row in report.sites]
-    assert all(row.reason for row in report.left)
+    dense = dict.fromkeys(output_embedding_names(model), "output embedding")
+    program = capture(model, [((), inputs)], dense=dense)
+    assert len(program.sites) == expected, list(program.sites)
+    assert all(row.reason for row in program.left)
+    listed = {site.weight_name for site in program.sites.values()} | {row.name for row in program.left}
+    listed |= {f"{row.name}.weight" for row in program.left}
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    named = {f"{row.name}.weight" for row in report.sites} | {row.name for row in report.left}
-    named |= {f"{row.name}.weight" for row in report.left}
-    assert matrices <= named, "every matrix is a site or is left alone with a reason"
+    assert matrices <= listed, "every matrix is a site or is left alone with a reason"
+    assert torch.equal(pytree.tree_leaves(program.run(**inputs))[0], before), "the graph computes what the model does"
+
+    run(program, [Quantize(method="absmax", bits=8, group="channel"), Fuse()], [], progress=SilentProgress())
+    small = install(model, program, inplace=False)
     with torch.no_grad():
         after = small(**inputs)[0]
-        again = model(**inputs)[0]
-    assert torch.equal(before, again), "the model passed in is left as it was"
+        assert torch.equal(before, model(**inputs)[0]), "the model passed in is left as it was"
+    assert torch.equal(pytree.tree_leaves(program.run(**inputs))[0], after), "both carriers give one result"
     assert not torch.equal(before, after)
     assert (after - before).norm() < 0.05 * before.norm()
-
-
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert"])
-def test_the_graph_and_the_module_agree(name: str) -> None:
-    model, inputs, _ = build(name)
-    program = capture(model, [((), inputs)])
-    with torch.no_grad():
-        expected = model(**inputs)[0]
-    result = program.run(**inputs)
-    assert torch.equal(torch.utils._pytree.tree_leaves(result)[0], expected)

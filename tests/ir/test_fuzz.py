@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ class Functional(nn.Module):
 def models(draw: st.DrawFn) -> nn.Module:
     widths = draw(st.lists(st.sampled_from([4, 8, 12, 20]), min_size=2, max_size=4))
     layers: list[nn.Module] = []
-    for columns, rows in zip(widths, widths[1:], strict=False):
+    for columns, rows in pairwise(widths):
         bias = draw(st.booleans())
         kind = draw(st.sampled_from(["linear", "functional", "transposed"]))
         linear = nn.Linear(columns, rows, bias=bias)

@@ -16,7 +16,195 @@ from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
 from slimc.passes.pipeline import run
 from slimc.progress import SilentProgress
 
-GOLDEN: dict[tuple[str, str], str] = {}
+# A backslash at the end of a line continues it.
+GOLDEN = {
+    ("mlp", "capture"): """\
+%_0_weight : f32[8, 8] = @0.weight
+%_0_bias : f32[8] = @0.bias
+%_2_weight : f32[4, 8] = @2.weight
+%input_1 : f32[s0, 5, 8] = input
+%linear : f32[s0, 5, 8] = aten.linear(%input_1, %_0_weight, %_0_bias)                                 # 0
+%relu : f32[s0, 5, 8] = aten.relu(%linear)                                                            # 1
+%linear_1 : f32[s0, 5, 4] = aten.linear(%relu, %_2_weight)                                            # 2
+return [%linear_1]
+""",
+    ("mlp", "quantize"): """\
+%_0_bias : f32[8] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%_0_values : u8[8, 4] = @0.values
+%_0_scale : f32[1, 1] = @0.scale
+%dequant : f32[8, 8] = slim.dequant(%_0_values, %_0_scale){bits=4, columns=8, group=0}                # 0
+%linear : f32[s0, 5, 8] = aten.linear(%input_1, %dequant, %_0_bias)                                   # 0
+%relu : f32[s0, 5, 8] = aten.relu(%linear)                                                            # 1
+%_2_values : u8[4, 4] = @2.values
+%_2_scale : f32[1, 1] = @2.scale
+%dequant_1 : f32[4, 8] = slim.dequant(%_2_values, %_2_scale){bits=4, columns=8, group=0}              # 2
+%linear_1 : f32[s0, 5, 4] = aten.linear(%relu, %dequant_1)                                            # 2
+return [%linear_1]
+""",
+    ("mlp", "prune"): """\
+%_0_bias : f32[8] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%_0_values : u8[8, 2] = @0.values
+%_0_pattern : u8[8, 1] = @0.pattern
+%_0_scale : f32[1, 1] = @0.scale
+%dequant_nm : f32[8, 8] = slim.dequant_nm(%_0_values, %_0_pattern, %_0_scale){bits=4, columns=8, group=0, n=2, m=4}  \
+# 0
+%linear : f32[s0, 5, 8] = aten.linear(%input_1, %dequant_nm, %_0_bias)                                # 0
+%relu : f32[s0, 5, 8] = aten.relu(%linear)                                                            # 1
+%_2_values : u8[4, 2] = @2.values
+%_2_pattern : u8[4, 1] = @2.pattern
+%_2_scale : f32[1, 1] = @2.scale
+%dequant_nm_1 : f32[4, 8] = slim.dequant_nm(%_2_values, %_2_pattern, %_2_scale){bits=4, columns=8, group=0, n=2, m=4} \
+ # 2
+%linear_1 : f32[s0, 5, 4] = aten.linear(%relu, %dequant_nm_1)                                         # 2
+return [%linear_1]
+""",
+    ("mlp", "low_rank"): """\
+%_0_bias : f32[8] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%_0_values : u8[8, 2] = @0.values
+%_0_pattern : u8[8, 1] = @0.pattern
+%_0_scale : f32[1, 1] = @0.scale
+%dequant_nm : f32[8, 8] = slim.dequant_nm(%_0_values, %_0_pattern, %_0_scale){bits=4, columns=8, group=0, n=2, m=4}  \
+# 0
+%_0_left_values : u8[8, 1] = @0.left_values
+%_0_left_scale : f32[8, 1] = @0.left_scale
+%dequant : f32[8, 2] = slim.dequant(%_0_left_values, %_0_left_scale){bits=4, columns=2, group=64}     # 0
+%_0_right_values : u8[2, 4] = @0.right_values
+%_0_right_scale : f32[2, 1] = @0.right_scale
+%dequant_1 : f32[2, 8] = slim.dequant(%_0_right_values, %_0_right_scale){bits=4, columns=8, group=64}  # 0
+%linear : f32[s0, 5, 8] = aten.linear(%input_1, %dequant_nm, %_0_bias)                                # 0
+%low_rank : f32[s0, 5, 8] = slim.low_rank(%input_1, %dequant, %dequant_1)                             # 0
+%add : f32[s0, 5, 8] = aten.add.Tensor(%linear, %low_rank)                                            # 0
+%relu : f32[s0, 5, 8] = aten.relu(%add)                                                               # 1
+%_2_values : u8[4, 2] = @2.values
+%_2_pattern : u8[4, 1] = @2.pattern
+%_2_scale : f32[1, 1] = @2.scale
+%dequant_nm_1 : f32[4, 8] = slim.dequant_nm(%_2_values, %_2_pattern, %_2_scale){bits=4, columns=8, group=0, n=2, m=4} \
+ # 2
+%_2_left_values : u8[4, 1] = @2.left_values
+%_2_left_scale : f32[4, 1] = @2.left_scale
+%dequant_2 : f32[4, 2] = slim.dequant(%_2_left_values, %_2_left_scale){bits=4, columns=2, group=64}   # 2
+%_2_right_values : u8[2, 4] = @2.right_values
+%_2_right_scale : f32[2, 1] = @2.right_scale
+%dequant_3 : f32[2, 8] = slim.dequant(%_2_right_values, %_2_right_scale){bits=4, columns=8, group=64}  # 2
+%linear_1 : f32[s0, 5, 4] = aten.linear(%relu, %dequant_nm_1)                                         # 2
+%low_rank_1 : f32[s0, 5, 4] = slim.low_rank(%relu, %dequant_2, %dequant_3)                            # 2
+%add_1 : f32[s0, 5, 4] = aten.add.Tensor(%linear_1, %low_rank_1)                                      # 2
+return [%add_1]
+""",
+    ("mlp", "fuse"): """\
+%_0_bias : f32[8] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%_0_values : u8[8, 2] = @0.values
+%_0_pattern : u8[8, 1] = @0.pattern
+%_0_scale : f32[1, 1] = @0.scale
+%_0_left_values : u8[8, 1] = @0.left_values
+%_0_left_scale : f32[8, 1] = @0.left_scale
+%_0_right_values : u8[2, 4] = @0.right_values
+%_0_right_scale : f32[2, 1] = @0.right_scale
+%linear : f32[s0, 5, 8] = slim.linear(%input_1, %_0_values, %_0_pattern, %_0_scale, None, None, %_0_left_values, \
+%_0_left_scale, %_0_right_values, %_0_right_scale, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, rank=2, \
+left_bits=4, left_group=64, right_bits=4, right_group=64}  # 0
+%relu : f32[s0, 5, 8] = aten.relu(%linear)                                                            # 1
+%_2_values : u8[4, 2] = @2.values
+%_2_pattern : u8[4, 1] = @2.pattern
+%_2_scale : f32[1, 1] = @2.scale
+%_2_left_values : u8[4, 1] = @2.left_values
+%_2_left_scale : f32[4, 1] = @2.left_scale
+%_2_right_values : u8[2, 4] = @2.right_values
+%_2_right_scale : f32[2, 1] = @2.right_scale
+%linear_1 : f32[s0, 5, 4] = slim.linear(%relu, %_2_values, %_2_pattern, %_2_scale, None, None, %_2_left_values, \
+%_2_left_scale, %_2_right_values, %_2_right_scale){n=2, m=4, bits=4, columns=8, group=0, rank=2, left_bits=4, \
+left_group=64, right_bits=4, right_group=64}  # 2
+return [%linear_1]
+""",
+    ("conv1d", "capture"): """\
+%_0_weight : f32[8, 4] = @0.weight
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%addmm : f32[s1, 4] = aten.addmm(%_0_bias, %view, %_0_weight)                                         # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%addmm, [%sym_size, 5, 4])                                        # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+    ("conv1d", "quantize"): """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 4] = @0.values
+%_0_scale : f32[1, 1] = @0.scale
+%dequant : f32[4, 8] = slim.dequant(%_0_values, %_0_scale){bits=4, columns=8, group=0}                # 0
+%t : f32[8, 4] = aten.t(%dequant)                                                                     # 0
+%addmm : f32[s1, 4] = aten.addmm(%_0_bias, %view, %t)                                                 # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%addmm, [%sym_size, 5, 4])                                        # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+    ("conv1d", "prune"): """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 2] = @0.values
+%_0_pattern : u8[4, 1] = @0.pattern
+%_0_scale : f32[1, 1] = @0.scale
+%dequant_nm : f32[4, 8] = slim.dequant_nm(%_0_values, %_0_pattern, %_0_scale){bits=4, columns=8, group=0, n=2, m=4}  \
+# 0
+%t : f32[8, 4] = aten.t(%dequant_nm)                                                                  # 0
+%addmm : f32[s1, 4] = aten.addmm(%_0_bias, %view, %t)                                                 # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%addmm, [%sym_size, 5, 4])                                        # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+    ("conv1d", "low_rank"): """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 2] = @0.values
+%_0_pattern : u8[4, 1] = @0.pattern
+%_0_scale : f32[1, 1] = @0.scale
+%dequant_nm : f32[4, 8] = slim.dequant_nm(%_0_values, %_0_pattern, %_0_scale){bits=4, columns=8, group=0, n=2, m=4}  \
+# 0
+%_0_left_values : u8[4, 1] = @0.left_values
+%_0_left_scale : f32[4, 1] = @0.left_scale
+%dequant : f32[4, 2] = slim.dequant(%_0_left_values, %_0_left_scale){bits=4, columns=2, group=64}     # 0
+%_0_right_values : u8[2, 4] = @0.right_values
+%_0_right_scale : f32[2, 1] = @0.right_scale
+%dequant_1 : f32[2, 8] = slim.dequant(%_0_right_values, %_0_right_scale){bits=4, columns=8, group=64}  # 0
+%t : f32[8, 4] = aten.t(%dequant_nm)                                                                  # 0
+%addmm : f32[s1, 4] = aten.addmm(%_0_bias, %view, %t)                                                 # 0
+%low_rank : f32[s1, 4] = slim.low_rank(%view, %dequant, %dequant_1)                                   # 0
+%add : f32[s1, 4] = aten.add.Tensor(%addmm, %low_rank)                                                # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%add, [%sym_size, 5, 4])                                          # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+    ("conv1d", "fuse"): """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 2] = @0.values
+%_0_pattern : u8[4, 1] = @0.pattern
+%_0_scale : f32[1, 1] = @0.scale
+%_0_left_values : u8[4, 1] = @0.left_values
+%_0_left_scale : f32[4, 1] = @0.left_scale
+%_0_right_values : u8[2, 4] = @0.right_values
+%_0_right_scale : f32[2, 1] = @0.right_scale
+%linear : f32[s1, 4] = slim.linear(%view, %_0_values, %_0_pattern, %_0_scale, None, None, %_0_left_values, \
+%_0_left_scale, %_0_right_values, %_0_right_scale, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, rank=2, \
+left_bits=4, left_group=64, right_bits=4, right_group=64}  # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%linear, [%sym_size, 5, 4])                                       # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+}
 
 
 class Conv1D(nn.Module):
