@@ -280,12 +280,11 @@ class _SiteFinder:
         default = self.dense.get(name)
         if tables:
             default = f"shares its storage with the embedding table '{_site_name(tables[0])}'; include it by its name"
-        site, reason = self._site(name, names), self._obstacle(name)
-        if reason is None and site is not None:
-            reason = self.carrier.refusal(site, tuple(names))
-        if site is None or reason is not None:
+        site = self._site(name, names)
+        reason = self._obstacle(name) or self.carrier.refusal(site, tuple(names))
+        if reason is not None:
             for other in names:
-                self._leave(other, reason or "not used by the captured graph")
+                self._leave(other, reason)
             return
         reason = self._by_pattern([_site_name(other) for other in names], default)
         if reason is None:
@@ -342,12 +341,11 @@ class _SiteFinder:
                     f"{matched[0]}: {self.incompressible[matched[0]]}."
                 )
 
-    def _site(self, name: str, names: Sequence[str]) -> Site | None:
+    def _site(self, name: str, names: Sequence[str]) -> Site:
         uses = tuple(self.uses.get(name, ()))
-        if not uses:
-            return None
         tensor = self.matrices[name]
-        rows, columns = tensor.shape if not uses[0].transposed else tensor.shape[::-1]
+        transposed = bool(uses) and uses[0].transposed
+        rows, columns = tensor.shape[::-1][:2] if transposed else tensor.shape[:2]
         owners = tuple(other.rpartition(".")[0] for other in names)
         return Site(_site_name(names[0]), name, (rows, columns), tensor.dtype, uses, owners)
 

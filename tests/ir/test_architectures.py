@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
@@ -42,20 +42,25 @@ def pixels() -> dict[str, torch.Tensor]:
 
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]], int]] = {
-    "Llama": ("LlamaForCausalLM", GROUPED, tokens, 14),
-    "Qwen2": ("Qwen2ForCausalLM", GROUPED, tokens, 14),
-    "Qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, tokens, 14),
-    "Gemma3": ("Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 16}, tokens, 14),
-    "OPT": ("OPTForCausalLM", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, tokens, 12),
+    "Llama": ("LlamaForCausalLM", {**GROUPED, "num_hidden_layers": 2}, tokens, 14),
+    "Qwen2": ("Qwen2ForCausalLM", GROUPED, tokens, 7),
+    "Qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, tokens, 7),
+    "Gemma3": (
+        "Gemma3ForCausalLM",
+        {**GROUPED, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 16},
+        tokens,
+        14,
+    ),
+    "OPT": ("OPTForCausalLM", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, tokens, 6),
     "GPT2": (
         "GPT2LMHeadModel",
-        {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
         tokens,
-        8,
+        4,
     ),
-    "GPTNeoX": ("GPTNeoXForCausalLM", SMALL, tokens, 8),
-    "Phi3": ("Phi3ForCausalLM", GROUPED, tokens, 8),
-    "Bert": ("BertModel", SMALL, tokens, 13),
+    "GPTNeoX": ("GPTNeoXForCausalLM", SMALL, tokens, 4),
+    "Phi3": ("Phi3ForCausalLM", GROUPED, tokens, 4),
+    "Bert": ("BertModel", SMALL, tokens, 7),
     "ViT": (
         "ViTModel",
         {
@@ -67,9 +72,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
             "patch_size": 8,
         },
         pixels,
-        13,
+        7,
     ),
-    "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, tokens, 8),
+    "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, tokens, 4),
 }
 
 

@@ -13,6 +13,7 @@ from slimc.ir.capture import capture
 from slimc.ir.carrier import install
 from slimc.ir.express import express
 from slimc.ir.program import Program
+from slimc.ir.verify import verify
 from slimc.runtime.modules import SlimLinear
 
 Packer = Callable[..., Any]
@@ -112,3 +113,30 @@ def test_what_was_not_compressed_is_not_replaced(pack: Packer) -> None:
     program, _ = compressed(model, pack)
     program.sites["2"].packed = None
     assert [type(module) for module in install(model, program, inplace=False)] == [SlimLinear, nn.Dropout, nn.Linear]
+
+
+class Tied(nn.Module):
+    """A language model in miniature; its head is the embedding's matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+def test_a_tied_head_that_is_included_leaves_the_embedding_dense(pack: Packer) -> None:
+    model = Tied()
+    ids = torch.arange(10).reshape(2, 5)
+    program = capture(model, [((ids,), {})], include=["head"])
+    site = program.sites["head"]
+    express(program, site, pack(program.dense_weight(site), "int4"))
+    program.module.recompile()
+    verify(program)
+    small = install(model, program, inplace=False)
+    assert isinstance(small.head, SlimLinear)
+    assert torch.equal(small.embed.weight, model.embed.weight)
+    assert torch.equal(small(ids), program.run(ids))
