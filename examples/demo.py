@@ -42,7 +42,7 @@ def main() -> None:
     totals = json.loads(slimc("inspect", OUTPUT, "--json", capture=True))["totals"]
 
     headline("What does each say?")
-    talking = ["--prompt", PROMPT, "--tokens", 40]
+    talking = ["--prompt", PROMPT, "--tokens", 40, "--temperature", 0.7, "--seed", 1]
     slimc("generate", model, *talking)
     slimc("generate", OUTPUT, *talking)
 

@@ -37,8 +37,15 @@ VARIANTS: dict[str, list[Pass]] = {
 
 
 def main() -> None:
-    """Compress with each variant and print the mean cosine similarity to the dense embeddings."""
+    """Print what each variant keeps of the embeddings."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else packaged_model()
+    print(f"{'variant':30} {'bits':>6} {'cosine':>7}")
+    for name, bits, cosine in compare(folder):
+        print(f"{name:30} {bits:6.2f} {cosine:7.4f}", flush=True)
+
+
+def compare(folder: Path) -> Iterator[tuple[str, float, float]]:
+    """Compress with each variant; yield its name, bits a weight, and mean cosine similarity to the dense embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
     sentences = [line.strip() for line in TEXT.read_text(encoding="utf-8").split(".") if len(line.split()) > 3]
@@ -52,11 +59,10 @@ def main() -> None:
             yield {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
     exact = embeddings(model, batches(held_out))
-    print(f"{'variant':30} {'bits':>6} {'cosine':>7}")
     for name, passes in VARIANTS.items():
         small = slimc.compile(model, batches(seen), passes)
         cosine = torch.cosine_similarity(exact, embeddings(small, batches(held_out))).mean()
-        print(f"{name:30} {slimc.report(small).bits_per_weight:6.2f} {cosine:7.4f}")
+        yield name, slimc.report(small).bits_per_weight, cosine.item()
 
 
 @torch.no_grad()

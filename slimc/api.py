@@ -1,14 +1,16 @@
-"""The public functions: ``compile``, ``save``, ``load``, ``report``."""
+"""The public functions: ``compile``, ``save``, ``load``, ``report``, ``explain``."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from pickle import PicklingError
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -31,17 +33,38 @@ from slimc.passes import Calibrate, Pass, pipeline
 from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.progress import Progress, SilentProgress
+from slimc.runtime import modules
 from slimc.runtime.files import file_inside, write_file
-from slimc.runtime.modules import use_kernels
+from slimc.runtime.modules import SlimLinear, use_kernels
+from slimc.runtime.select import Choice
 from slimc.runtime.storage import load_folder, save_folder
 from slimc.version import __version__
 
 Model = TypeVar("Model", bound=nn.Module)
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 _GRAPH = "graph.txt"
 """The text form of the program, in the native folder."""
 
 
+def _in_plain_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Run ``function`` outside the caller's autocast, inference mode and gradients: they would leak into its tensors."""
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(mode=False))
+            modes.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    modes.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_in_plain_mode
 def compile(  # noqa: A001 - slimc.compile, like torch.compile
     model: Model,
     calibration: Any = None,
@@ -82,6 +105,10 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     Raises:
         SlimError: with what happened, where, and what to do; see :mod:`slimc.errors`.
     """
+    if any(isinstance(module, SlimLinear) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
+        )
     recipe_include, recipe_exclude, chosen = _passes(passes)
     chosen = pipeline.select(chosen, skip=_several(skip), stop_after=stop_after)
     progress = progress or SilentProgress()
@@ -99,9 +126,12 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     else:
         batches = self_sampled_outline(model, settings) if calibrated else example_batches(model)
     clock.lap("calibration data")
+    progress.start("capture", 1)
     program = _capture(model, batches, (*recipe_include, *_several(include)), (*recipe_exclude, *_several(exclude)))
     pipeline.check_sites(program, chosen)
     inputs = [program.flatten_inputs(*batch) for batch in batches] if calibrated else []
+    progress.advance("capture")
+    progress.finish("capture")
     clock.lap("capture")
 
     if record:
@@ -154,6 +184,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite
     Raises:
         InputError: the model is not compressed, the folder exists, or the disk is full.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
     done = report(model)
     record, write_model_files = hf.saved_form(model, tokenizer)
 
@@ -188,6 +219,16 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     use_kernels(loaded, KERNELS)
     _attach(loaded, replace(Report.from_json(record), graph=_read_graph(Path(path))))
     return loaded
+
+
+def explain(model: nn.Module) -> dict[str, list[Choice]]:
+    """Return, for each compressed layer, which kernel runs at which token counts, and why the better ones refused.
+
+    Raises:
+        InputError: the model is not one that slimc compressed.
+    """
+    report(model)
+    return modules.explain(model)
 
 
 def report(model: nn.Module) -> Report:

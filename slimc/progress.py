@@ -6,6 +6,7 @@ Whoever does the work is handed a :class:`Progress` and need not know where its 
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,23 +108,23 @@ class RichProgress:
 
         self._tasks: dict[str, TaskID] = {}
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(elapsed_when_finished=False),
-            progress.TextColumn("[dim]{task.fields[note]}"),
+            progress.TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
 
     def start(self, stage: str, total: int) -> None:
         """Begin ``stage``, which takes ``total`` steps."""
-        self._tasks[stage] = self._bars.add_task(stage, total=total, note="")
+        self._tasks[stage] = self._bars.add_task(printable(stage), total=total, note="")
 
     def advance(self, stage: str, n: int = 1, note: str = "") -> None:
         """Record ``n`` more steps of ``stage`` and show ``note`` beside its bar."""
-        self._bars.update(self._tasks[stage], advance=n, note=note)
+        self._bars.update(self._tasks[stage], advance=n, note=printable(note))
 
     def finish(self, stage: str) -> None:
         """End ``stage``; its bar stays, full, with the time that it took."""
@@ -145,7 +146,7 @@ def for_console(console: Console, *, quiet: bool = False) -> AbstractContextMana
         return nullcontext(SilentProgress())
     if console.is_terminal and not console.is_dumb_terminal:
         return RichProgress(console)
-    return nullcontext(PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)))
+    return nullcontext(PlainProgress(lambda line: console.out(printable(line), highlight=False)))
 
 
 def duration(seconds: float) -> str:
@@ -157,3 +158,16 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return ``text`` with control characters and lone surrogates, but those in ``keep``, as escapes.
+
+    Names come out of files; what a terminal would obey, or could not encode, is shown instead: ``"\\x1b[2J"``.
+    """
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in {"Cc", "Cs"} and character not in keep
+        else character
+        for character in text
+    )

@@ -106,8 +106,6 @@ def test_generate_is_the_users_own(small: Any) -> None:
     assert torch.equal(written[:, :17], again[:, :17])
 
 
-# torch.export leaves a trace of a global hook that it has removed, and torch.compile remarks on it.
-@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
 def test_compile_and_export_give_the_same_numbers() -> None:
     x = torch.randn(5, 16)
     small = slimc.compile(mlp(), [x], PASSES)
@@ -284,3 +282,61 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
     with pytest.raises(InputError, match="Sequential cannot be copied .* Pass inplace=True"):
         slimc.compile(model, torch.randn(2, 16), [Quantize()])
     assert slimc.compile(model, torch.randn(2, 16), [Quantize()], inplace=True) is model
+
+
+def test_a_compressed_model_is_not_compressed_again(small: Any) -> None:
+    with pytest.raises(InputError, match="LlamaForCausalLM is compressed already; compress the dense model"):
+        slimc.compile(small, tokens(), PASSES)
+
+
+def test_explain_names_a_kernel_for_every_layer_and_why_others_refused(small: Any) -> None:
+    choices = slimc.explain(small)
+    assert len(choices) == len(slimc.report(small).sites)
+    assert all(choice.kernel is not None for of_layer in choices.values() for choice in of_layer)
+    with pytest.raises(InputError, match="was not compressed"):
+        slimc.explain(mlp())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu"), torch.enable_grad])
+def test_ambient_modes_do_not_reach_the_result(mode: Callable[[], Any]) -> None:
+    model, x = mlp(), torch.randn(8, 16)
+    expected = slimc.compile(model, x, PASSES)
+    with mode():
+        found = slimc.compile(model, x, PASSES)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+    assert not any(tensor.is_inference() for tensor in found.state_dict().values())
+
+
+class Restless(nn.Module):
+    """Changes its input and a buffer in place, and draws random numbers even in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        x.mul_(2)
+        return self.last(torch.nn.functional.dropout(self.first(x)))
+
+
+def test_calibration_changes_neither_the_model_nor_the_data_and_repeats() -> None:
+    model, x = Restless().eval(), torch.randn(8, 16)
+    before = x.clone()
+    first, second = (slimc.compile(model, [x], PASSES).state_dict() for _ in range(2))
+    assert torch.equal(x, before)
+    assert torch.equal(model.calls, torch.zeros(1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_compiled_model_is_saved_as_the_model_inside(small: Any, tmp_path: Path) -> None:
+    slimc.save(torch.compile(small, backend="eager"), tmp_path / "out")
+    assert type(slimc.load(tmp_path / "out")) is type(small)
+
+
+def test_rounds_would_undo_what_sparsegpt_corrected() -> None:
+    passes = [Calibrate(), Quantize(), Prune(method="sparsegpt"), LowRank(rounds=2)]
+    with pytest.raises(RecipeError, match="rounds=2 would store .* Use rounds=0 with sparsegpt, or prune with wanda"):
+        slimc.compile(mlp(), torch.randn(8, 16), passes)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from typer.testing import CliRunner, Result
 import slimc
 from slimc import recipes
 from slimc.cli import app
+from slimc.cli.models import default_device
+from slimc.cli.terminal import say
 from slimc.errors import NumericsError, VerifyError
 
 SMALL = ["--samples", "4", "--length", "32", "--batch", "2"]
@@ -241,6 +244,74 @@ def test_a_run_that_failed_leaves_nothing_in_the_way(tmp_path: Path, tiny_llama_
     assert result.exit_code == 0, result.output
 
 
+def interrupted(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command that is interrupted after its first layer."""
+    from slimc.passes.journal import Journal
+
+    write = Journal.write
+
+    def interrupt(self: Journal, *record: Any) -> None:
+        write(self, *record)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", interrupt)
+        assert invoke(*arguments).exit_code == 130
+
+
+def test_a_corrected_command_is_not_refused(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimc.passes.journal import Journal
+
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
+
+    def fail(self: Journal, *record: object) -> None:
+        raise NumericsError("NaN in x")
+
+    for corrected in ([], ["--resume"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "write", fail)
+            assert "NaN in x" in invoke(*arguments, "--set", "quantize.bits=3").stderr
+        assert (tmp_path / "small.partial" / "journal.json").is_file()
+        result = invoke(*arguments, *corrected)
+        assert result.exit_code == 0, result.output
+        (tmp_path / "small").rename(tmp_path / f"done-{len(corrected)}")
+
+
+def test_overwrite_discards_what_an_interrupted_run_left(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: list[object] = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
+    interrupted(arguments, monkeypatch)
+    result = invoke(*arguments, "--set", "quantize.bits=3", "--overwrite")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "3." in result.stdout.split("layers take")[1]
+
+
+def test_resume_and_overwrite_start_again_where_the_run_is_another(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: list[object] = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
+    interrupted(arguments, monkeypatch)
+    other = [*arguments, "--set", "quantize.bits=3", "--resume"]
+    refused = invoke(*other)
+    assert refused.exit_code == 2
+    assert "belongs to another run" in refused.stderr
+    result = invoke(*other, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "starting again" in result.stderr
+    assert not (tmp_path / "small.partial").exists()
+
+
+def test_calibration_options_are_ignored_with_a_note_where_nothing_calibrates(
+    tmp_path: Path, tiny_llama_folder: Path
+) -> None:
+    result = invoke("compress", tiny_llama_folder, "-o", tmp_path / "small", "-r", "rtn-w4", "--quiet", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "Ignored: --samples, --length, --batch. The recipe rtn-w4 does not calibrate.\n"
+
+
 def test_an_existing_folder_is_replaced_only_on_demand(tmp_path: Path, tiny_llama_folder: Path) -> None:
     arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "rtn-w4", "--quiet"]
     assert invoke(*arguments).exit_code == 0
@@ -264,6 +335,47 @@ def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: P
     assert precious.read_text() == "mine"
 
 
+# -------------------------------------------------------------------------------------- what is printed, and where it runs
+
+
+def test_paths_and_names_are_printed_as_they_are(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    folder = tmp_path / "x[" / "b]:key:\x1b[2J"
+    result = invoke("compress", tiny_llama_folder, "-o", folder, "--recipe", "rtn-w4", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/x[/b]:key:\\x1b[2J: " in result.stdout
+    assert "\x1b" not in result.output
+
+
+def test_names_in_a_folder_are_no_markup_and_no_commands(tmp_path: Path, compressed: tuple[Path, Result]) -> None:
+    folder = tmp_path / "hostile"
+    shutil.copytree(compressed[0], folder)
+    name, hostile = "model.layers.0.mlp.up_proj", "[/x]:key:\x1b[2J\x9b"
+    record = json.loads((folder / "slimc.json").read_text())
+    text = json.dumps(record).replace(name, json.dumps(hostile)[1:-1])
+    report = json.loads(text)["report"]
+    (folder / "slimc.json").write_text(json.dumps(record | {"report": report}))
+    result = invoke("inspect", folder)
+    assert result.exit_code == 0, result.output
+    assert "[/x]:key:\\x1b[2J\\x9b" in result.stdout
+    as_json = invoke("inspect", folder, "--json").stdout
+    assert hostile in [row["name"] for row in json.loads(as_json)["sites"]]
+    assert not {"\x1b", "\x9b"} & {*result.output, *as_json}
+
+
+def test_generated_text_keeps_its_lines_and_tabs(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\tb\n:key: [bold]\x1b[31m\ud800", end="")
+    assert capsys.readouterr().out == "a\tb\n:key: [bold]\\x1b[31m\\ud800"
+
+
+@pytest.mark.parametrize(("accelerator", "chosen"), [("cuda", "cuda"), ("mps", "cpu"), (None, "cpu")])
+def test_only_cuda_is_chosen_unasked(accelerator: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    found = None if accelerator is None else torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert default_device().type == chosen
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -279,7 +391,10 @@ def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: P
         (["compress", "{model}", "-o", "{out}", "--recipe", "{order}"], "statistics of the activations"),
         (["compress", "{model}", "-o", "{out}", "--set", "bits=3"], "write PASS.OPTION=VALUE"),
         (["compress", "{model}", "-o", "{out}", "--set", "quantize.bits=77"], "bits"),
-        (["compress", "{model}", "-o", "{out}", "--recipe", "rtn-w4", "--samples", "3"], "no pass 'calibrate'"),
+        (["compress", "{model}", "-o", "."], "'.' has no name of its own"),
+        (["compress", "{model}", "-o", "/"], "'/' has no name of its own"),
+        (["compress", "{model}", "-o", "{out}/.."], "has no name of its own"),
+        (["compress", "{model}", "-o", "{out}", "-r", "rtn-w4", "--set", "calibrate.samples=3"], "no pass 'calibrate'"),
         (["compress", "{model}", "-o", "{out}", "--skip", "prun"], "did you mean 'prune'?"),
         (["compress", "{model}", "-o", "{out}", "--calibration", "{missing}"], "cannot be read: No such file"),
         (["compress", "{model}", "-o", "{out}", "--calibration", "{empty}"], "the text has 1 tokens, but"),

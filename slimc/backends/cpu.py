@@ -49,10 +49,11 @@ _COLUMN_MULTIPLE = 32
 _ZERO = 8
 """The zero point of the int4 kernel: ``weight = (code - 8) * scale + zero``."""
 
-# The bindings in torch's own namespace cost 2 us less a call than torch.ops.
-_int4pack_mm = torch._weight_int4pack_mm_for_cpu
-_int4pack = torch._convert_weight_to_int4pack_for_cpu
-_int8pack_mm = torch._weight_int8pack_mm
+# The bindings in torch's own namespace cost 2 us less a call than torch.ops. They are private, so a release may lack
+# one; then its kernel refuses every case.
+_int4pack_mm: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
+_int4pack: Any = getattr(torch, "_convert_weight_to_int4pack_for_cpu", None)
+_int8pack_mm: Any = getattr(torch, "_weight_int8pack_mm", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,8 @@ class Int8Layer:
 
 def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     return (
-        _refuses_device(spec.weight, dtype, device)
+        _refuses_release(_int4pack_mm, _int4pack)
+        or _refuses_device(spec.weight, dtype, device)
         or _refuses_int4(spec.weight)
         or _refuses_tokens(tokens, INT4PACK_TOKENS)
     )
@@ -120,10 +122,15 @@ def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, 
 
 def _accepts_int8(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     return (
-        _refuses_device(spec.weight, dtype, device)
+        _refuses_release(_int8pack_mm)
+        or _refuses_device(spec.weight, dtype, device)
         or _refuses_int8(spec.weight)
         or _refuses_tokens(tokens, INT8PACK_TOKENS)
     )
+
+
+def _refuses_release(*functions: Any) -> str | None:
+    return f"PyTorch {torch.__version__} does not have this kernel" if None in functions else None
 
 
 def _refuses_device(spec: WeightFormat, dtype: torch.dtype, device: torch.device) -> str | None:

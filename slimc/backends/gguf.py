@@ -58,6 +58,12 @@ _WIDTHS = (
 )
 """Metadata that readers allocate by; none can exceed the longest side of a tensor."""
 
+_TOKEN_TABLE = "token_embd.weight"
+_POSITION_TABLE = "position_embd.weight"
+
+_LEARNED_POSITIONS = frozenset({"bert", "gpt2", "starcoder"})
+"""Architectures whose readers allocate a row for each position; others only compute with the context length."""
+
 
 @dataclass(frozen=True)
 class GgufHeader:
@@ -231,10 +237,13 @@ def _check_model_sizes(path: Path, header: GgufHeader) -> None:
         raise FormatError(f"{path}: does not say which architecture it is for (general.architecture)")
     longest = max((side for shape in header.tensors.values() for side in shape), default=0)
     limits = dict.fromkeys(_WIDTHS, longest) | {"block_count": len(header.tensors)}
+    limits["vocab_size"] = header.tensors.get(_TOKEN_TABLE, (longest,))[0]
+    if _POSITION_TABLE in header.tensors or architecture in _LEARNED_POSITIONS:
+        limits["context_length"] = header.tensors.get(_POSITION_TABLE, (longest,))[0]
     for key, limit in limits.items():
         value = header.metadata.get(f"{architecture}.{key}")
         if value is not None and (type(value) is not int or not 0 <= value <= limit):
             raise FormatError(
                 f"{path}: {architecture}.{key} is {value!r}, which cannot belong to its {len(header.tensors)} tensors "
-                f"with sides up to {longest}; the file is damaged, get it again"
+                f"with sides up to {longest}, which allow {limit} at most; the file is damaged, get it again"
             )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from slimc.runtime.storage import NativeFolder
 
 __all__ = [
     "can_generate",
+    "guard_save_pretrained",
     "load_model",
     "load_tokenizer",
     "native_skeleton",
@@ -272,6 +273,8 @@ def saved_form(model: nn.Module, tokenizer: Any = None) -> tuple[ModelRecord, Ca
 
     A model whose class is not part of transformers is recorded as a plain module. Does not import transformers.
     """
+    # torch.compile's wrapper has another class; what it wraps is the model.
+    model = getattr(model, "_orig_mod", model)
     cls = type(model)
     known = cls.__module__.startswith("transformers.models.")
     config = getattr(model, "config", None)
@@ -282,6 +285,24 @@ def saved_form(model: nn.Module, tokenizer: Any = None) -> tuple[ModelRecord, Ca
         attention=attention if attention in ("eager", "sdpa") else None,
     )
     return record, partial(_write_files, model if known else None, tokenizer)
+
+
+def guard_save_pretrained(model: nn.Module) -> None:
+    """Make ``model.save_pretrained`` raise an InputError that names ``slimc.save``; other models are left alone.
+
+    What it would write for a compressed model, stock loaders open without an error and with random layers.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "save_pretrained"):
+        vars(model)["save_pretrained"] = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(*_: Any, **__: Any) -> NoReturn:
+    """Stand in for the method of one instance; a plain function, so that copies of the model share it."""
+    raise InputError(
+        "a compressed model cannot be saved as a stock checkpoint, which would be loaded with random layers; use "
+        "slimc.save(model, path)"
+    )
 
 
 def _write_files(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from slimc.errors import InputError
 from slimc.progress import Progress, SilentProgress
 from slimc.runtime.evaluate import model_device
 from slimc.runtime.generate import CheckFinite, private_random_state
+from slimc.runtime.positions import check_positions
 
 
 def can_generate(model: Any) -> bool:
@@ -76,12 +77,7 @@ def sample_calibration(
         raise InputError(
             f"a {type(model).__name__} cannot write its own calibration text; pass calibration=... (texts or batches)"
         )
-    text_config = model.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InputError(
-            f"samples of {length} tokens do not fit the model's {positions} positions; ask for shorter ones"
-        )
+    check_positions(model, length)
     batch = batch or max(1, min(32, 16_384 // length))
     starts = _first_tokens(model, tokenizer, samples, seed)
     ends = _ending_tokens(model, tokenizer)

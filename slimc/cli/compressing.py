@@ -12,14 +12,15 @@ import typer
 
 from slimc import recipes
 from slimc.cli.models import open_model, read_text
-from slimc.cli.terminal import err, megabytes, note, out
-from slimc.errors import InputError
+from slimc.cli.terminal import err, megabytes, note, say
+from slimc.errors import InputError, ResumeError
 from slimc.progress import duration, for_console
 
 if TYPE_CHECKING:
     from torch import nn
 
     from slimc.passes.report import Report
+    from slimc.progress import Progress
 
 
 class DType(StrEnum):
@@ -59,9 +60,11 @@ def compress(
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these weights dense: '*.layers.0.*'")
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Load the model in this precision, not its own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; an accelerator if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DIR, and what an interrupted run left.")
+    ] = False,
     skip: Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave a pass of the recipe out.")] = None,
     stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Leave out all passes after this one.")] = None,
     dump_dir: Annotated[
@@ -87,35 +90,53 @@ def compress(
       slimc compress ./llama -o small --resume                     go on after an interruption
     """
     begun = time.monotonic()
-    journal = output.with_name(output.name + ".partial")
     _check_places(model, output, overwrite=overwrite)
+    journal = output.with_name(output.name + ".partial")
+    chosen = recipes.load(recipe)
     calibrate = {"samples": samples, "length": length, "batch": batch, "seed": seed}
-    changes = [f"calibrate.{option}={value}" for option, value in calibrate.items() if value is not None]
-    chosen = recipes.load(recipe).override([*changes, *(settings or [])])
+    given = {option: value for option, value in calibrate.items() if value is not None}
+    if given and "calibrate" not in chosen.pass_names:
+        note(f"Ignored: {', '.join('--' + option for option in given)}. The recipe {chosen.name} does not calibrate.")
+        given = {}
+    chosen = chosen.override([*(f"calibrate.{option}={value}" for option, value in given.items()), *(settings or [])])
     passes = chosen.build()
     text = None if calibration == "self" else read_text(Path(calibration))
 
     import slimc
+    from slimc.passes import journal as journals
 
     dense, tokenizer = open_model(model, dtype=dtype, device=device)
     before = weight_bytes(dense)
+
+    def run(progress: Progress) -> nn.Module:
+        return slimc.compile(
+            dense,
+            calibration=text,
+            passes=passes,
+            tokenizer=tokenizer,
+            inplace=True,
+            journal=journal,
+            resume=resume,
+            include=[*chosen.include, *(include or [])],
+            exclude=[*chosen.exclude, *(exclude or [])],
+            skip=skip or (),
+            stop_after=stop_after,
+            dump_dir=dump_dir,
+            progress=progress,
+        )
+
+    if overwrite and not resume:
+        journals.discard(journal)
     try:
         with for_console(err, quiet=quiet) as progress:
-            small = slimc.compile(
-                dense,
-                calibration=text,
-                passes=passes,
-                tokenizer=tokenizer,
-                inplace=True,
-                journal=journal,
-                resume=resume,
-                include=[*chosen.include, *(include or [])],
-                exclude=[*chosen.exclude, *(exclude or [])],
-                skip=skip or (),
-                stop_after=stop_after,
-                dump_dir=dump_dir,
-                progress=progress,
-            )
+            try:
+                small = run(progress)
+            except ResumeError:
+                if not overwrite:
+                    raise
+                note(f"{journal} belongs to another run, so nothing can be resumed; starting again.")
+                journals.discard(journal)
+                small = run(progress)
             slimc.save(small, output, tokenizer=tokenizer, overwrite=overwrite)
     except KeyboardInterrupt:
         if journal.exists():
@@ -136,6 +157,8 @@ def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     from slimc.runtime.files import check_replaceable
     from slimc.runtime.storage import is_native_folder
 
+    if output.name in ("", ".."):
+        raise InputError(f"'{output}' has no name of its own; give --output the name of a new folder, such as 'small'")
     if is_native_folder(Path(model)):
         raise InputError(f"{model} is compressed already; compress the dense model that it was made from")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -145,9 +168,9 @@ def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
 
 def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:
     after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    out.print(f"{output}: {megabytes(before)} of weights are now {megabytes(after)}, in {duration(seconds)}.")
-    out.print(
+    say(f"{output}: {megabytes(before)} of weights are now {megabytes(after)}, in {duration(seconds)}.")
+    say(
         f"{len(report.sites)} layers take {report.bits_per_weight:.2f} bits a weight; "
         f"left dense: {len(report.left)} ('slimc inspect {output}' tells what, and why)."
     )
-    out.print(f"Next: slimc generate {output} --prompt 'Once upon a time'")
+    say(f"Next: slimc generate {output} --prompt 'Once upon a time'")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimc.cli.terminal import megabytes, out, show
+from slimc.cli.terminal import megabytes, out, say, show
 from slimc.errors import InputError
+from slimc.progress import printable
 
 if TYPE_CHECKING:
     from slimc.passes.report import LeftRow, SiteRow
@@ -63,7 +64,7 @@ def inspect(
 
     opened = open_folder(folder, verify=False)
     if graph:
-        out.print(_graph(folder), markup=False, end="")
+        say(_graph(folder), end="")
         return
     report = Report.from_json(opened.report)
     rows = [row for row in report.sites if fnmatchcase(row.name, sites)]
@@ -72,7 +73,7 @@ def inspect(
     totals = totals_of(opened)
     if as_json:
         record = report.to_json() | {"sites": [asdict(row) for row in rows], "totals": asdict(totals)}
-        out.print_json(json.dumps(record))
+        out.print_json(json.dumps(record), ensure_ascii=True)
         return
     _print_sites(rows)
     if sites == "*":
@@ -111,9 +112,9 @@ def _print_sites(rows: list[SiteRow]) -> None:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
-            row.name,
+            printable(row.name),
             _shape(row.shape),
-            row.expression,
+            printable(row.expression),
             f"{row.bits:.3f}",
             _error(row.weight_error),
             _error(row.output_error),
@@ -123,20 +124,20 @@ def _print_sites(rows: list[SiteRow]) -> None:
 
 
 def _print_left(rows: list[LeftRow]) -> None:
-    out.print("\nLeft dense:")
+    say("\nLeft dense:")
     table = Table("weight", "shape", "reason", box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(row.name, _shape(row.shape), row.reason)
+        table.add_row(printable(row.name), _shape(row.shape), printable(row.reason))
     show(table)
 
 
 def _print_totals(totals: Totals) -> None:
-    out.print(
+    say(
         f"\n{totals.sites} layers: {totals.site_weights:,} weights in {megabytes(totals.site_bytes)}, "
         f"{totals.bits_per_weight:.3f} bits each with masks, scales and adapters"
     )
-    out.print(f"everything else, dense: {megabytes(totals.dense_bytes)}")
-    out.print(f"weight files: {megabytes(totals.file_bytes)}")
+    say(f"everything else, dense: {megabytes(totals.dense_bytes)}")
+    say(f"weight files: {megabytes(totals.file_bytes)}")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -61,12 +61,23 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def default_device() -> torch.device:
+    """Return the CUDA GPU if there is one, else the CPU.
+
+    Other accelerators are used only by name: Apple's has no float64, in which the solvers compute.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None and found.type == "cuda" else torch.device("cpu")
+
+
 def _device(name: str | None) -> torch.device:
-    """Return the device called ``name``; the accelerator, if there is one, when left out."""
+    """Return the device called ``name``, or the default one."""
     import torch
 
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from slimc.cli.models import open_language_model, read_text
-from slimc.cli.terminal import err, note, out
+from slimc.cli.terminal import err, note, out, say
 from slimc.progress import duration, for_console
 
 _ANY_MODEL = "A folder that slimc wrote, a Hugging Face folder or id, or a .gguf file."
@@ -22,7 +22,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="How many windows run at once.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; an accelerator if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
 ) -> None:
@@ -50,12 +50,9 @@ def evaluate(
     seconds = time.monotonic() - begun
     if as_json:
         record = {"model": model, "perplexity": value, "text": str(text), "windows": windows, "length": length}
-        out.print_json(json.dumps(record | {"seconds": round(seconds, 2)}))
+        out.print_json(json.dumps(record | {"seconds": round(seconds, 2)}), ensure_ascii=True)
     else:
-        out.print(
-            f"{model}: perplexity {value:.3f} ({windows} windows of {length} tokens of {text}, {duration(seconds)})",
-            markup=False,
-        )
+        say(f"{model}: perplexity {value:.3f} ({windows} windows of {length} tokens of {text}, {duration(seconds)})")
 
 
 def generate(
@@ -65,7 +62,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of the choice when the temperature is above 0.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a question in a chat.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; an accelerator if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
 ) -> None:
     """Let a model continue a text.
 
@@ -81,7 +78,7 @@ def generate(
 
     opened, tokenizer = open_language_model(model, device=device)
     if not chat:
-        out.print(prompt, markup=False, end="")
+        say(prompt, end="")
     made = generate_text(
         opened,
         tokenizer,
@@ -90,7 +87,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         chat=chat,
-        write=lambda piece: out.print(piece, markup=False, end=""),
+        write=lambda piece: say(piece, end=""),
     )
-    out.print()
+    say()
     note(f"{made.tokens} tokens in {duration(made.seconds)}, {made.tokens / made.seconds:.1f} a second")

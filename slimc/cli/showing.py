@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from slimc import recipes as presets
-from slimc.cli.terminal import out, show
+from slimc.cli.terminal import say, show
 
 
 def recipes(
@@ -23,13 +23,13 @@ def recipes(
       slimc recipes slim-w4-2x4 > mine.yaml      a start for your own
     """
     if name is not None:
-        out.print(presets.load(name).to_yaml(), markup=False, end="")
+        say(presets.load(name).to_yaml(), end="")
         return
     table = Table("recipe", "what it does", box=None, pad_edge=False)
     for known in presets.names():
         table.add_row(known, _first_sentences(presets.load(known).description))
     show(table)
-    out.print(f"\nThe default is {presets.DEFAULT}; 'slimc recipes NAME' prints one.")
+    say(f"\nThe default is {presets.DEFAULT}; 'slimc recipes NAME' prints one.")
 
 
 def _first_sentences(description: str) -> str:

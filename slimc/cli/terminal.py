@@ -1,4 +1,7 @@
-"""Where the commands write: results to standard output, everything else to standard error."""
+"""Where the commands write: results to standard output, everything else to standard error.
+
+Paths, names and generated text are printed as they are: nothing in them is markup, an emoji or a terminal command.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from slimc.progress import printable
+
 _LOG_WIDTH = 240
 """Columns of a table where there is no terminal."""
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+_LINES = "\n\t"
+"""The control characters that a text of several lines needs."""
+
+out = Console(emoji=False, markup=False, highlight=False, soft_wrap=True)
+err = Console(emoji=False, markup=False, highlight=False, soft_wrap=True, stderr=True)
+
+
+def say(text: str = "", *, end: str = "\n") -> None:
+    """Print a text as a result, unchanged but for control characters, which are escaped."""
+    out.out(printable(text, keep=_LINES), end=end, highlight=False)
 
 
 def show(table: Table) -> None:
     """Print a table as a result: as wide as the terminal, or so wide that nothing is cut."""
-    console = Console(highlight=False, width=None if out.is_terminal else _LOG_WIDTH)
-    console.print(table)
+    width = None if out.is_terminal else _LOG_WIDTH
+    Console(emoji=False, markup=False, highlight=False, width=width).print(table)
 
 
 def note(message: str) -> None:
     """Tell the user something that is not the result."""
-    err.print(Text(message))
+    err.print(Text(printable(message, keep=_LINES)))
 
 
 def fail(message: str, *, label: str = "error: ") -> None:
     """Print an error message."""
-    err.print(Text.assemble((label, "bold red"), message))
+    err.print(Text.assemble((label, "bold red"), printable(message, keep=_LINES)))
 
 
 def megabytes(size: int) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from slimc.ir.program import Program, Site
 from slimc.ir.text import innermost_module, operator_name
@@ -75,11 +74,13 @@ class ModuleCalls:
 def recorded_calls(model: nn.Module) -> Iterator[ModuleCalls]:
     """Record how the modules of ``model`` are called: the graph does not show arguments that are merely passed."""
     calls = ModuleCalls(model)
-    handle = register_module_forward_hook(calls.record, with_kwargs=True)
+    # Not one global hook: PyTorch forgets to remove a trace of it, and torch.compile would warn about hooks for ever.
+    handles = [module.register_forward_hook(calls.record, with_kwargs=True) for module in model.modules()]
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _sizes(tensor: Tensor) -> tuple[str, ...]:
@@ -138,10 +139,11 @@ class CarrierCheck:
         )
 
     def _extra_node(self, path: str, site: Site) -> fx.Node | None:
-        """Return a node of the module that computes something besides the product."""
+        """Return a node of the module, or of a module inside it, that computes something besides the product."""
         part_of_linear = {use.node for use in site.uses}
         part_of_linear |= {node for use in site.uses for node in _weight_path(use.weight)}
-        for node in self.nodes.get(path, []):
+        inside = f"{path}." if path else ""
+        for node in (node for owner, nodes in self.nodes.items() if f"{owner}.".startswith(inside) for node in nodes):
             if node not in part_of_linear and node.target not in _KEEPS_ROWS and _makes_tensors(node):
                 return node
         return None

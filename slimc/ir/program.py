@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx
 
 from slimc.errors import InputError
 from slimc.runtime.packing import PackedLinear
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 EMBEDDINGS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
 """Operators that look rows of a constant up."""
@@ -140,6 +142,8 @@ class Program:
 
     def digraph(self) -> nx.DiGraph:
         """Return the data flow as a networkx graph of node names, for questions and pictures."""
+        import networkx as nx
+
         graph = nx.DiGraph()
         for node in self.graph.nodes:
             graph.add_node(node.name, op=node.op, target=str(node.target))

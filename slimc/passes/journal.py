@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -37,19 +38,17 @@ class Journal:
 
     Args:
         folder: created with the first record; belongs to this run alone.
-        resume: go on from what is there. Without it, a journal of an earlier run is an error, never overwritten.
+        resume: go on from what is there. Without it, finished sites of an earlier run are an error, never overwritten.
 
     Raises:
-        InputError: there is a journal and ``resume`` was not asked for, or ``folder`` is something else.
+        InputError: there are finished sites and ``resume`` was not asked for, or ``folder`` is something else.
     """
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         self.folder = folder
-        found = {path for path in folder.iterdir() if not _is_partial(path)} if folder.is_dir() else set()
-        strangers = {path.name for path in found} - {_FINGERPRINT, _TOKENS, _SITES}
-        if strangers or (folder.exists() and not folder.is_dir()):
-            raise InputError(f"{folder} exists and is not a journal. Move it away or choose another output.")
-        if found and not resume:
+        self.resume = resume
+        _check_journal(folder)
+        if not resume and _holds_records(folder / _SITES):
             raise InputError(
                 f"{folder} holds the journal of a run that did not finish. Add --resume (resume=True) to go on with "
                 "it, or delete it."
@@ -58,20 +57,22 @@ class Journal:
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
         """Record the fingerprint of this run, or compare it with the recorded one.
 
+        Where no site is finished, the records of another run are replaced: it failed before it had anything to lose.
+
         Raises:
             ResumeError: they differ; the message names what changed.
-            FormatError: the recorded one cannot be read, or is gone while other records are there.
+            FormatError: the recorded one cannot be read, or is gone while finished sites are there.
             InputError: the journal cannot be written.
         """
         path = self.folder / _FINGERPRINT
-        if path.exists():
+        if _holds_records(self.folder / _SITES):
+            if not path.exists():
+                raise FormatError(f"{path} is missing, so nobody knows what {_SITES} belong to. {self._advice}")
             self._compare(read_json(path), fingerprint)
             return
-        orphans = [name for name in (_TOKENS, _SITES) if _holds_records(self.folder / name)]
-        if orphans:
-            raise FormatError(
-                f"{path} is missing, so nobody knows what {' and '.join(orphans)} belong to. {self._advice}"
-            )
+        if self.resume and path.exists() and not _changes(self._fingerprint(read_json(path)), fingerprint):
+            return
+        discard(self.folder)
         try:
             (self.folder / _SITES).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -121,15 +122,19 @@ class Journal:
         _save(self._path(name), tensors, metadata)
 
     def _compare(self, recorded: Any, fingerprint: Mapping[str, Any]) -> None:
-        if not isinstance(recorded, dict):
-            raise FormatError(f"{self.folder / _FINGERPRINT} is not the fingerprint of a run. {self._advice}")
-        changed = [key for key in fingerprint if recorded.get(key) != json.loads(json.dumps(fingerprint[key]))]
+        known = self._fingerprint(recorded)
+        changed = _changes(known, fingerprint)
         if changed:
-            details = "; ".join(_difference(key, recorded.get(key), fingerprint[key]) for key in changed)
+            details = "; ".join(_difference(key, known.get(key), fingerprint[key]) for key in changed)
             raise ResumeError(
                 f"{self.folder} belongs to another run: {details}. Resume with the same model, recipe, calibration, "
                 "device, number of threads and versions, or delete the journal to start again."
             )
+
+    def _fingerprint(self, recorded: Any) -> dict[str, Any]:
+        if not isinstance(recorded, dict):
+            raise FormatError(f"{self.folder / _FINGERPRINT} is not the fingerprint of a run. {self._advice}")
+        return recorded
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
@@ -151,6 +156,21 @@ class Journal:
     def _path(self, name: str) -> Path:
         """Name the file by a digest: module paths may be longer than file names, or differ by case only."""
         return self.folder / _SITES / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+
+
+def discard(folder: Path) -> None:
+    """Delete the journal at ``folder``, if there is one.
+
+    Raises:
+        InputError: ``folder`` holds something that no journal does, or cannot be deleted.
+    """
+    _check_journal(folder)
+    if not folder.exists():
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: the journal cannot be deleted ({error.strerror}).") from error
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -190,6 +210,11 @@ def _parse_row(record: Any) -> SiteRow:
     return SiteRow(**{**record, "shape": tuple(shape)})
 
 
+def _changes(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which a recorded fingerprint differs from the present one."""
+    return [key for key in fingerprint if recorded.get(key) != json.loads(json.dumps(fingerprint[key]))]
+
+
 def _difference(key: str, recorded: Any, present: Any) -> str:
     """Say how one part of the fingerprint changed; digests and long lists would say nothing to a person."""
     shown = [value if isinstance(value, str | int) else json.dumps(value) for value in (recorded, present)]
@@ -205,6 +230,20 @@ def _is_digest(value: Any) -> bool:
 def _is_partial(path: Path) -> bool:
     """Tell whether ``path`` is what a process that died left of a file that it was writing."""
     return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _check_journal(folder: Path) -> None:
+    """Refuse a path at which something is that is not a journal."""
+    found = [path for path in folder.iterdir() if not _is_partial(path)] if folder.is_dir() else []
+    strangers = {path.name for path in found} - {_FINGERPRINT, _TOKENS, _SITES}
+    sites = folder / _SITES
+    records = [path for path in sites.iterdir() if not _is_partial(path)] if sites.is_dir() else []
+    if (
+        strangers
+        or (folder.exists() and not folder.is_dir())
+        or any(path.suffix != ".safetensors" or not path.is_file() for path in records)
+    ):
+        raise InputError(f"{folder} exists and is not a journal. Move it away or choose another output.")
 
 
 def _holds_records(path: Path) -> bool:

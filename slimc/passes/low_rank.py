@@ -68,6 +68,11 @@ class LowRank(SitePass):
             )
         if not {"quantize", "prune"} & set(names):
             raise RecipeError("low_rank has no error to correct: put quantize or prune before it.")
+        if self.rounds and any(one.options().get("method") == "sparsegpt" for one in earlier):
+            raise RecipeError(
+                f"low_rank: rounds={self.rounds} would store mask * (W - l r) in place of the weights that SparseGPT "
+                "corrected, which measures worse. Use rounds=0 with sparsegpt, or prune with wanda."
+            )
 
     def check_site(self, name: str, shape: tuple[int, int]) -> None:
         """The rank must fit."""

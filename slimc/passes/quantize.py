@@ -19,6 +19,7 @@ from slimc.passes.solvers.quantization import (
     round_to_grid,
 )
 from slimc.passes.work import SiteWork
+from slimc.runtime.formats import MAX_SIDE
 
 MAX_FACTOR = 256
 """More than this would push every other channel of an 8-bit grid to zero."""
@@ -55,7 +56,7 @@ class Quantize(SitePass):
         """Check the options."""
         self._require(self.method in ("slim", "absmax"), f"method must be 'slim' or 'absmax', not {self.method!r}")
         self._require(whole_number(self.bits) and self.bits in BITS, f"bits must be 2, 3, 4 or 8, not {self.bits!r}")
-        group_is_valid = self.group in (None, "channel") or (whole_number(self.group) and self.group >= 2)
+        group_is_valid = self.group in (None, "channel") or (whole_number(self.group) and 2 <= self.group <= MAX_SIDE)
         self._require(
             group_is_valid, f"group must be a number of columns (2 or more), 'channel' or null, not {self.group!r}"
         )

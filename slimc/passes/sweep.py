@@ -1,7 +1,8 @@
 """The sweep: run the graph node by node over all calibration batches, and compress each site when it is reached.
 
 A site therefore sees its *actual* input: everything before it is already compressed, and the sweep goes on with the
-weight decoded from its packed bytes. Memory is the live activations plus one site.
+weight decoded from its packed bytes. Besides the dense model, memory is the live activations of all batches plus one
+site.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from slimc.runtime.ops import decoded_linear
 from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
+
+_SEED = 0
+"""Of operators in the graph that draw random numbers."""
 
 Snapshot = Callable[[str, Site, PackedLinear], None]
 """Receives the name of a pass, a site, and the packed form that the site has after that pass."""
@@ -61,6 +65,7 @@ class Sweep:
         self.snapshot = snapshot
         self.wanted = frozenset().union(*(one.statistics() for one in passes)) if passes else frozenset()
         self.rows: list[SiteRow] = []
+        self._written = _written_constants(program.graph)
         self._earlier_inputs: dict[str, list[Tensor]] = {}
         self._shared_statistics: dict[tuple[str, ...], InputStatistics] = {}
 
@@ -92,7 +97,7 @@ class Sweep:
                 values[node] = self._products(site, use, values)
             elif node.op == "placeholder":
                 position = next(placeholders)
-                values[node] = [batch[position] for batch in self.inputs]
+                values[node] = [_copy(batch[position]) for batch in self.inputs]
             elif node.op != "output":
                 values[node] = self._run_node(node, values)
             for finished in last_reader.get(node, ()):
@@ -100,14 +105,27 @@ class Sweep:
 
     def _run_node(self, node: fx.Node, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
         if node.op == "get_attr":
-            return [attribute(self.program.module, str(node.target))] * len(self.inputs)
+            constant = attribute(self.program.module, str(node.target))
+            return [constant.clone() if node in self._written else constant for _ in self.inputs]
         if node.op == "call_module":
             function: Callable[..., Any] = self.program.module.get_submodule(str(node.target))
         elif node.op == "call_function" and callable(node.target):
             function = node.target
         else:
             raise CaptureError(f"The graph has a node of a kind that slimc cannot run: {node.format_node()}.")
+        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
+            function = self._seeded(function)
         return [function(*args, **kwargs) for args, kwargs in self._arguments(node, values)]
+
+    def _seeded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make an operator that draws random numbers draw the same ones in every run, whatever was drawn before."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.random.fork_rng():
+                torch.manual_seed(_SEED)
+                return function(*args, **kwargs)
+
+        return run
 
     def _arguments(
         self, node: fx.Node, values: Mapping[fx.Node, list[Any]]
@@ -191,6 +209,33 @@ def _packed(site: Site) -> PackedLinear:
     if site.packed is None:
         raise CaptureError(f"'{site.name}' is used before it is compressed; this is a bug in the order of its uses.")
     return site.packed
+
+
+def _copy(value: Any) -> Any:
+    """Return a tensor of its own, so that an in-place operator of the graph cannot change the user's data."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _written_constants(graph: fx.Graph) -> set[fx.Node]:
+    """Return the parameters and buffers that an in-place operator writes, directly or through a view."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, source in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(source, fx.Node):
+                written.add(_base(source))
+    return {node for node in written if node.op == "get_attr"}
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """Return the value that ``node`` is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+        first = node.target._schema.arguments[0]
+        if first.alias_info is None:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

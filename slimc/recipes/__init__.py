@@ -80,6 +80,11 @@ class Recipe(BaseModel):
             raise RecipeError(f"recipe '{self.name}': {error}") from error
         return passes
 
+    @property
+    def pass_names(self) -> list[str]:
+        """The names of the passes, in order."""
+        return [_split(entry)[0] for entry in self.passes]
+
     def override(self, settings: Iterable[str]) -> Recipe:
         """Return a copy with pass options changed by settings such as ``"quantize.bits=3"``.
 

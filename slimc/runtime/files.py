@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,6 +18,8 @@ from slimc.errors import FormatError, InputError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
+
+WINDOWS = os.name == "nt"
 
 
 def parse_json(text: bytes, source: str) -> Any:
@@ -144,7 +147,10 @@ def flush_to_disk(descriptor: int) -> None:
 
 
 def flush_path(path: Path) -> None:
-    """Wait until a file, or the list of what is in a folder, is on the disk."""
+    """Wait until a file, or the list of what is in a folder, is on the disk; Windows cannot, so there it returns."""
+    # Windows opens no folders, and flushes only what is open for writing.
+    if WINDOWS:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         flush_to_disk(descriptor)
@@ -160,18 +166,20 @@ def publish_folder(
 
     Until then ``target`` is untouched, and if the block or the exchange fails nothing of the new folder is
     left and the old one is where it was. An empty folder counts as no output; other existing output is
-    replaced only with ``overwrite`` and if ``replaceable`` says that it is what this program writes.
+    replaced only with ``overwrite`` and if ``replaceable`` says that it is what this program writes. What a
+    killed predecessor left beside ``target`` is cleared away first, see :func:`recover`.
 
     Args:
         target: the folder to appear; parents are made as needed.
         needed: bytes that will be written, checked against the free space first.
         overwrite: replace existing output.
-        replaceable: tells whether an existing folder may be deleted.
+        replaceable: tells whether an existing folder may be deleted; may raise an InputError that says why not.
 
     Raises:
         InputError: the target exists, the disk is full, or the operating system refuses a step.
     """
     target = target.resolve()
+    recover(target)
     check_replaceable(target, overwrite=overwrite, replaceable=replaceable)
     fresh: Path | None = None
     made: list[Path] = []
@@ -180,10 +188,11 @@ def publish_folder(
         check_free_space(target.parent, needed)
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         fresh.chmod(0o777 & ~current_umask())
-        yield fresh
-        for path in (fresh, *fresh.rglob("*")):
-            flush_path(path)
-        exchange(fresh, target)
+        with claimed(fresh):
+            yield fresh
+            for path in (fresh, *fresh.rglob("*")):
+                flush_path(path)
+            exchange(fresh, target)
     except BaseException as error:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -193,6 +202,48 @@ def publish_folder(
             raise InputError(describe_write_failure(error, target, needed)) from error
         raise
     flush_path(target.parent)
+
+
+def recover(target: Path) -> None:
+    """Put right what a process killed inside :func:`publish_folder` left beside ``target``.
+
+    An old folder that was put aside comes back if ``target`` is missing, and abandoned temporary folders are
+    deleted. Those that a living process still works on are left alone, and so are all where that cannot be told
+    (on Windows, and on file systems without locks), except that an old folder comes back on Windows too.
+    """
+    if not target.parent.is_dir():
+        return
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(old|partial)")
+    for sibling in sorted(target.parent.iterdir()):
+        if not ours.fullmatch(sibling.name) or sibling.is_symlink() or not sibling.is_dir():
+            continue
+        # A folder that cannot be tidied up is no reason to refuse the new one.
+        with suppress(OSError), claimed(sibling) as abandoned:
+            old = sibling / target.name
+            if sibling.suffix == ".old" and (abandoned or WINDOWS) and old.is_dir() and not target.exists():
+                old.rename(target)
+            if abandoned:
+                shutil.rmtree(sibling, ignore_errors=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Lock a folder inside the block and yield whether that worked; the lock of a killed process is gone with it."""
+    if WINDOWS:
+        yield False
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def check_replaceable(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -241,12 +292,13 @@ def exchange(fresh: Path, target: Path) -> None:
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
-        target.rename(aside / target.name)
-        try:
-            fresh.rename(target)
-        except BaseException:
-            (aside / target.name).rename(target)
-            raise
+        with claimed(aside):
+            target.rename(aside / target.name)
+            try:
+                fresh.rename(target)
+            except BaseException:
+                (aside / target.name).rename(target)
+                raise
     except BaseException:
         aside.rmdir()
         raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimc.errors import InputError, NumericsError
 from slimc.runtime.evaluate import model_device
+from slimc.runtime.positions import check_positions
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def generate_text(
         write: called with each piece of text as it appears.
 
     Raises:
-        InputError: the model cannot generate, or the prompt has no tokens.
+        InputError: the model cannot generate, the prompt has no tokens, or it and ``max_new_tokens`` exceed the
+            model's positions.
         NumericsError: NaN or Inf in the logits.
     """
     generate = getattr(model, "generate", None)
@@ -132,6 +134,8 @@ def generate_text(
         raise InputError("this model has no tokenizer, so it cannot be given a prompt; save one beside it")
     device = model_device(model)
     ids = encode_prompt(tokenizer, prompt, chat=chat).to(device)
+    # The last new token is never read.
+    check_positions(model, ids.shape[1] + max_new_tokens - 1)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}

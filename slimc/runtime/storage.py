@@ -1,7 +1,7 @@
 """The native folder: a compressed model on disk, really packed, and nothing but JSON and safetensors.
 
     slimc.json                          what the folder holds: recipe, sites with their formats, digests, ties
-    run.json                            timings and versions, which differ from run to run
+    run.json                            timings and versions, which differ from run to run, and the caller's files
     slimc-00001-of-0000n.safetensors    the tensors, under their names in the model's ``state_dict``
     config.json, tokenizer files ...    for Hugging Face models, written by the caller
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -61,6 +62,8 @@ from slimc.version import __version__
 RUN = "run.json"
 MAX_SHARD_BYTES = 4_000_000_000
 
+_SHARD = re.compile(r"slimc-\d{5,}-of-\d{5,}\.safetensors")
+
 ROOM_FOR_DESCRIPTION = 16 << 20
 """Free space asked for beyond the tensors: JSON and tokenizer files."""
 
@@ -72,7 +75,7 @@ class Contents:
     Attributes:
         tensors: each distinct tensor of the ``state_dict`` under its first name.
         ties: every further name of such a tensor, with its first name.
-        sites: the format of each compressed linear, by module name.
+        sites: the format of each compressed linear, by module name; one in several places has several names.
         buffers: dtypes of the buffers that are not stored.
     """
 
@@ -129,7 +132,9 @@ def collect(model: nn.Module) -> Contents:
     buffers = {
         name: buffer.dtype for name, buffer in model.named_buffers() if name not in persistent and buffer.dtype in NAMES
     }
-    sites = {name: module.format for name, module in model.named_modules() if isinstance(module, SlimLinear)}
+    # A linear used in two places has two names in the state_dict, so both are listed; its tensors are tied above.
+    modules = model.named_modules(remove_duplicate=False)
+    sites = {name: module.format for name, module in modules if isinstance(module, SlimLinear)}
     return Contents(tensors, ties, sites, buffers)
 
 
@@ -155,11 +160,12 @@ def save_folder(
         report: ``Report.to_json()`` of the compression.
         seconds: timings, for ``run.json``.
         write_extra: writes further files (configuration, tokenizer) into the folder it is given.
-        overwrite: replace an existing native folder. Any other content is never replaced.
+        overwrite: replace an existing native folder, unless there is anything in it that was not saved with it.
         max_shard_bytes: how large a weight file may grow; a single larger tensor gets a file of its own.
 
     Raises:
-        InputError: the target exists, the disk is full, a step of writing fails, or a tensor cannot be stored.
+        InputError: the target exists (and with ``overwrite``: holds files of others, which are named), the disk is
+            full, a step of writing fails, or a tensor cannot be stored.
         NumericsError: the report holds NaN or Inf.
     """
     # torch.compile's wrapper adds a prefix to every name; what it wraps is the model.
@@ -169,12 +175,14 @@ def save_folder(
     description = describe(contents, [name for name, _ in shards], record, report)
     needed = sum(tensor_nbytes(tensor) for tensor in contents.tensors.values()) + ROOM_FOR_DESCRIPTION
     target = Path(path)
-    with publish_folder(target, needed=needed, overwrite=overwrite, replaceable=is_native_folder) as folder:
+    with publish_folder(target, needed=needed, overwrite=overwrite, replaceable=is_replaceable) as folder:
         for name, members in shards:
             write_tensors(folder / name, {member: contents.tensors[member] for member in members})
         if write_extra is not None:
             write_extra(folder)
-        write_file(folder / RUN, json_bytes({"seconds": dict(seconds or {}), "versions": versions()}))
+        extra = sorted(files_in(folder) - {name for name, _ in shards})
+        run = {"extra_files": extra, "seconds": dict(seconds or {}), "versions": versions()}
+        write_file(folder / RUN, json_bytes(run))
         write_file(folder / DESCRIPTION, description)
     return target
 
@@ -252,6 +260,40 @@ def versions() -> dict[str, str]:
 def is_native_folder(path: Path) -> bool:
     """Tell whether ``path`` is a folder that slimc wrote."""
     return (path / DESCRIPTION).is_file()
+
+
+def is_replaceable(path: Path) -> bool:
+    """Tell whether ``path`` is a folder that slimc wrote; one that others put files into is refused by name.
+
+    Raises:
+        InputError: it is a native folder and holds files that were not saved with it.
+    """
+    if not is_native_folder(path):
+        return False
+    foreign = sorted(
+        name for name in files_in(path) - {DESCRIPTION, RUN, *extra_files(path)} if not _SHARD.fullmatch(name)
+    )
+    if foreign:
+        raise InputError(
+            f"{path}: holds {some(foreign)}, which slimc did not write, so it will not be replaced; move them elsewhere "
+            "or choose another folder"
+        )
+    return True
+
+
+def files_in(folder: Path) -> set[str]:
+    """Return all that is in ``folder`` and its folders, but for the folders, as relative paths with ``/``."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def extra_files(folder: Path) -> set[str]:
+    """Return the configuration and tokenizer files that ``run.json`` lists, none if it cannot be read."""
+    try:
+        run = read_json(folder / RUN)
+    except FormatError:
+        return set()
+    names = run.get("extra_files") if isinstance(run, dict) else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 # ---------------------------------------------------------------------------------------------------- reading

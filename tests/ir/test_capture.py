@@ -180,6 +180,15 @@ class Scaled(nn.Linear):
         return super().forward(x) * 2
 
 
+class Activated(nn.Linear):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(super().forward(x))
+
+
 class OutputTransposed(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).transpose(0, 1)
@@ -215,6 +224,7 @@ class ForgetsBias(nn.Linear):
     ("linear", "reason"),
     [
         (Scaled(8, 8), "does more than one linear (it also runs aten.mul.Tensor)"),
+        (Activated(8, 8), "does more than one linear (it also runs aten.relu)"),
         (OutputTransposed(8, 8), "does more than one linear (it also runs aten.transpose.int)"),
         (Flattening(8, 8), "changes the shape of its input or output"),
         (Twice(8, 8), "multiplies by it more than once in a call"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import slimc
 from slimc.errors import FormatError, InputError, ResumeError
 from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
-from slimc.passes.journal import Journal
+from slimc.passes.journal import Journal, discard
 
 PASSES = [Calibrate(samples=4, length=12, batch=2), Quantize(), Prune(), LowRank(rank=2, bits=4, group=4), Fuse()]
 
@@ -200,6 +200,37 @@ def test_damaged_and_hostile_records_are_refused(
         slimc.compile(network, batches, PASSES, journal=journal, resume=True)
     assert "Delete" in str(caught.value)
     assert "start again without resuming" in str(caught.value)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_records_of_another_run_are_replaced_while_no_site_is_finished(resume: bool, tmp_path: Path) -> None:
+    failed = Journal(tmp_path / "journal", resume=False)
+    failed.begin({"recipe": "a"})
+    failed.record_tokens([torch.zeros(1, 2, dtype=torch.int64)])
+    again = Journal(tmp_path / "journal", resume=resume)
+    again.begin({"recipe": "b"})
+    assert again.tokens() is None
+    assert json.loads((tmp_path / "journal" / "journal.json").read_text()) == {"recipe": "b"}
+
+
+def test_tokens_of_the_same_run_are_kept_if_resumed(tmp_path: Path) -> None:
+    for resume, kept in ((False, False), (True, True), (False, False)):
+        journal = Journal(tmp_path / "journal", resume=resume)
+        journal.begin({"recipe": "a"})
+        assert (journal.tokens() is not None) == kept
+        journal.record_tokens([torch.zeros(1, 2, dtype=torch.int64)])
+
+
+def test_only_a_journal_is_discarded(journal: Path) -> None:
+    precious = journal / "sites" / "precious.txt"
+    precious.write_text("mine")
+    with pytest.raises(InputError, match="exists and is not a journal"):
+        discard(journal)
+    assert precious.read_text() == "mine"
+    precious.unlink()
+    discard(journal)
+    assert not journal.exists()
+    discard(journal)
 
 
 def test_what_a_dying_write_leaves_is_no_obstacle(network: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:

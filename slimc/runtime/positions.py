@@ -1,0 +1,51 @@
+"""How long a text a model can read, where a learned table of positions sets a hard end to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from slimc.errors import InputError
+
+_MARGIN = 8
+"""Rows that a table may have beyond its positions (OPT keeps 2, RoBERTa counts its own among the positions)."""
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many positions ``model`` has, ``None`` if no table limits them (rotary and relative ones do not)."""
+    config: Any = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    config = config if getter is None else getter()
+    announced = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(announced, int):
+        return None
+    usable = [
+        min(announced, module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and _is_position_table(name)
+        and announced <= module.num_embeddings <= announced + _MARGIN
+    ]
+    return min(usable, default=None)
+
+
+def _is_position_table(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return "pos" in leaf or leaf == "wpe"
+
+
+def check_positions(model: nn.Module, length: int) -> None:
+    """Check that ``model`` can read ``length`` tokens at once.
+
+    Only models with a table of positions have such a limit; all others pass.
+
+    Raises:
+        InputError: the text is longer than the table.
+    """
+    positions = positions_of(model)
+    if positions is not None and length > positions:
+        raise InputError(
+            f"{length} tokens do not fit this {type(model).__name__}, which has {positions} positions; use shorter "
+            f"texts, {positions} tokens at most"
+        )
