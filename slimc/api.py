@@ -281,6 +281,7 @@ def _install(model: nn.Module, program: Program, *, inplace: bool) -> nn.Module:
 def _attach(model: nn.Module, report: Report) -> None:
     # A plain attribute of no declared name: modules type theirs as tensors and modules only.
     model.slim_report = report  # type: ignore[assignment]
+    hf.guard_save_pretrained(model)
 
 
 def _read_graph(folder: Path) -> str:

@@ -15,6 +15,7 @@ from slimc.ir.capture import Batch
 from slimc.passes import Calibrate
 from slimc.passes.journal import Journal
 from slimc.progress import Progress
+from slimc.runtime.positions import check_positions
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -142,6 +143,8 @@ def _call(model: nn.Module, batch: Any) -> Batch:
             f"A calibration batch does not fit {type(model).__name__}.forward: {error}. Give tuples of its positional "
             "arguments or dicts of its keyword arguments."
         ) from error
+    if isinstance(tokens := kwargs.get("input_ids"), Tensor):
+        check_positions(model, tokens.shape[-1])
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def move(value: Any) -> Any:

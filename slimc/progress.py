@@ -161,9 +161,9 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return ``text`` with control characters and lone surrogates, but those in ``keep``, as escapes.
+    r"""Return ``text`` with control characters and lone surrogates, but those in ``keep``, as escapes.
 
-    Names come out of files; what a terminal would obey, or could not encode, is shown instead: ``"\\x1b[2J"``.
+    Names come out of files; what a terminal would obey, or could not encode, is shown instead: ``"\x1b[2J"``.
     """
     return "".join(
         character.encode("unicode_escape").decode()

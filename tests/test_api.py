@@ -340,3 +340,17 @@ def test_rounds_would_undo_what_sparsegpt_corrected() -> None:
     passes = [Calibrate(), Quantize(), Prune(method="sparsegpt"), LowRank(rounds=2)]
     with pytest.raises(RecipeError, match="rounds=2 would store .* Use rounds=0 with sparsegpt, or prune with wanda"):
         slimc.compile(mlp(), torch.randn(8, 16), passes)
+
+
+def test_texts_longer_than_the_table_of_positions_are_refused() -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(InputError, match="9 tokens do not fit this GPT2LMHeadModel, which has 8 positions"):
+        slimc.compile(model, torch.ones(2, 9, dtype=torch.long), PASSES)
+
+
+def test_save_pretrained_of_a_compressed_model_points_to_save(small: Any, tmp_path: Path) -> None:
+    for model in (small, copy.deepcopy(small)):
+        with pytest.raises(InputError, match=r"slimc\.save"):
+            model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

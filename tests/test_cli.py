@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import slimc
@@ -18,6 +20,7 @@ from slimc.cli import app
 from slimc.cli.models import default_device
 from slimc.cli.terminal import say
 from slimc.errors import NumericsError, VerifyError
+from slimc.progress import for_console
 
 SMALL = ["--samples", "4", "--length", "32", "--batch", "2"]
 
@@ -335,7 +338,7 @@ def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: P
     assert precious.read_text() == "mine"
 
 
-# -------------------------------------------------------------------------------------- what is printed, and where it runs
+# ------------------------------------------------------------------------------- what is printed, and where it runs
 
 
 def test_paths_and_names_are_printed_as_they_are(tmp_path: Path, tiny_llama_folder: Path) -> None:
@@ -365,6 +368,16 @@ def test_names_in_a_folder_are_no_markup_and_no_commands(tmp_path: Path, compres
 def test_generated_text_keeps_its_lines_and_tabs(capsys: pytest.CaptureFixture[str]) -> None:
     say("a\tb\n:key: [bold]\x1b[31m\ud800", end="")
     assert capsys.readouterr().out == "a\tb\n:key: [bold]\\x1b[31m\\ud800"
+
+
+def test_live_progress_shows_names_as_they_are() -> None:
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=120, _environ={"TERM": "xterm"})
+    with for_console(console) as progress:
+        progress.start("[/y]", 2)
+        progress.advance("[/y]", note="[/x]\x1b[2J")
+    assert "[/y]" in terminal.getvalue()
+    assert "[/x]\\x1b[2J" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(("accelerator", "chosen"), [("cuda", "cuda"), ("mps", "cpu"), (None, "cpu")])

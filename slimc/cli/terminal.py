@@ -5,6 +5,7 @@ Paths, names and generated text are printed as they are: nothing in them is mark
 
 from __future__ import annotations
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +24,7 @@ err = Console(emoji=False, markup=False, highlight=False, soft_wrap=True, stderr
 
 def say(text: str = "", *, end: str = "\n") -> None:
     """Print a text as a result, unchanged but for control characters, which are escaped."""
-    out.out(printable(text, keep=_LINES), end=end, highlight=False)
+    typer.echo(printable(text, keep=_LINES) + end, nl=False)
 
 
 def show(table: Table) -> None:

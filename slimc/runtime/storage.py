@@ -275,8 +275,8 @@ def is_replaceable(path: Path) -> bool:
     )
     if foreign:
         raise InputError(
-            f"{path}: holds {some(foreign)}, which slimc did not write, so it will not be replaced; move them elsewhere "
-            "or choose another folder"
+            f"{path}: holds {some(foreign)}, which slimc did not write, so it will not be replaced; move them "
+            "elsewhere or choose another folder"
         )
     return True
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimc.backends import KERNELS
+from slimc.backends import KERNELS, cpu
 from slimc.backends.cpu import INT4PACK, INT4PACK_TOKENS, INT8PACK
 from slimc.backends.reference import DECODE
 from slimc.runtime.modules import SlimLinear
@@ -157,6 +157,20 @@ def test_a_kernel_refuses_other_devices() -> None:
 def test_a_kernel_refuses_a_cpu_without_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert INT8PACK.accepts(linear(16, 64, 8).format, BF16, CPU, 1) == "PyTorch has no vectorised version for this CPU"
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "bits"),
+    [("_int4pack_mm", INT4PACK, 4), ("_int4pack", INT4PACK, 4), ("_int8pack_mm", INT8PACK, 8)],
+)
+def test_a_release_without_the_function_only_loses_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, name: str, kernel: Kernel, bits: int
+) -> None:
+    form = linear(16, 64, bits).format
+    assert kernel.accepts(form, BF16, CPU, 1) is None
+    monkeypatch.setattr(cpu, name, None)
+    assert kernel.accepts(form, BF16, CPU, 1) == f"PyTorch {torch.__version__} does not have this kernel"
+    assert choose(KERNELS, form, BF16, CPU, 1)[0] not in (None, kernel)
 
 
 def test_the_table_ends_with_a_kernel_for_everything() -> None:

@@ -171,6 +171,14 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: image([ARCHITECTURE, number("llama.embedding_length", 10**9)]),
         r"llama\.embedding_length is 1000000000",
     ),
+    "absurd vocabulary": (
+        lambda: image([*METADATA, number("llama.vocab_size", 8_000_000)]),
+        r"llama\.vocab_size is 8000000, .* which allow 3 at most",
+    ),
+    "absurd positions": (
+        lambda: image(tensors=[*TENSORS, tensor("position_embd.weight", [4, 2], 96)], data=128),
+        r"llama\.context_length is 2048, .* which allow 2 at most",
+    ),
     "width is text": (
         lambda: image([ARCHITECTURE, entry("llama.embedding_length", STRING, text("4"))]),
         r"llama\.embedding_length is '4'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -19,6 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -605,8 +608,24 @@ def test_models_that_cannot_sample(opened: tuple[Any, Any]) -> None:
         InputError, match="T5ForConditionalGeneration cannot write its own calibration text; pass calib"
     ):
         hf.sample_calibration(t5(), None, 1, 8, 0)
-    with pytest.raises(InputError, match="samples of 257 tokens do not fit the model's 256 positions"):
-        hf.sample_calibration(*opened, samples=1, length=257, seed=0)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    with pytest.raises(InputError, match="17 tokens do not fit this GPT2LMHeadModel, which has 16 positions"):
+        hf.sample_calibration(GPT2LMHeadModel(config), None, samples=1, length=17, seed=0)
+
+
+def test_save_pretrained_of_a_compressed_model_is_refused(native: Path, tmp_path: Path) -> None:
+    small = load(native)
+    hf.guard_save_pretrained(torch.compile(small, backend="eager"))
+    for model in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        with pytest.raises(InputError, match=r"use slimc\.save\(model, path\)"):
+            model.save_pretrained(tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
+    assert small.generate(IDS, max_new_tokens=2).shape == (2, 14)
+    again = load(save(torch.compile(small, backend="eager"), tmp_path / "again"))
+    assert torch.equal(logits(again), logits(small))
+    plain = nn.Linear(2, 2)
+    hf.guard_save_pretrained(plain)
+    assert not hasattr(plain, "save_pretrained")
 
 
 def test_text_is_cut_into_consecutive_windows(opened: tuple[Any, Any], english: Path) -> None:

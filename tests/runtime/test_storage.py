@@ -176,6 +176,27 @@ def test_a_module_used_twice_is_replaced_in_both_places(tmp_path: Path) -> None:
     assert torch.equal(loaded(torch.eye(8)), compressed(torch.eye(8)))
 
 
+def test_one_linear_under_two_names_comes_back_where_two_shared_a_parameter(tmp_path: Path) -> None:
+    def net() -> nn.ModuleDict:
+        linears = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "ab"})
+        linears["b"].weight = linears["a"].weight
+        return linears
+
+    compressed = net()
+    compressed["a"] = compressed["b"] = SlimLinear(packed_linear(8, 8))
+    save(compressed, tmp_path / "net")
+    assert open_folder(tmp_path / "net").formats.keys() == {"a", "b"}
+    loaded, _ = load_folder(tmp_path / "net", model=net())
+    assert loaded["a"].values is loaded["b"].values
+    assert torch.equal(loaded["b"](torch.eye(8)), compressed["a"](torch.eye(8)))
+
+
+def test_a_compiled_model_is_saved_like_the_model_itself(saved: Path, tmp_path: Path) -> None:
+    assert contents(
+        save(torch.compile(small_net(), backend="eager"), tmp_path / "net", max_shard_bytes=300)
+    ) == contents(saved)
+
+
 def test_two_layers_that_share_a_packed_weight_share_it_again(tmp_path: Path) -> None:
     packed = packed_linear(8, 8)
     compressed = nn.Sequential(SlimLinear(packed, torch.ones(8)), SlimLinear(packed, torch.zeros(8)))
@@ -546,6 +567,65 @@ def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         save(small_net(), tmp_path / "file", overwrite=True)
     assert nothing_else_in(tmp_path, "home", "file")
+
+
+def test_a_native_folder_with_foreign_files_is_not_replaced(tmp_path: Path) -> None:
+    def tokenizer(place: Path) -> None:
+        files.write_file(place / "tokenizer.json", b"{}")
+        (place / "templates").mkdir()
+        files.write_file(place / "templates" / "chat.jinja", b"")
+
+    target = save(small_net(), tmp_path / "net", write_extra=tokenizer)
+    save(small_net(), target, write_extra=tokenizer, overwrite=True)
+    for name in ("notes.md", "templates/own.jinja"):
+        (target / name).write_text("mine")
+    with pytest.raises(InputError, match=r"holds 'notes\.md', 'templates/own\.jinja', which slimc did not write"):
+        save(small_net(), target, overwrite=True)
+    assert (target / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("run", [b"", b"[]", b'{"extra_files": 3}', b'{"extra_files": [["tokenizer.json"]]}'])
+def test_without_a_list_of_the_files_none_but_slimcs_own_are_replaced(folder: Path, run: bytes) -> None:
+    (folder / "run.json").write_bytes(run)
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(InputError, match=r"holds 'tokenizer\.json', which slimc did not write"):
+        save(small_net(), folder, overwrite=True)
+    (folder / "tokenizer.json").unlink()
+    save(small_net(), folder, overwrite=True)
+
+
+def test_what_a_killed_process_left_is_put_right(folder: Path) -> None:
+    before, parent = contents(folder), folder.parent
+    (parent / ".net.abcd_123.old").mkdir()
+    folder.rename(parent / ".net.abcd_123.old" / "net")
+    (parent / ".net.00000000.partial").mkdir()
+    (parent / ".net.00000000.partial" / "half").write_bytes(b"x")
+    mine = [".net.backup.old", ".other.00000000.partial", ".net.00000001.partial"]
+    for name in mine[:2]:
+        (parent / name).mkdir()
+    (parent / mine[2]).write_bytes(b"a file, not a folder")
+    with pytest.raises(InputError, match="already exists"):
+        save(small_net(), folder)
+    assert contents(folder) == before
+    assert nothing_else_in(parent, "net", *mine)
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".net.00000000.partial").mkdir()
+    with files.claimed(tmp_path / ".net.00000000.partial") as locked:
+        assert locked
+        save(small_net(), tmp_path / "net")
+    assert nothing_else_in(tmp_path, "net", ".net.00000000.partial")
+
+
+def test_on_windows_no_folder_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files.os, "open", fail_with(PermissionError(errno.EACCES, "Permission denied")))
+    save(small_net(), folder, overwrite=True)
+    (folder.parent / ".net.00000000.old").mkdir()
+    folder.rename(folder.parent / ".net.00000000.old" / "net")
+    files.recover(folder)
+    assert open_folder(folder).formats
 
 
 def test_an_empty_folder_is_no_output_and_parents_are_made(tmp_path: Path) -> None:
