@@ -49,7 +49,7 @@ _GRAPH = "graph.txt"
 
 
 def _in_plain_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Run ``function`` outside the caller's autocast, inference mode and gradients: they would leak into its tensors."""
+    """Run ``function`` outside the caller's autocast, inference mode and gradients: tensors keep such modes."""
 
     @wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:

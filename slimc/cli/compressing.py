@@ -155,7 +155,7 @@ def weight_bytes(model: nn.Module) -> int:
 def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     """Refuse before any work what could only fail after it."""
     from slimc.runtime.files import check_replaceable
-    from slimc.runtime.storage import is_native_folder
+    from slimc.runtime.storage import is_native_folder, is_replaceable
 
     if output.name in ("", ".."):
         raise InputError(f"'{output}' has no name of its own; give --output the name of a new folder, such as 'small'")
@@ -163,7 +163,7 @@ def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
         raise InputError(f"{model} is compressed already; compress the dense model that it was made from")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output}: already exists; add --overwrite to replace it, or choose another --output")
-    check_replaceable(output, overwrite=overwrite, replaceable=is_native_folder)
+    check_replaceable(output, overwrite=overwrite, replaceable=is_replaceable)
 
 
 def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:
