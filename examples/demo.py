@@ -61,6 +61,8 @@ def main() -> None:
     ]
     for label, value in rows:
         print(f"  {label:24}{value}")
+    if not recipe:
+        print("\n2:4 costs a model this small dearly. 'make demo RECIPE=slim-w4' leaves it out: larger, and fluent.")
 
 
 def find_model() -> Path:
