@@ -34,6 +34,7 @@ from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.progress import Progress, SilentProgress
 from slimc.runtime import modules
+from slimc.runtime.devices import usable_device
 from slimc.runtime.files import file_inside, write_file
 from slimc.runtime.modules import SlimLinear, use_kernels
 from slimc.runtime.select import Choice
@@ -72,6 +73,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     *,
     tokenizer: Any = None,
     inplace: bool = False,
+    device: str | torch.device | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     journal: str | Path | None = None,
@@ -90,6 +92,9 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         passes: the name of a preset, the path of a recipe file, one pass or a list of passes.
         tokenizer: of a language model, for texts and self-sampling.
         inplace: replace the linears of ``model`` itself and return it; an error leaves it as it was.
+        device: where to compute, if not where ``model`` is. The model stays where it is, and so does the result: each
+            weight is brought over when its turn comes, so that the device holds the activations of all calibration
+            batches and one layer at a time. Self-sampling alone needs all of the model there.
         include: patterns of sites to compress although they are dense by default (``"lm_head"``).
         exclude: patterns of sites to leave dense. Patterns are shell wildcards, or regular expressions after ``re:``.
         journal: folder that keeps finished sites, so that a run that dies can be resumed.
@@ -118,6 +123,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     settings = next((one for one in chosen if isinstance(one, Calibrate)), Calibrate())
     calibrated = pipeline.needs_calibration(chosen)
     self_sampled = calibrated and calibration is None
+    place = None if device is None else usable_device(device)
     clock = _Clock()
 
     # What can be refused is refused before a model spends its time on writing text.
@@ -130,28 +136,40 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     program = _capture(model, batches, (*recipe_include, *_several(include)), (*recipe_exclude, *_several(exclude)))
     pipeline.check_sites(program, chosen)
     inputs = [program.flatten_inputs(*batch) for batch in batches] if calibrated else []
+    held_out = settings.held_out_batches(len(inputs)) if calibrated else 0
     progress.advance("capture")
     progress.finish("capture")
     clock.lap("capture")
 
     if record:
         source = "self-sampled" if self_sampled else _calibration_digest(inputs)
-        record.begin(_fingerprint(program, chosen, source))
+        record.begin(_fingerprint(program, chosen, source, place))
         clock.lap("journal")
     if self_sampled:
-        batches = self_sampled_batches(model, settings, tokenizer=tokenizer, journal=record, progress=progress)
+        batches = self_sampled_batches(
+            model, settings, tokenizer=tokenizer, device=place, journal=record, progress=progress
+        )
         inputs = [program.flatten_inputs(*batch) for batch in batches]
         clock.lap("calibration data")
 
     dumps = Path(dump_dir) if dump_dir is not None else None
-    outcome = pipeline.run(program, chosen, inputs, journal=record, progress=progress, dump_dir=dumps)
+    outcome = pipeline.run(
+        program,
+        chosen,
+        inputs,
+        held_out=held_out,
+        device=place,
+        journal=record,
+        progress=progress,
+        dump_dir=dumps,
+    )
     small = _install(model, program, inplace=inplace)
     use_kernels(small, KERNELS)
     report = Report(
         recipe=[one.to_config() for one in chosen],
         sites=outcome.rows,
         left=[LeftRow(row.name, row.shape, row.reason) for row in program.left],
-        calibration_tokens=count_tokens(batches) if calibrated else 0,
+        calibration_tokens=count_tokens(batches[: len(batches) - held_out]) if calibrated else 0,
         seconds=clock.seconds | outcome.seconds,
         graph=text(program),
     )
@@ -294,9 +312,11 @@ def _read_graph(folder: Path) -> str:
         raise FormatError(f"{path} cannot be read ({error}); delete it, or get the whole folder again.") from error
 
 
-def _fingerprint(program: Program, passes: Sequence[Pass], calibration: str) -> dict[str, Any]:
+def _fingerprint(
+    program: Program, passes: Sequence[Pass], calibration: str, device: torch.device | None
+) -> dict[str, Any]:
     """Return everything that must be the same for a resumed run to give the same bytes."""
-    device = next(program.module.parameters()).device
+    device = device or next(program.module.parameters()).device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

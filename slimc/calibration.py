@@ -15,6 +15,7 @@ from slimc.ir.capture import Batch
 from slimc.passes import Calibrate
 from slimc.passes.journal import Journal
 from slimc.progress import Progress
+from slimc.runtime.devices import copy_to
 from slimc.runtime.positions import check_positions
 
 
@@ -59,9 +60,15 @@ def calibration_batches(
 
 
 def self_sampled_batches(
-    model: nn.Module, settings: Calibrate, *, tokenizer: Any, journal: Journal | None, progress: Progress
+    model: nn.Module,
+    settings: Calibrate,
+    *,
+    tokenizer: Any,
+    device: torch.device | None = None,
+    journal: Journal | None,
+    progress: Progress,
 ) -> list[Batch]:
-    """Return calls with text that the model writes itself, or that ``journal`` has from before.
+    """Return calls with text that the model writes itself, on ``device``, or that ``journal`` has from before.
 
     Raises:
         InputError: the text does not fit the model's positions.
@@ -69,7 +76,8 @@ def self_sampled_batches(
     """
     batches = journal.tokens() if journal else None
     if batches is None:
-        samples = hf.sample_calibration(model, tokenizer, settings.samples, settings.length, settings.seed, progress)
+        writer = model if device is None else copy_to(model, device)
+        samples = hf.sample_calibration(writer, tokenizer, settings.samples, settings.length, settings.seed, progress)
         batches = _split(torch.stack(list(samples)), settings.batch)
         if journal:
             journal.record_tokens(batches)

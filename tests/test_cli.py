@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 import slimc
 from slimc import recipes
 from slimc.cli import app
-from slimc.cli.models import default_device
 from slimc.cli.terminal import say
 from slimc.errors import NumericsError, VerifyError
 from slimc.progress import for_console
+from slimc.runtime.devices import default_device
 
 SMALL = ["--samples", "4", "--length", "32", "--batch", "2"]
 

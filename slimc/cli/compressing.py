@@ -60,7 +60,9 @@ def compress(
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these weights dense: '*.layers.0.*'")
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Load the model in this precision, not its own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR, and what an interrupted run left.")
@@ -104,8 +106,10 @@ def compress(
 
     import slimc
     from slimc.passes import journal as journals
+    from slimc.runtime.devices import default_device, usable_device
 
-    dense, tokenizer = open_model(model, dtype=dtype, device=device)
+    place = default_device() if device is None else usable_device(device)
+    dense, tokenizer = open_model(model, dtype=dtype, device="cpu")
     before = weight_bytes(dense)
 
     def run(progress: Progress) -> nn.Module:
@@ -115,6 +119,7 @@ def compress(
             passes=passes,
             tokenizer=tokenizer,
             inplace=True,
+            device=place,
             journal=journal,
             resume=resume,
             include=[*chosen.include, *(include or [])],

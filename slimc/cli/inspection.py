@@ -108,7 +108,9 @@ def _print_sites(rows: list[SiteRow]) -> None:
     table.add_column("layer", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("expression", overflow="fold")
-    for heading in ("bits", "weight\nerror", "output\nerror", "without\nadapters"):
+    held_out = any(row.held_out_error is not None for row in rows)
+    headings = ["bits", "weight\nerror", "output\nerror", "without\nadapters"]
+    for heading in [*headings, "held\nout"] if held_out else headings:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -119,6 +121,7 @@ def _print_sites(rows: list[SiteRow]) -> None:
             _error(row.weight_error),
             _error(row.output_error),
             _error(row.base_output_error),
+            *([_error(row.held_out_error)] if held_out else []),
         )
     show(table)
 

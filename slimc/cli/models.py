@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from slimc.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -23,9 +22,10 @@ def open_model(model: str, *, dtype: str | None = None, device: str | None = Non
 
     import slimc
     from slimc.backends import hf
+    from slimc.runtime.devices import default_device, usable_device
     from slimc.runtime.storage import is_native_folder
 
-    place = _device(device)
+    place = default_device() if device is None else usable_device(device)
     if is_native_folder(Path(model)):
         if dtype is not None:
             raise InputError(f"{model} is compressed already; its values keep their dtype: drop --dtype")
@@ -59,29 +59,3 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def default_device() -> torch.device:
-    """Return the CUDA GPU if there is one, else the CPU.
-
-    Other accelerators are used only by name: Apple's has no float64, in which the solvers compute.
-    """
-    import torch
-
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None and found.type == "cuda" else torch.device("cpu")
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the device called ``name``, or the default one."""
-    import torch
-
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the device '{name}' cannot be used ({reason}); 'cpu' always can") from error
-    return device

@@ -12,7 +12,10 @@ from slimc.errors import RecipeError, closest
 from slimc.passes.work import SiteWork
 
 Statistic = str
-"""``"activations"`` (mean absolute input, sum of squares) or ``"gram"`` (X^T X)."""
+"""``"activations"`` (mean absolute input, sum of squares), ``"gram"`` (X^T X) or ``"cross_gram"`` (X_dense^T X).
+
+The last one has the sweep compute what the dense model does beside what the compressed one does.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

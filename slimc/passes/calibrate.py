@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slimc.errors import RecipeError
-from slimc.passes.base import Pass, whole_number
+from slimc.errors import InputError, RecipeError
+from slimc.passes.base import Pass, real_number, whole_number
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Calibrate(Pass):
         batch: sequences that run together. The activations of all batches are kept, so a smaller one saves little
             memory; a larger one makes larger kernels.
         seed: of the sampling, when the model writes its own calibration text.
+        held_out: share of the batches, the last ones, that nothing is fitted to. They run through the sweep like the
+            others, and passes that choose between alternatives judge them by the error there; the report shows it.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -30,6 +32,7 @@ class Calibrate(Pass):
     length: int = 2048
     batch: int = 8
     seed: int = 0
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -40,6 +43,8 @@ class Calibrate(Pass):
         self._require(self.length >= 2, f"length must be at least 2 tokens, not {self.length}")
         valid = whole_number(self.seed) and 0 <= self.seed < 2**63
         self._require(valid, f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
+        share = real_number(self.held_out) and 0 <= self.held_out < 1
+        self._require(share, f"held_out must be a share of the batches from 0 to less than 1, not {self.held_out!r}")
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """Calibration comes first: statistics cannot be asked for after the fact."""
@@ -47,3 +52,19 @@ class Calibrate(Pass):
             raise RecipeError(
                 f"calibrate must be the first pass, but it comes after '{earlier[-1].name}'. Move it to the top."
             )
+
+    def held_out_batches(self, batches: int) -> int:
+        """Return how many of ``batches`` are held out: the nearest number to the share, but at least one.
+
+        Raises:
+            InputError: no batch would be left to fit anything to.
+        """
+        if not self.held_out:
+            return 0
+        held_out = max(1, round(self.held_out * batches))
+        if held_out >= batches:
+            raise InputError(
+                f"calibrate: held_out={self.held_out} of {batches} calibration batch{'es' * (batches != 1)} leaves "
+                "none to fit to. Give more batches (more samples, or a smaller batch), or hold out a smaller share."
+            )
+        return held_out

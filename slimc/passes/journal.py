@@ -198,13 +198,14 @@ def _parse_row(record: Any) -> SiteRow:
     if not isinstance(record, dict) or record.keys() != names:
         raise FormatError("its report row has other fields")
     shape = record["shape"]
-    numbers = [record["bits"], record["weight_error"], record["base_output_error"], record["output_error"]]
+    numbers = [record["bits"], record["weight_error"]]
+    errors = [record[name] for name in ("base_output_error", "output_error", "held_out_error", "stream_error")]
     if not (
         all(isinstance(record[name], str) for name in ("name", "expression"))
         and isinstance(shape, list)
         and [type(side) for side in shape] == [int, int]
-        and all(type(number) in (float, int) for number in numbers[:2])
-        and all(number is None or type(number) in (float, int) for number in numbers[2:])
+        and all(type(number) in (float, int) for number in numbers)
+        and all(error is None or type(error) in (float, int) for error in errors)
     ):
         raise FormatError("its report row has values of other types")
     return SiteRow(**{**record, "shape": tuple(shape)})

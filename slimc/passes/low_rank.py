@@ -30,7 +30,8 @@ class LowRank(SitePass):
             ``mask * W``; between rounds the adapters are solved again for what that leaves. The paper has no such step
             (0 rounds), the authors' code has one; more than one is alternating minimisation, which measures far better
             on real models. The two halves minimise different norms, so a round can also make things worse: the best
-            state is kept, and no number of rounds leaves a larger weighted error than none.
+            state is kept. It is the one with the least output error on held-out batches where there are any
+            (``Calibrate(held_out=...)``), else with the least error weighted as the adapters weigh it.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -94,7 +95,10 @@ class LowRank(SitePass):
         work.base, work.quantized, work.adapters = best
 
     def _remaining(self, work: SiteWork) -> float:
-        """Return the norm of the error that is left, weighted as the adapters weigh it."""
+        """Return the error that is left: of held-out outputs, or else the norm weighted as the adapters weigh it."""
+        judged = work.output_error(work.effective_base() + work.correction(), work.held_out)
+        if judged is not None:
+            return judged
         error = work.dense - work.effective_base() - work.correction()
         saliency = self._saliency(work)
         return float(torch.linalg.vector_norm(error if saliency is None else error * saliency, dtype=torch.float64))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimc.errors import InputError, NumericsError, RecipeError, VerifyError, closest
 from slimc.ir.express import express
 from slimc.ir.program import Program, Site
@@ -121,6 +123,8 @@ def run(
     passes: Sequence[Pass],
     inputs: Sequence[Sequence[Any]],
     *,
+    held_out: int = 0,
+    device: torch.device | None = None,
     journal: Journal | None = None,
     progress: Progress,
     dump_dir: Path | None = None,
@@ -131,6 +135,8 @@ def run(
         program: a captured model that :func:`check_sites` has accepted.
         passes: in an order that :func:`check_order` accepts.
         inputs: flat calibration inputs by batch (:meth:`Program.flatten_inputs`).
+        held_out: how many of the last batches nothing is fitted to.
+        device: where to compute, if not on the device of the model.
         journal: for resuming.
         progress: told what happens.
         dump_dir: where to write the text of the graph after every pass, as ``0-capture.txt``, ``1-quantize.txt``...
@@ -149,7 +155,16 @@ def run(
     started = time.perf_counter()
     site_passes = [one for one in passes if isinstance(one, SitePass)]
     snapshot = dump.snapshot if dump_dir else None
-    rows = Sweep(program, site_passes, inputs, journal=journal, progress=progress, snapshot=snapshot).run()
+    rows = Sweep(
+        program,
+        site_passes,
+        inputs,
+        held_out=held_out,
+        device=device,
+        journal=journal,
+        progress=progress,
+        snapshot=snapshot,
+    ).run()
     seconds["sweep"] = time.perf_counter() - started
 
     if dump_dir:

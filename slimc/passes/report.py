@@ -15,6 +15,9 @@ class SiteRow:
     ``output_error = |X (W' - W)^T| / |X W^T|`` on the calibration inputs; ``base_output_error`` is the
     same without the adapters. An output error is ``None`` when no pass asked for the site's inputs, so that none were
     gathered; it is measured on at most :data:`slimc.passes.statistics.SAMPLE_TOKENS` of the calibration tokens.
+    ``held_out_error`` is the output error on batches that nothing was fitted to, and ``stream_error`` is
+    ``|X W'^T - X_dense W^T| / |X_dense W^T|``, which counts the errors of all earlier sites; ``None`` where no held-out
+    batches and no dense stream were asked for.
     """
 
     name: str
@@ -24,6 +27,8 @@ class SiteRow:
     weight_error: float
     base_output_error: float | None = None
     output_error: float | None = None
+    held_out_error: float | None = None
+    stream_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ class InputStatistics:
         sum_squares: sum of ``x^2``, float32 ``[columns]``.
         gram: ``X^T X``, float32 ``[columns, columns]``, or ``None`` when no pass asked for it.
         sample: evenly spaced tokens, float32 ``[<= SAMPLE_TOKENS, columns]``.
+        cross_gram: ``X_dense^T X``, float32 ``[columns, columns]``, where ``X_dense`` is what the dense model computes
+            for the same tokens, or ``None`` when no pass asked for it.
+        dense_sample: the rows of ``X_dense`` for the tokens of ``sample``, or ``None``.
     """
 
     def __init__(self, columns: int, device: torch.device, wanted: Collection[str]) -> None:
@@ -31,6 +34,8 @@ class InputStatistics:
         self.sum_squares = torch.zeros(columns, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if "gram" in wanted else None
         self.sample = torch.zeros(0, columns, device=device)
+        self.cross_gram = torch.zeros(columns, columns, device=device) if "cross_gram" in wanted else None
+        self.dense_sample: Tensor | None = None
 
     @property
     def mean_abs(self) -> Tensor:
@@ -43,8 +48,17 @@ class InputStatistics:
         return not bool(self.sum_abs.any())
 
     @classmethod
-    def gather(cls, activations: Sequence[Tensor], wanted: Collection[str], where: str) -> InputStatistics:
+    def gather(
+        cls,
+        activations: Sequence[Tensor],
+        wanted: Collection[str],
+        where: str,
+        *,
+        dense: Sequence[Tensor] | None = None,
+    ) -> InputStatistics:
         """Accumulate over ``activations``, each ``[..., columns]``.
+
+        ``dense`` are the same tokens in the dense model, for ``"cross_gram"``.
 
         Raises:
             NumericsError: a value is NaN or infinite; ``where`` names the site in the message.
@@ -52,13 +66,20 @@ class InputStatistics:
         columns = activations[0].shape[-1]
         statistics = cls(columns, activations[0].device, wanted)
         chosen = _evenly_spaced(sum(activation.numel() // columns for activation in activations))
-        kept = []
-        for activation in activations:
-            rows = activation.detach().reshape(-1, columns).float()
+        kept: list[Tensor] = []
+        kept_dense: list[Tensor] = []
+        for index, activation in enumerate(activations):
+            rows = _rows(activation)
             here = chosen[(chosen >= statistics.count) & (chosen < statistics.count + len(rows))] - statistics.count
-            kept.append(rows[here.to(rows.device)])
+            here = here.to(rows.device)
+            kept.append(rows[here])
             statistics._add(rows)
+            if statistics.cross_gram is not None and dense is not None:
+                exact = _rows(dense[index])
+                statistics.cross_gram.addmm_(exact.t(), rows)
+                kept_dense.append(exact[here])
         statistics.sample = torch.cat(kept)
+        statistics.dense_sample = torch.cat(kept_dense) if kept_dense else None
         if not bool(torch.isfinite(statistics.sum_squares).all()):
             raise NumericsError(
                 f"The calibration inputs of '{where}' contain NaN or Inf (or overflow float32 when squared). "
@@ -72,6 +93,10 @@ class InputStatistics:
         self.sum_squares += rows.square().sum(0)
         if self.gram is not None:
             self.gram.addmm_(rows.t(), rows)
+
+
+def _rows(activation: Tensor) -> Tensor:
+    return activation.detach().reshape(-1, activation.shape[-1]).float()
 
 
 def _evenly_spaced(tokens: int) -> Tensor:

@@ -1,13 +1,17 @@
 """The sweep: run the graph node by node over all calibration batches, and compress each site when it is reached.
 
 A site therefore sees its *actual* input: everything before it is already compressed, and the sweep goes on with the
-weight decoded from its packed bytes. Besides the dense model, memory is the live activations of all batches plus one
-site.
+weight decoded from its packed bytes. A pass may ask for what the dense model computes at the same place: then a second
+stream runs beside the first, from the first compressed site on.
+
+The sweep may compute on another device than the one the model is on. Constants are then brought over when a node reads
+them and dropped after it, so that device memory is the live activations of all batches plus one site.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from slimc.errors import CaptureError, SlimError
-from slimc.ir.program import Program, Site, Use, attribute
+from slimc.ir.program import Program, Site, Use
 from slimc.passes.base import SitePass
+from slimc.passes.constants import Constants
 from slimc.passes.journal import Journal
 from slimc.passes.report import SiteRow
 from slimc.passes.statistics import InputStatistics
@@ -33,6 +38,9 @@ _SEED = 0
 Snapshot = Callable[[str, Site, PackedLinear], None]
 """Receives the name of a pass, a site, and the packed form that the site has after that pass."""
 
+Values = Mapping[fx.Node, list[Any]]
+"""What a node computed, by batch."""
+
 
 class Sweep:
     """One run of the site passes over a program.
@@ -41,6 +49,8 @@ class Sweep:
         program: the captured model; each site's ``packed`` is set.
         passes: the site passes, in recipe order.
         inputs: flat inputs of each calibration batch, in placeholder order. May be empty when no pass needs statistics.
+        held_out: how many of the last batches are kept out of the statistics, for passes that judge a choice by them.
+        device: where to compute; ``None`` is the device of the model.
         journal: where finished sites are written and found again, or ``None``.
         progress: told once a site.
         snapshot: called after each pass at each site that is solved (not those found in the journal); packing every
@@ -53,6 +63,8 @@ class Sweep:
         passes: Sequence[SitePass],
         inputs: Sequence[Sequence[Any]],
         *,
+        held_out: int = 0,
+        device: torch.device | None = None,
         journal: Journal | None,
         progress: Progress,
         snapshot: Snapshot | None = None,
@@ -60,14 +72,22 @@ class Sweep:
         self.program = program
         self.passes = tuple(passes)
         self.inputs = inputs
+        self.fitted = len(inputs) - held_out
+        self.constants = Constants(program.module, device)
         self.journal = journal
         self.progress = progress
         self.snapshot = snapshot
         self.wanted = frozenset().union(*(one.statistics() for one in passes)) if passes else frozenset()
         self.rows: list[SiteRow] = []
-        self._written = _written_constants(program.graph)
-        self._earlier_inputs: dict[str, list[Tensor]] = {}
-        self._shared_statistics: dict[tuple[str, ...], InputStatistics] = {}
+        self._written = _written_values(program.graph)
+        self._values: dict[fx.Node, list[Any]] = {}
+        # What the dense model computes, where that is something else: after the first site, or wherever an operator
+        # that writes its argument would change what both streams read.
+        self._apart: dict[fx.Node, list[Any]] = {}
+        self._two_streams = "cross_gram" in self.wanted
+        self._always_apart = self._two_streams and bool(self._written)
+        self._earlier_inputs: dict[str, list[tuple[list[Tensor], list[Tensor] | None]]] = {}
+        self._shared_statistics: dict[tuple[str, ...], tuple[InputStatistics, InputStatistics | None]] = {}
 
     def run(self) -> list[SiteRow]:
         """Compress every site and return their report rows in data-flow order."""
@@ -80,35 +100,78 @@ class Sweep:
         self.progress.finish("compress")
         return self.rows
 
+    @property
+    def _dense_values(self) -> Values:
+        """The values of the dense stream."""
+        return ChainMap(self._apart, self._values)
+
     @torch.no_grad()
     def _run_graph(self) -> None:
         uses = {use.node: (site, use) for site in self.program.sites.values() for use in site.uses}
         remaining = len(uses)
         last_reader = _last_readers(self.program.graph)
-        values: dict[fx.Node, list[Any]] = {}
         placeholders = iter(range(len(self.program.placeholders())))
         for node in self.program.graph.nodes:
             if node in uses:
                 site, use = uses[node]
                 remaining -= 1
-                self._reach(site, use, values)
+                self._reach(site, use)
                 if not remaining:
                     return
-                values[node] = self._products(site, use, values)
+                self._compute_product(site, use)
             elif node.op == "placeholder":
-                position = next(placeholders)
-                values[node] = [_copy(batch[position]) for batch in self.inputs]
-            elif node.op != "output":
-                values[node] = self._run_node(node, values)
+                self._copy_inputs(node, next(placeholders))
+            elif node.op != "output" and not self._is_constant(node):
+                self._compute(node)
             for finished in last_reader.get(node, ()):
-                values.pop(finished, None)
+                self._values.pop(finished, None)
+                self._apart.pop(finished, None)
 
-    def _run_node(self, node: fx.Node, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Tell whether ``node`` is looked up by those who read it, because nobody writes it."""
+        return node.op == "get_attr" and node not in self._written
+
+    def _copy_inputs(self, node: fx.Node, position: int) -> None:
+        """Make tensors of their own, so that an in-place operator of the graph cannot change the user's data."""
+
+        def copies() -> list[Any]:
+            return [self._copy(batch[position]) for batch in self.inputs]
+
+        self._values[node] = copies()
+        if self._always_apart:
+            self._apart[node] = copies()
+
+    def _copy(self, value: Any) -> Any:
+        return value.to(self.constants.device, copy=True) if isinstance(value, Tensor) else value
+
+    def _compute(self, node: fx.Node) -> None:
+        """Compute a node in the streams that differ at it."""
+        apart = self._always_apart or any(source in self._apart for source in node.all_input_nodes)
+        if apart:
+            self._apart[node] = self._run_node(node, self._dense_values)
+        self._values[node] = self._run_node(node, self._values)
+
+    def _compute_product(self, site: Site, use: Use) -> None:
+        """Compute a product with the compressed weight, decoded once for all batches, or still with the dense one."""
+        if use is not site.uses[-1]:
+            self._compute(use.node)
+            return
+        if self._two_streams:
+            self._apart[use.node] = self._run_node(use.node, self._dense_values)
+        activations: list[Tensor] = self._values[use.input]
+        bias = None if use.bias is None else self._value(use.bias)
+        linear = decoded_linear(_moved(_packed(site), self.constants.device))
+        self._values[use.node] = [linear(x, bias) for x in activations]
+
+    def _value(self, bias: fx.Node) -> Any:
+        """Return a bias, which is the same in all batches."""
+        return self.constants[bias] if self._is_constant(bias) else self._values[bias][0]
+
+    def _run_node(self, node: fx.Node, values: Values) -> list[Any]:
         if node.op == "get_attr":
-            constant = attribute(self.program.module, str(node.target))
-            return [constant.clone() if node in self._written else constant for _ in self.inputs]
+            return [self.constants[node].clone() for _ in self.inputs]
         if node.op == "call_module":
-            function: Callable[..., Any] = self.program.module.get_submodule(str(node.target))
+            function: Callable[..., Any] = self.constants.submodule(str(node.target))
         elif node.op == "call_function" and callable(node.target):
             function = node.target
         else:
@@ -127,41 +190,36 @@ class Sweep:
 
         return run
 
-    def _arguments(
-        self, node: fx.Node, values: Mapping[fx.Node, list[Any]]
-    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _arguments(self, node: fx.Node, values: Values) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        constants = {source: self.constants[source] for source in node.all_input_nodes if self._is_constant(source)}
         for batch in range(len(self.inputs)):
 
-            def value(source: fx.Node, batch: int = batch) -> Any:
-                return values[source][batch]
+            def value(leaf: Any, batch: int = batch) -> Any:
+                if isinstance(leaf, fx.Node):
+                    return constants[leaf] if leaf in constants else values[leaf][batch]
+                return self.constants.here(leaf) if isinstance(leaf, torch.device) else leaf
 
-            yield fx.node.map_arg((node.args, node.kwargs), value)
+            yield fx.node.map_aggregate((node.args, node.kwargs), value)
 
-    def _reach(self, site: Site, use: Use, values: Mapping[fx.Node, list[Any]]) -> None:
+    def _reach(self, site: Site, use: Use) -> None:
         """Note the input of one product of a site's weight; at its last use the site is compressed.
 
         A weight with several uses stays dense until its last one, where the statistics of all of them are known.
         """
-        activations: list[Tensor] = values[use.input]
+        dense = self._dense_values[use.input] if self._two_streams else None
+        inputs = (self._values[use.input], dense)
         if use is not site.uses[-1]:
-            self._earlier_inputs.setdefault(site.name, []).extend(activations)
+            self._earlier_inputs.setdefault(site.name, []).append(inputs)
             return
-        self._finish(site, [*self._earlier_inputs.pop(site.name, []), *activations])
+        self._finish(site, [*self._earlier_inputs.pop(site.name, []), inputs])
 
-    def _products(self, site: Site, use: Use, values: Mapping[fx.Node, list[Any]]) -> list[Any]:
-        """Run one product: with the compressed weight, decoded once for all batches, or still with the dense one."""
-        if use is not site.uses[-1]:
-            return self._run_node(use.node, values)
-        activations: list[Tensor] = values[use.input]
-        biases = values[use.bias] if use.bias is not None else [None] * len(activations)
-        linear = decoded_linear(_packed(site))
-        return [linear(x, bias) for x, bias in zip(activations, biases, strict=True)]
-
-    def _finish(self, site: Site, inputs: Sequence[Tensor]) -> None:
-        """Take the site from the journal, or solve it and write it there."""
-        recorded = self.journal.read(site, self.program.dense_weight(site).device) if self.journal else None
+    def _finish(self, site: Site, inputs: Sequence[tuple[list[Tensor], list[Tensor] | None]]) -> None:
+        """Take the site from the journal, or solve it and write it there; it goes to the device of the model."""
+        home = self.program.dense_weight(site).device
+        recorded = self.journal.read(site, home) if self.journal else None
         if recorded is None:
-            packed, row = self._solve(site, self._statistics(site, inputs))
+            packed, row = self._solve(site, *self._statistics(site, inputs))
+            packed = _moved(packed, home)
             if self.journal:
                 self.journal.write(site.name, packed, row)
         else:
@@ -172,27 +230,41 @@ class Sweep:
         self.rows.append(row)
         self.progress.advance("compress", note=site.name)
 
-    def _statistics(self, site: Site, inputs: Sequence[Tensor]) -> InputStatistics | None:
-        """Gather the statistics of the site's input, once for all sites that share it."""
+    def _statistics(
+        self, site: Site, inputs: Sequence[tuple[list[Tensor], list[Tensor] | None]]
+    ) -> tuple[InputStatistics | None, InputStatistics | None]:
+        """Gather the statistics of the site's input, of fitted and of held-out batches, once for all that share it."""
         if not self.wanted:
-            return None
+            return None, None
         if site.group not in self._shared_statistics:
-            statistics = InputStatistics.gather(inputs, self.wanted, site.name)
-            if statistics.is_silent:
+            fitted = self._gather(site, inputs, slice(self.fitted))
+            if fitted.is_silent:
                 log.warning(
                     "Calibration never reached %s: its inputs are all zero, so only its weights can guide the choices.",
                     " and ".join(f"'{name}'" for name in site.group),
                 )
-            self._shared_statistics[site.group] = statistics
+            held_out = self._gather(site, inputs, slice(self.fitted, None)) if self.fitted < len(self.inputs) else None
+            self._shared_statistics[site.group] = fitted, held_out
         return self._shared_statistics[site.group]
 
-    def _solve(self, site: Site, statistics: InputStatistics | None) -> tuple[PackedLinear, SiteRow]:
+    def _gather(
+        self, site: Site, inputs: Sequence[tuple[list[Tensor], list[Tensor] | None]], batches: slice
+    ) -> InputStatistics:
+        activations = [x for actual, _ in inputs for x in actual[batches]]
+        dense = [x for _, exact in inputs if exact is not None for x in exact[batches]]
+        return InputStatistics.gather(activations, self.wanted, site.name, dense=dense or None)
+
+    def _solve(
+        self, site: Site, statistics: InputStatistics | None, held_out: InputStatistics | None
+    ) -> tuple[PackedLinear, SiteRow]:
+        device = self.constants.device
         work = SiteWork(
             name=site.name,
-            dense=self.program.dense_weight(site).float(),
+            dense=self.program.dense_weight(site).to(device).float(),
             dtype=site.dtype,
             statistics=statistics,
-            siblings=[self.program.dense_weight(self.program.sites[name]) for name in site.group],
+            held_out=held_out,
+            siblings=[self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group],
         )
         for one in self.passes:
             try:
@@ -211,13 +283,13 @@ def _packed(site: Site) -> PackedLinear:
     return site.packed
 
 
-def _copy(value: Any) -> Any:
-    """Return a tensor of its own, so that an in-place operator of the graph cannot change the user's data."""
-    return value.clone() if isinstance(value, Tensor) else value
+def _moved(packed: PackedLinear, device: torch.device) -> PackedLinear:
+    """Return ``packed`` with its tensors on ``device``."""
+    return PackedLinear.assemble(packed.format, {name: tensor.to(device) for name, tensor in packed.tensors().items()})
 
 
-def _written_constants(graph: fx.Graph) -> set[fx.Node]:
-    """Return the parameters and buffers that an in-place operator writes, directly or through a view."""
+def _written_values(graph: fx.Graph) -> set[fx.Node]:
+    """Return the values that an in-place operator writes, directly or through a view."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -225,7 +297,7 @@ def _written_constants(graph: fx.Graph) -> set[fx.Node]:
         for argument, source in zip(node.target._schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(source, fx.Node):
                 written.add(_base(source))
-    return {node for node in written if node.op == "get_attr"}
+    return written
 
 
 def _base(node: fx.Node) -> fx.Node:

@@ -30,6 +30,7 @@ class SiteWork:
         dense: the exact weight.
         dtype: of the stored 16-bit values and scales.
         statistics: of the site's input; ``None`` when no pass of the recipe needs them.
+        held_out: the same of batches that no choice was fitted to, to judge choices by; ``None`` without such batches.
         base: the part that is stored as values.
         siblings: dense weights of all sites that read the same input, this one included, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
@@ -46,6 +47,7 @@ class SiteWork:
     sparsity: NM | Unstructured | None = None
     quantized: Quantized | None = None
     quantizer: Quantizer | None = None
+    held_out: InputStatistics | None = None
     input_scale: Tensor | None = None
     adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
 
@@ -117,8 +119,10 @@ class SiteWork:
             expression=packed.format.describe(),
             bits=packed.format.bits_per_weight(),
             weight_error=_relative(decoded - self.dense, self.dense),
-            base_output_error=self._output_error(base),
-            output_error=self._output_error(decoded),
+            base_output_error=self.output_error(base, self.statistics),
+            output_error=self.output_error(decoded, self.statistics),
+            held_out_error=self.output_error(decoded, self.held_out),
+            stream_error=self._stream_error(decoded),
         )
 
     def _pack_base(self) -> PackedWeight:
@@ -144,11 +148,18 @@ class SiteWork:
             )
         return pack_weight(factor.to(self.dtype), bits=None)
 
-    def _output_error(self, weight: Tensor) -> float | None:
-        if self.statistics is None:
+    def output_error(self, weight: Tensor, statistics: InputStatistics | None) -> float | None:
+        """Return ``|X (weight - dense)^T| / |X dense^T|`` on the sampled tokens of ``statistics``, if there are any."""
+        if statistics is None:
             return None
-        sample = self.statistics.sample
-        return _relative(sample @ (weight - self.dense).t(), sample @ self.dense.t())
+        return _relative(statistics.sample @ (weight - self.dense).t(), statistics.sample @ self.dense.t())
+
+    def _stream_error(self, weight: Tensor) -> float | None:
+        """Return the error against the output of the dense model, the errors of earlier sites included."""
+        if self.statistics is None or self.statistics.dense_sample is None:
+            return None
+        exact = self.statistics.dense_sample @ self.dense.t()
+        return _relative(self.statistics.sample @ weight.t() - exact, exact)
 
 
 def _dense(factor: Tensor | Quantized) -> Tensor:

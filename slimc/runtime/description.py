@@ -41,6 +41,8 @@ class _SiteRow(_Record):
     weight_error: float
     base_output_error: float | None
     output_error: float | None
+    held_out_error: float | None = None
+    stream_error: float | None = None
 
 
 class _LeftRow(_Record):

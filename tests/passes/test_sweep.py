@@ -83,9 +83,9 @@ def test_sites_that_share_an_input_gather_it_once(
     gathered = []
     gather = InputStatistics.gather
 
-    def spy(activations: list[Tensor], wanted: set[str], where: str) -> InputStatistics:
+    def spy(activations: list[Tensor], wanted: set[str], where: str, **options: Any) -> InputStatistics:
         gathered.append(where)
-        return gather(activations, wanted, where)
+        return gather(activations, wanted, where, **options)
 
     monkeypatch.setattr(InputStatistics, "gather", spy)
     run(network, batches, PASSES)

@@ -1,0 +1,46 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from slimc.errors import InputError
+
+
+def default_device() -> torch.device:
+    """Return the CUDA GPU if there is one, else the CPU.
+
+    Other accelerators are used only by name: Apple's has no float64, in which the solvers compute.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None and found.type == "cuda" else torch.device("cpu")
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Return the device called ``name``.
+
+    Raises:
+        InputError: there is none, or it cannot be used.
+    """
+    try:
+        # A tensor knows its device by index ("cuda" is "cuda:0"), which makes devices comparable.
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the device '{name}' cannot be used ({reason}); 'cpu' always can") from error
+
+
+def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return a copy of ``model`` on ``device``, made without a second one where it is, or itself if it is there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(tensor.device == device for tensor in tensors):
+        return model
+    memo: dict[int, object] = {}
+    for tensor in tensors:
+        moved = tensor.detach().to(device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if is_parameter else moved
+    return copy.deepcopy(model, memo)
