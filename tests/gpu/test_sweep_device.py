@@ -53,6 +53,6 @@ def test_memory_on_the_gpu_does_not_grow_with_the_layers() -> None:
         slimc.compile(model_of(layers), batches(), PASSES, device="cuda")
         return torch.cuda.max_memory_allocated() - before
 
-    peak(2)  # libraries keep workspaces from their first use on
+    # Twice as many layers need no more than as many; libraries take workspaces at first, and by the kind of problem.
     one_layer = 4 * WIDTH * WIDTH
-    assert peak(10) - peak(2) < one_layer
+    assert peak(20) - peak(10) < one_layer
