@@ -46,6 +46,10 @@ class ResumeError(SlimError):
     """A journal does not belong to the run that wants to resume from it."""
 
 
+class KernelError(SlimError):
+    """A CUDA kernel cannot be compiled, loaded or launched on this machine."""
+
+
 def closest(word: str, choices: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the choice most like ``word``, or an empty string."""
     matches = get_close_matches(word, list(choices), n=1, cutoff=0.5)

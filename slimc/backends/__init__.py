@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, reference
+from slimc.backends.cuda import decode
 from slimc.runtime.select import Kernel
 
 __all__ = ["KERNELS"]
 
-KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, *reference.KERNELS)
+KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, decode.DECODE, *reference.KERNELS)
 """The kernel table, best first; the last accepts everything."""

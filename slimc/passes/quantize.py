@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError
@@ -96,7 +97,9 @@ class Quantize(SitePass):
         if self.activation_aware:
             self._apply_activation_aware(work)
             return
-        work.quantizer = lambda weight, mask: self._solve(weight, mask, work)
+        # Not the work itself: a cycle would keep each site's matrices until the garbage collector comes by.
+        dtype = work.scale_dtype
+        work.quantizer = lambda weight, mask: self._solve(weight, mask, dtype)
         work.quantize()
 
     def _apply_activation_aware(self, work: SiteWork) -> None:
@@ -109,17 +112,18 @@ class Quantize(SitePass):
         enlarge = activation_aware_scales(mean_abs, work.siblings, fraction=self.fraction, factor=self.factor)
         work.input_scale = (1 / enlarge).to(work.dtype).float()
         enlarge = 1 / work.input_scale
+        dtype = work.scale_dtype
 
         def quantizer(weight: Tensor, mask: Tensor | None) -> Quantized:
-            return round_to_grid(weight, self._solve(weight / enlarge, mask, work))
+            return round_to_grid(weight, self._solve(weight / enlarge, mask, dtype))
 
         work.base = work.base * enlarge
         work.quantizer = quantizer
         work.quantize()
 
-    def _solve(self, weight: Tensor, mask: Tensor | None, work: SiteWork) -> Quantized:
+    def _solve(self, weight: Tensor, mask: Tensor | None, scale_dtype: torch.dtype) -> Quantized:
         if self.method == "slim":
-            return quantize_slim(weight, self.bits, self.group, scale_dtype=work.scale_dtype, mask=mask)
+            return quantize_slim(weight, self.bits, self.group, scale_dtype=scale_dtype, mask=mask)
         return quantize_absmax(
-            weight, self.bits, self.group, symmetric=self.symmetric, scale_dtype=work.scale_dtype, mask=mask
+            weight, self.bits, self.group, symmetric=self.symmetric, scale_dtype=scale_dtype, mask=mask
         )
