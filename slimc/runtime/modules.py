@@ -158,11 +158,11 @@ class SlimLinear(nn.Module):
         if kernel is None:
             plan: _Plan = (lambda x, _state, _bias: self._reference(x), None, None)
         else:
-            if kernel.name not in self._states:
+            if kernel.prepare not in self._states:
                 # Tensors made under inference mode could never be used outside it.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._states[kernel.name] = kernel.prepare(self.packed)
-            plan = (kernel.run, self._states[kernel.name], self.bias)
+                    self._states[kernel.prepare] = kernel.prepare(self.packed)
+            plan = (kernel.run, self._states[kernel.prepare], self.bias)
         self._plans[dtype, (tokens - 1).bit_length()] = plan
         return plan
 
@@ -172,7 +172,7 @@ class SlimLinear(nn.Module):
         device = self.values.device.type
         self._autocast_type = device if torch.amp.is_autocast_available(device) else "cpu"
         self._plans: dict[tuple[torch.dtype, int], _Plan] = {}
-        self._states: dict[str, Any] = {}
+        self._states: dict[Callable[..., Any], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the kernel states out of copies; a copy derives its own."""

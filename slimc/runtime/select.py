@@ -31,8 +31,8 @@ class Kernel:
         name: Shown to people.
         accepts: Given the format, the dtype of x, the device and the number of tokens: None if the kernel can
             compute this case and is worth it, else the reason for people.
-        prepare: Derives from the canonical tensors what ``run`` needs; called once a layer and device. The state
-            must be a function of the packed bytes alone.
+        prepare: Derives from the canonical tensors what ``run`` needs; called once a layer and device, also for
+            several kernels that share it. The state must be a function of the packed bytes alone.
         run: Computes y [tokens, rows] from x [..., columns], the state and the bias.
     """
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
-from slimc.backends.cuda.decode import DECODE, launch, make_plan, prepare
+from slimc.backends.cuda.decode import DECODE, launch, make_plan
+from slimc.backends.cuda.layer import prepare
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear

@@ -23,7 +23,17 @@ from slimc.backends.cuda.cache import cached_cubin
 from slimc.backends.cuda.compiler import NO_DEFINES
 from slimc.errors import KernelError
 
-__all__ = ["Function", "Launcher", "Module", "device_arch", "driver_version", "load", "target_arch"]
+__all__ = [
+    "Function",
+    "Launcher",
+    "Module",
+    "TensorMap",
+    "device_arch",
+    "driver_version",
+    "encode_tensor_map",
+    "load",
+    "target_arch",
+]
 
 Dimensions = tuple[int, int, int]
 
@@ -71,6 +81,51 @@ class LaunchAttribute(ctypes.Structure):
         ("pad", ctypes.c_char * 4),
         ("value", ctypes.c_uint * 16),
     )
+
+
+class TensorMap(ctypes.Structure):
+    """``CUtensorMap`` of cuda.h: how the copy engine finds boxes of a tensor. Kernels want it aligned to 64 bytes."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+TENSOR_MAP_16_BIT = 1
+TENSOR_MAP_SWIZZLE_128_BYTES = 3
+TENSOR_MAP_PROMOTE_128_BYTES = 2
+
+
+def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> None:
+    """Describe a matrix of 16-bit elements, row after row, for copies of boxes; outside of it the engine reads zeros.
+
+    Args:
+        into: what is filled.
+        address: of the matrix, a multiple of 16.
+        rows: of the matrix.
+        columns: of the matrix, a multiple of 8.
+        box_rows: of a box, at most 256.
+        box_columns: of a box, 64: rows of 128 bytes, whose pieces of 16 bytes are swizzled over 8 rows.
+
+    Raises:
+        KernelError: the driver refuses the map.
+    """
+    status = _library().cuTensorMapEncodeTiled(
+        ctypes.byref(into),
+        TENSOR_MAP_16_BIT,
+        2,
+        address,
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(2 * columns),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        _ONES,
+        0,
+        TENSOR_MAP_SWIZZLE_128_BYTES,
+        TENSOR_MAP_PROMOTE_128_BYTES,
+        0,
+    )
+    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
+
+
+_ONES = (ctypes.c_uint32 * 2)(1, 1)
 
 
 class Module:
@@ -404,6 +459,9 @@ def _declare(library: Any) -> None:
     }
     for name, argument_types in signatures.items():
         getattr(library, name).argtypes = argument_types
+    library.cuTensorMapEncodeTiled.argtypes = [
+        pointer, integer, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer, integer, integer, integer, integer,
+    ]  # fmt: skip
     if hasattr(library, "cuFuncLoad"):
         library.cuFuncLoad.argtypes = [pointer]
 

@@ -1,0 +1,534 @@
+// y = scale * (x @ W^T) + t @ L^T + bias on Hopper, for a few tokens to many thousands.
+//
+// The weight is the left operand of `wgmma`, or `wgmma.sp` if it is 2:4, and comes from registers: each lane loads its
+// codes straight from device memory, in the order in which the tensor cores want them, and turns them into numbers while
+// the product before runs. Activations are the right operand, from shared memory, where the copy engine puts them.
+//
+// A block computes 128 * ROW_TILES rows of TOKENS tokens, or a cluster of blocks does, each of which takes its share of
+// the columns; their sums are then added in a fixed order. Two warpgroups multiply, a third brings activations: a branch of
+// theirs between two products would make the assembler run one after the other.
+// t = x @ R^T, the small product, is this kernel's own result in a launch before: W is under way while that runs.
+//
+// Compiled with -D, besides those of common.cuh:
+//   SPARSE     1: W is 2:4; 0: W is dense
+//   GROUP      columns of W that share a scale, 0: all of a row
+//   ADAPTERS   1: with t and L
+//   TOKENS     of a block: 8, 16, 32, 64, 128
+//   ROW_TILES  tiles of 64 rows that a warpgroup holds at once
+//   STAGES     pieces of 128 columns of activations in shared memory
+//   AHEAD      pieces of the weight in flight in each warp, beside the one in use
+//   CLUSTER    blocks that share the columns
+//   BLOCKS     blocks that a multiprocessor can hold at once
+
+#define WARPGROUPS 2  // that multiply
+#define THREADS (128 * (WARPGROUPS + 1))
+#define REGISTERS (BLOCKS == 1 ? 240 : 104)  // of a thread that multiplies: what a block has at its start, less 24 for each of the others
+#define STEP 128   // columns of a piece
+#define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
+#define SLOT_BYTES (TOKENS * STEP * 2)
+#define SUMS (TOKENS / 2)  // of a thread, for 64 rows
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+struct Arguments {
+    TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS x 64
+    TensorMap t_map;       // t [tokens, ranks], likewise
+    u16* y;                // [tokens, rows]
+    const uint4* codes;    // [row tiles of 16][units][lane]
+    const uint2* metadata; // [row tiles of 16][units][lane], if SPARSE
+    const u16* scale;      // [1], [rows]; with GROUP u32 [row tiles][groups][8]: rows g and g + 8
+    const u16* bias;       // [rows] or null
+    const uint4* left;     // [row tiles][left units][lane]
+    const u32* left_scale; // [row tiles][left units][8]
+    const int* rank_start; // [row tiles]: first rank that a tile's L reads
+    int tokens;
+    int rows;
+    int row_tiles;         // of 16 rows
+    int units;             // of a row tile: columns / (SPARSE ? 128 : 64), rounded up
+    int groups;            // of a row, if GROUP
+    int row_scale;         // 1: a scale a row, 0: one for all
+    int left_units;        // ranks that one row reads / 64
+    int steps;             // pieces of W
+    int left_steps;        // pieces of L
+    int token_tiles;       // tokens / TOKENS, rounded up
+    int wait_first;        // 1: x may still be written by the launch before
+    u32 zero;              // 0, which the compiler does not know
+};
+
+// ------------------------------------------------------------------------------------------------- instructions
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                 ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+}
+
+__device__ __forceinline__ void wait_named(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ float4 load_of_block(u32 address, int block) {
+    float4 v;
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_transposed(u32 address, u32 low, u32 high) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
+}
+
+// Activations lie in rows of 128 bytes, swizzled over 8 of them: what the copy engine writes and wgmma reads.
+__device__ __forceinline__ u64 describe(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
+#define OUT4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define OUT8(i) OUT4(i), OUT4(i + 4)
+#define OUT16(i) OUT8(i), OUT8(i + 8)
+#define OUT32(i) OUT16(i), OUT16(i + 16)
+#define OUT64(i) OUT32(i), OUT32(i + 32)
+#define LIST4 "%0,%1,%2,%3"
+#define LIST8 LIST4 ",%4,%5,%6,%7"
+#define LIST16 LIST8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define LIST32 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LIST64 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+#if TOKENS == 8
+#define OUT OUT4(0)
+#define WGMMA_OUT LIST4
+#define WGMMA_A "{%4,%5,%6,%7}, %8"
+#define WGMMA_SP ", %9, %10"
+#elif TOKENS == 16
+#define OUT OUT8(0)
+#define WGMMA_OUT LIST8
+#define WGMMA_A "{%8,%9,%10,%11}, %12"
+#define WGMMA_SP ", %13, %14"
+#elif TOKENS == 32
+#define OUT OUT16(0)
+#define WGMMA_OUT LIST16
+#define WGMMA_A "{%16,%17,%18,%19}, %20"
+#define WGMMA_SP ", %21, %22"
+#elif TOKENS == 64
+#define OUT OUT32(0)
+#define WGMMA_OUT LIST32
+#define WGMMA_A "{%32,%33,%34,%35}, %36"
+#define WGMMA_SP ", %37, %38"
+#else
+#define OUT OUT64(0)
+#define WGMMA_OUT LIST64
+#define WGMMA_A "{%64,%65,%66,%67}, %68"
+#define WGMMA_SP ", %69, %70"
+#endif
+#define TEXT2(x) #x
+#define TEXT(x) TEXT2(x)
+
+__device__ __forceinline__ void wgmma(float (&c)[SUMS], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A ", 1, 1, 1, 0;"
+                 : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <int SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&c)[SUMS], const u32 (&a)[4], u64 b, u32 metadata) {
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) "k32.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP
+                 ", 1, 1, 1, 0;"
+                 : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));
+}
+
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+    u32 v;
+    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+// --------------------------------------------------------------------------------------------------------- weights
+
+// One piece: 128 columns of 16 rows a warp, for each of its tiles.
+struct Weights {
+    uint4 codes[ROW_TILES][SPARSE ? 1 : 2];
+#if SPARSE
+    uint2 metadata[ROW_TILES];
+#endif
+#if GROUP > 0
+    u32 scales[ROW_TILES][STEP / GROUP];
+#endif
+};
+
+struct LeftWeights {
+    uint4 codes[ROW_TILES][2];
+    u32 scales[ROW_TILES][2];
+};
+
+// Codes of zero: rows and columns that do not exist add nothing.
+__device__ __forceinline__ uint4 zero_codes() { return make_uint4(0x88888888u, 0x88888888u, 0x88888888u, 0x88888888u); }
+
+__device__ __forceinline__ void load_weights(const Arguments& a, Weights& w, int tile, int step, int last, int lane) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const int row_tile = tile + 4 * m;
+#pragma unroll
+        for (int h = 0; h < (SPARSE ? 1 : 2); ++h) {
+            const int unit = SPARSE ? step : 2 * step + h;
+            const bool there = step < last && row_tile < a.row_tiles && unit < a.units;
+            const size_t at = ((size_t)row_tile * a.units + unit) * 32 + lane;
+            w.codes[m][h] = there ? load_once(a.codes + at) : zero_codes();
+#if SPARSE
+            w.metadata[m] = there ? load_once(a.metadata + at) : make_uint2(0x44444444u, 0x44444444u);
+#endif
+        }
+#if GROUP > 0
+#pragma unroll
+        for (int j = 0; j < STEP / GROUP; ++j) {
+            const int group = step * (STEP / GROUP) + j;
+            const bool there = step < last && row_tile < a.row_tiles && group < a.groups;
+            w.scales[m][j] = there ? load_once((const u32*)a.scale + ((size_t)row_tile * a.groups + group) * 8 + lane / 4) : 0;
+        }
+#endif
+    }
+}
+
+__device__ __forceinline__ void load_left(const Arguments& a, LeftWeights& w, int tile, int step, int last, int lane) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const int row_tile = tile + 4 * m;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int unit = 2 * step + h;
+            const bool there = step < last && row_tile < a.row_tiles && unit < a.left_units;
+            const size_t at = (size_t)row_tile * a.left_units + unit;
+            w.codes[m][h] = there ? load_once(a.left + at * 32 + lane) : zero_codes();
+            w.scales[m][h] = there ? load_once(a.left_scale + at * 8 + lane / 4) : 0;
+        }
+    }
+}
+
+__device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Numbers of rows g (registers 0 and 2) and g + 8 (1 and 3), times their scales.
+__device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
+    const u32 low = __byte_perm(scales, 0, 0x1010), high = __byte_perm(scales, 0, 0x3232);
+    v[0] = multiply_pair(v[0], low);
+    v[1] = multiply_pair(v[1], high);
+    v[2] = multiply_pair(v[2], low);
+    v[3] = multiply_pair(v[3], high);
+}
+
+// ------------------------------------------------------------------------------------------------------ main loops
+
+// Pieces of activations go round in STAGES slots.
+struct Pipeline {
+    u32 slots, full, empty;
+    int slot, parity;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 data() const { return slots + slot * SLOT_BYTES; }
+
+    // The wait ahead of this call has seen the last product with the piece before the current one end.
+    __device__ __forceinline__ void release_previous(bool first) const {
+        if (!first && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1));
+    }
+};
+
+__device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p, int begin, int end, int token, int rank) {
+    for (int step = begin; step < end; ++step) {
+        const bool left = ADAPTERS && step >= a.steps;
+        if (left && (step == a.steps || step == begin)) wait_for_previous_launch();
+        if (step - begin >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
+        const u32 barrier = p.full + 8 * p.slot;
+        barrier_expect(barrier, SLOT_BYTES);
+        const TensorMap* const map = left ? &a.t_map : &a.x_map;
+        const int column = left ? rank + (step - a.steps) * STEP : step * STEP;
+        load_box(p.data(), map, barrier, column, token);
+        load_box(p.data() + SLOT_BYTES / 2, map, barrier, column + 64, token);
+        p.advance();
+    }
+}
+
+// Operands in registers must stay as they are until the product that reads them is done: two sets take turns.
+struct Fragments {
+    u32 of[2][ROW_TILES][4];
+#if SPARSE
+    u32 metadata[2][ROW_TILES];
+#endif
+};
+
+__device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS], Fragments& f, const Weights& w, Pipeline& p, u32 zero, bool first) {
+#pragma unroll
+    for (int j = 0; j < (SPARSE ? 4 : 8); ++j) {
+        u32 (&a)[ROW_TILES][4] = f.of[j & 1];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+            decode_word(a[m], word_of(w.codes[m][j / 4], j % 4));
+#if SPARSE
+            // Straight from a load the assembler would let no two products overlap.
+            f.metadata[j & 1][m] = (j < 2 ? w.metadata[m].x : w.metadata[m].y) ^ zero;
+#endif
+#if GROUP > 0
+            apply_scales(a[m], w.scales[m][j * (SPARSE ? 32 : 16) / GROUP]);
+#endif
+        }
+        if (j == 0) barrier_wait(p.full + 8 * p.slot, p.parity);
+        wgmma_fence();
+        const u32 box = p.data() + (SPARSE ? (j / 2) * (SLOT_BYTES / 2) + (j % 2) * 64 : (j / 4) * (SLOT_BYTES / 2) + (j % 4) * 32);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+#if SPARSE
+            if (j & 1) wgmma_sparse<1>(sum[m], a[m], describe(box), f.metadata[1][m]);
+            else wgmma_sparse<0>(sum[m], a[m], describe(box), f.metadata[0][m]);
+#else
+            wgmma(sum[m], a[m], describe(box));
+#endif
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (j == 0) p.release_previous(first);
+    }
+    p.advance();
+}
+
+__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Fragments& f, const LeftWeights& w, Pipeline& p, bool first) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        u32 (&a)[ROW_TILES][4] = f.of[j & 1];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+            decode_word(a[m], word_of(w.codes[m][j / 4], j % 4));
+            apply_scales(a[m], w.scales[m][j / 4]);
+        }
+        if (j == 0) barrier_wait(p.full + 8 * p.slot, p.parity);
+        wgmma_fence();
+        const u32 box = p.data() + (j / 4) * (SLOT_BYTES / 2) + (j % 4) * 32;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], a[m], describe(box));
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (j == 0) p.release_previous(first);
+    }
+    p.advance();
+}
+
+__device__ __forceinline__ void scale_rows(const Arguments& a, float (&sum)[ROW_TILES][SUMS], int tile, int lane) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const int row = (tile + 4 * m) * 16 + lane / 4;
+        const float low = to_float(a.scale[a.row_scale && row < a.rows ? row : 0]);
+        const float high = to_float(a.scale[a.row_scale && row + 8 < a.rows ? row + 8 : 0]);
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4) {
+            sum[m][i] *= low;
+            sum[m][i + 1] *= low;
+            sum[m][i + 2] *= high;
+            sum[m][i + 3] *= high;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+// Each lane asks for what some rows of this block read, so that it lies in the cache on the chip when a warp loads it.
+__device__ __forceinline__ void prefetch_weights(const Arguments& a, int tile, int begin, int end, int lane) {
+    const int row_tile = tile + lane;
+    if (lane >= BLOCK_ROWS / 16 || row_tile >= a.row_tiles) return;
+    const int per_step = SPARSE ? 1 : 2;
+    const int first = begin * per_step, last = min(end * per_step, a.units);
+    if (first < last) {
+        const size_t at = ((size_t)row_tile * a.units + first) * 32;
+        prefetch_bulk(a.codes + at, (last - first) * 512);
+#if SPARSE
+        prefetch_bulk(a.metadata + at, (last - first) * 256);
+#endif
+    }
+}
+
+// Write what this block has summed of its tokens: 8 tokens of 64 rows at a time lie as fragments in `sums`.
+struct Output {
+    const Arguments& a;
+    u32 staged;            // this warpgroup's room: TOKENS rows of 128 bytes, their 16 bytes in an order of their own
+    unsigned char* from;
+
+    __device__ __forceinline__ void stage(const float4& s, int row, int block, int warp, int lane) const {
+        const float low = a.bias && row < a.rows ? to_float(a.bias[row]) : 0.f;
+        const float high = a.bias && row + 8 < a.rows ? to_float(a.bias[row + 8]) : 0.f;
+        const u32 first = from_float(s.x + low) | (u32)from_float(s.y + low) << 16;
+        const u32 second = from_float(s.z + high) | (u32)from_float(s.w + high) << 16;
+        const int token = lane & 7, piece = 2 * warp + ((lane >> 3) & 1);
+        store_transposed(staged + (block * 8 + token) * 128 + ((piece ^ token) << 4), first, second);
+    }
+
+    __device__ __forceinline__ void write(int first_row, int first_token, int begin, int end) const {
+        for (int i = threadIdx.x % 128 + begin * 64; i < end * 64; i += 128) {
+            const int at = i / 8, piece = i % 8;
+            const int token = first_token + at, row = first_row + 8 * piece;
+            const uint4 v = *(const uint4*)(from + at * 128 + ((piece ^ (at & 7)) << 4));
+            if (token >= a.tokens || row >= a.rows) continue;
+            u16* const to = a.y + (size_t)token * a.rows + row;
+            if (a.rows % 8 == 0) {
+                *(uint4*)to = v;
+            } else {
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int k = 0; k < 8; ++k)
+                    if (row + k < a.rows) to[k] = (u16)(words[k / 2] >> (16 * (k & 1)));
+            }
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int share = blockIdx.x % CLUSTER, work = blockIdx.x / CLUSTER;
+    const int block_tile = work / a.token_tiles * (BLOCK_ROWS / 16), token = work % a.token_tiles * TOKENS;
+    const int total = a.steps + a.left_steps;
+    const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
+    const u32 slots = (shared_address(shared) + 1023) & ~1023u;
+    Pipeline pipeline{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(pipeline.full + 8 * i, 1);
+            barrier_init(pipeline.empty + 8 * i, WARPGROUPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warp >= 4 * WARPGROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (warp == 4 * WARPGROUPS) {
+            prefetch_weights(a, block_tile, begin, min(end, a.steps), lane);
+            if (lane == 0) {
+                if (a.wait_first) {
+                    wait_for_previous_launch();
+                    let_next_launch_begin();
+                }
+                bring_activations(a, pipeline, begin, end, token, ADAPTERS ? a.rank_start[block_tile] : 0);
+            }
+        }
+#if CLUSTER > 1
+        __syncwarp();
+        cluster_sync();
+        cluster_sync();
+#endif
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+
+    const int group = warp / 4;
+    const int tile = block_tile + group * 4 * ROW_TILES + warp % 4;
+    const int middle = max(begin, min(end, a.steps));
+    float sum[ROW_TILES][SUMS] = {};
+    Fragments fragments;
+    {
+        Weights w[AHEAD + 1];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) load_weights(a, w[i], tile, begin + i, middle, lane);
+        for (int step = begin; step < middle; step += AHEAD + 1) {
+#pragma unroll
+            for (int i = 0; i <= AHEAD; ++i) {
+                if (step + i < middle) {
+                    load_weights(a, w[(i + AHEAD) % (AHEAD + 1)], tile, step + i + AHEAD, middle, lane);
+                    multiply_weights(sum, fragments, w[i], pipeline, a.zero, step + i == begin);
+                }
+            }
+        }
+    }
+    wgmma_wait<0>();
+#if GROUP == 0
+    if (begin < middle) scale_rows(a, sum, tile, lane);
+#endif
+#if ADAPTERS
+    {
+        LeftWeights w[2];
+        load_left(a, w[0], tile, middle - a.steps, end - a.steps, lane);
+        for (int step = middle; step < end; step += 2) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (step + i < end) {
+                    load_left(a, w[i ^ 1], tile, step + i + 1 - a.steps, end - a.steps, lane);
+                    multiply_left(sum, fragments, w[i], pipeline, step + i == begin);
+                }
+            }
+        }
+        wgmma_wait<0>();
+    }
+#endif
+    if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();
+
+    const u32 staged = slots + STAGES * SLOT_BYTES + group * TOKENS * 128;
+    const Output output{a, staged, shared + (staged - shared_address(shared))};
+#if CLUSTER > 1
+    // Sums of all blocks of the cluster, as float4 [tile of 64 rows][8 tokens][thread], where activations were.
+    const int thread = threadIdx.x;
+    wait_named(1, 128 * WARPGROUPS);
+    float4* const own = (float4*)(shared + (slots - shared_address(shared)));
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int b = 0; b < TOKENS / 8; ++b)
+            own[(m * (TOKENS / 8) + b) * 128 * WARPGROUPS + thread] =
+                make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
+    cluster_sync();
+    const int pieces = ROW_TILES * (TOKENS / 8);
+    const int from = pieces * share / CLUSTER, to = pieces * (share + 1) / CLUSTER;
+    for (int m = from / (TOKENS / 8); m * (TOKENS / 8) < to; ++m) {
+        const int first = max(from - m * (TOKENS / 8), 0), last = min(to - m * (TOKENS / 8), TOKENS / 8);
+        for (int b = first; b < last; ++b) {
+            float4 s = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int peer = 0; peer < CLUSTER; ++peer) {
+                const float4 v = load_of_block(slots + ((m * (TOKENS / 8) + b) * 128 * WARPGROUPS + thread) * 16, peer);
+                s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w;
+            }
+            output.stage(s, (tile + 4 * m) * 16 + lane / 4, b, warp % 4, lane);
+        }
+        wait_named(2 + group, 128);
+        output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token, first, last);
+        wait_named(2 + group, 128);
+    }
+    cluster_sync();
+#else
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int b = 0; b < TOKENS / 8; ++b)
+            output.stage(make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]),
+                         (tile + 4 * m) * 16 + lane / 4, b, warp % 4, lane);
+        wait_named(2 + group, 128);
+        output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token, 0, TOKENS / 8);
+        wait_named(2 + group, 128);
+    }
+#endif
+}

@@ -1,0 +1,156 @@
+"""A 4-bit linear layer in the order of the tensor cores: one form on the GPU, for every kernel of this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda import compiler
+from slimc.backends.cuda.counters import Counters
+from slimc.backends.cuda.fragments import TILE_ROWS, code_words, metadata_words, scale_words
+from slimc.errors import KernelError
+from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.packing import PackedLinear
+
+__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source"]
+
+FACTOR_GROUP = 64
+"""Columns of a factor that share a scale, and ranks to which factors are padded."""
+
+
+@dataclass
+class FragmentLayer:
+    """A layer in the order of the tensor cores, as `slimc.backends.cuda.fragments` puts it.
+
+    Attributes:
+        format: what the layer stores.
+        codes: of W, int32 [row tiles, units, 32, 4].
+        metadata: of a 2:4 W, int32 [row tiles, units, 32, 2].
+        scale: of W: 16-bit [1] or [rows], or words of groups, int32 [row tiles, groups, 8].
+        right, left: codes of the factors, their rank padded to a multiple of 64.
+        right_scale, left_scale: words of their groups of 64 columns.
+        rank_start: int32 [row tiles], the first rank that a tile of L reads.
+        counters: for kernels that hand out work.
+        plans: launches decided so far, by whatever a kernel distinguishes them.
+    """
+
+    format: LinearFormat
+    codes: Tensor
+    metadata: Tensor | None
+    scale: Tensor
+    right: Tensor | None = None
+    right_scale: Tensor | None = None
+    left: Tensor | None = None
+    left_scale: Tensor | None = None
+    rank_start: Tensor | None = None
+    counters: Counters | None = None
+    plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of 16 rows."""
+        return self.codes.shape[0]
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the factors, with their padding."""
+        return 0 if self.right is None else self.right.shape[0] * TILE_ROWS
+
+    @property
+    def left_units(self) -> int:
+        """Units of 64 ranks that a row of L reads."""
+        return 0 if self.left is None else self.left.shape[1]
+
+    @property
+    def unit_columns(self) -> int:
+        """Columns that a warp takes at a time."""
+        return 64 if self.metadata is None else 128
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that a launch reads."""
+        tensors = (self.codes, self.metadata, self.scale, self.right, self.right_scale, self.left, self.left_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def prepare(packed: PackedLinear) -> FragmentLayer:
+    """Put a layer into the order of the tensor cores."""
+    spec, weight = packed.format, packed.weight
+    layer = FragmentLayer(
+        spec,
+        codes=code_words(weight.values),
+        metadata=None if weight.pattern is None else metadata_words(weight.pattern),
+        scale=_weight_scale(weight.scale, spec.weight),  # type: ignore[arg-type]
+    )
+    if packed.left is not None and packed.right is not None:
+        ranks = -(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP
+        layer.right = code_words(_fill_rows(packed.right.values, ranks, 0x88))
+        layer.right_scale = scale_words(_fill_rows(packed.right.scale, ranks, 0))  # type: ignore[arg-type]
+        layer.left = code_words(packed.left.values)
+        layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
+        layer.rank_start = torch.zeros(layer.codes.shape[0], dtype=torch.int32, device=weight.values.device)
+        layer.counters = Counters(weight.values.device)
+    return layer
+
+
+def _fill_rows(tensor: Tensor, rows: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.shape[0]), value=value)
+
+
+def _weight_scale(scale: Tensor, spec: WeightFormat) -> Tensor:
+    return scale_words(scale) if spec.group is not None else scale.flatten().contiguous()
+
+
+def refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Say why the kernels of this package cannot compute a layer, or return ``None``."""
+    if device.type != "cuda":
+        return f"needs a CUDA GPU, not {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or more"
+    if dtype not in (torch.bfloat16, torch.float16) or dtype != spec.weight.dtype:
+        return "needs activations and scales of one 16-bit dtype"
+    return _refuses_format(spec) or _refuses_toolchain()
+
+
+@cache
+def _refuses_toolchain() -> str | None:
+    """Say why nothing can be compiled here, or return ``None``."""
+    try:
+        compiler.version()
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def _refuses_format(spec: LinearFormat) -> str | None:
+    weight = spec.weight
+    if weight.bits != 4 or weight.asymmetric:
+        return "needs symmetric 4-bit codes"
+    if weight.sparsity not in (None, NM(2, 4)):
+        return f"knows 2:4 and dense weights, not {weight.sparsity}"
+    if weight.group not in (None, 64, 128):
+        return f"knows groups of 64 and 128 columns, not {weight.group}"
+    if weight.columns % 8:
+        return "needs a multiple of 8 columns"
+    if spec.input_scaled:
+        return "does not scale its input"
+    for factor in (spec.left, spec.right):
+        if factor is not None and (factor.bits, factor.group, factor.dtype) != (4, FACTOR_GROUP, weight.dtype):
+            return "needs adapters of 4 bits in groups of 64"
+    return None
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's data, or ``None``."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def source(name: str) -> str:
+    """Return the source of a kernel, with what all of them share ahead of it."""
+    return "\n".join((files("slimc.backends.cuda") / part).read_text("utf-8") for part in ("common.cuh", name))
