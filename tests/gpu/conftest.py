@@ -1,7 +1,85 @@
-"""These tests need a CUDA GPU; where there is none they are not collected."""
+"""These tests need a CUDA GPU, some of them a Hopper one; where there is none they are not collected."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+from torch import Tensor
+
+from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.packing import PackedLinear
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
+collect_ignore = ["test_hopper.py"] if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0) else []
+
+PATTERNS = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
+"""All masks that keep two of four."""
+
+
+def make_layer(
+    rows: int,
+    columns: int,
+    rank: int = 0,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    sparse: bool = True,
+    group: int | None = None,
+    per_tensor: bool = True,
+) -> PackedLinear:
+    weight = WeightFormat(
+        rows,
+        columns,
+        bits=4,
+        group=group,
+        per_tensor=per_tensor and group is None,
+        sparsity=NM(2, 4) if sparse else None,
+        dtype=dtype,
+    )
+    factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns)) if rank]
+    spec = LinearFormat(weight, *factors)
+    generator = torch.Generator().manual_seed(rows + columns + rank)
+    tensors: dict[str, Tensor] = {}
+    for name, (shape, kind) in spec.tensor_specs().items():
+        if kind == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        else:
+            tensors[name] = ((torch.rand(shape, generator=generator) + 0.5) * 0.01).to(kind)
+    if sparse:
+        nibbles = PATTERNS[torch.randint(6, (rows, -(-columns // 8), 2), generator=generator)]
+        tensors["pattern"] = nibbles[..., 0] | (nibbles[..., 1] << 4)
+        if columns % 8:
+            tensors["pattern"][:, -1] &= 15
+    return PackedLinear.assemble(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
+
+
+def check_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Each result must be as near as its roundings allow.
+
+    The kernel sums exact products in float32, rounds t and y to the 16-bit dtype, and multiplies by the unrounded
+    product of code and scale where the decoded weight was rounded once.
+    """
+    unit = torch.finfo(x.dtype).eps / 2
+    weight = packed.weight.decode().double()
+    exact, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if packed.left is not None and packed.right is not None:
+        left, right = packed.left.decode().double(), packed.right.decode().double()
+        exact += x.double() @ right.T @ left.T
+        size += 2 * (x.double().abs() @ right.abs().T @ left.abs().T)
+    if bias is not None:
+        exact += bias.double()
+    bound = unit * (exact.abs() + 1.1 * size) + 2**-20 * size
+    assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+@pytest.fixture(scope="session")
+def random_layer() -> Callable[..., PackedLinear]:
+    """Makes a layer of random codes on the GPU, all six 2:4 patterns among them."""
+    return make_layer
+
+
+@pytest.fixture(scope="session")
+def check() -> Callable[..., None]:
+    """Compares a result with the product in float64."""
+    return check_result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,67 +11,8 @@ from torch import Tensor
 from slimc.backends import KERNELS
 from slimc.backends.cuda.decode import DECODE, launch, make_plan
 from slimc.backends.cuda.layer import prepare
-from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
-
-PATTERNS = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
-"""All masks that keep two of four."""
-
-
-def random_layer(
-    rows: int,
-    columns: int,
-    rank: int = 0,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    sparse: bool = True,
-    group: int | None = None,
-    per_tensor: bool = True,
-) -> PackedLinear:
-    weight = WeightFormat(
-        rows,
-        columns,
-        bits=4,
-        group=group,
-        per_tensor=per_tensor and group is None,
-        sparsity=NM(2, 4) if sparse else None,
-        dtype=dtype,
-    )
-    factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns)) if rank]
-    spec = LinearFormat(weight, *factors)
-    generator = torch.Generator().manual_seed(rows + columns + rank)
-    tensors: dict[str, Tensor] = {}
-    for name, (shape, kind) in spec.tensor_specs().items():
-        if kind == torch.uint8:
-            tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        else:
-            tensors[name] = ((torch.rand(shape, generator=generator) + 0.5) * 0.01).to(kind)
-    if sparse:
-        nibbles = PATTERNS[torch.randint(6, (rows, -(-columns // 8), 2), generator=generator)]
-        tensors["pattern"] = nibbles[..., 0] | (nibbles[..., 1] << 4)
-        if columns % 8:
-            tensors["pattern"][:, -1] &= 15
-    return PackedLinear.assemble(spec, {name: tensor.cuda() for name, tensor in tensors.items()})
-
-
-def check(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Each result must be as near as its roundings allow.
-
-    The kernel sums exact products in float32, rounds t and y to the 16-bit dtype, and multiplies by the unrounded
-    product of code and scale where the decoded weight was rounded once.
-    """
-    unit = torch.finfo(x.dtype).eps / 2
-    weight = packed.weight.decode().double()
-    exact, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
-    if packed.left is not None and packed.right is not None:
-        left, right = packed.left.decode().double(), packed.right.decode().double()
-        exact += x.double() @ right.T @ left.T
-        size += 2 * (x.double().abs() @ right.abs().T @ left.abs().T)
-    if bias is not None:
-        exact += bias.double()
-    bound = unit * (exact.abs() + 1.1 * size) + 2**-20 * size
-    assert bool(((y.double() - exact).abs() <= bound).all())
 
 
 def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,7 +30,7 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", range(1, 18))
-def test_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
+def test_every_number_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
     packed = random_layer(256, 640, 57, dtype=dtype)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
     check(packed, x, bias, run(packed, x, bias))
@@ -98,7 +41,9 @@ def test_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
     [(16, 128, 0), (1, 8, 0), (17, 136, 1), (1000, 4088, 57), (4096, 4096, 409), (4096, 11008, 409), (8192, 28672, 64)],
 )
 @pytest.mark.parametrize("tokens", [1, 3, 16])
-def test_tails_of_rows_columns_and_ranks(rows: int, columns: int, rank: int, tokens: int) -> None:
+def test_tails_of_rows_columns_and_ranks(
+    random_layer: Any, check: Any, rows: int, columns: int, rank: int, tokens: int
+) -> None:
     packed = random_layer(rows, columns, rank)
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
     check(packed, x, None, run(packed, x))
@@ -106,13 +51,13 @@ def test_tails_of_rows_columns_and_ranks(rows: int, columns: int, rank: int, tok
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
-def test_scales_and_forms(group: int | None, per_tensor: bool, sparse: bool) -> None:
+def test_scales_and_forms(random_layer: Any, check: Any, group: int | None, per_tensor: bool, sparse: bool) -> None:
     packed = random_layer(160, 1344, 130, group=group, per_tensor=per_tensor, sparse=sparse)
     x = torch.randn(5, 1344, dtype=torch.bfloat16, device="cuda")
     check(packed, x, None, run(packed, x))
 
 
-def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere() -> None:
+def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:
     packed = random_layer(256, 640, 57)
     layer = SlimLinear(packed, kernels=KERNELS)
     assert layer.choices()[0].kernel is DECODE
@@ -120,7 +65,7 @@ def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere() -> None:
     check(packed, x[None], None, layer(x[None]))
 
 
-def test_a_captured_graph_and_another_stream_do_not_meet() -> None:
+def test_a_captured_graph_and_another_stream_do_not_meet(random_layer: Any) -> None:
     packed = random_layer(2048, 2048, 204)
     layer = SlimLinear(packed, kernels=KERNELS)
     x = torch.randn(1, 2048, dtype=torch.bfloat16, device="cuda")

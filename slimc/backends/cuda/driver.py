@@ -460,7 +460,8 @@ def _declare(library: Any) -> None:
     for name, argument_types in signatures.items():
         getattr(library, name).argtypes = argument_types
     library.cuTensorMapEncodeTiled.argtypes = [
-        pointer, integer, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer, integer, integer, integer, integer,
+        pointer, integer, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer,
+        integer, integer, integer, integer,
     ]  # fmt: skip
     if hasattr(library, "cuFuncLoad"):
         library.cuFuncLoad.argtypes = [pointer]

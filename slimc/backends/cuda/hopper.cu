@@ -18,6 +18,7 @@
 //   STAGES     pieces of 128 columns of activations in shared memory
 //   AHEAD      pieces of the weight in flight in each warp, beside the one in use
 //   CLUSTER    blocks that share the columns
+//   MULTICAST  blocks, of other rows, that bring activations for each other; 1 if CLUSTER is not
 //   BLOCKS     blocks that a multiprocessor can hold at once
 
 #define WARPGROUPS 2  // that multiply
@@ -27,6 +28,7 @@
 #define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
 #define SLOT_BYTES (TOKENS * STEP * 2)
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
+#define WINDOW 4   // pieces of the weight that are asked for at once
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
@@ -66,6 +68,11 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Arrive at the barrier of the same place in another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int block) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(block) : "memory");
+}
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
@@ -74,6 +81,15 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
 __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token) : "memory");
+}
+
+__device__ __forceinline__ void load_box_everywhere(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token), "h"((u16)((1 << MULTICAST) - 1)) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 __device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
@@ -187,45 +203,65 @@ struct LeftWeights {
     u32 scales[ROW_TILES][2];
 };
 
-// Codes of zero: rows and columns that do not exist add nothing.
-__device__ __forceinline__ uint4 zero_codes() { return make_uint4(0x88888888u, 0x88888888u, 0x88888888u, 0x88888888u); }
+// Where the lanes of a warp find their tiles. Rows that do not exist are those of the last tile again, and are not
+// written; columns that do not exist meet activations of zero, which the copy engine puts there.
+struct Source {
+    const uint4* codes[ROW_TILES];
+#if SPARSE
+    const uint2* metadata[ROW_TILES];
+#endif
+#if GROUP > 0
+    const u32* scales[ROW_TILES];
+#endif
+};
 
-__device__ __forceinline__ void load_weights(const Arguments& a, Weights& w, int tile, int step, int last, int lane) {
+__device__ __forceinline__ Source find_weights(const Arguments& a, int tile, int lane) {
+    Source from;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        const int row_tile = tile + 4 * m;
+        const size_t row_tile = min(tile + 4 * m, a.row_tiles - 1);
+        from.codes[m] = a.codes + row_tile * a.units * 32 + lane;
+#if SPARSE
+        from.metadata[m] = a.metadata + row_tile * a.units * 32 + lane;
+#endif
+#if GROUP > 0
+        from.scales[m] = (const u32*)a.scale + row_tile * a.groups * 8 + lane / 4;
+#endif
+    }
+    return from;
+}
+
+__device__ __forceinline__ void load_weights(const Arguments& a, Weights& w, const Source& from, int step) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
         for (int h = 0; h < (SPARSE ? 1 : 2); ++h) {
-            const int unit = SPARSE ? step : 2 * step + h;
-            const bool there = step < last && row_tile < a.row_tiles && unit < a.units;
-            const size_t at = ((size_t)row_tile * a.units + unit) * 32 + lane;
-            w.codes[m][h] = there ? load_once(a.codes + at) : zero_codes();
-#if SPARSE
-            w.metadata[m] = there ? load_once(a.metadata + at) : make_uint2(0x44444444u, 0x44444444u);
-#endif
+            const int unit = SPARSE ? step : min(2 * step + h, a.units - 1);
+            w.codes[m][h] = load_once(from.codes[m] + unit * 32);
         }
+#if SPARSE
+        w.metadata[m] = load_once(from.metadata[m] + step * 32);
+#endif
 #if GROUP > 0
 #pragma unroll
-        for (int j = 0; j < STEP / GROUP; ++j) {
-            const int group = step * (STEP / GROUP) + j;
-            const bool there = step < last && row_tile < a.row_tiles && group < a.groups;
-            w.scales[m][j] = there ? load_once((const u32*)a.scale + ((size_t)row_tile * a.groups + group) * 8 + lane / 4) : 0;
-        }
+        for (int j = 0; j < STEP / GROUP; ++j)
+            w.scales[m][j] = load_once(from.scales[m] + min(step * (STEP / GROUP) + j, a.groups - 1) * 8);
 #endif
     }
 }
 
-__device__ __forceinline__ void load_left(const Arguments& a, LeftWeights& w, int tile, int step, int last, int lane) {
+// Ranks beyond a row's own may be those of other rows: their scales are zero.
+__device__ __forceinline__ void load_left(const Arguments& a, LeftWeights& w, int tile, int step, int lane) {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        const int row_tile = tile + 4 * m;
+        const size_t first = (size_t)min(tile + 4 * m, a.row_tiles - 1) * a.left_units;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int unit = 2 * step + h;
-            const bool there = step < last && row_tile < a.row_tiles && unit < a.left_units;
-            const size_t at = (size_t)row_tile * a.left_units + unit;
-            w.codes[m][h] = there ? load_once(a.left + at * 32 + lane) : zero_codes();
-            w.scales[m][h] = there ? load_once(a.left_scale + at * 8 + lane / 4) : 0;
+            const size_t at = first + min(unit, a.left_units - 1);
+            w.codes[m][h] = load_once(a.left + at * 32 + lane);
+            const u32 scales = load_once(a.left_scale + at * 8 + lane / 4);
+            w.scales[m][h] = unit < a.left_units ? scales : 0;
         }
     }
 }
@@ -255,21 +291,70 @@ struct Pipeline {
 
     // The wait ahead of this call has seen the last product with the piece before the current one end.
     __device__ __forceinline__ void release_previous(bool first) const {
-        if (!first && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1));
+        const u32 barrier = empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1);
+#if MULTICAST > 1
+        if (!first && threadIdx.x % 128 < MULTICAST) barrier_arrive_at(barrier, threadIdx.x % 128);
+#else
+        if (!first && threadIdx.x % 128 == 0) barrier_arrive(barrier);
+#endif
     }
 };
 
-__device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p, int begin, int end, int token, int rank) {
+// Each lane asks for what some rows of this block read, so that it lies in the cache on the chip when a warp loads it.
+__device__ __forceinline__ void prefetch_strip(const uint4* codes, int row_tile, int units, int first, int last, int bytes) {
+    last = min(last, units);
+    if (first < last) prefetch_bulk((const char*)codes + ((size_t)row_tile * units + first) * bytes, (last - first) * bytes);
+}
+
+__device__ __forceinline__ void prefetch_weights(const Arguments& a, int tile, int begin, int end, int lane) {
+    const int row_tile = tile + lane;
+    if (lane >= BLOCK_ROWS / 16 || row_tile >= a.row_tiles) return;
+    const int per_step = SPARSE ? 1 : 2, last = min(end, a.steps);
+    prefetch_strip(a.codes, row_tile, a.units, begin * per_step, last * per_step, 512);
+#if SPARSE
+    prefetch_strip((const uint4*)a.metadata, row_tile, a.units, begin, last, 256);
+#endif
+#if ADAPTERS
+    prefetch_strip(a.left, row_tile, a.left_units, max(begin - a.steps, 0) * 2, (end - a.steps) * 2, 512);
+#endif
+}
+
+__device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p, int begin, int end, int tile, int token, int lane) {
+    const int rank = ADAPTERS && tile < a.row_tiles ? a.rank_start[tile] : 0;
+    prefetch_weights(a, tile, begin, min(begin + STAGES + WINDOW, end), lane);
+    if (lane == 0) {
+        prefetch_map(&a.x_map);
+        if (ADAPTERS) prefetch_map(&a.t_map);
+    }
+    if (a.wait_first) {
+        wait_for_previous_launch();
+        if (lane == 0) let_next_launch_begin();
+    }
+    const int mine = MULTICAST > 1 ? blockIdx.x % MULTICAST * (TOKENS / MULTICAST) : 0;  // tokens that this block brings
     for (int step = begin; step < end; ++step) {
         const bool left = ADAPTERS && step >= a.steps;
         if (left && (step == a.steps || step == begin)) wait_for_previous_launch();
         if (step - begin >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
-        const u32 barrier = p.full + 8 * p.slot;
-        barrier_expect(barrier, SLOT_BYTES);
-        const TensorMap* const map = left ? &a.t_map : &a.x_map;
-        const int column = left ? rank + (step - a.steps) * STEP : step * STEP;
-        load_box(p.data(), map, barrier, column, token);
-        load_box(p.data() + SLOT_BYTES / 2, map, barrier, column + 64, token);
+        if ((step - begin) % WINDOW == 0) {
+            const int ahead = step + STAGES + WINDOW;
+            prefetch_weights(a, tile, min(ahead, end), min(ahead + WINDOW, end), lane);
+        }
+        if (lane == 0) {
+            const u32 barrier = p.full + 8 * p.slot;
+            barrier_expect(barrier, SLOT_BYTES);
+            const TensorMap* const map = left ? &a.t_map : &a.x_map;
+            const int column = left ? rank + (step - a.steps) * STEP : step * STEP;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const u32 to = p.data() + half * (SLOT_BYTES / 2) + mine * 128;
+#if MULTICAST > 1
+                load_box_everywhere(to, map, barrier, column + 64 * half, token + mine);
+#else
+                load_box(to, map, barrier, column + 64 * half, token);
+#endif
+            }
+        }
+        __syncwarp();
         p.advance();
     }
 }
@@ -355,21 +440,6 @@ __device__ __forceinline__ void scale_rows(const Arguments& a, float (&sum)[ROW_
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-// Each lane asks for what some rows of this block read, so that it lies in the cache on the chip when a warp loads it.
-__device__ __forceinline__ void prefetch_weights(const Arguments& a, int tile, int begin, int end, int lane) {
-    const int row_tile = tile + lane;
-    if (lane >= BLOCK_ROWS / 16 || row_tile >= a.row_tiles) return;
-    const int per_step = SPARSE ? 1 : 2;
-    const int first = begin * per_step, last = min(end * per_step, a.units);
-    if (first < last) {
-        const size_t at = ((size_t)row_tile * a.units + first) * 32;
-        prefetch_bulk(a.codes + at, (last - first) * 512);
-#if SPARSE
-        prefetch_bulk(a.metadata + at, (last - first) * 256);
-#endif
-    }
-}
-
 // Write what this block has summed of its tokens: 8 tokens of 64 rows at a time lie as fragments in `sums`.
 struct Output {
     const Arguments& a;
@@ -408,8 +478,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int share = blockIdx.x % CLUSTER, work = blockIdx.x / CLUSTER;
-    const int block_tile = work / a.token_tiles * (BLOCK_ROWS / 16), token = work % a.token_tiles * TOKENS;
+    const int share = blockIdx.x % CLUSTER, work = blockIdx.x / (CLUSTER * MULTICAST);
+    const int block = work / a.token_tiles * MULTICAST + (MULTICAST > 1 ? blockIdx.x % MULTICAST : 0);
+    const int block_tile = block * (BLOCK_ROWS / 16), token = work % a.token_tiles * TOKENS;
     const int total = a.steps + a.left_steps;
     const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
@@ -418,28 +489,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(pipeline.full + 8 * i, 1);
-            barrier_init(pipeline.empty + 8 * i, WARPGROUPS);
+            barrier_init(pipeline.empty + 8 * i, WARPGROUPS * MULTICAST);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
+#if MULTICAST > 1
+    cluster_sync();
+#else
     __syncthreads();
+#endif
 
     if (warp >= 4 * WARPGROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (warp == 4 * WARPGROUPS) {
-            prefetch_weights(a, block_tile, begin, min(end, a.steps), lane);
-            if (lane == 0) {
-                if (a.wait_first) {
-                    wait_for_previous_launch();
-                    let_next_launch_begin();
-                }
-                bring_activations(a, pipeline, begin, end, token, ADAPTERS ? a.rank_start[block_tile] : 0);
-            }
-        }
+        if (warp == 4 * WARPGROUPS) bring_activations(a, pipeline, begin, end, block_tile, token, lane);
 #if CLUSTER > 1
-        __syncwarp();
         cluster_sync();
+#endif
+#if CLUSTER > 1 || MULTICAST > 1
         cluster_sync();
 #endif
         return;
@@ -453,13 +520,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
     Fragments fragments;
     {
         Weights w[AHEAD + 1];
+        const Source from = find_weights(a, tile, lane);
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) load_weights(a, w[i], tile, begin + i, middle, lane);
+        for (int i = 0; i < AHEAD; ++i) load_weights(a, w[i], from, min(begin + i, a.steps - 1));
         for (int step = begin; step < middle; step += AHEAD + 1) {
 #pragma unroll
             for (int i = 0; i <= AHEAD; ++i) {
                 if (step + i < middle) {
-                    load_weights(a, w[(i + AHEAD) % (AHEAD + 1)], tile, step + i + AHEAD, middle, lane);
+                    load_weights(a, w[(i + AHEAD) % (AHEAD + 1)], from, min(step + i + AHEAD, a.steps - 1));
                     multiply_weights(sum, fragments, w[i], pipeline, a.zero, step + i == begin);
                 }
             }
@@ -472,12 +540,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
 #if ADAPTERS
     {
         LeftWeights w[2];
-        load_left(a, w[0], tile, middle - a.steps, end - a.steps, lane);
+        if (middle < end) load_left(a, w[0], tile, middle - a.steps, lane);
         for (int step = middle; step < end; step += 2) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if (step + i < end) {
-                    load_left(a, w[i ^ 1], tile, step + i + 1 - a.steps, end - a.steps, lane);
+                    load_left(a, w[i ^ 1], tile, step + i + 1 - a.steps, lane);
                     multiply_left(sum, fragments, w[i], pipeline, step + i == begin);
                 }
             }
@@ -530,5 +598,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
         output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token, 0, TOKENS / 8);
         wait_named(2 + group, 128);
     }
+#if MULTICAST > 1
+    // What others bring, and say, must find this block still there.
+    cluster_sync();
+#endif
 #endif
 }

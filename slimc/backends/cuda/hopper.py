@@ -23,6 +23,9 @@ __all__ = ["HOPPER", "LaunchShape", "launch", "make_plan"]
 
 KERNEL_NAME = "hopper_linear"
 
+FEWEST_TOKENS = 16
+"""Below, one launch with the adapters inside takes less time than two."""
+
 STEP_COLUMNS = 128
 """Columns of activations that are brought to shared memory at a time."""
 
@@ -36,6 +39,7 @@ RESERVED_BYTES = 3 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
 ALIGNMENT = 1024
+SMALLEST_TOKEN_TILE = 16
 LARGEST_TOKEN_TILE = 128
 LARGEST_CLUSTER = 8
 MOST_STAGES = 8
@@ -68,6 +72,7 @@ class LaunchShape:
         ahead: pieces of the weight in flight in each warp, beside the one in use.
         cluster: blocks that share the columns.
         blocks: blocks that a multiprocessor holds at once.
+        multicast: blocks of other rows that bring activations for each other; 1 if ``cluster`` is not.
     """
 
     tokens: int
@@ -75,6 +80,7 @@ class LaunchShape:
     ahead: int
     cluster: int
     blocks: int
+    multicast: int = 1
 
     @property
     def rows(self) -> int:
@@ -151,7 +157,7 @@ def _start(
 ) -> None:
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
-    box = step.shape.tokens
+    box = step.shape.tokens // step.shape.multicast
     driver.encode_tensor_map(arguments.x_map, x.data_ptr(), arguments.tokens, columns, box, BOX_COLUMNS)
     if t is not None:
         driver.encode_tensor_map(arguments.t_map, t.data_ptr(), arguments.tokens, t.shape[1], box, BOX_COLUMNS)
@@ -163,7 +169,7 @@ def _start(
         shared_bytes=step.shape.shared_bytes,
         stream=stream,
         programmatic=True,
-        cluster=step.shape.cluster,
+        cluster=step.shape.cluster * step.shape.multicast,
     )
 
 
@@ -181,10 +187,10 @@ def make_plan(
     Raises:
         KernelError: a kernel cannot be compiled or loaded.
     """
-    spec, device = layer.format, layer.codes.device
+    spec, device_index = layer.format, layer.codes.get_device()
     steps = -(-spec.columns // STEP_COLUMNS)
     left_steps = -(-layer.left_units * FACTOR_GROUP // STEP_COLUMNS)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     main = _plan_launch(
         _Arguments(
             codes=pointer(layer.codes),
@@ -204,14 +210,14 @@ def make_plan(
             left_steps=left_steps,
             wait_first=int(layer.right is None),
         ),
-        shape or _shape(spec.rows, tokens, steps + left_steps, processors),
+        shape or _shape(spec.rows, tokens, processors),
         {
             "SPARSE": int(layer.metadata is not None),
             "GROUP": spec.weight.group or 0,
             "ADAPTERS": int(layer.right is not None),
         },
         dtype,
-        device,
+        device_index,
     )
     if layer.right is None:
         return Plan(main, None)
@@ -228,16 +234,16 @@ def make_plan(
             steps=steps,
             wait_first=1,
         ),
-        right_shape or _shape(layer.ranks, tokens, steps, processors),
+        right_shape or _right_shape(layer.ranks, tokens, processors),
         {"SPARSE": 0, "GROUP": FACTOR_GROUP, "ADAPTERS": 0},
         dtype,
-        device,
+        device_index,
     )
     return Plan(main, right)
 
 
 def _plan_launch(
-    arguments: _Arguments, shape: LaunchShape, form: dict[str, int], dtype: torch.dtype, device: torch.device
+    arguments: _Arguments, shape: LaunchShape, form: dict[str, int], dtype: torch.dtype, device_index: int
 ) -> _Launch:
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     defines = {
@@ -250,28 +256,46 @@ def _plan_launch(
         "AHEAD": shape.ahead,
         "CLUSTER": shape.cluster,
         "BLOCKS": shape.blocks,
+        "MULTICAST": shape.multicast,
     }
-    index = torch.cuda.current_device() if device.index is None else device.index
-    module = driver.load(source("hopper.cu"), KERNEL_NAME, index, defines)
+    module = driver.load(source("hopper.cu"), KERNEL_NAME, device_index, defines)
     function = module.function(KERNEL_NAME, shared_bytes=shape.shared_bytes)
-    row_blocks = -(-arguments.rows // shape.rows)
+    row_blocks = -(-arguments.rows // (shape.rows * shape.multicast)) * shape.multicast
     grid = row_blocks * arguments.token_tiles * shape.cluster
     return _Launch(arguments, function.prepare([_Arguments]), shape, grid)
 
 
-def _shape(rows: int, tokens: int, steps: int, processors: int) -> LaunchShape:
-    """Choose the shape of a launch."""
-    tile = min(LARGEST_TOKEN_TILE, max(16, 1 << (tokens - 1).bit_length()))
-    row_tiles = 2 if rows >= 8192 or tokens > LARGEST_TOKEN_TILE and rows > 2048 else 1
-    blocks = 1 if tile == LARGEST_TOKEN_TILE or row_tiles == 2 and tile == 64 else 2
-    work = -(-rows // (64 * WARPGROUPS * row_tiles)) * -(-tokens // tile)
+def _shape(rows: int, tokens: int, processors: int) -> LaunchShape:
+    """Choose the shape of a layer's launch, as measured on an H100: fill it, in one wave if there are few tokens."""
+    tile = min(LARGEST_TOKEN_TILE, max(SMALLEST_TOKEN_TILE, 1 << (tokens - 1).bit_length()))
+    blocks = 1 if tile == LARGEST_TOKEN_TILE else 2
+    token_tiles = -(-tokens // tile)
+    work = -(-rows // 128) * token_tiles
+    row_tiles = 2 if blocks == 1 and work > processors else 1
+    return LaunchShape(tile, row_tiles, 2, _share_columns(work, 3 * processors * blocks // 4, 4), blocks)
+
+
+def _right_shape(ranks: int, tokens: int, processors: int) -> LaunchShape:
+    """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns."""
+    row_blocks = -(-ranks // 128)
+    if row_blocks * -(-tokens // LARGEST_TOKEN_TILE) >= processors // 2:
+        return LaunchShape(LARGEST_TOKEN_TILE, 1, 2, 1, 1)
+    tile = min(64, max(SMALLEST_TOKEN_TILE, 1 << (tokens - 1).bit_length()))
+    work = row_blocks * -(-tokens // tile)
+    return LaunchShape(tile, 1, 2, _share_columns(work, 2 * processors, LARGEST_CLUSTER), 2)
+
+
+def _share_columns(work: int, blocks: int, most: int) -> int:
+    """Return how many blocks share the columns: a power of two, so that there are no more than ``blocks``."""
     cluster = 1
-    while 2 * cluster * work <= processors * blocks and cluster < min(LARGEST_CLUSTER, steps // 2):
+    while 2 * cluster <= most and 2 * cluster * work <= blocks:
         cluster *= 2
-    return LaunchShape(tile, row_tiles, 2 if tile >= 64 or row_tiles == 1 else 1, cluster, blocks)
+    return cluster
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if tokens < FEWEST_TOKENS:
+        return f"is for {FEWEST_TOKENS} tokens or more"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
     return refuses(spec, dtype, device)
