@@ -359,65 +359,84 @@ __device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p
     }
 }
 
-// Operands in registers must stay as they are until the product that reads them is done: two sets take turns.
-struct Fragments {
-    u32 of[2][ROW_TILES][4];
-#if SPARSE
-    u32 metadata[2][ROW_TILES];
-#endif
-};
+// Operands in registers must stay as they are until the products that read them are done: two sets take turns.
+// A set holds the operands of several products, as many as registers allow: a step costs less the fewer sets it has.
+#define BATCH (ROW_TILES == 2 ? 1 : SPARSE || ADAPTERS ? 2 : 4)  // of W
+#define LEFT_BATCH (ROW_TILES == 2 && TOKENS == 128 ? 1 : 4)     // of L
 
-__device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS], Fragments& f, const Weights& w, Pipeline& p, u32 zero, bool first) {
-#pragma unroll
-    for (int j = 0; j < (SPARSE ? 4 : 8); ++j) {
-        u32 (&a)[ROW_TILES][4] = f.of[j & 1];
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) {
-            decode_word(a[m], word_of(w.codes[m][j / 4], j % 4));
+__device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS], const Weights& w, Pipeline& p, u32 zero, bool first) {
+    u32 of[2][BATCH][ROW_TILES][4];
 #if SPARSE
-            // Straight from a load the assembler would let no two products overlap.
-            f.metadata[j & 1][m] = (j < 2 ? w.metadata[m].x : w.metadata[m].y) ^ zero;
+    u32 metadata[2][BATCH][ROW_TILES];
+#endif
+#pragma unroll
+    for (int batch = 0; batch < (SPARSE ? 4 : 8) / BATCH; ++batch) {
+        const int set = batch & 1;
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int j = batch * BATCH + i;
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                decode_word(of[set][i][m], word_of(w.codes[m][j / 4], j % 4));
+#if SPARSE
+                // Straight from a load the assembler would let no two products overlap.
+                metadata[set][i][m] = (j < 2 ? w.metadata[m].x : w.metadata[m].y) ^ zero;
 #endif
 #if GROUP > 0
-            apply_scales(a[m], w.scales[m][j * (SPARSE ? 32 : 16) / GROUP]);
+                apply_scales(of[set][i][m], w.scales[m][j * (SPARSE ? 32 : 16) / GROUP]);
 #endif
+            }
         }
-        if (j == 0) barrier_wait(p.full + 8 * p.slot, p.parity);
+        if (batch == 0) barrier_wait(p.full + 8 * p.slot, p.parity);
         wgmma_fence();
-        const u32 box = p.data() + (SPARSE ? (j / 2) * (SLOT_BYTES / 2) + (j % 2) * 64 : (j / 4) * (SLOT_BYTES / 2) + (j % 4) * 32);
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) {
+        for (int i = 0; i < BATCH; ++i) {
+            const int j = batch * BATCH + i;
+            const int offset = SPARSE ? (j / 2) * (SLOT_BYTES / 2) + (j % 2) * 64 : (j / 4) * (SLOT_BYTES / 2) + (j % 4) * 32;
+            const u64 box = describe(p.data() + offset);
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
 #if SPARSE
-            if (j & 1) wgmma_sparse<1>(sum[m], a[m], describe(box), f.metadata[1][m]);
-            else wgmma_sparse<0>(sum[m], a[m], describe(box), f.metadata[0][m]);
+                if (j & 1) wgmma_sparse<1>(sum[m], of[set][i][m], box, metadata[set][i][m]);
+                else wgmma_sparse<0>(sum[m], of[set][i][m], box, metadata[set][i][m]);
 #else
-            wgmma(sum[m], a[m], describe(box));
+                wgmma(sum[m], of[set][i][m], box);
 #endif
+            }
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (j == 0) p.release_previous(first);
+        if (batch == 0) p.release_previous(first);
     }
     p.advance();
 }
 
-__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Fragments& f, const LeftWeights& w, Pipeline& p, bool first) {
+__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], const LeftWeights& w, Pipeline& p, bool first) {
+    u32 of[2][LEFT_BATCH][ROW_TILES][4];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        u32 (&a)[ROW_TILES][4] = f.of[j & 1];
+    for (int batch = 0; batch < 8 / LEFT_BATCH; ++batch) {
+        const int set = batch & 1;
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) {
-            decode_word(a[m], word_of(w.codes[m][j / 4], j % 4));
-            apply_scales(a[m], w.scales[m][j / 4]);
+        for (int i = 0; i < LEFT_BATCH; ++i) {
+            const int j = batch * LEFT_BATCH + i;
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                decode_word(of[set][i][m], word_of(w.codes[m][j / 4], j % 4));
+                apply_scales(of[set][i][m], w.scales[m][j / 4]);
+            }
         }
-        if (j == 0) barrier_wait(p.full + 8 * p.slot, p.parity);
+        if (batch == 0) barrier_wait(p.full + 8 * p.slot, p.parity);
         wgmma_fence();
-        const u32 box = p.data() + (j / 4) * (SLOT_BYTES / 2) + (j % 4) * 32;
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], a[m], describe(box));
+        for (int i = 0; i < LEFT_BATCH; ++i) {
+            const int j = batch * LEFT_BATCH + i;
+            const u64 box = describe(p.data() + (j / 4) * (SLOT_BYTES / 2) + (j % 4) * 32);
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
+        }
         wgmma_commit();
         wgmma_wait<1>();
-        if (j == 0) p.release_previous(first);
+        if (batch == 0) p.release_previous(first);
     }
     p.advance();
 }
@@ -517,7 +536,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
     const int tile = block_tile + group * 4 * ROW_TILES + warp % 4;
     const int middle = max(begin, min(end, a.steps));
     float sum[ROW_TILES][SUMS] = {};
-    Fragments fragments;
     {
         Weights w[AHEAD + 1];
         const Source from = find_weights(a, tile, lane);
@@ -528,7 +546,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
             for (int i = 0; i <= AHEAD; ++i) {
                 if (step + i < middle) {
                     load_weights(a, w[(i + AHEAD) % (AHEAD + 1)], from, min(step + i + AHEAD, a.steps - 1));
-                    multiply_weights(sum, fragments, w[i], pipeline, a.zero, step + i == begin);
+                    multiply_weights(sum, w[i], pipeline, a.zero, step + i == begin);
                 }
             }
         }
@@ -546,7 +564,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
             for (int i = 0; i < 2; ++i) {
                 if (step + i < end) {
                     load_left(a, w[i ^ 1], tile, step + i + 1 - a.steps, lane);
-                    multiply_left(sum, fragments, w[i], pipeline, step + i == begin);
+                    multiply_left(sum, w[i], pipeline, step + i == begin);
                 }
             }
         }

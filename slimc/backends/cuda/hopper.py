@@ -272,7 +272,9 @@ def _shape(rows: int, tokens: int, processors: int) -> LaunchShape:
     token_tiles = -(-tokens // tile)
     work = -(-rows // 128) * token_tiles
     row_tiles = 2 if blocks == 1 and work > processors else 1
-    return LaunchShape(tile, row_tiles, 2, _share_columns(work, 3 * processors * blocks // 4, 4), blocks)
+    # Sums of larger tiles cost more to add up.
+    cluster = _share_columns(work, processors, 2) if blocks == 1 else _share_columns(work, 3 * processors // 2, 4)
+    return LaunchShape(tile, row_tiles, 2, cluster, blocks)
 
 
 def _right_shape(ranks: int, tokens: int, processors: int) -> LaunchShape:

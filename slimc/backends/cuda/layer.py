@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,10 +18,16 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source"]
+__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source", "stack"]
 
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
+
+STACKED_ROWS = 256
+"""A block of rows, of any kernel, must not read the ranks of two layers."""
+
+_ZERO_CODES = -0x77777778
+"""Eight codes of zero, 0x88888888."""
 
 
 @dataclass
@@ -154,3 +161,63 @@ def pointer(tensor: Tensor | None) -> int | None:
 def source(name: str) -> str:
     """Return the source of a kernel, with what all of them share ahead of it."""
     return "\n".join((files("slimc.backends.cuda") / part).read_text("utf-8") for part in ("common.cuh", name))
+
+
+def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
+    """Put layers that read the same input on top of each other: one layer with all their rows, in their order.
+
+    Each keeps its own adapters: the ranks of all lie one after another in R, and a row of L reads those of its layer.
+
+    Raises:
+        KernelError: the layers do not fit each other, or one does not end with a tile.
+    """
+    first = layers[0]
+    weights = [one.format.weight for one in layers]
+    forms = {(weight.columns, weight.group, weight.sparsity, weight.dtype) for weight in weights}
+    if len(forms) > 1 or len({one.right is None for one in layers}) > 1:
+        raise KernelError("layers of different widths, groups, sparsities, dtypes or kinds cannot be stacked")
+    if any(one.format.rows % STACKED_ROWS for one in layers[:-1]):
+        raise KernelError(f"layers above others need a multiple of {STACKED_ROWS} rows to be stacked")
+    rows = sum(one.format.rows for one in layers)
+    weight = replace(first.format.weight, rows=rows, per_tensor=False)
+    grouped = weight.group is not None
+    stacked = FragmentLayer(
+        LinearFormat(weight),
+        codes=torch.cat([one.codes for one in layers]),
+        metadata=None if first.metadata is None else torch.cat([_present(one.metadata) for one in layers]),
+        scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
+    )
+    if first.right is None:
+        return stacked
+    # All rows of L read equally many ranks: those of a layer with fewer begin with zeros for what lies before its own.
+    units = max(one.left_units for one in layers)
+    own = torch.tensor([0, *(one.ranks for one in layers)]).cumsum(0)
+    starts = own[:-1].clamp(max=int(own[-1]) - units * FACTOR_GROUP)
+    before = [int(skipped) // FACTOR_GROUP for skipped in own[:-1] - starts]
+    stacked.right = torch.cat([_present(one.right) for one in layers])
+    stacked.right_scale = torch.cat([_present(one.right_scale) for one in layers])
+    stacked.left = torch.cat([
+        _fill_units(_present(one.left), skipped, units, _ZERO_CODES)
+        for one, skipped in zip(layers, before, strict=True)
+    ])  # fmt: skip
+    stacked.left_scale = torch.cat([
+        _fill_units(_present(one.left_scale), skipped, units, 0)
+        for one, skipped in zip(layers, before, strict=True)
+    ])  # fmt: skip
+    stacked.rank_start = torch.cat([
+        torch.full((one.row_tiles,), int(start), dtype=torch.int32, device=one.codes.device)
+        for one, start in zip(layers, starts, strict=True)
+    ])  # fmt: skip
+    stacked.counters = Counters(first.codes.device)
+    return stacked
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise KernelError("layers with and without a part cannot be stacked")
+    return tensor
+
+
+def _fill_units(words: Tensor, before: int, units: int, value: int) -> Tensor:
+    after = units - before - words.shape[1]
+    return torch.nn.functional.pad(words, (0, 0) * (words.dim() - 2) + (before, after), value=value)

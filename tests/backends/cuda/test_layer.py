@@ -1,0 +1,90 @@
+"""Stacked layers: the form on the GPU of several layers that read the same input, checked by decoding it again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, stack
+from slimc.errors import KernelError
+from slimc.runtime.formats import LinearFormat, WeightFormat
+from slimc.runtime.packing import PackedLinear
+
+
+def make(rows: int, rank: int, columns: int = 256, dtype: torch.dtype = torch.bfloat16) -> FragmentLayer:
+    weight = WeightFormat(rows, columns, bits=4, per_tensor=True, dtype=dtype)
+    factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns)) if rank]
+    spec = LinearFormat(weight, *factors)
+    tensors: dict[str, Tensor] = {
+        name: torch.randint(0, 256, shape, dtype=kind) if kind == torch.uint8 else torch.rand(shape).to(kind)
+        for name, (shape, kind) in spec.tensor_specs().items()
+    }
+    return prepare(PackedLinear.assemble(spec, tensors))
+
+
+def matrix(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the dense matrix of fragments with groups of 64 columns, by the definition of the fragments' order."""
+    tiles, units = codes.shape[:2]
+    words = codes.view(tiles, units, 8, 4, 4)  # g, t, instruction
+    dense = torch.zeros(tiles, 16, units, 64)
+    rows = torch.arange(8)
+    for place in range(4):
+        for instruction in range(4):
+            word = words[:, :, :, place, instruction].long() & 0xFFFFFFFF
+            for register in range(4):
+                column = 16 * instruction + 8 * (register // 2) + 2 * place
+                for half in range(2):
+                    code = ((word >> (4 * register + 16 * half)) & 15) - 8
+                    dense[:, rows + 8 * (register % 2), :, column + half] = code.transpose(1, 2).float()
+    bits = torch.stack((scale & 0xFFFF, (scale >> 16) & 0xFFFF), dim=1).to(torch.int32)  # tile, half, group, g
+    numbers = bits.to(torch.int16).view(torch.bfloat16).float()
+    numbers = numbers.permute(0, 1, 3, 2).reshape(tiles, 16, units)
+    return (dense * numbers[..., None]).flatten(2).flatten(0, 1)
+
+
+def correction(layer: FragmentLayer) -> Tensor:
+    """Return L @ R as the kernels compute it: each tile of L reads its ranks from ``rank_start`` on."""
+    assert layer.left is not None
+    assert layer.left_scale is not None
+    assert layer.right is not None
+    assert layer.right_scale is not None
+    assert layer.rank_start is not None
+    left, right = matrix(layer.left, layer.left_scale), matrix(layer.right, layer.right_scale)
+    width = layer.left_units * FACTOR_GROUP
+    parts = []
+    for tile, start in enumerate(layer.rank_start.tolist()):
+        assert start + width <= layer.ranks
+        parts.append(left[16 * tile : 16 * tile + 16] @ right[start : start + width])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("ranks", [(57, 57, 57), (130, 20, 64), (20, 130, 1), (1, 20, 130)])
+def test_each_layer_of_a_stack_keeps_its_own_adapters(ranks: tuple[int, ...]) -> None:
+    layers = [make(rows, rank) for rows, rank in zip((512, 256, 100), ranks, strict=True)]
+    stacked = stack(layers)
+    assert stacked.format.rows == 868
+    expected = torch.cat([correction(layer) for layer in layers])
+    torch.testing.assert_close(correction(stacked), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_scales_and_codes_lie_one_layer_after_another() -> None:
+    layers = [make(256, 0), make(48, 0)]
+    stacked = stack(layers)
+    assert torch.equal(stacked.codes, torch.cat([layer.codes for layer in layers]))
+    assert torch.equal(stacked.scale[:256], layers[0].scale.expand(256))
+    assert torch.equal(stacked.scale[256:], layers[1].scale.expand(48))
+    assert not stacked.format.weight.per_tensor
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([(100, 0, 256), (256, 0, 256)], "multiple of 256 rows"),
+        ([(256, 0, 256), (256, 0, 128)], "cannot be stacked"),
+        ([(256, 20, 256), (256, 0, 256)], "cannot be stacked"),
+    ],
+)
+def test_layers_that_do_not_fit(layers: list[tuple[int, int, int]], message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        stack([make(*sizes) for sizes in layers])
