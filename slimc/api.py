@@ -21,6 +21,7 @@ from slimc.calibration import (
     calibration_batches,
     count_tokens,
     example_batches,
+    example_settings,
     self_sampled_batches,
     self_sampled_outline,
 )
@@ -88,7 +89,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     Args:
         model: any module that ``torch.export`` captures. Left as it was unless ``inplace``.
         calibration: texts (with ``tokenizer``), a tensor, or an iterable of batches (tensors, tuples of arguments,
-            dicts of keyword arguments). ``None``: a causal language model writes its own text.
+            dicts of keyword arguments). Batches are used as they are given, all of them: the ``samples`` and the
+            ``length`` of ``Calibrate`` shape text only. ``None``: a causal language model writes its own text.
         passes: the name of a preset, the path of a recipe file, one pass or a list of passes.
         tokenizer: of a language model, for texts and self-sampling.
         inplace: replace the linears of ``model`` itself and return it; an error leaves it as it was.
@@ -110,6 +112,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     Raises:
         SlimError: with what happened, where, and what to do; see :mod:`slimc.errors`.
     """
+    _require_module(model)
     if any(isinstance(module, SlimLinear) for module in model.modules()):
         raise InputError(
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
@@ -128,7 +131,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
 
     # What can be refused is refused before a model spends its time on writing text.
     if calibration is not None:
-        batches = calibration_batches(model, calibration, settings, tokenizer=tokenizer)
+        shape = settings if calibrated else example_settings(settings)
+        batches = calibration_batches(model, calibration, shape, tokenizer=tokenizer)
     else:
         batches = self_sampled_outline(model, settings) if calibrated else example_batches(model)
     clock.lap("calibration data")
@@ -175,6 +179,15 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     )
     _attach(small, report)
     return small  # type: ignore[return-value]
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = repr(str(model)) if isinstance(model, str | Path) else f"a {type(model).__name__}"
+        raise InputError(
+            f"slimc.compile takes a loaded torch.nn.Module, not {given}. Load the model first, for example with "
+            "transformers.AutoModelForCausalLM.from_pretrained(path), or give its path to the command 'slimc compress'."
+        )
 
 
 class _Clock:

@@ -238,6 +238,17 @@ def test_an_example_is_needed_where_inputs_are_unknown() -> None:
         slimc.compile(mlp(), None, [Quantize()])
 
 
+def test_a_recipe_that_does_not_calibrate_needs_only_a_little_text(llama: Any, tokenizer: Any) -> None:
+    small = slimc.compile(llama, "Alice was beginning to get very tired of sitting.", "rtn-w4", tokenizer=tokenizer)
+    assert len(slimc.report(small).sites) == 14
+
+
+@pytest.mark.parametrize(("given", "shown"), [("a/path", "'a/path'"), (Path("x"), "'x'"), ({}, "a dict")])
+def test_what_is_no_module_is_refused_with_how_to_load_one(given: Any, shown: str) -> None:
+    with pytest.raises(InputError, match=f"a loaded torch.nn.Module, not {shown}. Load .*from_pretrained.*'slimc comp"):
+        slimc.compile(given, [torch.randn(3, 16)])
+
+
 def test_a_model_is_checked_before_it_writes_its_own_text(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(*arguments: Any) -> None:
         raise RuntimeError("sampling has begun")
