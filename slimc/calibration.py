@@ -135,7 +135,9 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 def _tokenised(texts: str | Sequence[str], settings: Calibrate, tokenizer: Any) -> list[Tensor]:
     if tokenizer is None:
         raise InputError("Calibration texts need tokenizer=, to turn them into tokens.")
-    return _split(hf.tokenize_text(tokenizer, texts, settings.samples, settings.length), settings.batch)
+    options = "fewer or shorter samples: --samples and --length, in Python Calibrate(samples=, length=)"
+    windows = hf.tokenize_text(tokenizer, texts, settings.samples, settings.length, options=options)
+    return _split(windows, settings.batch)
 
 
 def _split(samples: Tensor, size: int) -> list[Tensor]:

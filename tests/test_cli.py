@@ -79,6 +79,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 def test_recipes_are_listed_and_printed() -> None:
     listing = invoke("recipes").stdout
     assert all(name in listing for name in recipes.names())
+    assert not any(line.endswith(" ") for line in listing.splitlines())
     printed = invoke("recipes", "rtn-w4").stdout
     assert printed == recipes.load("rtn-w4").to_yaml()
 
@@ -401,7 +402,7 @@ def test_only_cuda_is_chosen_unasked(accelerator: str | None, chosen: str, monke
             ["compress", "{model}", "-o", "{out}", "--recipe", "{recipe}"],
             "'pases' (did you mean 'passes'?)",
         ),
-        (["compress", "{model}", "-o", "{out}", "--recipe", "{order}"], "statistics of the activations"),
+        (["compress", "{model}", "-o", "{out}", "--recipe", "{order}"], "prune needs calibrate before it"),
         (["compress", "{model}", "-o", "{out}", "--set", "bits=3"], "write PASS.OPTION=VALUE"),
         (["compress", "{model}", "-o", "{out}", "--set", "quantize.bits=77"], "bits"),
         (["compress", "{model}", "-o", "."], "'.' has no name of its own"),
@@ -410,14 +411,19 @@ def test_only_cuda_is_chosen_unasked(accelerator: str | None, chosen: str, monke
         (["compress", "{model}", "-o", "{out}", "-r", "rtn-w4", "--set", "calibrate.samples=3"], "no pass 'calibrate'"),
         (["compress", "{model}", "-o", "{out}", "--skip", "prun"], "did you mean 'prune'?"),
         (["compress", "{model}", "-o", "{out}", "--calibration", "{missing}"], "cannot be read: No such file"),
-        (["compress", "{model}", "-o", "{out}", "--calibration", "{empty}"], "the text has 1 tokens, but"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{letter}"], "the text has 1 token, but"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{letter}"], "--samples and --length, in Python"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{empty}"], "empty.txt is empty"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "sefl"], "no such file (did you mean 'self'?)"),
         (["compress", "{model}", "-o", "{out}", "--calibration", "{binary}"], "not UTF-8"),
-        (["compress", "{model}", "-o", "{out}", "--device", "abacus"], "the device 'abacus' cannot be used"),
+        (["compress", "{model}", "-o", "{out}", "--device", "abacus"], "no device 'abacus'; name cpu, cuda or cuda:N"),
         (["compress", "{model}", "-o", "{empty}"], "is a file"),
         (["compress", "{small}", "-o", "{out}"], "compressed already"),
         (["eval", "{model}", "--text", "{missing}"], "cannot be read: No such file"),
-        (["eval", "{model}", "--text", "{empty}"], "the text has 1 tokens, but"),
-        (["eval", "{missing}", "--text", "{empty}"], "missing"),
+        (["eval", "{model}", "--text", "{empty}"], "empty.txt is empty"),
+        (["eval", "{model}", "--text", "{letter}", "--length", "64"], "windows: --windows and --length"),
+        (["eval", "{model}", "--text", "{letter}"], "--length 1024 is more than the 256 tokens that this Llama"),
+        (["eval", "{missing}", "--text", "{letter}"], "missing"),
         (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{model}", "--prompt", "Hi", "--chat"], "no chat template"),
         (["inspect", "{missing}"], "no such folder"),
@@ -434,11 +440,13 @@ def test_bad_input_is_one_clear_message(
         "missing": tmp_path / "missing",
         "out": tmp_path / "out",
         "empty": tmp_path / "empty.txt",
+        "letter": tmp_path / "letter.txt",
         "binary": tmp_path / "binary.bin",
         "recipe": tmp_path / "recipe.yaml",
         "order": tmp_path / "order.yaml",
     }
-    places["empty"].write_text("a")
+    places["empty"].write_text("\n")
+    places["letter"].write_text("a")
     places["binary"].write_bytes(b"\xff\xfe\xff")
     places["recipe"].write_text("pases: [fuse]")
     places["order"].write_text("passes: [quantize, prune, fuse]")

@@ -13,7 +13,7 @@ import typer
 from slimc import recipes
 from slimc.cli.models import open_model, read_text
 from slimc.cli.terminal import err, megabytes, note, say
-from slimc.errors import InputError, ResumeError
+from slimc.errors import InputError, ResumeError, closest
 from slimc.progress import duration, for_console
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def compress(
         given = {}
     chosen = chosen.override([*(f"calibrate.{option}={value}" for option, value in given.items()), *(settings or [])])
     passes = chosen.build()
-    text = None if calibration == "self" else read_text(Path(calibration))
+    text = None if calibration == "self" else _calibration_text(calibration)
 
     import slimc
     from slimc.passes import journal as journals
@@ -155,6 +155,14 @@ def weight_bytes(model: nn.Module) -> int:
     """Return the size of a model's parameters and persistent buffers, shared ones counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     return sum(storages.values())
+
+
+def _calibration_text(name: str) -> str:
+    """Return the text of a file, or explain that there is none."""
+    path = Path(name)
+    if not path.exists() and (meant := closest(name, ["self"])):
+        raise InputError(f"--calibration {name}: there is no such file{meant}")
+    return read_text(path)
 
 
 def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
