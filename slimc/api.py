@@ -38,7 +38,7 @@ from slimc.runtime import modules
 from slimc.runtime.devices import usable_device
 from slimc.runtime.files import file_inside, write_file
 from slimc.runtime.modules import SlimLinear, use_kernels
-from slimc.runtime.select import Choice
+from slimc.runtime.select import Explanation
 from slimc.runtime.storage import load_folder, save_folder
 from slimc.version import __version__
 
@@ -209,7 +209,9 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite
     Args:
         model: what :func:`compile` or :func:`load` returned.
         path: the folder. It appears whole or not at all.
-        tokenizer: saved beside the model, so that :func:`load` and the command line find it.
+        tokenizer: saved beside the model, so that the command line and ``AutoTokenizer.from_pretrained(path)`` find it.
+            Without it there is none in the folder. (One that is written there later works too, but ``overwrite`` then
+            refuses the folder, for it holds files that were not saved with it.)
         overwrite: replace a folder that slimc wrote.
 
     Raises:
@@ -252,8 +254,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     return loaded
 
 
-def explain(model: nn.Module) -> dict[str, list[Choice]]:
+def explain(model: nn.Module) -> Explanation:
     """Return, for each compressed layer, which kernel runs at which token counts, and why the better ones refused.
+
+    It is a dict by the layers' names; printed, it is text for people.
 
     Raises:
         InputError: the model is not one that slimc compressed.
@@ -263,7 +267,7 @@ def explain(model: nn.Module) -> dict[str, list[Choice]]:
 
 
 def report(model: nn.Module) -> Report:
-    """Return what slimc did to ``model``: a row a site, and a reason for every weight left alone.
+    """Return what slimc did to ``model``: a row a site, and a reason for every weight left alone; a table if printed.
 
     Raises:
         InputError: the model is not one that slimc compressed.

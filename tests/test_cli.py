@@ -123,6 +123,8 @@ def test_inspect_filters_by_name(compressed: tuple[Path, Result]) -> None:
     folder, _ = compressed
     record = json.loads(invoke("inspect", folder, "--json", "--sites", "*.mlp.*").stdout)
     assert len(record["sites"]) == 6
+    assert "6 of 14 layers shown. The whole model:" in invoke("inspect", folder, "--sites", "*.mlp.*").stdout
+    assert "shown" not in invoke("inspect", folder).stdout
     result = invoke("inspect", folder, "--sites", "*.moe.*")
     assert result.exit_code == 2
     assert "no compressed layer" in result.stderr
