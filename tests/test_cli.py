@@ -331,6 +331,21 @@ def test_an_existing_folder_is_replaced_only_on_demand(tmp_path: Path, tiny_llam
     assert (tmp_path / "small" / "slimc.json").read_bytes() != before
 
 
+def test_a_complete_folder_needs_no_resuming(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "slim-w4", "--quiet", *SMALL]
+    few = ["--skip", "low_rank"]
+    assert invoke(*arguments, *few).exit_code == 0
+    before = (tmp_path / "small" / "run.json").read_bytes()
+    again = invoke(*arguments, *few, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "is complete, with the same recipe" in again.stdout
+    for changed in ([], [*few, "--set", "quantize.bits=3"], [*few, "--set", "calibrate.seed=1"]):
+        refused = invoke(*arguments, *changed, "--resume")
+        assert refused.exit_code == 2
+        assert "is complete, but with another recipe" in refused.stderr
+    assert (tmp_path / "small" / "run.json").read_bytes() == before
+
+
 def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: Path) -> None:
     precious = tmp_path / "small" / "precious.txt"
     precious.parent.mkdir()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +21,7 @@ from slimc.progress import duration, for_console
 if TYPE_CHECKING:
     from torch import nn
 
+    from slimc.passes import Pass
     from slimc.passes.report import Report
     from slimc.progress import Progress
 
@@ -63,7 +66,9 @@ def compress(
     device: Annotated[
         str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted, if it is not complete.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR, and what an interrupted run left.")
     ] = False,
@@ -92,8 +97,10 @@ def compress(
       slimc compress ./llama -o small --resume                     go on after an interruption
     """
     begun = time.monotonic()
-    _check_places(model, output, overwrite=overwrite)
     journal = output.with_name(output.name + ".partial")
+    finished = resume and not overwrite and not journal.exists() and _is_native(output)
+    if not finished:
+        _check_places(model, output, overwrite=overwrite)
     chosen = recipes.load(recipe)
     calibrate = {"samples": samples, "length": length, "batch": batch, "seed": seed}
     given = {option: value for option, value in calibrate.items() if value is not None}
@@ -102,6 +109,11 @@ def compress(
         given = {}
     chosen = chosen.override([*(f"calibrate.{option}={value}" for option, value in given.items()), *(settings or [])])
     passes = chosen.build()
+    if finished:
+        _check_finished(output, passes, skip=skip or (), stop_after=stop_after)
+        say(f"{output} is complete, with the same recipe, so there is nothing to resume.")
+        say("If the model or the calibration text is another one now: --overwrite compresses again.")
+        return
     text = None if calibration == "self" else _calibration_text(calibration)
 
     import slimc
@@ -177,6 +189,25 @@ def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output}: already exists; add --overwrite to replace it, or choose another --output")
     check_replaceable(output, overwrite=overwrite, replaceable=is_replaceable)
+
+
+def _is_native(output: Path) -> bool:
+    from slimc.runtime.storage import is_native_folder
+
+    return is_native_folder(output)
+
+
+def _check_finished(output: Path, passes: Sequence[Pass], *, skip: Sequence[str], stop_after: str | None) -> None:
+    """Refuse a complete folder that another recipe made; of what else the run was given it keeps no record."""
+    from slimc.passes import pipeline
+    from slimc.runtime.storage import open_folder
+
+    asked = [one.to_config() for one in pipeline.select(passes, skip=skip, stop_after=stop_after)]
+    if open_folder(output, verify=False).report["recipe"] != json.loads(json.dumps(asked)):
+        raise InputError(
+            f"{output}: is complete, but with another recipe, so nothing can be resumed; add --overwrite to replace "
+            "it, or choose another --output"
+        )
 
 
 def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:
