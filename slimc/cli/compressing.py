@@ -97,10 +97,10 @@ def compress(
       slimc compress ./llama -o small --resume                     go on after an interruption
     """
     begun = time.monotonic()
-    journal = output.with_name(output.name + ".partial")
-    finished = resume and not overwrite and not journal.exists() and _is_native(output)
+    finished = resume and not overwrite and _is_finished(output)
     if not finished:
         _check_places(model, output, overwrite=overwrite)
+    journal = _journal_of(output)
     chosen = recipes.load(recipe)
     calibrate = {"samples": samples, "length": length, "batch": batch, "seed": seed}
     given = {option: value for option, value in calibrate.items() if value is not None}
@@ -191,10 +191,15 @@ def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     check_replaceable(output, overwrite=overwrite, replaceable=is_replaceable)
 
 
-def _is_native(output: Path) -> bool:
+def _journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _is_finished(output: Path) -> bool:
+    """Tell whether a run has written ``output``, and no later one was interrupted."""
     from slimc.runtime.storage import is_native_folder
 
-    return is_native_folder(output)
+    return bool(output.name) and is_native_folder(output) and not _journal_of(output).exists()
 
 
 def _check_finished(output: Path, passes: Sequence[Pass], *, skip: Sequence[str], stop_after: str | None) -> None:
