@@ -21,6 +21,7 @@ from slimc.calibration import (
     calibration_batches,
     count_tokens,
     example_batches,
+    example_settings,
     self_sampled_batches,
     self_sampled_outline,
 )
@@ -37,7 +38,7 @@ from slimc.runtime import modules
 from slimc.runtime.devices import usable_device
 from slimc.runtime.files import file_inside, write_file
 from slimc.runtime.modules import SlimLinear, use_kernels
-from slimc.runtime.select import Choice
+from slimc.runtime.select import Explanation
 from slimc.runtime.storage import load_folder, save_folder
 from slimc.version import __version__
 
@@ -88,7 +89,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     Args:
         model: any module that ``torch.export`` captures. Left as it was unless ``inplace``.
         calibration: texts (with ``tokenizer``), a tensor, or an iterable of batches (tensors, tuples of arguments,
-            dicts of keyword arguments). ``None``: a causal language model writes its own text.
+            dicts of keyword arguments). Batches are used as they are given, all of them: the ``samples`` and the
+            ``length`` of ``Calibrate`` shape text only. ``None``: a causal language model writes its own text.
         passes: the name of a preset, the path of a recipe file, one pass or a list of passes.
         tokenizer: of a language model, for texts and self-sampling.
         inplace: replace the linears of ``model`` itself and return it; an error leaves it as it was.
@@ -110,6 +112,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     Raises:
         SlimError: with what happened, where, and what to do; see :mod:`slimc.errors`.
     """
+    _require_module(model)
     if any(isinstance(module, SlimLinear) for module in model.modules()):
         raise InputError(
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
@@ -128,7 +131,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
 
     # What can be refused is refused before a model spends its time on writing text.
     if calibration is not None:
-        batches = calibration_batches(model, calibration, settings, tokenizer=tokenizer)
+        shape = settings if calibrated else example_settings(settings)
+        batches = calibration_batches(model, calibration, shape, tokenizer=tokenizer)
     else:
         batches = self_sampled_outline(model, settings) if calibrated else example_batches(model)
     clock.lap("calibration data")
@@ -177,6 +181,15 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     return small  # type: ignore[return-value]
 
 
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = repr(str(model)) if isinstance(model, str | Path) else f"a {type(model).__name__}"
+        raise InputError(
+            f"slimc.compile takes a loaded torch.nn.Module, not {given}. Load the model first, for example with "
+            "transformers.AutoModelForCausalLM.from_pretrained(path), or give its path to the command 'slimc compress'."
+        )
+
+
 class _Clock:
     """Adds up the seconds between laps, by what they were spent on."""
 
@@ -196,7 +209,9 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite
     Args:
         model: what :func:`compile` or :func:`load` returned.
         path: the folder. It appears whole or not at all.
-        tokenizer: saved beside the model, so that :func:`load` and the command line find it.
+        tokenizer: saved beside the model, so that the command line and ``AutoTokenizer.from_pretrained(path)`` find it.
+            Without it there is none in the folder. (One that is written there later works too, but ``overwrite`` then
+            refuses the folder, for it holds files that were not saved with it.)
         overwrite: replace a folder that slimc wrote.
 
     Raises:
@@ -239,8 +254,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     return loaded
 
 
-def explain(model: nn.Module) -> dict[str, list[Choice]]:
+def explain(model: nn.Module) -> Explanation:
     """Return, for each compressed layer, which kernel runs at which token counts, and why the better ones refused.
+
+    It is a dict by the layers' names; printed, it is text for people.
 
     Raises:
         InputError: the model is not one that slimc compressed.
@@ -250,7 +267,7 @@ def explain(model: nn.Module) -> dict[str, list[Choice]]:
 
 
 def report(model: nn.Module) -> Report:
-    """Return what slimc did to ``model``: a row a site, and a reason for every weight left alone.
+    """Return what slimc did to ``model``: a row a site, and a reason for every weight left alone; a table if printed.
 
     Raises:
         InputError: the model is not one that slimc compressed.

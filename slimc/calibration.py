@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from slimc.passes.journal import Journal
 from slimc.progress import Progress
 from slimc.runtime.devices import copy_to
 from slimc.runtime.positions import check_positions
+
+_EXAMPLE = (2, 9)
+"""Samples and tokens a sample of a text that is only captured with: no size is 1, and no two are equal."""
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -110,7 +114,13 @@ def example_batches(model: nn.Module) -> list[Batch]:
             f"Pass calibration= with at least one batch: {type(model).__name__} must be captured with an example of "
             "its inputs."
         )
-    return [_call(model, torch.zeros((2, 9), dtype=torch.int64))]
+    return [_call(model, torch.zeros(_EXAMPLE, dtype=torch.int64))]
+
+
+def example_settings(settings: Calibrate) -> Calibrate:
+    """Return ``settings`` with as little text as an example of the model's inputs needs, when nothing is calibrated."""
+    samples, length = _EXAMPLE
+    return replace(settings, samples=samples, length=length)
 
 
 def count_tokens(batches: Sequence[Batch]) -> int:
@@ -125,7 +135,9 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 def _tokenised(texts: str | Sequence[str], settings: Calibrate, tokenizer: Any) -> list[Tensor]:
     if tokenizer is None:
         raise InputError("Calibration texts need tokenizer=, to turn them into tokens.")
-    return _split(hf.tokenize_text(tokenizer, texts, settings.samples, settings.length), settings.batch)
+    options = "fewer or shorter samples: --samples and --length, in Python Calibrate(samples=, length=)"
+    windows = hf.tokenize_text(tokenizer, texts, settings.samples, settings.length, options=options)
+    return _split(windows, settings.batch)
 
 
 def _split(samples: Tensor, size: int) -> list[Tensor]:

@@ -73,7 +73,7 @@ class PlainProgress:
         """Begin ``stage``, which takes ``total`` steps."""
         now = self._clock()
         self._stages[stage] = _Stage(total, started=now, spoken=now)
-        self._line(f"{stage}: {total} steps")
+        self._line(f"{stage}: {counted(total, 'step')}")
 
     def advance(self, stage: str, n: int = 1, note: str = "") -> None:
         """Record ``n`` more steps; a line is written if the last one is long enough ago."""
@@ -158,6 +158,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things as a person says it: ``"1 window"``, ``"16 windows"``."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -154,6 +154,18 @@ def test_encoders_and_plain_networks_work_too() -> None:
     assert len(slimc.report(single).sites) == 1
 
 
+def test_a_printed_report_is_a_table(small: Any) -> None:
+    report = slimc.report(small)
+    headings, first, *_ = str(report).splitlines()
+    assert " ".join(headings.split()) == "layer shape expression bits weight error output error without adapters"
+    assert first.split()[:4] == [report.sites[0].name, "64", "x", "64"]
+    assert headings.index("shape") == first.index("64 x 64")
+    assert "Left dense:\nweight" in str(report)
+    assert "model.embed_tokens" in str(report)
+    assert str(report).endswith(f"\n14 layers: {report.bits_per_weight:.3f} bits a weight")
+    assert repr(report).startswith("Report(recipe=[")
+
+
 def test_the_report_tells_the_time_by_stage(llama: Any) -> None:
     report = slimc.report(slimc.compile(llama, None, PASSES))
     assert {"calibration data", "capture", "sweep", "fuse"} <= report.seconds.keys()
@@ -238,6 +250,17 @@ def test_an_example_is_needed_where_inputs_are_unknown() -> None:
         slimc.compile(mlp(), None, [Quantize()])
 
 
+def test_a_recipe_that_does_not_calibrate_needs_only_a_little_text(llama: Any, tokenizer: Any) -> None:
+    small = slimc.compile(llama, "Alice was beginning to get very tired of sitting.", "rtn-w4", tokenizer=tokenizer)
+    assert len(slimc.report(small).sites) == 14
+
+
+@pytest.mark.parametrize(("given", "shown"), [("a/path", "'a/path'"), (Path("x"), "'x'"), ({}, "a dict")])
+def test_what_is_no_module_is_refused_with_how_to_load_one(given: Any, shown: str) -> None:
+    with pytest.raises(InputError, match=f"a loaded torch.nn.Module, not {shown}. Load .*from_pretrained.*'slimc comp"):
+        slimc.compile(given, [torch.randn(3, 16)])
+
+
 def test_a_model_is_checked_before_it_writes_its_own_text(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(*arguments: Any) -> None:
         raise RuntimeError("sampling has begun")
@@ -291,6 +314,10 @@ def test_a_compressed_model_is_not_compressed_again(small: Any) -> None:
 
 def test_explain_names_a_kernel_for_every_layer_and_why_others_refused(small: Any) -> None:
     choices = slimc.explain(small)
+    lines = str(choices).splitlines()
+    assert set(choices) <= set(lines)
+    assert any(line.startswith("    1 ") and " token" in line for line in lines)
+    assert repr(choices) == repr(dict(choices))
     assert len(choices) == len(slimc.report(small).sites)
     assert all(choice.kernel is not None for of_layer in choices.values() for choice in of_layer)
     with pytest.raises(InputError, match="was not compressed"):

@@ -79,6 +79,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 def test_recipes_are_listed_and_printed() -> None:
     listing = invoke("recipes").stdout
     assert all(name in listing for name in recipes.names())
+    assert not any(line.endswith(" ") for line in listing.splitlines())
     printed = invoke("recipes", "rtn-w4").stdout
     assert printed == recipes.load("rtn-w4").to_yaml()
 
@@ -122,6 +123,8 @@ def test_inspect_filters_by_name(compressed: tuple[Path, Result]) -> None:
     folder, _ = compressed
     record = json.loads(invoke("inspect", folder, "--json", "--sites", "*.mlp.*").stdout)
     assert len(record["sites"]) == 6
+    assert "6 of 14 layers shown. The whole model:" in invoke("inspect", folder, "--sites", "*.mlp.*").stdout
+    assert "shown" not in invoke("inspect", folder).stdout
     result = invoke("inspect", folder, "--sites", "*.moe.*")
     assert result.exit_code == 2
     assert "no compressed layer" in result.stderr
@@ -328,6 +331,21 @@ def test_an_existing_folder_is_replaced_only_on_demand(tmp_path: Path, tiny_llam
     assert (tmp_path / "small" / "slimc.json").read_bytes() != before
 
 
+def test_a_complete_folder_needs_no_resuming(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "slim-w4", "--quiet", *SMALL]
+    few = ["--skip", "low_rank"]
+    assert invoke(*arguments, *few).exit_code == 0
+    before = (tmp_path / "small" / "run.json").read_bytes()
+    again = invoke(*arguments, *few, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "is complete, with the same recipe" in again.stdout
+    for changed in ([], [*few, "--set", "quantize.bits=3"], [*few, "--set", "calibrate.seed=1"]):
+        refused = invoke(*arguments, *changed, "--resume")
+        assert refused.exit_code == 2
+        assert "is complete, but with another recipe" in refused.stderr
+    assert (tmp_path / "small" / "run.json").read_bytes() == before
+
+
 def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: Path) -> None:
     precious = tmp_path / "small" / "precious.txt"
     precious.parent.mkdir()
@@ -401,7 +419,7 @@ def test_only_cuda_is_chosen_unasked(accelerator: str | None, chosen: str, monke
             ["compress", "{model}", "-o", "{out}", "--recipe", "{recipe}"],
             "'pases' (did you mean 'passes'?)",
         ),
-        (["compress", "{model}", "-o", "{out}", "--recipe", "{order}"], "statistics of the activations"),
+        (["compress", "{model}", "-o", "{out}", "--recipe", "{order}"], "prune needs calibrate before it"),
         (["compress", "{model}", "-o", "{out}", "--set", "bits=3"], "write PASS.OPTION=VALUE"),
         (["compress", "{model}", "-o", "{out}", "--set", "quantize.bits=77"], "bits"),
         (["compress", "{model}", "-o", "."], "'.' has no name of its own"),
@@ -410,14 +428,19 @@ def test_only_cuda_is_chosen_unasked(accelerator: str | None, chosen: str, monke
         (["compress", "{model}", "-o", "{out}", "-r", "rtn-w4", "--set", "calibrate.samples=3"], "no pass 'calibrate'"),
         (["compress", "{model}", "-o", "{out}", "--skip", "prun"], "did you mean 'prune'?"),
         (["compress", "{model}", "-o", "{out}", "--calibration", "{missing}"], "cannot be read: No such file"),
-        (["compress", "{model}", "-o", "{out}", "--calibration", "{empty}"], "the text has 1 tokens, but"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{letter}"], "the text has 1 token, but"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{letter}"], "--samples and --length, in Python"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "{empty}"], "empty.txt is empty"),
+        (["compress", "{model}", "-o", "{out}", "--calibration", "sefl"], "no such file (did you mean 'self'?)"),
         (["compress", "{model}", "-o", "{out}", "--calibration", "{binary}"], "not UTF-8"),
-        (["compress", "{model}", "-o", "{out}", "--device", "abacus"], "the device 'abacus' cannot be used"),
+        (["compress", "{model}", "-o", "{out}", "--device", "abacus"], "no device 'abacus'; name cpu, cuda or cuda:N"),
         (["compress", "{model}", "-o", "{empty}"], "is a file"),
         (["compress", "{small}", "-o", "{out}"], "compressed already"),
         (["eval", "{model}", "--text", "{missing}"], "cannot be read: No such file"),
-        (["eval", "{model}", "--text", "{empty}"], "the text has 1 tokens, but"),
-        (["eval", "{missing}", "--text", "{empty}"], "missing"),
+        (["eval", "{model}", "--text", "{empty}"], "empty.txt is empty"),
+        (["eval", "{model}", "--text", "{letter}", "--length", "64"], "windows: --windows and --length"),
+        (["eval", "{model}", "--text", "{letter}"], "--length 1024 is more than the 256 tokens that this Llama"),
+        (["eval", "{missing}", "--text", "{letter}"], "missing"),
         (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{model}", "--prompt", "Hi", "--chat"], "no chat template"),
         (["inspect", "{missing}"], "no such folder"),
@@ -434,11 +457,13 @@ def test_bad_input_is_one_clear_message(
         "missing": tmp_path / "missing",
         "out": tmp_path / "out",
         "empty": tmp_path / "empty.txt",
+        "letter": tmp_path / "letter.txt",
         "binary": tmp_path / "binary.bin",
         "recipe": tmp_path / "recipe.yaml",
         "order": tmp_path / "order.yaml",
     }
-    places["empty"].write_text("a")
+    places["empty"].write_text("\n")
+    places["letter"].write_text("a")
     places["binary"].write_bytes(b"\xff\xfe\xff")
     places["recipe"].write_text("pases: [fuse]")
     places["order"].write_text("passes: [quantize, prune, fuse]")

@@ -31,6 +31,7 @@ def test_importing_slimc_imports_no_backend() -> None:
 
 def test_the_public_names_are_there() -> None:
     assert fresh("import slimc; print(*[n for n in slimc.__all__ if getattr(slimc, n, None) is None])") == ""
+    assert fresh("import slimc; print(dir(slimc) == sorted(slimc.__all__))") == "True"
     with pytest.raises(AttributeError, match="has no attribute 'compres'"):
         slimc.compres  # noqa: B018 - the access is the test
 

@@ -53,8 +53,8 @@ def test_stages_may_overlap_and_return() -> None:
         progress.advance("outer")
         progress.finish("outer")
     assert [line.split("] ")[1] for line in lines[:4]] == [
-        "outer: 1 steps",
-        "inner: 1 steps",
+        "outer: 1 step",
+        "inner: 1 step",
         "inner: done in 0.0 s",
         "outer: done in 0.0 s",
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimc.backends.hf_library import quiet, transformers
 from slimc.errors import InputError
-from slimc.progress import Progress, SilentProgress
+from slimc.progress import Progress, SilentProgress, counted
 from slimc.runtime.evaluate import model_device
 from slimc.runtime.generate import CheckFinite, private_random_state
 from slimc.runtime.positions import check_positions
@@ -22,7 +22,14 @@ def can_generate(model: Any) -> bool:
     return callable(answer) and bool(answer()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def tokenize_text(tokenizer: Any, text: str | Sequence[str], samples: int | None, length: int) -> Tensor:
+def tokenize_text(
+    tokenizer: Any,
+    text: str | Sequence[str],
+    samples: int | None,
+    length: int,
+    *,
+    options: str = "fewer or shorter ones",
+) -> Tensor:
     """Cut a text into consecutive windows of tokens, int64 [samples, length].
 
     The whole text is tokenised as one string, without special tokens. Of a sequence of texts each is tokenised
@@ -33,6 +40,7 @@ def tokenize_text(tokenizer: Any, text: str | Sequence[str], samples: int | None
         text: the text or texts.
         samples: how many windows to take from the start; ``None`` takes all whole ones.
         length: tokens a window.
+        options: what to ask for if the text is too short, for the message.
 
     Raises:
         InputError: the text gives too few tokens; the message says how many there are and are needed.
@@ -45,8 +53,8 @@ def tokenize_text(tokenizer: Any, text: str | Sequence[str], samples: int | None
     needed = max(windows, 1) * length
     if len(ids) < needed:
         raise InputError(
-            f"the text has {len(ids)} tokens, but {max(windows, 1)} x {length} = {needed} are needed; give a longer "
-            "text, or ask for fewer or shorter samples"
+            f"the text has {counted(len(ids), 'token')}, but {max(windows, 1)} x {length} = {needed} are needed; "
+            f"give a longer text, or ask for {options}"
         )
     return torch.tensor(ids[:needed], dtype=torch.int64).view(windows, length)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +15,13 @@ import typer
 from slimc import recipes
 from slimc.cli.models import open_model, read_text
 from slimc.cli.terminal import err, megabytes, note, say
-from slimc.errors import InputError, ResumeError
+from slimc.errors import InputError, ResumeError, closest
 from slimc.progress import duration, for_console
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from slimc.passes import Pass
     from slimc.passes.report import Report
     from slimc.progress import Progress
 
@@ -63,7 +66,9 @@ def compress(
     device: Annotated[
         str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted, if it is not complete.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DIR, and what an interrupted run left.")
     ] = False,
@@ -92,8 +97,10 @@ def compress(
       slimc compress ./llama -o small --resume                     go on after an interruption
     """
     begun = time.monotonic()
-    _check_places(model, output, overwrite=overwrite)
-    journal = output.with_name(output.name + ".partial")
+    finished = resume and not overwrite and _is_finished(output)
+    if not finished:
+        _check_places(model, output, overwrite=overwrite)
+    journal = _journal_of(output)
     chosen = recipes.load(recipe)
     calibrate = {"samples": samples, "length": length, "batch": batch, "seed": seed}
     given = {option: value for option, value in calibrate.items() if value is not None}
@@ -102,7 +109,12 @@ def compress(
         given = {}
     chosen = chosen.override([*(f"calibrate.{option}={value}" for option, value in given.items()), *(settings or [])])
     passes = chosen.build()
-    text = None if calibration == "self" else read_text(Path(calibration))
+    if finished:
+        _check_finished(output, passes, skip=skip or (), stop_after=stop_after)
+        say(f"{output} is complete, with the same recipe, so there is nothing to resume.")
+        say("If the model or the calibration text is another one now: --overwrite compresses again.")
+        return
+    text = None if calibration == "self" else _calibration_text(calibration)
 
     import slimc
     from slimc.passes import journal as journals
@@ -157,6 +169,14 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
+def _calibration_text(name: str) -> str:
+    """Return the text of a file, or explain that there is none."""
+    path = Path(name)
+    if not path.exists() and (meant := closest(name, ["self"])):
+        raise InputError(f"--calibration {name}: there is no such file{meant}")
+    return read_text(path)
+
+
 def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     """Refuse before any work what could only fail after it."""
     from slimc.runtime.files import check_replaceable
@@ -169,6 +189,30 @@ def _check_places(model: str, output: Path, *, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output}: already exists; add --overwrite to replace it, or choose another --output")
     check_replaceable(output, overwrite=overwrite, replaceable=is_replaceable)
+
+
+def _journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _is_finished(output: Path) -> bool:
+    """Tell whether a run has written ``output``, and no later one was interrupted."""
+    from slimc.runtime.storage import is_native_folder
+
+    return bool(output.name) and is_native_folder(output) and not _journal_of(output).exists()
+
+
+def _check_finished(output: Path, passes: Sequence[Pass], *, skip: Sequence[str], stop_after: str | None) -> None:
+    """Refuse a complete folder that another recipe made; of what else the run was given it keeps no record."""
+    from slimc.passes import pipeline
+    from slimc.runtime.storage import open_folder
+
+    asked = [one.to_config() for one in pipeline.select(passes, skip=skip, stop_after=stop_after)]
+    if open_folder(output, verify=False).report["recipe"] != json.loads(json.dumps(asked)):
+        raise InputError(
+            f"{output}: is complete, but with another recipe, so nothing can be resumed; add --overwrite to replace "
+            "it, or choose another --output"
+        )
 
 
 def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:

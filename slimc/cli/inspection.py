@@ -13,7 +13,7 @@ from rich.table import Table
 
 from slimc.cli.terminal import megabytes, out, say, show
 from slimc.errors import InputError
-from slimc.progress import printable
+from slimc.progress import counted
 
 if TYPE_CHECKING:
     from slimc.passes.report import LeftRow, SiteRow
@@ -78,7 +78,7 @@ def inspect(
     _print_sites(rows)
     if sites == "*":
         _print_left(report.left)
-    _print_totals(totals)
+    _print_totals(totals, shown=len(rows))
 
 
 def totals_of(folder: NativeFolder) -> Totals:
@@ -104,48 +104,36 @@ def _graph(folder: Path) -> str:
 
 
 def _print_sites(rows: list[SiteRow]) -> None:
+    from slimc.passes.report import table_of_sites
+
+    headings, *lines = table_of_sites(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", overflow="fold")
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("expression", overflow="fold")
-    held_out = any(row.held_out_error is not None for row in rows)
-    headings = ["bits", "weight\nerror", "output\nerror", "without\nadapters"]
-    for heading in [*headings, "held\nout"] if held_out else headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            printable(row.name),
-            _shape(row.shape),
-            printable(row.expression),
-            f"{row.bits:.3f}",
-            _error(row.weight_error),
-            _error(row.output_error),
-            _error(row.base_output_error),
-            *([_error(row.held_out_error)] if held_out else []),
-        )
+    for heading in headings:
+        if heading in ("layer", "expression"):
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=heading == "shape")
+    for line in lines:
+        table.add_row(*line)
     show(table)
 
 
 def _print_left(rows: list[LeftRow]) -> None:
+    from slimc.passes.report import table_of_left
+
     say("\nLeft dense:")
-    table = Table("weight", "shape", "reason", box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(printable(row.name), _shape(row.shape), printable(row.reason))
+    headings, *lines = table_of_left(rows)
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+    for line in lines:
+        table.add_row(*line)
     show(table)
 
 
-def _print_totals(totals: Totals) -> None:
+def _print_totals(totals: Totals, *, shown: int) -> None:
+    say(f"\n{shown} of {counted(totals.sites, 'layer')} shown. The whole model:" if shown < totals.sites else "")
     say(
-        f"\n{totals.sites} layers: {totals.site_weights:,} weights in {megabytes(totals.site_bytes)}, "
+        f"{counted(totals.sites, 'layer')}: {totals.site_weights:,} weights in {megabytes(totals.site_bytes)}, "
         f"{totals.bits_per_weight:.3f} bits each with masks, scales and adapters"
     )
     say(f"everything else, dense: {megabytes(totals.dense_bytes)}")
     say(f"weight files: {megabytes(totals.file_bytes)}")
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(side) for side in shape)
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -51,11 +51,14 @@ def read_text(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        InputError: There is no such file, or it is not UTF-8 text.
+        InputError: There is no such file, it is not UTF-8 text, or it is empty.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty; give a file with text in it")
+    return text

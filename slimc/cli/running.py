@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slimc.cli.models import open_language_model, read_text
 from slimc.cli.terminal import err, note, out, say
-from slimc.progress import duration, for_console
+from slimc.errors import InputError
+from slimc.progress import counted, duration, for_console
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ANY_MODEL = "A folder that slimc wrote, a Hugging Face folder or id, or a .gguf file."
 
@@ -43,7 +47,9 @@ def evaluate(
     from slimc.runtime.evaluate import perplexity
 
     opened, tokenizer = open_language_model(model, device=device)
-    ids = hf.tokenize_text(tokenizer, content, windows, length)
+    _check_context(opened, length)
+    options = "fewer or shorter windows: --windows and --length"
+    ids = hf.tokenize_text(tokenizer, content, windows, length, options=options)
     begun = time.monotonic()
     with for_console(err, quiet=quiet) as progress:
         value = perplexity(opened, ids, batch=batch, progress=progress)
@@ -52,7 +58,20 @@ def evaluate(
         record = {"model": model, "perplexity": value, "text": str(text), "windows": windows, "length": length}
         out.print_json(json.dumps(record | {"seconds": round(seconds, 2)}), ensure_ascii=True)
     else:
-        say(f"{model}: perplexity {value:.3f} ({windows} windows of {length} tokens of {text}, {duration(seconds)})")
+        shape = f"{counted(windows, 'window')} of {counted(length, 'token')}"
+        say(f"{model}: perplexity {value:.3f} ({shape} of {text}, {duration(seconds)})")
+
+
+def _check_context(model: nn.Module, length: int) -> None:
+    """Refuse windows in which a model reads on beyond what it was made for: its perplexity there says nothing."""
+    from slimc.runtime.positions import context_of
+
+    limit = context_of(model)
+    if limit is not None and length > limit:
+        raise InputError(
+            f"--length {length} is more than the {limit} tokens that this {type(model).__name__} was made to read at "
+            f"once (its configuration says so); use --length {limit} or less"
+        )
 
 
 def generate(
@@ -90,4 +109,4 @@ def generate(
         write=lambda piece: say(piece, end=""),
     )
     say()
-    note(f"{made.tokens} tokens in {duration(made.seconds)}, {made.tokens / made.seconds:.1f} a second")
+    note(f"{counted(made.tokens, 'token')} in {duration(made.seconds)}, {made.tokens / made.seconds:.1f} a second")

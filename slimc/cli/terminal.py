@@ -28,9 +28,15 @@ def say(text: str = "", *, end: str = "\n") -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table as a result: as wide as the terminal, or so wide that nothing is cut."""
+    """Print a table as a result: as wide as the terminal, or so wide that nothing is cut, without padding."""
     width = None if out.is_terminal else _LOG_WIDTH
-    Console(emoji=False, markup=False, highlight=False, width=width).print(table)
+    console = Console(emoji=False, markup=False, highlight=False, width=width)
+    if out.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def note(message: str) -> None:

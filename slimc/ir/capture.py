@@ -8,6 +8,7 @@ listed with the reason.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ _ADDMM = aten.addmm.default
 _PRODUCTS = {_LINEAR: 0, aten.mm.default: 0, aten.matmul.default: 0, _ADDMM: 1}
 """Where a product reads its activation; its weight comes next."""
 
+_EXPORTER_LOGGERS = ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")
+"""Who of torch logs a failure that is also raised; each has a handler of its own."""
+
 
 def capture(
     model: nn.Module,
@@ -55,7 +59,7 @@ def capture(
 
     Raises:
         CaptureError: ``torch.export`` fails, the graph does not take every batch, or it has no compressible site.
-        InputError: a batch does not fit the model's ``forward``, or the others.
+        InputError: a batch does not fit the model's ``forward``, or the model fails on the one that is traced.
         RecipeError: a pattern matches no weight, or asks for one that cannot be compressed.
     """
     if not batches:
@@ -85,11 +89,14 @@ def _export(model: nn.Module, batches: Sequence[Batch], example: Batch) -> tuple
     with _evaluation_mode(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's remarks on its own internals
         try:
-            return _trace(model, example, shapes)
+            with _quiet_exporter():
+                return _trace(model, example, shapes)
         except Exception as error:
             try:
-                return _trace(model, example, None)
+                with _quiet_exporter():
+                    return _trace(model, example, None)
             except Exception:
+                _check_model_runs(model, batches, example)
                 raise _explained(model, error) from error
 
 
@@ -101,6 +108,43 @@ def _trace(model: nn.Module, example: Batch, shapes: Any) -> tuple[fx.GraphModul
     if not isinstance(module, fx.GraphModule):
         raise TypeError(f"expected a GraphModule, got {type(module).__name__}")
     return module, calls
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter from logging, with a traceback of every frame, what it also raises; what is asked for stays."""
+
+    def asked_for(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    loggers = [logging.getLogger(name) for name in _EXPORTER_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(asked_for)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(asked_for)
+
+
+def _check_model_runs(model: nn.Module, batches: Sequence[Batch], example: Batch) -> None:
+    """Raise an InputError if the model cannot compute the example: then the exporter is not to blame."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (example[0], dict(example[1])))
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        model(*args, **kwargs)
+    except Exception as error:
+        number = next(index for index, batch in enumerate(batches, start=1) if batch is example)
+        place = "the first calibration batch" if number == 1 else f"calibration batch {number}"
+        given = ", ".join(_summary(leaf) for leaf in pytree.tree_leaves(example))
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{type(model).__name__}, the model itself, fails on {place} ({given}): {reason}. Give batches that "
+            "model(*args, **kwargs) takes."
+        ) from error
+    finally:
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
 
 
 def _explained(model: nn.Module, failure: Exception) -> CaptureError:

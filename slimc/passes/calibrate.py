@@ -14,7 +14,8 @@ from slimc.passes.base import Pass, real_number, whole_number
 class Calibrate(Pass):
     """Run calibration data through the model, so that later passes know each site's input.
 
-    The options shape text only; batches of tensors are used as they are given.
+    ``samples`` and ``length`` shape text only, that which is given or that which the model writes. Ready-made batches
+    are used as they are given, all of them at their own length; one tensor ``[samples, ...]`` is cut into batches.
 
     Attributes:
         samples: number of sequences.

@@ -51,7 +51,7 @@ class Journal:
         if not resume and _holds_records(folder / _SITES):
             raise InputError(
                 f"{folder} holds the journal of a run that did not finish. Add --resume (resume=True) to go on with "
-                "it, or delete it."
+                "it, or --overwrite to start again (in Python: delete the folder)."
             )
 
     def begin(self, fingerprint: Mapping[str, Any]) -> None:
@@ -125,10 +125,16 @@ class Journal:
         known = self._fingerprint(recorded)
         changed = _changes(known, fingerprint)
         if changed:
-            details = "; ".join(_difference(key, known.get(key), fingerprint[key]) for key in changed)
+            details = "; ".join(
+                _recipe_difference(known.get(key), fingerprint[key])
+                if key == "recipe"
+                else _difference(key, known.get(key), fingerprint[key])
+                for key in changed
+            )
             raise ResumeError(
                 f"{self.folder} belongs to another run: {details}. Resume with the same model, recipe, calibration, "
-                "device, number of threads and versions, or delete the journal to start again."
+                "device, number of threads and versions, or start again with --overwrite (in Python: delete the "
+                "folder)."
             )
 
     def _fingerprint(self, recorded: Any) -> dict[str, Any]:
@@ -222,6 +228,32 @@ def _difference(key: str, recorded: Any, present: Any) -> str:
     if any(len(str(value)) > 300 for value in shown) or any(_is_digest(value) for value in shown):
         return f"the {key} changed"
     return f"the {key} changed from {shown[0]} to {shown[1]}"
+
+
+def _recipe_difference(recorded: Any, present: Any) -> str:
+    """Say which options of which passes changed; a recipe as a whole is too long to compare by eye."""
+    try:
+        before, after = ([next(iter(line.items())) for line in recipe] for recipe in (recorded, present))
+        names = [[name for name, _ in recipe] for recipe in (before, after)]
+        if names[0] != names[1]:
+            return f"the passes changed from {', '.join(names[0])} to {', '.join(names[1])}"
+        changes = [
+            f"{name}.{option} changed from {_option(old, option)} to {_option(new, option)}"
+            for (name, old), (_, new) in zip(before, after, strict=True)
+            for option in sorted(old.keys() | new.keys())
+            if _option(old, option) != _option(new, option)
+        ]
+    except (AttributeError, TypeError, StopIteration):  # the journal comes from a file
+        return "the recipe changed"
+    return "; ".join(changes) or "the recipe changed"
+
+
+def _option(options: Mapping[str, Any], name: str) -> str:
+    """Return the value of an option for people; a recipe line leaves out those that are not changed."""
+    if name not in options:
+        return "its default"
+    value = options[name]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _is_digest(value: Any) -> bool:

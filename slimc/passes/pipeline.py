@@ -74,7 +74,9 @@ def check_order(passes: Sequence[Pass]) -> None:
             raise RecipeError(f"'{one.name}' comes after fuse, which must be the last pass. Move fuse to the end.")
         one.check_after(earlier)
         if one.statistics() and not any(isinstance(other, Calibrate) for other in earlier):
-            raise RecipeError(f"{one!r} needs statistics of the activations: put Calibrate() first.")
+            raise RecipeError(
+                f"{one.name} needs calibrate before it, for statistics of the activations. Put calibrate first."
+            )
     if not any(isinstance(one, SitePass) for one in passes):
         raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune.")
 

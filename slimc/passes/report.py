@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from slimc.progress import counted, printable
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class LeftRow:
 class Report:
     """The record of one compression: the recipe in config form, the sites, and what was left alone.
 
-    ``graph`` is the text form of the final program. ``seconds`` holds wall-clock time by stage; it is kept apart
-    because it differs from run to run.
+    ``str()`` of it is a table for people. ``graph`` is the text form of the final program. ``seconds`` holds wall-clock
+    time by stage; it is kept apart because it differs from run to run.
     """
 
     recipe: list[dict[str, Any]]
@@ -60,6 +62,14 @@ class Report:
         """Mean bits a weight over all compressed sites, adapters, masks and scales included."""
         weights = sum(row.shape[0] * row.shape[1] for row in self.sites)
         return sum(row.bits * row.shape[0] * row.shape[1] for row in self.sites) / max(weights, 1)
+
+    def __str__(self) -> str:
+        """Return a row a site, a row for each weight left alone with its reason, and what the sites take in all."""
+        parts = [*_aligned(table_of_sites(self.sites)), ""]
+        if self.left:
+            parts += ["Left dense:", *_aligned(table_of_left(self.left)), ""]
+        parts.append(f"{counted(len(self.sites), 'layer')}: {self.bits_per_weight:.3f} bits a weight")
+        return "\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON types, without the timings and the graph."""
@@ -79,3 +89,30 @@ class Report:
             left=[LeftRow(**{**row, "shape": tuple(row["shape"])}) for row in record["left"]],
             calibration_tokens=record["calibration_tokens"],
         )
+
+
+def table_of_sites(rows: Sequence[SiteRow]) -> list[list[str]]:
+    """Return the headings and a line a site, as text; an error that was not measured is a dash."""
+    held_out = any(row.held_out_error is not None for row in rows)
+    headings = ["layer", "shape", "expression", "bits", "weight error", "output error", "without adapters"]
+    lines = [headings + ["held out"] * held_out]
+    for row in rows:
+        errors = [row.weight_error, row.output_error, row.base_output_error, *[row.held_out_error] * held_out]
+        start = [printable(row.name), _shape(row.shape), printable(row.expression), f"{row.bits:.3f}"]
+        lines.append(start + ["-" if error is None else f"{error:.4f}" for error in errors])
+    return lines
+
+
+def table_of_left(rows: Sequence[LeftRow]) -> list[list[str]]:
+    """Return the headings and a line a weight that was left as it was, as text."""
+    return [["weight", "shape", "reason"], *([printable(r.name), _shape(r.shape), printable(r.reason)] for r in rows)]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in shape)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table with its columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]

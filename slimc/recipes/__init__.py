@@ -153,6 +153,8 @@ def _load(path: Path, depth: int) -> Recipe:
         raise RecipeError(f"recipe '{path}' is not UTF-8 text") from error
 
     record = _parse(text, f"recipe '{path}'")
+    if record is None:
+        raise RecipeError(f"recipe '{path}' is empty; 'slimc recipes {DEFAULT}' prints one to start from")
     if not isinstance(record, dict):
         raise RecipeError(f"recipe '{path}' must be a mapping with the keys {_KEYS}; found {type(record).__name__}")
     for key in record:
@@ -162,6 +164,8 @@ def _load(path: Path, depth: int) -> Recipe:
     base = record.pop("extends", None)
     if base is not None:
         record = _extend(record, base, path, depth)
+    elif "passes" not in record:
+        raise RecipeError(f"recipe '{path}' has no 'passes' list, and does not extend another recipe")
     return _validate({"name": path.stem} | record, path)
 
 

@@ -26,6 +26,10 @@ def usable_device(name: str | torch.device) -> torch.device:
         InputError: there is none, or it cannot be used.
     """
     try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"there is no device '{name}'; name cpu, cuda or cuda:N (cuda:0, cuda:1...)") from error
+    try:
         # A tensor knows its device by index ("cuda" is "cuda:0"), which makes devices comparable.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

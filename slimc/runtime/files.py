@@ -255,7 +255,7 @@ def check_replaceable(target: Path, *, overwrite: bool, replaceable: Callable[[P
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{target}: already exists; choose another folder or ask for it to be overwritten")
+        raise InputError(f"{target}: already exists; choose another folder, or replace it with overwrite=True")
     if not replaceable(target):
         raise InputError(
             f"{target}: holds files that slimc did not write, so it will not be replaced; choose another folder"

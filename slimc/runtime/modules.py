@@ -17,7 +17,7 @@ from slimc.errors import FormatError
 from slimc.runtime import ops
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
-from slimc.runtime.select import Choice, Kernel, choices, choose
+from slimc.runtime.select import Choice, Explanation, Kernel, choices, choose
 
 __all__ = ["SlimLinear", "explain", "use_kernels"]
 
@@ -249,6 +249,7 @@ def use_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
             module.use_kernels(kernels)
 
 
-def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, list[Choice]]:
+def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
     """Return, by module name, which kernel each `SlimLinear` of ``model`` runs at which token counts, and why."""
-    return {name: module.choices(dtype) for name, module in model.named_modules() if isinstance(module, SlimLinear)}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SlimLinear)]
+    return Explanation((name, module.choices(dtype)) for name, module in layers)

@@ -12,13 +12,19 @@ _MARGIN = 8
 """Rows that a table may have beyond its positions (OPT keeps 2, RoBERTa counts its own among the positions)."""
 
 
-def positions_of(model: nn.Module) -> int | None:
-    """Return how many positions ``model`` has, ``None`` if no table limits them (rotary and relative ones do not)."""
+def context_of(model: nn.Module) -> int | None:
+    """Return how many tokens ``model`` was made to read at once, ``None`` if its configuration does not say."""
     config: Any = getattr(model, "config", None)
     getter = getattr(config, "get_text_config", None)
     config = config if getter is None else getter()
     announced = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if not isinstance(announced, int):
+    return announced if isinstance(announced, int) else None
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many positions ``model`` has, ``None`` if no table limits them (rotary and relative ones do not)."""
+    announced = context_of(model)
+    if announced is None:
         return None
     usable = [
         min(announced, module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["Choice", "Kernel", "choices", "choose", "token_bucket"]
+__all__ = ["Choice", "Explanation", "Kernel", "choices", "choose", "token_bucket"]
 
 LARGEST_EXPLAINED = 1 << 14
 """Token counts above this choose like this one in `choices`."""
@@ -64,6 +64,16 @@ class Choice:
             tokens = f"{self.first_tokens} to {self.last_tokens} tokens"
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals.items())
         return f"{tokens}: {self.kernel.name if self.kernel else 'slim::linear'}{f' ({reasons})' if reasons else ''}"
+
+
+class Explanation(dict[str, list[Choice]]):
+    """The choices of each layer by its name; ``str()`` of it is text for people, layers that choose alike together."""
+
+    def __str__(self) -> str:
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, made in self.items():
+            alike.setdefault(tuple(str(choice) for choice in made), []).append(name)
+        return "\n\n".join("\n".join([*names, *(f"    {choice}" for choice in made)]) for made, names in alike.items())
 
 
 def token_bucket(tokens: int) -> int:

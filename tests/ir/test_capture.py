@@ -392,6 +392,29 @@ def test_a_model_that_cannot_be_exported_is_an_error_with_advice() -> None:
     assert model.config.use_cache
 
 
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.linear(x.mul_(2))
+
+
+def test_a_batch_that_the_model_itself_fails_on_is_no_fault_of_the_exporter(capfd: pytest.CaptureFixture[str]) -> None:
+    model, wide = Counting(), x(3, 9)
+    before = wide.clone()
+    with pytest.raises(InputError, match=r"the model itself, fails on the first .* \(float32\[3, 9\]\): mat1 and mat2"):
+        capture(model, [call(wide)])
+    with pytest.raises(InputError, match=r"fails on calibration batch 2 \(float32\[3, 9\]\): "):
+        capture(model, [call(x(1, 8)), call(wide)])
+    assert torch.equal(wide, before)
+    assert torch.equal(model.calls, torch.zeros(1))
+    assert capfd.readouterr().err == ""
+
+
 def test_the_model_is_captured_as_for_inference_and_left_as_it_was() -> None:
     model = Cached()
     model.linear.eval()

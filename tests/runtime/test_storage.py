@@ -550,7 +550,7 @@ def test_a_buffer_without_values_is_refused(saved: Path) -> None:
 
 def test_existing_output_is_kept_unless_asked(folder: Path) -> None:
     before = contents(folder)
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match="already exists; choose another folder, or replace it with overwrite=True"):
         save(small_net(), folder)
     assert contents(folder) == before
     save(small_net(), folder, overwrite=True)
