@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,10 +103,8 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    results = []
     with torch.cuda.graph(graph):
-        for call in calls:
-            results.append(call())
+        results = [call() for call in calls]
     graph.replay()
     times = []
     for _ in range(REPLAYS):
@@ -115,6 +114,7 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
+    del results
     return statistics.median(times)
 
 
@@ -193,7 +193,7 @@ def measure(
     for count in tokens:
         x = torch.randn(count, columns, dtype=torch.bfloat16, device="cuda")
         row: dict[str, object] = {"rows": rows, "columns": columns, "tokens": count}
-        bf16 = row["cublas_us"] = microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
+        bf16 = row["cublas_us"] = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
         for name in launches(layers[0], x):
             row[f"{name}_us"] = microseconds([launches(layer, x)[name] for layer in layers])
         ours = float(row[f"{chosen(count)}_us"])  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def measure(
         for name, (made, most) in peers.items():
             if count <= most:
                 try:
-                    row[f"{name}_us"] = microseconds([lambda layer=layer: layer(x) for layer in made])
+                    row[f"{name}_us"] = microseconds([partial(layer, x) for layer in made])
                     row[f"over_{name}"] = float(row[f"{name}_us"]) / ours  # type: ignore[arg-type]
                 except Exception as error:
                     print(f"# {name} at {count} tokens: {type(error).__name__}: {str(error)[:120]}")
@@ -243,8 +243,10 @@ def plot(rows: Sequence[dict[str, object]], to: Path) -> None:
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
     parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -257,6 +259,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for model in options.models.split(","):
         for name, parts, columns in LAYERS[model]:
+            if options.layers and name not in options.layers.split(","):
+                continue
             for row in measure(parts, columns, tokens, bandwidth, options.peers.split(",") if options.peers else []):
                 rows.append({"model": model, "layer": name, **row})
                 shown = "  ".join(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimc.backends import KERNELS
 from slimc.backends.cuda.decode import DECODE, launch, make_plan
-from slimc.backends.cuda.layer import prepare
+from slimc.backends.cuda.layer import prepare, stack
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 
@@ -85,3 +85,16 @@ def test_a_captured_graph_and_another_stream_do_not_meet(random_layer: Any) -> N
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
     assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130), (0, 0)])
+def test_stacked_layers_keep_their_own_adapters(
+    random_layer: Any, check: Any, ranks: tuple[int, int], tokens: int
+) -> None:
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
+    layer = stack([prepare(part) for part in parts])
+    x, bias = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((tokens, 640), (812,)))
+    y = launch(make_plan(layer, x.dtype, tokens), x, layer, bias)
+    check(parts[0], x, bias[:512], y[:, :512])
+    check(parts[1], x, bias[512:], y[:, 512:])
