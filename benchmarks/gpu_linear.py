@@ -1,14 +1,14 @@
 """Linear layers of Llama models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's int4.
 
-    python benchmarks/gpu_linear.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [--json FILE] [--plot FILE]
+    python benchmarks/gpu_linear.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [--json FILE]
 
-slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v, or gate and
-up) keep the adapters of each. Peers are int4 with a scale every 128 columns and have no adapters; those that are installed
-are measured: humming-kernels, and torch's own `_weight_int4pack_mm`.
+slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v,
+or gate and up) keep the adapters of each. Peers are int4 with a scale every 128 columns and have no adapters; those
+that are installed are measured: humming-kernels, and torch's own `_weight_int4pack_mm`.
 
-A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB. Calls are
-captured into a CUDA graph; a figure is the median of its replays, in microseconds a call. All columns of a row are taken one
-after another in the same process.
+A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
+Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call. All columns of a
+row are taken one after another in the same process.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ class Counters:
         self._free: list[Tensor] = []
         self._by_stream: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
+        if device.type == "cuda":
+            self._refill()
 
     def of_launch(self, stream: int) -> int:
         """Return the address of the counters for a launch on ``stream``, which may be capturing."""

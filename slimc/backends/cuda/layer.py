@@ -102,7 +102,14 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
         layer.rank_start = torch.zeros(layer.codes.shape[0], dtype=torch.int32, device=weight.values.device)
         layer.counters = Counters(weight.values.device)
+    _settle(weight.values.device)
     return layer
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until a layer is written: kernels load weights before they wait for the launches ahead of them."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _fill_rows(tensor: Tensor, rows: int, value: int) -> Tensor:
@@ -188,6 +195,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
     )
     if first.right is None:
+        _settle(first.codes.device)
         return stacked
     # All rows of L read equally many ranks: those of a layer with fewer begin with zeros for what lies before its own.
     units = max(one.left_units for one in layers)
@@ -209,6 +217,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         for one, start in zip(layers, starts, strict=True)
     ])  # fmt: skip
     stacked.counters = Counters(first.codes.device)
+    _settle(first.codes.device)
     return stacked
 
 
