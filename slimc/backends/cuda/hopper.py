@@ -284,7 +284,7 @@ def _right_shape(ranks: int, tokens: int, processors: int) -> LaunchShape:
         return LaunchShape(LARGEST_TOKEN_TILE, 1, 2, 1, 1)
     tile = min(64, max(SMALLEST_TOKEN_TILE, 1 << (tokens - 1).bit_length()))
     work = row_blocks * -(-tokens // tile)
-    return LaunchShape(tile, 1, 2, _share_columns(work, 2 * processors, LARGEST_CLUSTER), 2)
+    return LaunchShape(tile, 1, 2, _share_columns(work, processors, LARGEST_CLUSTER), 2)
 
 
 def _share_columns(work: int, blocks: int, most: int) -> int:

@@ -1,0 +1,95 @@
+"""Compiling at run time, on machines without a GPU too: NVRTC needs none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from slimc.backends.cuda import compiler
+from slimc.backends.cuda.hopper import LaunchShape
+from slimc.backends.cuda.layer import source
+from slimc.errors import KernelError
+
+TRIVIAL = 'extern "C" __global__ void fill(int* to) { to[threadIdx.x] = VALUE; }'
+
+
+def test_a_source_becomes_machine_code() -> None:
+    cubin = compiler.compile_source(TRIVIAL, name="fill", arch="sm_80", defines={"VALUE": 3})
+    assert cubin.startswith(b"\x7fELF")
+    assert b"fill" in cubin
+
+
+def test_a_mistake_in_a_source_is_told_with_its_line() -> None:
+    with pytest.raises(KernelError, match=r"kernel 'fill' does not compile for sm_80.*\n(.*\n)*.*VALUE.*undefined"):
+        compiler.compile_source(TRIVIAL, name="fill", arch="sm_80")
+
+
+@pytest.mark.parametrize("arch", ["sm80", "compute_80", "sm_80 -G", ""])
+def test_what_is_no_architecture_is_refused(arch: str) -> None:
+    with pytest.raises(KernelError, match="no architecture"):
+        compiler.compile_source(TRIVIAL, name="fill", arch=arch, defines={"VALUE": 3})
+
+
+def test_options_do_not_depend_on_the_order_of_macros() -> None:
+    assert compiler.compile_options("sm_80", {"A": 1, "B": True}) == compiler.compile_options("sm_80", {"B": 1, "A": 1})
+    with pytest.raises(KernelError, match="name of a macro"):
+        compiler.compile_options("sm_80", {"A=1 -I": 1})
+
+
+@pytest.fixture
+def no_places(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compiler, "_places", lambda: iter([("nowhere", ["libnvrtc.so.99"], 0)]))
+    compiler.find_nvrtc.cache_clear()
+    yield
+    compiler.find_nvrtc.cache_clear()
+
+
+@pytest.mark.usefixtures("no_places")
+def test_without_nvrtc_the_error_says_how_to_get_it() -> None:
+    with pytest.raises(KernelError, match=r"pip install nvidia-cuda-nvrtc(.*\n)*.*nowhere"):
+        compiler.compile_source(TRIVIAL, name="fill", arch="sm_80")
+
+
+FORMS = [(1, 0, 1), (1, 64, 1), (1, 128, 1), (1, 0, 0), (0, 0, 1), (0, 64, 0)]
+"""Whether W is 2:4, its groups, and whether there are adapters."""
+
+
+@pytest.mark.parametrize(("sparse", "group", "adapters"), FORMS)
+@pytest.mark.parametrize(("arch", "number"), [("sm_80", 80), ("sm_90a", 90)])
+@pytest.mark.parametrize("bfloat16", [0, 1])
+def test_the_kernel_for_few_tokens_compiles(
+    arch: str, number: int, sparse: int, group: int, adapters: int, bfloat16: int
+) -> None:
+    defines = {
+        "BFLOAT16": bfloat16, "ARCH": number, "SPARSE": sparse, "GROUP": group, "ADAPTERS": adapters,
+        "TOKEN_TILES": 1, "ROW_TILES": 2, "WARP_ROWS": 1, "WARP_COLUMNS": 16, "STAGES": 2, "BLOCKS": 1,
+    }  # fmt: skip
+    cubin = compiler.compile_source(source("decode.cu"), name="decode_linear", arch=arch, defines=defines)
+    assert cubin.startswith(b"\x7fELF")
+
+
+SHAPES = [LaunchShape(16, 1, 2, 4, 2), LaunchShape(64, 1, 2, 2, 2), LaunchShape(128, 2, 2, 1, 1)]
+
+
+@pytest.mark.parametrize(("sparse", "group", "adapters"), FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.tokens} tokens")
+def test_the_kernel_for_hopper_compiles_and_its_products_overlap(
+    shape: LaunchShape, sparse: int, group: int, adapters: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    defines = {
+        "BFLOAT16": 1, "ARCH": 90, "SPARSE": sparse, "GROUP": group, "ADAPTERS": adapters, "TOKENS": shape.tokens,
+        "ROW_TILES": shape.row_tiles, "STAGES": shape.stages, "AHEAD": shape.ahead, "CLUSTER": shape.cluster,
+        "BLOCKS": shape.blocks, "MULTICAST": shape.multicast,
+    }  # fmt: skip
+    with caplog.at_level(logging.DEBUG, compiler.__name__):
+        cubin = compiler.compile_source(source("hopper.cu"), name="hopper_linear", arch="sm_90a", defines=defines)
+    assert cubin.startswith(b"\x7fELF")
+    assert "serialized" not in caplog.text
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.tokens} tokens")
+def test_the_blocks_of_a_shape_fit_on_a_multiprocessor(shape: LaunchShape) -> None:
+    assert shape.stages >= 2
+    assert shape.blocks * (shape.shared_bytes + 2 * shape.stages * 8 + 1024) <= 228 << 10
