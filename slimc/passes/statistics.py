@@ -85,6 +85,11 @@ class InputStatistics:
                 f"The calibration inputs of '{where}' contain NaN or Inf (or overflow float32 when squared). "
                 "Check the calibration data, and that the dense model runs without NaN in this dtype on this text."
             )
+        if statistics.cross_gram is not None and not bool(torch.isfinite(statistics.cross_gram).all()):
+            raise NumericsError(
+                f"The inputs of '{where}' in the dense model contain NaN or Inf (or overflow float32), though those of "
+                "the compressed one do not. Check that the dense model runs without NaN in this dtype on this text."
+            )
         return statistics
 
     def _add(self, rows: Tensor) -> None:

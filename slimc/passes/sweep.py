@@ -11,6 +11,7 @@ them and dropped after it, so that device memory is the live activations of all 
 from __future__ import annotations
 
 import logging
+import operator
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 
 from slimc.errors import CaptureError, SlimError
 from slimc.ir.program import Program, Site, Use
-from slimc.passes.base import SitePass
+from slimc.passes.base import SitePass, Statistic
 from slimc.passes.constants import Constants
 from slimc.passes.journal import Journal
 from slimc.passes.report import SiteRow
@@ -40,6 +41,9 @@ Snapshot = Callable[[str, Site, PackedLinear], None]
 
 Values = Mapping[fx.Node, list[Any]]
 """What a node computed, by batch."""
+
+Inputs = tuple[list[Tensor], list[Tensor] | None]
+"""What a product reads, by batch, and what it reads in the dense model, if that runs beside."""
 
 
 class Sweep:
@@ -79,14 +83,14 @@ class Sweep:
         self.snapshot = snapshot
         self.wanted = frozenset().union(*(one.statistics() for one in passes)) if passes else frozenset()
         self.rows: list[SiteRow] = []
-        self._written = _written_values(program.graph)
+        self._written = _written_values(program.module)
         self._values: dict[fx.Node, list[Any]] = {}
         # What the dense model computes, where that is something else: after the first site, or wherever an operator
         # that writes its argument would change what both streams read.
         self._apart: dict[fx.Node, list[Any]] = {}
         self._two_streams = "cross_gram" in self.wanted
         self._always_apart = self._two_streams and bool(self._written)
-        self._earlier_inputs: dict[str, list[tuple[list[Tensor], list[Tensor] | None]]] = {}
+        self._earlier_inputs: dict[str, list[Inputs]] = {}
         self._shared_statistics: dict[tuple[str, ...], tuple[InputStatistics, InputStatistics | None]] = {}
 
     def run(self) -> list[SiteRow]:
@@ -206,14 +210,17 @@ class Sweep:
 
         A weight with several uses stays dense until its last one, where the statistics of all of them are known.
         """
-        dense = self._dense_values[use.input] if self._two_streams else None
-        inputs = (self._values[use.input], dense)
+        dense: list[Tensor] | None = self._dense_values[use.input] if self._two_streams else None
+        inputs: Inputs = (self._values[use.input], dense)
         if use is not site.uses[-1]:
+            # What is written before the last use must be kept as it is now.
+            if _base(use.input) in self._written:
+                inputs = ([value.clone() for value in inputs[0]], dense and [value.clone() for value in dense])
             self._earlier_inputs.setdefault(site.name, []).append(inputs)
             return
         self._finish(site, [*self._earlier_inputs.pop(site.name, []), inputs])
 
-    def _finish(self, site: Site, inputs: Sequence[tuple[list[Tensor], list[Tensor] | None]]) -> None:
+    def _finish(self, site: Site, inputs: Sequence[Inputs]) -> None:
         """Take the site from the journal, or solve it and write it there; it goes to the device of the model."""
         home = self.program.dense_weight(site).device
         recorded = self.journal.read(site, home) if self.journal else None
@@ -231,28 +238,36 @@ class Sweep:
         self.progress.advance("compress", note=site.name)
 
     def _statistics(
-        self, site: Site, inputs: Sequence[tuple[list[Tensor], list[Tensor] | None]]
+        self, site: Site, inputs: Sequence[Inputs]
     ) -> tuple[InputStatistics | None, InputStatistics | None]:
         """Gather the statistics of the site's input, of fitted and of held-out batches, once for all that share it."""
         if not self.wanted:
             return None, None
-        if site.group not in self._shared_statistics:
-            fitted = self._gather(site, inputs, slice(self.fitted))
+        # A value that is written between two products that read it is another input for each of them.
+        changes = any(_base(use.input) in self._written for use in site.uses)
+        if changes or site.group not in self._shared_statistics:
+            names = " and ".join(f"'{name}'" for name in site.group)
+            fitted = self._gather(site, inputs, slice(self.fitted), self.wanted)
             if fitted.is_silent:
                 log.warning(
                     "Calibration never reached %s: its inputs are all zero, so only its weights can guide the choices.",
-                    " and ".join(f"'{name}'" for name in site.group),
+                    names,
                 )
-            held_out = self._gather(site, inputs, slice(self.fitted, None)) if self.fitted < len(self.inputs) else None
+            held_out = None
+            if self.fitted < len(self.inputs):
+                held_out = self._gather(site, inputs, slice(self.fitted, None), frozenset())
+                if held_out.is_silent:
+                    log.warning("No held-out batch reached %s: nothing is judged by them there.", names)
+                    held_out = None
             self._shared_statistics[site.group] = fitted, held_out
         return self._shared_statistics[site.group]
 
     def _gather(
-        self, site: Site, inputs: Sequence[tuple[list[Tensor], list[Tensor] | None]], batches: slice
+        self, site: Site, inputs: Sequence[Inputs], batches: slice, wanted: frozenset[Statistic]
     ) -> InputStatistics:
         activations = [x for actual, _ in inputs for x in actual[batches]]
         dense = [x for _, exact in inputs if exact is not None for x in exact[batches]]
-        return InputStatistics.gather(activations, self.wanted, site.name, dense=dense or None)
+        return InputStatistics.gather(activations, wanted, site.name, dense=dense or None)
 
     def _solve(
         self, site: Site, statistics: InputStatistics | None, held_out: InputStatistics | None
@@ -288,16 +303,34 @@ def _moved(packed: PackedLinear, device: torch.device) -> PackedLinear:
     return PackedLinear.assemble(packed.format, {name: tensor.to(device) for name, tensor in packed.tensors().items()})
 
 
-def _written_values(graph: fx.Graph) -> set[fx.Node]:
-    """Return the values that an in-place operator writes, directly or through a view."""
+def _written_values(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the values that an in-place operator writes, directly, through a view, or in a graph inside this one."""
     written: set[fx.Node] = set()
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for argument, source in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(source, fx.Node):
-                written.add(_base(source))
+    for node in module.graph.nodes:
+        written |= {_base(source) for source in _written_arguments(node)}
+        inner = [one for one in (_graph_of(module, source) for source in (node, *node.all_input_nodes)) if one]
+        # Which of its arguments an inner graph writes is not worth telling apart.
+        if node.op != "get_attr" and any(_written_values(one) for one in inner):
+            written |= {_base(source) for source in node.all_input_nodes if _graph_of(module, source) is None}
     return written
+
+
+def _graph_of(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """Return the graph that ``node`` names or calls, if it does."""
+    if node.op not in ("get_attr", "call_module"):
+        return None
+    found = operator.attrgetter(str(node.target))(module)
+    return found if isinstance(found, fx.GraphModule) else None
+
+
+def _written_arguments(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that the operator of ``node`` writes."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
+    written = (given.get(one.name) for one in arguments if one.alias_info is not None and one.alias_info.is_write)
+    return [source for source in written if isinstance(source, fx.Node)]
 
 
 def _base(node: fx.Node) -> fx.Node:

@@ -30,7 +30,8 @@ class SiteWork:
         dense: the exact weight.
         dtype: of the stored 16-bit values and scales.
         statistics: of the site's input; ``None`` when no pass of the recipe needs them.
-        held_out: the same of batches that no choice was fitted to, to judge choices by; ``None`` without such batches.
+        held_out: sample and channel sums of batches that no choice was fitted to, to judge choices by; ``None``
+            without such batches, or where none of them arrived.
         base: the part that is stored as values.
         siblings: dense weights of all sites that read the same input, this one included, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.

@@ -26,9 +26,11 @@ def usable_device(name: str | torch.device) -> torch.device:
         InputError: there is none, or it cannot be used.
     """
     try:
-        torch.device(name)
-    except RuntimeError as error:
+        known = torch.device(name)
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"there is no device '{name}'; name cpu, cuda or cuda:N (cuda:0, cuda:1...)") from error
+    if known.type == "meta":
+        raise InputError("the device 'meta' has no memory to compute in; name cpu, cuda or cuda:N")
     try:
         # A tensor knows its device by index ("cuda" is "cuda:0"), which makes devices comparable.
         return torch.empty(0, device=name).device

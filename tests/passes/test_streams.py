@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slimc
-from slimc.errors import InputError, RecipeError
+from slimc.errors import InputError, NumericsError, RecipeError
 from slimc.ir.capture import capture
 from slimc.passes import Calibrate, LowRank, Prune, Quantize
 from slimc.passes.base import SitePass, Statistic
@@ -135,6 +135,60 @@ def test_an_operator_that_writes_its_argument_keeps_the_streams_apart(batches: l
     assert torch.allclose(statistics.sample, inputs_of(small, batches, ["second"])["second"].float(), atol=1e-4)
 
 
+class WritesInside(WritesInPlace):
+    """The same, in a region that export puts into a graph of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x * 2
+        addend = torch.tanh(self.first(x))
+        with torch.autocast("cpu", enabled=False):
+            kept += addend
+        return self.second(kept)
+
+
+def test_a_write_in_an_inner_graph_keeps_the_streams_apart(batches: list[Tensor], looked: Any) -> None:
+    torch.manual_seed(5)
+    model = WritesInside()
+    small = slimc.compile(model, batches, [Calibrate(), Quantize(bits=2), Look()])
+    statistics = looked["second"][0]
+    assert torch.allclose(statistics.dense_sample, inputs_of(model, batches, ["second"])["second"].float(), atol=1e-4)
+    assert torch.allclose(statistics.sample, inputs_of(small, batches, ["second"])["second"].float(), atol=1e-4)
+
+
+class ReadsTwice(nn.Module):
+    """Uses one weight twice, and changes its input in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.f(x)
+        x.mul_(10)
+        return y + self.f(x)
+
+
+def test_an_input_that_is_written_between_two_uses_counts_as_it_was(batches: list[Tensor], looked: Any) -> None:
+    model = ReadsTwice()
+    slimc.compile(model, batches, [Calibrate(), Look()])
+    rows = torch.cat([batch.flatten(0, -2) for batch in batches]).double()
+    gram = looked["f"][0].gram.double()
+    expected = rows.T @ rows * 101
+    assert bool(((gram - expected).abs() <= 2**-18 * (rows.abs().T @ rows.abs() * 101)).all())
+
+
+def test_a_dense_stream_that_overflows_is_an_error() -> None:
+    with pytest.raises(NumericsError, match="'here' in the dense model contain NaN or Inf"):
+        InputStatistics.gather([torch.ones(2, 4)], {"cross_gram"}, "here", dense=[torch.full((2, 4), float("inf"))])
+
+
+@pytest.mark.parametrize("name", ["meta", 3.5, "nonsense"])
+def test_what_cannot_compute_is_no_device(name: Any) -> None:
+    with pytest.raises(InputError, match="name cpu, cuda or cuda:N"):
+        usable_device(name)
+
+
 # ------------------------------------------------------------------------------------------------- held-out batches
 
 
@@ -158,12 +212,29 @@ def test_held_out_batches_are_kept_out_of_the_statistics(batches: list[Tensor], 
 def test_the_low_rank_rounds_are_judged_by_held_out_outputs(batches: list[Tensor], run: Any) -> None:
     def errors(rounds: int) -> list[float]:
         passes = [Calibrate(held_out=0.3), Quantize(bits=3), Prune("2:4"), LowRank(rank=4, rounds=rounds)]
-        torch.manual_seed(7)
+        # With this seed the first round makes the held-out outputs worse than no round.
+        torch.manual_seed(5)
         _, outcome = run(nn.Sequential(nn.Linear(32, 24)), batches, passes, held_out=1)
         return [row.held_out_error for row in outcome.rows]
 
     found = [errors(rounds)[0] for rounds in range(4)]
     assert found == sorted(found, reverse=True)
+    assert found[-1] < found[0]
+
+
+def test_held_out_batches_that_never_arrive_judge_nothing(
+    batches: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = [*batches[:2], torch.zeros_like(batches[2])]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    passes = [Quantize(bits=3), Prune("2:4"), LowRank(rank=4, rounds=4)]
+    with caplog.at_level("WARNING"):
+        judged = slimc.report(slimc.compile(model, quiet, [Calibrate(held_out=0.3), *passes])).sites[0]
+    assert "No held-out batch reached '0'" in caplog.text
+    assert judged.held_out_error is None
+    fitted = slimc.report(slimc.compile(model, quiet[:2], [Calibrate(), *passes])).sites[0]
+    assert judged.output_error == fitted.output_error
 
 
 @pytest.mark.parametrize(("share", "batches", "expected"), [(0.0, 1, 0), (0.01, 5, 1), (0.5, 5, 2), (0.9, 9, 8)])
