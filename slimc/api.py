@@ -125,6 +125,11 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     record = Journal(Path(journal), resume=resume) if journal is not None else None
     settings = next((one for one in chosen if isinstance(one, Calibrate)), Calibrate())
     calibrated = pipeline.needs_calibration(chosen)
+    if settings.held_out and not calibrated:
+        raise RecipeError(
+            f"calibrate: held_out={settings.held_out} judges nothing, because no pass of this recipe asks for "
+            "statistics of the inputs; leave it out, or add a pass that does, such as low_rank with method slim"
+        )
     self_sampled = calibrated and calibration is None
     place = None if device is None else usable_device(device)
     clock = _Clock()
@@ -135,12 +140,12 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         batches = calibration_batches(model, calibration, shape, tokenizer=tokenizer)
     else:
         batches = self_sampled_outline(model, settings) if calibrated else example_batches(model)
+    held_out = settings.held_out_batches(len(batches)) if calibrated else 0
     clock.lap("calibration data")
     progress.start("capture", 1)
     program = _capture(model, batches, (*recipe_include, *_several(include)), (*recipe_exclude, *_several(exclude)))
     pipeline.check_sites(program, chosen)
     inputs = [program.flatten_inputs(*batch) for batch in batches] if calibrated else []
-    held_out = settings.held_out_batches(len(inputs)) if calibrated else 0
     progress.advance("capture")
     progress.finish("capture")
     clock.lap("capture")

@@ -109,7 +109,7 @@ class Quantize(SitePass):
         16 bits adds no error.
         """
         mean_abs = work.require_statistics(self.name).mean_abs
-        enlarge = activation_aware_scales(mean_abs, work.siblings, fraction=self.fraction, factor=self.factor)
+        enlarge = activation_aware_scales(mean_abs, work.siblings(), fraction=self.fraction, factor=self.factor)
         work.input_scale = (1 / enlarge).to(work.dtype).float()
         enlarge = 1 / work.input_scale
         dtype = work.scale_dtype

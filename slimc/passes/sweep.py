@@ -279,7 +279,7 @@ class Sweep:
             dtype=site.dtype,
             statistics=statistics,
             held_out=held_out,
-            siblings=[self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group],
+            siblings=lambda: [self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group],
         )
         for one in self.passes:
             try:

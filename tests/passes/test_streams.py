@@ -242,6 +242,11 @@ def test_the_number_of_held_out_batches(share: float, batches: int, expected: in
     assert Calibrate(held_out=share).held_out_batches(batches) == expected
 
 
+def test_held_out_batches_that_nothing_could_be_judged_by_are_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(RecipeError, match="held_out=0.3 judges nothing"):
+        slimc.compile(chain(), batches, [Calibrate(held_out=0.3), Quantize(), LowRank(method="svd", rounds=3)])
+
+
 def test_no_batch_left_to_fit_to_is_an_error(batches: list[Tensor]) -> None:
     with pytest.raises(InputError, match="held_out=0.5 of 1 calibration batch leaves none to fit to"):
         slimc.compile(chain(), batches[:1], [Calibrate(held_out=0.5), Prune()])
