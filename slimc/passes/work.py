@@ -33,7 +33,7 @@ class SiteWork:
         held_out: sample and channel sums of batches that no choice was fitted to, to judge choices by; ``None``
             without such batches, or where none of them arrived.
         base: the part that is stored as values.
-        siblings: brings the dense weights of all sites that read the same input, this one included, in their own dtypes.
+        siblings: brings the dense weights of all sites that read the same input, this one too, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
     """

@@ -91,7 +91,7 @@ def test_sites_that_share_an_input_share_its_scale(network: nn.Module, batches: 
 
 
 def work_on(weight: Tensor, inputs: Tensor, wanted: set[str], dtype: torch.dtype = torch.float32) -> SiteWork:
-    return SiteWork("site", weight, dtype, InputStatistics.gather([inputs], wanted, "site"), [weight])
+    return SiteWork("site", weight, dtype, InputStatistics.gather([inputs], wanted, "site"), lambda: [weight])
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["slim", "svd"]), st.sampled_from([None, 2, 4]))
