@@ -47,7 +47,7 @@ struct Arguments {
     const u32* left_scale; // [row tiles][left units][8]
     float* partial;        // [splits][tokens][ranks]: x @ R^T over the columns of a split
     u32* counters;         // units begun, units done, blocks that left; all zero between launches
-    const int* rank_start; // [row tiles]: first rank that a tile's L reads
+    const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
     int tokens;
     int rows;
     int columns;
@@ -57,7 +57,7 @@ struct Arguments {
     int row_scale;         // 1: a scale a row, 0: one for all
     int ranks;             // of all adapters together, each padded to 64
     int rank_tiles;        // ranks / 16
-    int left_units;        // ranks that one row reads / 64
+    int left_units;        // units of 64 ranks that a row of L has room for
     int left_steps;        // units of L that each warp takes, a multiple of STAGES
     int splits;            // of a product with R, by columns
     int split_units;       // 64 columns each, of a split
@@ -483,9 +483,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_linear(cons
                 if (unit < a.left_units) {
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; ++i) {
-                        if (tile + i < end) {
+                        if (tile + i < end && unit < a.rank_range[tile + i].y) {
                             float part[TOKEN_TILES][4] = {};
-                            multiply_dense_unit(part, w[s].codes[i], t, a.rank_start[tile + i] + unit * 64);
+                            multiply_dense_unit(part, w[s].codes[i], t, a.rank_range[tile + i].x + unit * 64);
                             add_scaled(sum[i], part, w[s].metadata[i].x);
                         }
                     }

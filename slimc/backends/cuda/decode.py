@@ -51,7 +51,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "x", "y", "codes", "metadata", "scale", "bias", "right", "right_scale", "left", "left_scale",
-            "partial", "counters", "rank_start",
+            "partial", "counters", "rank_range",
         )),
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "columns", "row_tiles", "units", "groups", "row_scale", "ranks", "rank_tiles",
@@ -174,7 +174,7 @@ def make_plan(
         right_scale=pointer(layer.right_scale),
         left=pointer(layer.left),
         left_scale=pointer(layer.left_scale),
-        rank_start=pointer(layer.rank_start),
+        rank_range=pointer(layer.rank_range),
         tokens=tokens,
         rows=spec.rows,
         columns=spec.columns,

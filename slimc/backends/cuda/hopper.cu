@@ -42,16 +42,15 @@ struct Arguments {
     const u16* bias;       // [rows] or null
     const uint4* left;     // [row tiles][left units][lane]
     const u32* left_scale; // [row tiles][left units][8]
-    const int* rank_start; // [row tiles]: first rank that a tile's L reads
+    const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
     int tokens;
     int rows;
     int row_tiles;         // of 16 rows
     int units;             // of a row tile: columns / (SPARSE ? 128 : 64), rounded up
     int groups;            // of a row, if GROUP
     int row_scale;         // 1: a scale a row, 0: one for all
-    int left_units;        // ranks that one row reads / 64
+    int left_units;        // units of 64 ranks that a row of L has room for
     int steps;             // pieces of W
-    int left_steps;        // pieces of L
     int token_tiles;       // tokens / TOKENS, rounded up
     int wait_first;        // 1: x may still be written by the launch before
     u32 zero;              // 0, which the compiler does not know
@@ -250,18 +249,18 @@ __device__ __forceinline__ void load_weights(const Arguments& a, Weights& w, con
     }
 }
 
-// Ranks beyond a row's own may be those of other rows: their scales are zero.
-__device__ __forceinline__ void load_left(const Arguments& a, LeftWeights& w, int tile, int step, int lane) {
+// Ranks beyond a row's own are those of other rows: their scales are zero.
+__device__ __forceinline__ void load_left(const Arguments& a, LeftWeights& w, int tile, int step, int units, int lane) {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
         const size_t first = (size_t)min(tile + 4 * m, a.row_tiles - 1) * a.left_units;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int unit = 2 * step + h;
-            const size_t at = first + min(unit, a.left_units - 1);
+            const size_t at = first + min(unit, units - 1);
             w.codes[m][h] = load_once(a.left + at * 32 + lane);
             const u32 scales = load_once(a.left_scale + at * 8 + lane / 4);
-            w.scales[m][h] = unit < a.left_units ? scales : 0;
+            w.scales[m][h] = unit < units ? scales : 0;
         }
     }
 }
@@ -319,8 +318,10 @@ __device__ __forceinline__ void prefetch_weights(const Arguments& a, int tile, i
 #endif
 }
 
-__device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p, int begin, int end, int tile, int token, int lane) {
-    const int rank = ADAPTERS && tile < a.row_tiles ? a.rank_start[tile] : 0;
+// Pieces of L that a row reads.
+__device__ __forceinline__ int steps_of(int2 ranks) { return (ranks.y + 1) / 2; }
+
+__device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p, int begin, int end, int2 ranks, int tile, int token, int lane) {
     prefetch_weights(a, tile, begin, min(begin + STAGES + WINDOW, end), lane);
     if (lane == 0) {
         prefetch_map(&a.x_map);
@@ -331,9 +332,7 @@ __device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p
         if (lane == 0) let_next_launch_begin();
     }
     const int mine = MULTICAST > 1 ? blockIdx.x % MULTICAST * (TOKENS / MULTICAST) : 0;  // tokens that this block brings
-    for (int step = begin; step < end; ++step) {
-        const bool left = ADAPTERS && step >= a.steps;
-        if (left && (step == a.steps || step == begin)) wait_for_previous_launch();
+    auto bring = [&](const TensorMap* map, int step, int column) {
         if (step - begin >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
         if ((step - begin) % WINDOW == 0) {
             const int ahead = step + STAGES + WINDOW;
@@ -342,8 +341,6 @@ __device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p
         if (lane == 0) {
             const u32 barrier = p.full + 8 * p.slot;
             barrier_expect(barrier, SLOT_BYTES);
-            const TensorMap* const map = left ? &a.t_map : &a.x_map;
-            const int column = left ? rank + (step - a.steps) * STEP : step * STEP;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const u32 to = p.data() + half * (SLOT_BYTES / 2) + mine * 128;
@@ -356,7 +353,13 @@ __device__ __forceinline__ void bring_activations(const Arguments& a, Pipeline p
         }
         __syncwarp();
         p.advance();
-    }
+    };
+    for (int step = begin; step < min(end, a.steps); ++step) bring(&a.x_map, step, step * STEP);
+#if ADAPTERS
+    if (a.steps < end) wait_for_previous_launch();
+    for (int step = max(begin, a.steps); step < min(end, a.steps + steps_of(ranks)); ++step)
+        bring(&a.t_map, step, ranks.x + (step - a.steps) * STEP);
+#endif
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns.
@@ -500,8 +503,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
     const int share = blockIdx.x % CLUSTER, work = blockIdx.x / (CLUSTER * MULTICAST);
     const int block = work / a.token_tiles * MULTICAST + (MULTICAST > 1 ? blockIdx.x % MULTICAST : 0);
     const int block_tile = block * (BLOCK_ROWS / 16), token = work % a.token_tiles * TOKENS;
-    const int total = a.steps + a.left_steps;
+    const int total = a.steps + (a.left_units + 1) / 2;
     const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
+    // All rows of a block read the same ranks. Blocks share the columns before they know how many: that takes a load.
+    const int2 ranks = ADAPTERS ? a.rank_range[min(block_tile, a.row_tiles - 1)] : make_int2(0, 0);
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
     Pipeline pipeline{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
 
@@ -521,7 +526,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
 
     if (warp >= 4 * WARPGROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (warp == 4 * WARPGROUPS) bring_activations(a, pipeline, begin, end, block_tile, token, lane);
+        if (warp == 4 * WARPGROUPS) bring_activations(a, pipeline, begin, end, ranks, block_tile, token, lane);
 #if CLUSTER > 1
         cluster_sync();
 #endif
@@ -558,12 +563,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) hopper_linear(cons
 #if ADAPTERS
     {
         LeftWeights w[2];
-        if (middle < end) load_left(a, w[0], tile, middle - a.steps, lane);
-        for (int step = middle; step < end; step += 2) {
+        const int last = min(end, a.steps + steps_of(ranks));
+        if (middle < last) load_left(a, w[0], tile, middle - a.steps, ranks.y, lane);
+        for (int step = middle; step < last; step += 2) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                if (step + i < end) {
-                    load_left(a, w[i ^ 1], tile, step + i + 1 - a.steps, lane);
+                if (step + i < last) {
+                    load_left(a, w[i ^ 1], tile, step + i + 1 - a.steps, ranks.y, lane);
                     multiply_left(sum, w[i], pipeline, step + i == begin);
                 }
             }

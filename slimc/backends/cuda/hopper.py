@@ -52,13 +52,13 @@ class _Arguments(ctypes.Structure):
         ("x_map", driver.TensorMap),
         ("t_map", driver.TensorMap),
         *((name, ctypes.c_void_p) for name in (
-            "y", "codes", "metadata", "scale", "bias", "left", "left_scale", "rank_start",
+            "y", "codes", "metadata", "scale", "bias", "left", "left_scale", "rank_range",
         )),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "row_tiles", "units", "groups", "row_scale", "left_units", "steps", "left_steps",
+            "tokens", "rows", "row_tiles", "units", "groups", "row_scale", "left_units", "steps",
             "token_tiles", "wait_first", "zero",
         )),
-        ("padding", ctypes.c_int * 4),
+        ("padding", ctypes.c_int * 5),
     ]  # fmt: skip
 
 
@@ -189,7 +189,6 @@ def make_plan(
     """
     spec, device_index = layer.format, layer.codes.get_device()
     steps = -(-spec.columns // STEP_COLUMNS)
-    left_steps = -(-layer.left_units * FACTOR_GROUP // STEP_COLUMNS)
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     main = _plan_launch(
         _Arguments(
@@ -198,7 +197,7 @@ def make_plan(
             scale=pointer(layer.scale),
             left=pointer(layer.left),
             left_scale=pointer(layer.left_scale),
-            rank_start=pointer(layer.rank_start),
+            rank_range=pointer(layer.rank_range),
             tokens=tokens,
             rows=spec.rows,
             row_tiles=layer.row_tiles,
@@ -207,7 +206,6 @@ def make_plan(
             row_scale=int(spec.weight.group is None and not spec.weight.per_tensor),
             left_units=layer.left_units,
             steps=steps,
-            left_steps=left_steps,
             wait_first=int(layer.right is None),
         ),
         shape or _shape(spec.rows, tokens, processors),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,9 +27,6 @@ FACTOR_GROUP = 64
 STACKED_ROWS = 256
 """A block of rows, of any kernel, must not read the ranks of two layers."""
 
-_ZERO_CODES = -0x77777778
-"""Eight codes of zero, 0x88888888."""
-
 
 @dataclass
 class FragmentLayer:
@@ -41,7 +39,7 @@ class FragmentLayer:
         scale: of W: 16-bit [1] or [rows], or words of groups, int32 [row tiles, groups, 8].
         right, left: codes of the factors, their rank padded to a multiple of 64.
         right_scale, left_scale: words of their groups of 64 columns.
-        rank_start: int32 [row tiles], the first rank that a tile of L reads.
+        rank_range: int32 [row tiles, 2], the first rank that a tile of L reads, and how many units of 64.
         counters: for kernels that hand out work.
         plans: launches decided so far, by whatever a kernel distinguishes them.
     """
@@ -54,7 +52,7 @@ class FragmentLayer:
     right_scale: Tensor | None = None
     left: Tensor | None = None
     left_scale: Tensor | None = None
-    rank_start: Tensor | None = None
+    rank_range: Tensor | None = None
     counters: Counters | None = None
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -70,7 +68,7 @@ class FragmentLayer:
 
     @property
     def left_units(self) -> int:
-        """Units of 64 ranks that a row of L reads."""
+        """Units of 64 ranks that a row of L has room for; `rank_range` says how many it reads."""
         return 0 if self.left is None else self.left.shape[1]
 
     @property
@@ -100,7 +98,7 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         layer.right_scale = scale_words(_fill_rows(packed.right.scale, ranks, 0))  # type: ignore[arg-type]
         layer.left = code_words(packed.left.values)
         layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
-        layer.rank_start = torch.zeros(layer.codes.shape[0], dtype=torch.int32, device=weight.values.device)
+        layer.rank_range = _rank_range(layer, 0)
         layer.counters = Counters(weight.values.device)
     _settle(weight.values.device)
     return layer
@@ -197,25 +195,13 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     if first.right is None:
         _settle(first.codes.device)
         return stacked
-    # All rows of L read equally many ranks: those of a layer with fewer begin with zeros for what lies before its own.
     units = max(one.left_units for one in layers)
-    own = torch.tensor([0, *(one.ranks for one in layers)]).cumsum(0)
-    starts = own[:-1].clamp(max=int(own[-1]) - units * FACTOR_GROUP)
-    before = [int(skipped) // FACTOR_GROUP for skipped in own[:-1] - starts]
+    starts = list(accumulate((one.ranks for one in layers), initial=0))
     stacked.right = torch.cat([_present(one.right) for one in layers])
     stacked.right_scale = torch.cat([_present(one.right_scale) for one in layers])
-    stacked.left = torch.cat([
-        _fill_units(_present(one.left), skipped, units, _ZERO_CODES)
-        for one, skipped in zip(layers, before, strict=True)
-    ])  # fmt: skip
-    stacked.left_scale = torch.cat([
-        _fill_units(_present(one.left_scale), skipped, units, 0)
-        for one, skipped in zip(layers, before, strict=True)
-    ])  # fmt: skip
-    stacked.rank_start = torch.cat([
-        torch.full((one.row_tiles,), int(start), dtype=torch.int32, device=one.codes.device)
-        for one, start in zip(layers, starts, strict=True)
-    ])  # fmt: skip
+    stacked.left = torch.cat([_fill_units(_present(one.left), units) for one in layers])
+    stacked.left_scale = torch.cat([_fill_units(_present(one.left_scale), units) for one in layers])
+    stacked.rank_range = torch.cat([_rank_range(one, start) for one, start in zip(layers, starts, strict=False)])
     stacked.counters = Counters(first.codes.device)
     _settle(first.codes.device)
     return stacked
@@ -227,6 +213,12 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _fill_units(words: Tensor, before: int, units: int, value: int) -> Tensor:
-    after = units - before - words.shape[1]
-    return torch.nn.functional.pad(words, (0, 0) * (words.dim() - 2) + (before, after), value=value)
+def _fill_units(words: Tensor, units: int) -> Tensor:
+    """Give the rows of L room for as many units as the widest among them."""
+    return torch.nn.functional.pad(words, (0, 0) * (words.dim() - 2) + (0, units - words.shape[1]))
+
+
+def _rank_range(layer: FragmentLayer, first: int) -> Tensor:
+    """Every tile of a layer whose ranks begin at ``first`` reads all of them."""
+    own = torch.tensor([first, layer.left_units], dtype=torch.int32, device=layer.codes.device)
+    return own.expand(layer.row_tiles, 2).contiguous()

@@ -44,18 +44,18 @@ def matrix(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def correction(layer: FragmentLayer) -> Tensor:
-    """Return L @ R as the kernels compute it: each tile of L reads its ranks from ``rank_start`` on."""
+    """Return L @ R as the kernels compute it: each tile of L reads its ranks as ``rank_range`` says."""
     assert layer.left is not None
     assert layer.left_scale is not None
     assert layer.right is not None
     assert layer.right_scale is not None
-    assert layer.rank_start is not None
+    assert layer.rank_range is not None
     left, right = matrix(layer.left, layer.left_scale), matrix(layer.right, layer.right_scale)
-    width = layer.left_units * FACTOR_GROUP
     parts = []
-    for tile, start in enumerate(layer.rank_start.tolist()):
+    for tile, (start, units) in enumerate(layer.rank_range.tolist()):
+        width = units * FACTOR_GROUP
         assert start + width <= layer.ranks
-        parts.append(left[16 * tile : 16 * tile + 16] @ right[start : start + width])
+        parts.append(left[16 * tile : 16 * tile + 16, :width] @ right[start : start + width])
     return torch.cat(parts)
 
 
