@@ -205,7 +205,7 @@ def test_an_interrupted_run_says_how_to_resume_and_does(
     assert "--resume goes on from there" in result.stderr
     assert not (tmp_path / "small").exists()
 
-    refused = invoke(*arguments)
+    refused = invoke("compress", "no-model-is-opened", *arguments[2:])
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
 

@@ -123,6 +123,8 @@ def compress(
     from slimc.runtime.devices import default_device, usable_device
 
     place = default_device() if device is None else usable_device(device)
+    if not overwrite:
+        journals.Journal(journal, resume=resume)  # refuses what is in its place before a model is opened
     dense, tokenizer = open_model(model, dtype=dtype, device="cpu")
     before = weight_bytes(dense)
     task: dict[str, Any] = {
