@@ -22,7 +22,7 @@ DEMO = .venv-demo/bin/python
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-demo: .venv-demo/ready  ## compress a real language model and talk to it (about ten minutes on two cores)
+demo: .venv-demo/ready  ## compress a real language model and talk to it (a few minutes on two cores)
 	@$(DEMO) examples/demo.py $(RECIPE)
 
 test: lint types pytest  ## lint, type-check and test

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from pickle import PicklingError
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -35,7 +35,7 @@ from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.progress import Progress, SilentProgress
 from slimc.runtime import modules
-from slimc.runtime.devices import usable_device
+from slimc.runtime.devices import CANNOT_BE_COPIED, home_of, usable_device
 from slimc.runtime.files import file_inside, write_file
 from slimc.runtime.modules import SlimLinear, use_kernels
 from slimc.runtime.select import Explanation
@@ -94,9 +94,10 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         passes: the name of a preset, the path of a recipe file, one pass or a list of passes.
         tokenizer: of a language model, for texts and self-sampling.
         inplace: replace the linears of ``model`` itself and return it; an error leaves it as it was.
-        device: where to compute, if not where ``model`` is. The model stays where it is, and so does the result: each
-            weight is brought over when its turn comes, so that the device holds the activations of all calibration
-            batches and one layer at a time. Self-sampling alone needs all of the model there.
+        device: where to compute, if not where ``model`` is; needed if it is spread over several. The model stays where
+            it is, and so does the result: each weight is brought over when its turn comes, so that the device holds
+            the activations of all calibration batches and one layer at a time. Self-sampling alone needs all of the
+            model there.
         include: patterns of sites to compress although they are dense by default (``"lm_head"``).
         exclude: patterns of sites to leave dense. Patterns are shell wildcards, or regular expressions after ``re:``.
         journal: folder that keeps finished sites, so that a run that dies can be resumed.
@@ -117,12 +118,130 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         raise InputError(
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
         )
-    recipe_include, recipe_exclude, chosen = _passes(passes)
-    chosen = pipeline.select(chosen, skip=_several(skip), stop_after=stop_after)
     progress = progress or SilentProgress()
     if resume and journal is None:
         raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
     record = Journal(Path(journal), resume=resume) if journal is not None else None
+    if not inplace:
+        _check_copyable(model)
+    clock = _Clock()
+    run = _prepare(
+        model,
+        calibration,
+        passes,
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        skip=skip,
+        stop_after=stop_after,
+        progress=progress,
+        clock=clock,
+    )
+    batches, inputs, fingerprint = run.batches, run.inputs, {}
+    if record:
+        fingerprint = run.fingerprint()
+        record.begin(fingerprint)
+        clock.lap("journal")
+    if run.self_sampled:
+        batches = self_sampled_batches(
+            model, run.settings, tokenizer=tokenizer, device=run.device, journal=record, progress=progress
+        )
+        inputs = [run.program.flatten_inputs(*batch) for batch in batches]
+        clock.lap("calibration data")
+
+    dumps = Path(dump_dir) if dump_dir is not None else None
+    outcome = pipeline.run(
+        run.program,
+        run.passes,
+        inputs,
+        held_out=run.held_out,
+        device=run.device,
+        journal=record,
+        progress=progress,
+        dump_dir=dumps,
+    )
+    small = _install(model, run.program, inplace=inplace)
+    use_kernels(small, KERNELS)
+    report = Report(
+        recipe=[one.to_config() for one in run.passes],
+        sites=outcome.rows,
+        left=[LeftRow(row.name, row.shape, row.reason) for row in run.program.left],
+        calibration_tokens=count_tokens(batches[: len(batches) - run.held_out]) if run.calibrated else 0,
+        seconds=clock.seconds | outcome.seconds,
+        graph=text(run.program),
+        fingerprint=fingerprint,
+    )
+    _attach(small, report)
+    return small  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run before its first long step: everything is checked, the model is captured, nothing is computed yet.
+
+    Attributes:
+        program: the captured model.
+        passes: what will run.
+        settings: of the calibration.
+        calibrated: whether any pass asks for statistics.
+        self_sampled: whether the model is yet to write its calibration text; ``batches`` are then an outline of it.
+        batches: calls of the model.
+        inputs: the same, flat; none if nothing is calibrated.
+        held_out: how many of the last batches are held out.
+        device: where to compute, if it was chosen.
+        home: where the model is.
+    """
+
+    program: Program
+    passes: Sequence[Pass]
+    settings: Calibrate
+    calibrated: bool
+    self_sampled: bool
+    batches: Sequence[Batch]
+    inputs: Sequence[Sequence[Any]]
+    held_out: int
+    device: torch.device | None
+    home: torch.device
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that must be the same for a resumed run to give the same bytes.
+
+        The model's own device is part of it, because its code may ask where it is and compute something else there.
+        """
+        tensors = [*self.program.module.named_parameters(), *self.program.module.named_buffers()]
+        return {
+            "version of slimc": __version__,
+            "version of torch": str(torch.__version__),
+            "device": _device_name(self.device or self.home),
+            "device of the model": self.home.type,
+            "number of threads": torch.get_num_threads(),
+            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            "recipe": [one.to_config() for one in self.passes],
+            "choice of sites": sorted(self.program.sites),
+            # The graph also holds the dtypes, the attention implementation, and what the configuration decided.
+            "model's code or configuration": hashlib.sha256(text(self.program).encode()).hexdigest(),
+            "model's weights": digest(sorted(tensors)),
+            "calibration": "self-sampled" if self.self_sampled else _calibration_digest(self.inputs),
+        }
+
+
+def _prepare(
+    model: nn.Module,
+    calibration: Any,
+    passes: str | Path | Pass | Sequence[Pass],
+    *,
+    tokenizer: Any,
+    device: str | torch.device | None,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    skip: str | Sequence[str],
+    stop_after: str | None,
+    progress: Progress,
+    clock: _Clock,
+) -> _Prepared:
+    recipe_include, recipe_exclude, chosen = _passes(passes)
+    chosen = pipeline.select(chosen, skip=_several(skip), stop_after=stop_after)
     settings = next((one for one in chosen if isinstance(one, Calibrate)), Calibrate())
     calibrated = pipeline.needs_calibration(chosen)
     if settings.held_out and not calibrated:
@@ -130,9 +249,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             f"calibrate: held_out={settings.held_out} judges nothing, because no pass of this recipe asks for "
             "statistics of the inputs; leave it out, or add a pass that does, such as low_rank with method slim"
         )
-    self_sampled = calibrated and calibration is None
     place = None if device is None else usable_device(device)
-    clock = _Clock()
+    home = home_of(model, chosen=place)
 
     # What can be refused is refused before a model spends its time on writing text.
     if calibration is not None:
@@ -149,41 +267,55 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     progress.advance("capture")
     progress.finish("capture")
     clock.lap("capture")
-
-    if record:
-        source = "self-sampled" if self_sampled else _calibration_digest(inputs)
-        record.begin(_fingerprint(program, chosen, source, place))
-        clock.lap("journal")
-    if self_sampled:
-        batches = self_sampled_batches(
-            model, settings, tokenizer=tokenizer, device=place, journal=record, progress=progress
-        )
-        inputs = [program.flatten_inputs(*batch) for batch in batches]
-        clock.lap("calibration data")
-
-    dumps = Path(dump_dir) if dump_dir is not None else None
-    outcome = pipeline.run(
-        program,
-        chosen,
-        inputs,
+    return _Prepared(
+        program=program,
+        passes=chosen,
+        settings=settings,
+        calibrated=calibrated,
+        self_sampled=calibrated and calibration is None,
+        batches=batches,
+        inputs=inputs,
         held_out=held_out,
         device=place,
-        journal=record,
-        progress=progress,
-        dump_dir=dumps,
+        home=home,
     )
-    small = _install(model, program, inplace=inplace)
-    use_kernels(small, KERNELS)
-    report = Report(
-        recipe=[one.to_config() for one in chosen],
-        sites=outcome.rows,
-        left=[LeftRow(row.name, row.shape, row.reason) for row in program.left],
-        calibration_tokens=count_tokens(batches[: len(batches) - held_out]) if calibrated else 0,
-        seconds=clock.seconds | outcome.seconds,
-        graph=text(program),
-    )
-    _attach(small, report)
-    return small  # type: ignore[return-value]
+
+
+@_in_plain_mode
+def fingerprint(
+    model: nn.Module,
+    calibration: Any = None,
+    passes: str | Path | Pass | Sequence[Pass] = recipes.DEFAULT,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
+    stop_after: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return what decides the result of :func:`compile` with the same arguments, without compressing anything.
+
+    Runs with equal fingerprints give equal bytes. Model and calibration are in it as digests.
+
+    Raises:
+        SlimError: as :func:`compile`, for what it refuses before it computes.
+    """
+    _require_module(model)
+    return _prepare(
+        model,
+        calibration,
+        passes,
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        skip=skip,
+        stop_after=stop_after,
+        progress=progress or SilentProgress(),
+        clock=_Clock(),
+    ).fingerprint()
 
 
 def _require_module(model: object) -> None:
@@ -236,6 +368,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite
         record=record,
         report=done.to_json(),
         seconds=done.seconds,
+        fingerprint=done.fingerprint,
         write_extra=write_extra,
         overwrite=overwrite,
     )
@@ -306,13 +439,23 @@ def _capture(model: nn.Module, batches: Sequence[Batch], include: Sequence[str],
     return capture(model, batches, dense=dense, include=include, exclude=exclude)
 
 
+def _check_copyable(model: nn.Module) -> None:
+    """Refuse, before any work, a model that could not be copied after it; its tensors are left out of the trial."""
+    with _explained_copy(model):
+        copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def _install(model: nn.Module, program: Program, *, inplace: bool) -> nn.Module:
     """Put the compressed linears into a copy of ``model``, or into itself."""
-    try:
+    with nullcontext() if inplace else _explained_copy(model):
         return install(model, program, inplace=inplace)
-    except (TypeError, RuntimeError, PicklingError) as error:
-        if inplace:
-            raise
+
+
+@contextmanager
+def _explained_copy(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except CANNOT_BE_COPIED as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied ({error}). Pass inplace=True to compress the model itself."
         ) from error
@@ -334,29 +477,11 @@ def _read_graph(folder: Path) -> str:
         raise FormatError(f"{path} cannot be read ({error}); delete it, or get the whole folder again.") from error
 
 
-def _fingerprint(
-    program: Program, passes: Sequence[Pass], calibration: str, device: torch.device | None
-) -> dict[str, Any]:
-    """Return everything that must be the same for a resumed run to give the same bytes."""
-    device = device or next(program.module.parameters()).device
+def _device_name(device: torch.device) -> str:
+    """Name what computes there: another card, or other vector units, round otherwise."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-    tensors = [*program.module.named_parameters(), *program.module.named_buffers()]
-    return {
-        "version of slimc": __version__,
-        "version of torch": str(torch.__version__),
-        "device": name,
-        "number of threads": torch.get_num_threads(),
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
-        "recipe": [one.to_config() for one in passes],
-        "choice of sites": sorted(program.sites),
-        # The graph also holds the dtypes, the attention implementation, and what the configuration decided.
-        "model's code or configuration": hashlib.sha256(text(program).encode()).hexdigest(),
-        "model's weights": digest(sorted(tensors)),
-        "calibration": calibration,
-    }
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _calibration_digest(inputs: Sequence[Sequence[Any]]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import slimc
+from slimc import api
 from slimc.calibration import calibration_batches, count_tokens
 from slimc.errors import FormatError, InputError, RecipeError
 from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
@@ -299,11 +300,13 @@ def test_an_error_midway_leaves_an_inplace_model_untouched(monkeypatch: pytest.M
     assert torch.equal(model(x), before)
 
 
-def test_a_model_that_cannot_be_copied_says_so() -> None:
+def test_a_model_that_cannot_be_copied_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     model.stream = (one for one in [1])  # type: ignore[assignment]
-    with pytest.raises(InputError, match="Sequential cannot be copied .* Pass inplace=True"):
-        slimc.compile(model, torch.randn(2, 16), [Quantize()])
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "_prepare", None)
+        with pytest.raises(InputError, match="Sequential cannot be copied .* Pass inplace=True"):
+            slimc.compile(model, torch.randn(2, 16), [Quantize()])
     assert slimc.compile(model, torch.randn(2, 16), [Quantize()], inplace=True) is model
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import slimc
@@ -204,7 +205,7 @@ def test_an_interrupted_run_says_how_to_resume_and_does(
     assert "--resume goes on from there" in result.stderr
     assert not (tmp_path / "small").exists()
 
-    refused = invoke(*arguments)
+    refused = invoke("compress", "no-model-is-opened", *arguments[2:])
     assert refused.exit_code == 2
     assert "--resume" in refused.stderr
 
@@ -335,15 +336,59 @@ def test_a_complete_folder_needs_no_resuming(tmp_path: Path, tiny_llama_folder: 
     arguments = ["compress", tiny_llama_folder, "-o", tmp_path / "small", "--recipe", "slim-w4", "--quiet", *SMALL]
     few = ["--skip", "low_rank"]
     assert invoke(*arguments, *few).exit_code == 0
-    before = (tmp_path / "small" / "run.json").read_bytes()
+    run = tmp_path / "small" / "run.json"
+    before = run.read_bytes()
     again = invoke(*arguments, *few, "--resume")
     assert again.exit_code == 0, again.output
-    assert "is complete, with the same recipe" in again.stdout
+    assert "is complete, of the same model, calibration and recipe, so there is nothing" in again.stdout
     for changed in ([], [*few, "--set", "quantize.bits=3"], [*few, "--set", "calibrate.seed=1"]):
         refused = invoke(*arguments, *changed, "--resume")
         assert refused.exit_code == 2
         assert "is complete, but with another recipe" in refused.stderr
-    assert (tmp_path / "small" / "run.json").read_bytes() == before
+    assert run.read_bytes() == before
+    run.unlink()
+    without_record = invoke(*arguments, *few, "--resume")
+    assert without_record.exit_code == 0
+    assert "keeps no record of its model and calibration text" in without_record.stdout
+
+
+def test_a_complete_folder_of_another_model_or_text_is_not_taken_for_this_one(
+    tmp_path: Path, tiny_llama_folder: Path, english: Path
+) -> None:
+    model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    arguments = ["compress", model, "-o", tmp_path / "small", "--skip", "low_rank", "--resume", "--quiet", *SMALL]
+    assert invoke(*arguments, "--calibration", english).exit_code == 0
+    before = (tmp_path / "small" / "slimc.json").read_bytes()
+
+    def refusal(*options: object) -> str:
+        refused = invoke(*arguments, *options)
+        assert refused.exit_code == 2, refused.output
+        assert "add --overwrite to replace it" in refused.stderr
+        return refused.stderr
+
+    assert "of another run: the calibration changed" in refusal()
+    assert "the choice of sites changed" in refusal("--calibration", english, "--exclude", "*q_proj")
+    elsewhere = json.loads((tmp_path / "small" / "run.json").read_text())
+    elsewhere["fingerprint"] |= {"number of threads": 99, "version of torch": "1.0", "device": "an abacus"}
+    (tmp_path / "small" / "run.json").write_text(json.dumps(elsewhere))
+    assert invoke(*arguments, "--calibration", english).exit_code == 0
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "the model's weights changed" in refusal("--calibration", english)
+    assert (tmp_path / "small" / "slimc.json").read_bytes() == before
+
+
+def test_a_folder_that_was_put_aside_is_found_before_any_work(tmp_path: Path, compressed: tuple[Path, Result]) -> None:
+    aside = tmp_path / ".small.abcd_123.old" / "small"
+    shutil.copytree(compressed[0], aside)
+    refused = invoke("compress", "no-such-model", "-o", tmp_path / "small")
+    assert refused.exit_code == 2
+    assert "small: already exists; add --overwrite" in refused.stderr
+    aside.parent.mkdir()
+    (tmp_path / "small").rename(aside)
+    said = invoke("generate", tmp_path / "small", "--prompt", "a", "--tokens", "1")
+    assert said.exit_code == 0, said.output
 
 
 def test_files_of_others_are_never_replaced(tmp_path: Path, tiny_llama_folder: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
+import torch
+
 from slimc.errors import FormatError, InputError, SlimError
 
 
@@ -25,6 +27,10 @@ def require(package: str, purpose: str) -> Any:
 
 def transformers() -> Any:
     """Import and return transformers."""
+    # PyTorch notes which functions make tensors when a device is first used as a context. transformers may be the first
+    # to do so, with torch.linspace replaced; for the rest of the process the meta device would then miss it.
+    with torch.device("meta"):
+        torch.empty(0)
     return require("transformers", "working with a Hugging Face model")
 
 

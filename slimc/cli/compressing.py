@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from slimc.cli.models import open_model, read_text
 from slimc.cli.terminal import err, megabytes, note, say
 from slimc.errors import InputError, ResumeError, closest
 from slimc.progress import duration, for_console
+from slimc.runtime.files import recover
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from slimc.passes import Pass
     from slimc.passes.report import Report
     from slimc.progress import Progress
+
+
+_REPLACE = "add --overwrite to replace it, or choose another --output"
 
 
 class DType(StrEnum):
@@ -97,6 +101,7 @@ def compress(
       slimc compress ./llama -o small --resume                     go on after an interruption
     """
     begun = time.monotonic()
+    recover(output)
     finished = resume and not overwrite and _is_finished(output)
     if not finished:
         _check_places(model, output, overwrite=overwrite)
@@ -110,10 +115,7 @@ def compress(
     chosen = chosen.override([*(f"calibrate.{option}={value}" for option, value in given.items()), *(settings or [])])
     passes = chosen.build()
     if finished:
-        _check_finished(output, passes, skip=skip or (), stop_after=stop_after)
-        say(f"{output} is complete, with the same recipe, so there is nothing to resume.")
-        say("If the model or the calibration text is another one now: --overwrite compresses again.")
-        return
+        _check_recipe(output, passes, skip=skip or (), stop_after=stop_after)
     text = None if calibration == "self" else _calibration_text(calibration)
 
     import slimc
@@ -121,25 +123,28 @@ def compress(
     from slimc.runtime.devices import default_device, usable_device
 
     place = default_device() if device is None else usable_device(device)
+    if not overwrite:
+        journals.Journal(journal, resume=resume)  # refuses what is in its place before a model is opened
     dense, tokenizer = open_model(model, dtype=dtype, device="cpu")
     before = weight_bytes(dense)
+    task: dict[str, Any] = {
+        "calibration": text,
+        "passes": passes,
+        "tokenizer": tokenizer,
+        "device": place,
+        "include": [*chosen.include, *(include or [])],
+        "exclude": [*chosen.exclude, *(exclude or [])],
+        "skip": skip or (),
+        "stop_after": stop_after,
+    }
+    if finished:
+        with for_console(err, quiet=quiet) as progress:
+            _check_task(output, dense, task, progress)
+        return
 
     def run(progress: Progress) -> nn.Module:
         return slimc.compile(
-            dense,
-            calibration=text,
-            passes=passes,
-            tokenizer=tokenizer,
-            inplace=True,
-            device=place,
-            journal=journal,
-            resume=resume,
-            include=[*chosen.include, *(include or [])],
-            exclude=[*chosen.exclude, *(exclude or [])],
-            skip=skip or (),
-            stop_after=stop_after,
-            dump_dir=dump_dir,
-            progress=progress,
+            dense, **task, inplace=True, journal=journal, resume=resume, dump_dir=dump_dir, progress=progress
         )
 
     if overwrite and not resume:
@@ -202,17 +207,31 @@ def _is_finished(output: Path) -> bool:
     return bool(output.name) and is_native_folder(output) and not _journal_of(output).exists()
 
 
-def _check_finished(output: Path, passes: Sequence[Pass], *, skip: Sequence[str], stop_after: str | None) -> None:
-    """Refuse a complete folder that another recipe made; of what else the run was given it keeps no record."""
+def _check_recipe(output: Path, passes: Sequence[Pass], *, skip: Sequence[str], stop_after: str | None) -> None:
+    """Refuse a complete folder that another recipe made, before the model is opened."""
     from slimc.passes import pipeline
     from slimc.runtime.storage import open_folder
 
     asked = [one.to_config() for one in pipeline.select(passes, skip=skip, stop_after=stop_after)]
     if open_folder(output, verify=False).report["recipe"] != json.loads(json.dumps(asked)):
-        raise InputError(
-            f"{output}: is complete, but with another recipe, so nothing can be resumed; add --overwrite to replace "
-            "it, or choose another --output"
-        )
+        raise InputError(f"{output}: is complete, but with another recipe, so nothing can be resumed; {_REPLACE}")
+
+
+def _check_task(output: Path, dense: nn.Module, task: Mapping[str, Any], progress: Progress) -> None:
+    """Say that a complete folder is what was asked for; refuse one that came of another model or text."""
+    from slimc.api import fingerprint
+    from slimc.passes.journal import differences_in_task
+    from slimc.runtime.storage import recorded_fingerprint
+
+    recorded = recorded_fingerprint(output)
+    if not recorded:
+        say(f"{output} is complete, with the same recipe, so there is nothing to resume.")
+        say("It keeps no record of its model and calibration text; if they are others now: --overwrite.")
+        return
+    differences = differences_in_task(recorded, fingerprint(dense, **task, progress=progress))
+    if differences:
+        raise InputError(f"{output}: is complete, but of another run: {differences}; {_REPLACE}")
+    say(f"{output} is complete, of the same model, calibration and recipe, so there is nothing to resume.")
 
 
 def _summarise(report: Report, before: int, output: Path, seconds: float) -> None:

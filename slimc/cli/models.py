@@ -23,9 +23,12 @@ def open_model(model: str, *, dtype: str | None = None, device: str | None = Non
     import slimc
     from slimc.backends import hf
     from slimc.runtime.devices import default_device, usable_device
+    from slimc.runtime.files import recover
     from slimc.runtime.storage import is_native_folder
 
     place = default_device() if device is None else usable_device(device)
+    if not Path(model).exists():
+        recover(Path(model))
     if is_native_folder(Path(model)):
         if dtype is not None:
             raise InputError(f"{model} is compressed already; its values keep their dtype: drop --dtype")

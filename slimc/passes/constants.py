@@ -15,6 +15,7 @@ class Constants:
     """The parameters, buffers and inner graphs of a captured module, brought to ``device`` when they are asked for.
 
     Nothing is kept: on another device than the module's own, every look-up is a copy, which goes when its reader does.
+    A module that is spread over several devices comes together on ``device``, one constant at a time.
 
     Args:
         module: the captured module; it stays where it is.
@@ -25,6 +26,7 @@ class Constants:
         self.module = module
         self.home = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.device = self.home if device is None else device
+        self._homes = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
 
     def __getitem__(self, node: fx.Node) -> Any:
         """Return what a ``get_attr`` node stands for."""
@@ -36,13 +38,13 @@ class Constants:
         return self._moved(self.module.get_submodule(target))
 
     def here(self, value: Any) -> Any:
-        """Bring a tensor over; a device that is named where the module is becomes the one here."""
+        """Bring a tensor over; a device on which some of the module is becomes the one here."""
         if isinstance(value, Tensor):
             return value.to(self.device)
-        return self.device if isinstance(value, torch.device) and value == self.home else value
+        return self.device if isinstance(value, torch.device) and value in self._homes else value
 
     def _moved(self, module: nn.Module) -> nn.Module:
-        if self.device == self.home:
+        if self._homes <= {self.device}:
             return module
         module = copy.deepcopy(module).to(self.device)
         for part in module.modules():

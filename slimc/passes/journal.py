@@ -32,6 +32,15 @@ _TOKENS = "tokens.safetensors"
 _SITES = "sites"
 _DIGEST = "sha256"
 
+_GRAPH = "model's code or configuration"
+"""The part of a fingerprint that is a digest of the captured graph."""
+
+_DECIDES_THE_GRAPH = ("version of slimc", "version of torch", "device of the model")
+"""Other parts with which the text of the graph may change although the model has not."""
+
+_CIRCUMSTANCES = (*_DECIDES_THE_GRAPH, "device", "number of threads", "float32 matmul precision")
+"""The parts of a fingerprint that say where and with what a run computes, not what."""
+
 
 class Journal:
     """The journal at ``folder``.
@@ -125,12 +134,7 @@ class Journal:
         known = self._fingerprint(recorded)
         changed = _changes(known, fingerprint)
         if changed:
-            details = "; ".join(
-                _recipe_difference(known.get(key), fingerprint[key])
-                if key == "recipe"
-                else _difference(key, known.get(key), fingerprint[key])
-                for key in changed
-            )
+            details = _differences(known, fingerprint, changed)
             raise ResumeError(
                 f"{self.folder} belongs to another run: {details}. Resume with the same model, recipe, calibration, "
                 "device, number of threads and versions, or start again with --overwrite (in Python: delete the "
@@ -179,6 +183,17 @@ def discard(folder: Path) -> None:
         raise InputError(f"{folder}: the journal cannot be deleted ({error.strerror}).") from error
 
 
+def differences_in_task(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> str:
+    """Say in what a finished run was another task: model, recipe or calibration; an empty string if in nothing.
+
+    A finished result stays valid on another machine and with other versions.
+    """
+    changed = [key for key in _changes(recorded, fingerprint) if key not in _CIRCUMSTANCES]
+    if any(recorded.get(key) != fingerprint[key] for key in _DECIDES_THE_GRAPH):
+        changed = [key for key in changed if key != _GRAPH]
+    return _differences(recorded, fingerprint, changed)
+
+
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bytes."""
     sha = hashlib.sha256()
@@ -220,6 +235,16 @@ def _parse_row(record: Any) -> SiteRow:
 def _changes(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> list[str]:
     """Return the keys in which a recorded fingerprint differs from the present one."""
     return [key for key in fingerprint if recorded.get(key) != json.loads(json.dumps(fingerprint[key]))]
+
+
+def _differences(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any], changed: Sequence[str]) -> str:
+    """Say how the parts called ``changed`` differ."""
+    return "; ".join(
+        _recipe_difference(recorded.get(key), fingerprint[key])
+        if key == "recipe"
+        else _difference(key, recorded.get(key), fingerprint[key])
+        for key in changed
+    )
 
 
 def _difference(key: str, recorded: Any, present: Any) -> str:

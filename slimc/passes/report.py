@@ -47,7 +47,8 @@ class Report:
     """The record of one compression: the recipe in config form, the sites, and what was left alone.
 
     ``str()`` of it is a table for people. ``graph`` is the text form of the final program. ``seconds`` holds wall-clock
-    time by stage; it is kept apart because it differs from run to run.
+    time by stage, and ``fingerprint`` what decided the result, if the run kept a journal; they are kept apart because
+    they may differ where the results are equal.
     """
 
     recipe: list[dict[str, Any]]
@@ -56,6 +57,7 @@ class Report:
     calibration_tokens: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     graph: str = ""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -72,7 +74,7 @@ class Report:
         return "\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON types, without the timings and the graph."""
+        """Return the report as plain JSON types, without the timings, the graph and the fingerprint."""
         return {
             "recipe": self.recipe,
             "sites": [asdict(row) | {"shape": list(row.shape)} for row in self.sites],

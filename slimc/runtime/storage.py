@@ -1,7 +1,7 @@
 """The native folder: a compressed model on disk, really packed, and nothing but JSON and safetensors.
 
     slimc.json                          what the folder holds: recipe, sites with their formats, digests, ties
-    run.json                            timings and versions, which differ from run to run, and the caller's files
+    run.json                            timings, versions, and what decided the result; the names of the caller's files
     slimc-00001-of-0000n.safetensors    the tensors, under their names in the model's ``state_dict``
     config.json, tokenizer files ...    for Hugging Face models, written by the caller
 
@@ -36,7 +36,7 @@ from slimc.runtime.description import (
     parse_description,
     parse_format,
 )
-from slimc.runtime.files import file_inside, json_bytes, publish_folder, read_json, write_file
+from slimc.runtime.files import file_inside, json_bytes, publish_folder, read_json, recover, write_file
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import LinearFormat, PackedLinear
 from slimc.runtime.rebuild import (
@@ -145,6 +145,7 @@ def save_folder(
     record: ModelRecord,
     report: Mapping[str, Any],
     seconds: Mapping[str, float] | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
     write_extra: Callable[[Path], None] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -159,6 +160,7 @@ def save_folder(
         record: what kind of model it is.
         report: ``Report.to_json()`` of the compression.
         seconds: timings, for ``run.json``.
+        fingerprint: what decided the result, for ``run.json``; see :func:`recorded_fingerprint`.
         write_extra: writes further files (configuration, tokenizer) into the folder it is given.
         overwrite: replace an existing native folder, unless there is anything in it that was not saved with it.
         max_shard_bytes: how large a weight file may grow; a single larger tensor gets a file of its own.
@@ -181,7 +183,12 @@ def save_folder(
         if write_extra is not None:
             write_extra(folder)
         extra = sorted(files_in(folder) - {name for name, _ in shards})
-        run = {"extra_files": extra, "seconds": dict(seconds or {}), "versions": versions()}
+        run = {
+            "extra_files": extra,
+            "fingerprint": dict(fingerprint or {}),
+            "seconds": dict(seconds or {}),
+            "versions": versions(),
+        }
         write_file(folder / RUN, json_bytes(run))
         write_file(folder / DESCRIPTION, description)
     return target
@@ -288,12 +295,22 @@ def files_in(folder: Path) -> set[str]:
 
 def extra_files(folder: Path) -> set[str]:
     """Return the configuration and tokenizer files that ``run.json`` lists, none if it cannot be read."""
+    names = _run_record(folder).get("extra_files")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def recorded_fingerprint(folder: Path) -> dict[str, Any]:
+    """Return what decided the result, as ``run.json`` has it; nothing if it was not recorded or cannot be read."""
+    fingerprint = _run_record(folder).get("fingerprint")
+    return fingerprint if isinstance(fingerprint, dict) else {}
+
+
+def _run_record(folder: Path) -> dict[str, Any]:
     try:
         run = read_json(folder / RUN)
     except FormatError:
-        return set()
-    names = run.get("extra_files") if isinstance(run, dict) else None
-    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+        return {}
+    return run if isinstance(run, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -452,6 +469,8 @@ class NativeFolder:
 def open_folder(path: str | os.PathLike[str], *, verify: bool = True) -> NativeFolder:
     """Read and check the description of a native folder and everything it says about the weight files.
 
+    A folder that a process put aside to replace it, and was killed before the new one stood, is put back first.
+
     Args:
         path: the folder.
         verify: also read all weights once and compare their digests.
@@ -461,6 +480,8 @@ def open_folder(path: str | os.PathLike[str], *, verify: bool = True) -> NativeF
         FormatError: a file is missing, malformed, of another version, or disagrees with another one.
     """
     folder = Path(path)
+    if not folder.exists():
+        recover(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if not is_native_folder(folder):

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,18 @@ from slimc.runtime.storage import load_folder, save_folder
 
 IDS = torch.arange(24).view(2, 12)
 REPORT = Report(recipe=[], sites=[], left=[]).to_json()
+
+
+def test_the_meta_device_means_the_same_after_a_model_was_loaded(tiny_llama_folder: Path) -> None:
+    code = """
+import sys, torch
+from slimc.backends import hf
+hf.load_model(sys.argv[1])
+with torch.device("meta"):
+    print(torch.linspace(0, 1, 3).device)
+"""
+    words = [sys.executable, "-c", code, str(tiny_llama_folder)]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "meta\n"
 
 
 @pytest.fixture

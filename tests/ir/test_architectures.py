@@ -41,26 +41,29 @@ def pixels() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16)}
 
 
-CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]], int]] = {
-    "Llama": ("LlamaForCausalLM", {**GROUPED, "num_hidden_layers": 2}, tokens, 14),
-    "Qwen2": ("Qwen2ForCausalLM", GROUPED, tokens, 7),
-    "Qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, tokens, 7),
+# The class, its options, its inputs, and how many sites there are, in how many groups that share an input.
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]], int, int]] = {
+    "Llama": ("LlamaForCausalLM", {**GROUPED, "num_hidden_layers": 2}, tokens, 14, 8),
+    "Qwen2": ("Qwen2ForCausalLM", GROUPED, tokens, 7, 4),
+    "Qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, tokens, 7, 4),
     "Gemma3": (
         "Gemma3ForCausalLM",
         {**GROUPED, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 16},
         tokens,
         14,
+        8,
     ),
-    "OPT": ("OPTForCausalLM", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, tokens, 6),
+    "OPT": ("OPTForCausalLM", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, tokens, 6, 4),
     "GPT2": (
         "GPT2LMHeadModel",
         {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
         tokens,
         4,
+        4,
     ),
-    "GPTNeoX": ("GPTNeoXForCausalLM", SMALL, tokens, 4),
-    "Phi3": ("Phi3ForCausalLM", GROUPED, tokens, 4),
-    "Bert": ("BertModel", SMALL, tokens, 7),
+    "GPTNeoX": ("GPTNeoXForCausalLM", SMALL, tokens, 4, 4),
+    "Phi3": ("Phi3ForCausalLM", GROUPED, tokens, 4, 4),
+    "Bert": ("BertModel", SMALL, tokens, 7, 5),
     "ViT": (
         "ViTModel",
         {
@@ -73,27 +76,29 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
         },
         pixels,
         7,
+        5,
     ),
-    "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, tokens, 4),
+    "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, tokens, 4, 2),
 }
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], int]:
-    class_name, options, inputs, sites = CASES[name]
+def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], int, int]:
+    class_name, options, inputs, sites, groups = CASES[name]
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**options)).eval()
-    return model, inputs(), sites
+    return model, inputs(), sites, groups
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_sites_graph_and_compressed_model(name: str) -> None:
-    model, inputs, expected = build(name)
+    model, inputs, expected, groups = build(name)
     with torch.no_grad():
         before = model(**inputs)[0]
     dense = dict.fromkeys(output_embedding_names(model), "output embedding")
     program = capture(model, [((), inputs)], dense=dense)
     assert len(program.sites) == expected, list(program.sites)
+    assert len({site.group for site in program.sites.values()}) == groups
     assert all(row.reason for row in program.left)
     listed = {site.weight_name for site in program.sites.values()} | {row.name for row in program.left}
     listed |= {f"{row.name}.weight" for row in program.left}

@@ -106,6 +106,7 @@ def test_a_journal_is_never_overwritten(network: nn.Module, batches: list[Tensor
         ("passes", "the passes changed from calibrate, quantize, .* to calibrate, quantize, fuse[;.]"),
         ("calibration", "the calibration changed[.]"),
         ("threads", "the number of threads changed from 1 to 2"),
+        ("home", "the device of the model changed from cuda to cpu"),
         ("exclude", r"the choice of sites changed from .*\"up\".* to "),
     ],
 )
@@ -127,6 +128,9 @@ def test_another_run_is_told_what_changed(
         passes = [PASSES[0], Quantize(), Fuse()]
     elif what == "calibration":
         batches = [batches[0] + 1e-3, *batches[1:]]
+    elif what == "home":
+        recorded = journal / "journal.json"
+        recorded.write_text(recorded.read_text().replace('model": "cpu"', 'model": "cuda"'))
     elif what == "exclude":
         options["exclude"] = "up"
     if what == "threads":

@@ -19,7 +19,6 @@ from slimc.passes.base import SitePass, Statistic
 from slimc.passes.constants import Constants
 from slimc.passes.statistics import InputStatistics
 from slimc.passes.work import SiteWork
-from slimc.runtime.devices import copy_to, usable_device
 
 # ------------------------------------------------------------------------------------------------------ two streams
 
@@ -183,12 +182,6 @@ def test_a_dense_stream_that_overflows_is_an_error() -> None:
         InputStatistics.gather([torch.ones(2, 4)], {"cross_gram"}, "here", dense=[torch.full((2, 4), float("inf"))])
 
 
-@pytest.mark.parametrize("name", ["meta", 3.5, "nonsense"])
-def test_what_cannot_compute_is_no_device(name: Any) -> None:
-    with pytest.raises(InputError, match="name cpu, cuda or cuda:N"):
-        usable_device(name)
-
-
 # ------------------------------------------------------------------------------------------------- held-out batches
 
 
@@ -311,14 +304,3 @@ def test_naming_the_models_own_device_changes_nothing(batches: list[Tensor]) -> 
 def test_a_device_that_is_not_there_is_refused_before_any_work(batches: list[Tensor]) -> None:
     with pytest.raises(InputError, match="the device 'cuda:99' cannot be used"):
         slimc.compile(chain(), batches, [Calibrate(), Prune()], device="cuda:99")
-
-
-def test_a_model_is_copied_to_a_device_as_one() -> None:
-    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
-    model[1].weight = model[0].weight
-    model.register_buffer("scale", torch.ones(3))
-    moved = copy_to(model, torch.device("meta"))
-    assert moved[0].weight is moved[1].weight
-    assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
-    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
-    assert copy_to(model, usable_device("cpu")) is model

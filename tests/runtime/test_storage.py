@@ -62,7 +62,7 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("table", torch.linspace(0.1, 1, 8), persistent=False)
+        self.register_buffer("table", torch.arange(1, 9) / 8, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.embed(ids)
@@ -608,6 +608,13 @@ def test_what_a_killed_process_left_is_put_right(folder: Path) -> None:
         save(small_net(), folder)
     assert contents(folder) == before
     assert nothing_else_in(parent, "net", *mine)
+
+
+def test_a_folder_that_was_put_aside_is_loaded_all_the_same(saved: Path, folder: Path) -> None:
+    (folder.parent / ".net.abcd_123.old").mkdir()
+    folder.rename(folder.parent / ".net.abcd_123.old" / "net")
+    assert open_folder(folder).description == open_folder(saved).description
+    assert nothing_else_in(folder.parent, "net")
 
 
 def test_a_folder_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
