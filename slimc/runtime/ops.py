@@ -143,7 +143,7 @@ def dequant_mask(
 
 def round_activations(x: Tensor, *, activation: int) -> Tensor:
     """``s * q``: each token of x rounded to codes q of 8 bits with a scale s of its own, in x's dtype."""
-    return round_tokens(x, ACTIVATION_NAMES[activation])
+    return round_tokens(x, ACTIVATION_NAMES[activation]).contiguous()
 
 
 def low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
