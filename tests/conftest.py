@@ -76,9 +76,9 @@ def _rounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None
 
     - by a code of x, where its quotient is so near the middle of two that x * (1 / s) falls on the other side than
       x / s does: both have three roundings to float32 at most, hence 2^-21;
-    - by 16-bit roundings on the way: the reference rounds s * q, the decoded weight, the product and its sum with the
-      adapters (4), whose way has five (both factors, two products, the sum); one more covers their products. A kernel
-      has no more than that;
+    - by roundings to the dtype of x: the reference rounds s * q or the inner product of the adapters, the product and
+      the sum of both (3; one more covers products of roundings), and by roundings of decoded weights to the dtype of
+      their scales: one of the weight, two of the factors. A kernel has no more than that;
     - by the roundings of float32 sums, one a term.
 
     A kernel and the reference are within twice the bound of each other.
@@ -103,9 +103,9 @@ def _rounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None
         size = size + x.double().abs() @ right.abs().T @ left.abs().T
     if bias is not None:
         ideal, size = ideal + bias.double(), size + bias.double().abs()
-    unit = torch.finfo(x.dtype).eps / 2
+    roundings = 4 * torch.finfo(x.dtype).eps / 2 + 2 * torch.finfo(packed.format.weight.dtype).eps / 2
     terms = packed.format.columns + packed.format.rank + 8
-    return ideal, other @ weight.abs().T + (6 * unit + terms * 2.0**-24) * size
+    return ideal, other @ weight.abs().T + (roundings + terms * 2.0**-24) * size
 
 
 @pytest.fixture(scope="session")

@@ -144,8 +144,8 @@ def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, 
         _refuses_release(_int4pack_mm, _int4pack)
         or _refuses_device(spec.weight, dtype, device)
         or _refuses_int4(spec.weight)
-        or _refuses_tokens(tokens, INT4PACK_TOKENS)
         or _refuses_exact_tokens(spec, dtype, device, tokens)
+        or _refuses_tokens(tokens, INT4PACK_TOKENS)
     )
 
 

@@ -272,9 +272,7 @@ def _check_weight(
 
 def _infer_round_activations(x: Tensor, *, activation: int) -> Tensor:
     _require(x.is_floating_point() and x.dim() > 0, lambda: f"x must be floating point [..., columns], not {x.dtype}")
-    _require(
-        activation in ACTIVATIONS.values(), lambda: f"activation must be 1 (int8) or 2 (float8), not {activation}"
-    )
+    _require(activation in ACTIVATIONS.values(), lambda: f"activation must be 1 (int8) or 2 (float8), not {activation}")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -450,7 +448,14 @@ OPS: dict[str, Op] = {
             dequant_mask,
             _infer_sparse,
         ),
-        Op("slim::round_activations", ("x",), ("activation",), round_activations, _infer_round_activations, _round_gradients),
+        Op(
+            "slim::round_activations",
+            ("x",),
+            ("activation",),
+            round_activations,
+            _infer_round_activations,
+            _round_gradients,
+        ),
         Op("slim::low_rank", ("x", "left", "right"), (), low_rank, _infer_low_rank, _low_rank_gradients),
         Op(
             "slim::linear",
