@@ -23,8 +23,8 @@ Quantizer = Callable[[Tensor, Tensor | None], Quantized]
 class SiteWork:
     """The working state of one site; every matrix is float32 ``[out_features, in_features]``.
 
-    The weight is expressed as ``base * input_scale + left @ right``, where ``base`` may read rounded inputs. ``base`` is what will be stored: on the grid of
-    ``quantized`` if there is one, zero outside ``mask`` if there is one.
+    The weight is expressed as ``base * input_scale + left @ right``, where ``base`` may read rounded inputs. ``base``
+    is what will be stored: on the grid of ``quantized`` if there is one, zero outside ``mask`` if there is one.
 
     Attributes:
         name: of the site.

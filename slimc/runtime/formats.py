@@ -2,8 +2,8 @@
 
 A weight of ``rows`` x ``columns`` is stored as codes of ``bits`` bits with scales, or (``bits`` None) as plain
 floating point values; with a sparsity only the kept positions are stored, beside a bit mask. A linear layer adds
-an optional pair of low-rank factors, an optional scale for each input column, and what its inputs are rounded to. Every format can be built from
-untrusted JSON: whatever is not a valid format raises `FormatError`.
+an optional pair of low-rank factors, an optional scale for each input column, and what its inputs are rounded to.
+Every format can be built from untrusted JSON: whatever is not a valid format raises `FormatError`.
 """
 
 from __future__ import annotations
