@@ -3,9 +3,8 @@
 PyTorch carries two for bfloat16 activations and few tokens, where reading the weight is what takes the time: for 4-bit
 codes in groups (``aten::_weight_int4pack_mm_for_cpu``) and for 8-bit codes with a scale a row
 (``aten::_weight_int8pack_mm``). They multiply by the unrounded product of code and scale and sum in float32, so that
-only the result is rounded. A third multiplies 8-bit codes by 8-bit codes (``aten::_int_mm``), exactly, which is what a
-layer with int8 activations wants at any number of tokens. Pruned positions become the code of zero: all read dense
-codes.
+only the result is rounded. A third multiplies 8-bit codes by 8-bit codes (``aten::_int_mm``), exactly, for layers with
+int8 activations. Pruned positions become the code of zero: all read dense codes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from slimc.errors import FormatError
 from slimc.runtime.activations import LARGEST, quantize_tokens, round_tokens
 from slimc.runtime.decode import signed_codes
 from slimc.runtime.formats import LinearFormat, WeightFormat
-from slimc.runtime.ops import weight_attributes
+from slimc.runtime.ops import low_rank, weight_attributes
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
@@ -40,12 +39,16 @@ faster, decoding wins earlier, hence not more.
 INT8PACK_TOKENS = 128
 """The same for the int8 kernel: 2048 x 2048 with 128 tokens 12.2, 37.7, 7.9 ms."""
 
-INT8MM_TOKENS = 4
+FEWEST_INT8MM_TOKENS = 16
 """Fewest tokens for which exact products of int8 codes are chosen over the int4 kernel, which reads half as much.
 
-One thread of a CPU with AMX, ms a call with the rounding of x (int8, int4): 576 x 1536 with 1 token 0.13, 0.10, with 4
-tokens 0.13, 0.15, with 128 tokens 0.50, 3.6; 2048 x 2048 with 1 token 0.51, 0.35, with 4 tokens 0.52, 0.63.
+2:4 int4 with 4-bit adapters of rank 57 on one thread of a CPU with AMX, ms a call (these products, int4 kernel,
+decoding, bfloat16 `Linear`): 576 x 1536 with 4 tokens 0.41, 0.21, -, 0.20, with 16 tokens 0.42, 0.79, -, 0.22, with 128
+tokens 1.1, 4.3, -, 0.34, with 256 tokens 1.8, -, 2.7, 0.53, with 512 tokens 8.1, -, 3.9, 0.89.
 """
+
+INT8MM_TOKENS = 256
+"""Most tokens for which they are chosen over decoding the weight, which bfloat16 tiles of AMX make up for."""
 
 MAX_EXACT_COLUMNS = (2**31 - 1) // (int(LARGEST["int8"]) * 128)
 """Columns whose products of int8 codes add up to less than 2^31."""
@@ -130,11 +133,11 @@ class Int8Layer:
 
 @dataclass(frozen=True, slots=True)
 class ExactLayer:
-    """State of products of int8 codes: signed codes [columns, rows], a float32 scale a row, and decoded adapters."""
+    """State of products of int8 codes: signed codes [columns, rows], a float32 scale a row, and decoded factors."""
 
     codes: Tensor
     scales: Tensor
-    dense: DenseAdapters | None
+    factors: tuple[Tensor, Tensor] | None
     input_scale: Tensor | None
     columns: int
 
@@ -158,20 +161,25 @@ def _accepts_int8(spec: LinearFormat, dtype: torch.dtype, device: torch.device, 
     )
 
 
-def _accepts_exact(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
+def _accepts_exact(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     if spec.activation != "int8":
         return "multiplies activations that are rounded to int8"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"computes in float32, not in {str(dtype).removeprefix('torch.')}"
     if spec.columns > MAX_EXACT_COLUMNS:
         return f"sums of more than {MAX_EXACT_COLUMNS} products may not fit in 32 bits"
-    return _refuses_release(_int_mm) or _refuses_processor(device) or _refuses_int8(spec.weight)
+    return (
+        _refuses_release(_int_mm)
+        or _refuses_processor(device)
+        or _refuses_int8(spec.weight)
+        or _refuses_tokens(tokens, INT8MM_TOKENS)
+    )
 
 
 def _refuses_exact_tokens(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if tokens < INT8MM_TOKENS or _accepts_exact(spec, dtype, device, tokens) is not None:
+    if tokens < FEWEST_INT8MM_TOKENS or _accepts_exact(spec, dtype, device, tokens) is not None:
         return None
-    return f"for {INT8MM_TOKENS} tokens and more products of int8 codes are faster"
+    return f"for {FEWEST_INT8MM_TOKENS} tokens and more products of int8 codes are faster"
 
 
 def _refuses_release(*functions: Any) -> str | None:
@@ -269,7 +277,7 @@ def _prepare_exact(packed: PackedLinear) -> ExactLayer:
     return ExactLayer(
         codes=codes.t(),
         scales=scale[:, 0].float().expand(spec.rows).contiguous(),
-        dense=_dense_adapters(packed, always=True),
+        factors=None if packed.left is None or packed.right is None else (packed.left.decode(), packed.right.decode()),
         input_scale=packed.input_scale,
         columns=spec.columns,
     )
@@ -368,8 +376,10 @@ def _run_exact(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale.to(x.dtype)
     codes, scale = quantize_tokens(scaled, "int8")
     y: Tensor = _int_mm(codes, layer.codes).float().mul_(scale).mul_(layer.scales)
-    if layer.dense is not None:
-        y = layer.dense.correct(y, inputs)
+    if layer.factors is not None:
+        # For few tokens oneDNN's 16-bit products take longer than those of float32 (see `DenseAdapters`).
+        few = len(inputs) < FEWEST_INT8MM_TOKENS
+        y = y.add_(low_rank(inputs.float() if few else inputs, *layer.factors))
     if bias is not None:
         y = y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])

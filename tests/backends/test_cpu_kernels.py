@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from slimc.backends import KERNELS, cpu
-from slimc.backends.cpu import INT4PACK, INT4PACK_TOKENS, INT8MM, INT8PACK, MAX_EXACT_COLUMNS
+from slimc.backends.cpu import (
+    INT4PACK,
+    INT4PACK_TOKENS,
+    INT8MM,
+    INT8MM_TOKENS,
+    INT8PACK,
+    MAX_EXACT_COLUMNS,
+)
 from slimc.backends.reference import DECODE
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Sparsity, Unstructured, pack_weight
@@ -145,7 +152,7 @@ ROUNDED_CASES = [
 
 @pytest.mark.parametrize(("kernel", "activation", "case"), ROUNDED_CASES)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 20])
 def test_a_kernel_with_rounded_inputs_keeps_to_the_bound(
     kernel: Kernel,
     activation: str,
@@ -181,11 +188,12 @@ def test_products_of_int8_codes_are_exact() -> None:
 
 def test_the_table_takes_exact_products_where_they_are_faster() -> None:
     form = replace(linear(16, 64, 4, rank=5), activation="int8").format
-    few, many = choices(KERNELS, form, BF16, CPU)
-    assert (few.kernel, few.last_tokens, many.kernel) == (INT4PACK, 2, INT8MM)
-    assert many.refusals == {"int4pack": "for 4 tokens and more products of int8 codes are faster"}
-    (always,) = choices(KERNELS, form, torch.float32, CPU)
-    assert always.kernel is INT8MM
+    few, many, *_, most = choices(KERNELS, form, BF16, CPU)
+    assert (few.kernel, few.last_tokens, many.kernel, many.last_tokens) == (INT4PACK, 8, INT8MM, INT8MM_TOKENS)
+    assert many.refusals == {"int4pack": "for 16 tokens and more products of int8 codes are faster"}
+    assert most.kernel is DECODE
+    assert most.refusals["int8mm"] == "for more than 256 tokens decoding the weight is faster"
+    assert choices(KERNELS, form, torch.float32, CPU)[0].kernel is INT8MM
     grouped = replace(linear(16, 64, 4, group=32), activation="int8").format
     assert choose(KERNELS, grouped, BF16, CPU, 64)[0] is INT4PACK
     assert choose(KERNELS, grouped, BF16, CPU, 256)[0] is DECODE
