@@ -70,11 +70,12 @@ def rounded(model: nn.Module, kinds: list[str]) -> Iterator[str]:
 
 def main() -> None:
     """Run the chosen rows and print the table."""
+    everything = [*REFERENCE, *RECIPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--rows", nargs="*", default=[*REFERENCE, *RECIPES])
+    parser.add_argument("--rows", nargs="*", default=everything)
     parser.add_argument("--activations", nargs="*", choices=list(ACTIVATIONS), default=[])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -113,10 +114,11 @@ def main() -> None:
             show(f"{name}, {kind} activations", None, perplexity(small, windows), bits, 0.0)
         del small
     if options.json:
+        chosen = [] if options.rows == everything else ["--rows", *(Path(name).name for name in options.rows)]
+        chosen += ["--activations", *options.activations] if options.activations else []
         device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
         record = {
-            "command": "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt"
-            + (f" --activations {' '.join(options.activations)}" if options.activations else ""),
+            "command": " ".join(["python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt", *chosen]),
             "device": device,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
