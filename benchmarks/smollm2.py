@@ -114,11 +114,12 @@ def main() -> None:
             show(f"{name}, {kind} activations", None, perplexity(small, windows), bits, 0.0)
         del small
     if options.json:
+        command = "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt"
         chosen = [] if options.rows == everything else ["--rows", *(Path(name).name for name in options.rows)]
         chosen += ["--activations", *options.activations] if options.activations else []
         device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
         record = {
-            "command": " ".join(["python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt", *chosen]),
+            "command": " ".join([command, *chosen]),
             "device": device,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
