@@ -43,7 +43,9 @@ def quantize_tokens(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         raise FormatError(f"inputs cannot be rounded to {kind!r}: use one of {', '.join(ACTIVATIONS)}")
     values = x.float()
     largest = LARGEST[kind]
-    scale = values.abs().amax(-1, keepdim=True) / largest
+    peak = values.abs().amax(-1, keepdim=True)
+    # By a tensor: on a GPU a division by a number is a multiplication by its reciprocal, which gives other scales.
+    scale = peak / torch.full_like(peak, largest)
     scale = torch.where(scale == 0, 1.0, scale)
     # Clamped: the quotient of the largest value may be rounded up, and a float8 overflows to NaN.
     quotient = (values / scale).clamp(-largest, largest)

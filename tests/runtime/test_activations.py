@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -57,6 +58,21 @@ def test_codes_and_scales_are_within_half_a_step(kind: str, x: Tensor) -> None:
     # The largest magnitude of a token has the largest code.
     largest = x.float().abs().amax(-1, keepdim=True)
     assert torch.equal(codes.float().abs().amax(-1, keepdim=True) == LARGEST[kind], largest > 0)
+
+
+@kinds
+@given(x=activations())
+def test_scales_and_quotients_are_correctly_rounded(kind: str, x: Tensor) -> None:
+    codes, scale = quantize_tokens(x, kind)
+    values = x.numpy()
+    expected = np.abs(values).max(-1, keepdims=True) / np.float32(LARGEST[kind])
+    expected[expected == 0] = 1
+    assert np.array_equal(scale.numpy(), expected)
+    quotient = (values / expected).clip(-LARGEST[kind], LARGEST[kind])
+    if kind == "int8":
+        assert np.array_equal(codes.numpy(), np.rint(quotient))
+    else:
+        assert torch.equal(codes.float(), torch.from_numpy(quotient).to(codes.dtype).float())
 
 
 @kinds
