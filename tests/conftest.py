@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
+
+from slimc.runtime.activations import LARGEST, quantize_tokens
+from slimc.runtime.packing import PackedLinear, PackedWeight
 
 # Examples run while a compiler or another test holds the processor: a deadline would only make them flaky.
 settings.register_profile("slimc", deadline=None, print_blob=True)
@@ -55,3 +61,54 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, english: Path) -
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def _unrounded(packed: PackedWeight) -> Tensor:
+    """Decode a weight in float64, where no product of a code and a scale is rounded."""
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in packed.tensors().items()}
+    return PackedWeight(replace(packed.format, dtype=torch.float64), **tensors).decode()
+
+
+def _rounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return what a layer with rounded activations ideally gives, and how far from it a result may be, both float64.
+
+    The ideal multiplies the exact codes of x by the exact codes of the weight, and rounds nothing. A result may differ
+
+    - by a code of x, where its quotient is so near the middle of two that x * (1 / s) falls on the other side than
+      x / s does: both have three roundings to float32 at most, hence 2^-21;
+    - by roundings to the dtype of x: the reference rounds s * q or the inner product of the adapters, the product and
+      the sum of both (3; one more covers products of roundings), and by roundings of decoded weights to the dtype of
+      their scales: one of the weight, two of the factors. A kernel has no more than that;
+    - by the roundings of float32 sums, one a term.
+
+    A kernel and the reference are within twice the bound of each other.
+    """
+    scaled = x if packed.input_scale is None else x * packed.input_scale.to(x.dtype)
+    codes, scale = quantize_tokens(scaled, packed.activation)
+    q, s = codes.double(), scale.double()
+    largest = LARGEST[packed.activation]
+
+    def code_of(quotient: Tensor) -> Tensor:
+        quotient = quotient.clamp(-largest, largest)
+        return quotient.round() if packed.activation == "int8" else quotient.to(codes.dtype).double()
+
+    quotient = scaled.float() / scale
+    other = s * (code_of(quotient * (1 + 2**-21)) - code_of(quotient * (1 - 2**-21))).abs()
+
+    weight = _unrounded(packed.weight)
+    ideal, size = (s * q) @ weight.T, (s * q.abs() + other) @ weight.abs().T
+    if packed.left is not None and packed.right is not None:
+        left, right = _unrounded(packed.left), _unrounded(packed.right)
+        ideal = ideal + x.double() @ right.T @ left.T
+        size = size + x.double().abs() @ right.abs().T @ left.abs().T
+    if bias is not None:
+        ideal, size = ideal + bias.double(), size + bias.double().abs()
+    roundings = 4 * torch.finfo(x.dtype).eps / 2 + 2 * torch.finfo(packed.format.weight.dtype).eps / 2
+    terms = packed.format.columns + packed.format.rank + 8
+    return ideal, other @ weight.abs().T + (roundings + terms * 2.0**-24) * size
+
+
+@pytest.fixture(scope="session")
+def rounded_product() -> Callable[..., tuple[Tensor, Tensor]]:
+    """``(packed, x, bias) -> ideal, bound`` for layers with rounded activations; kernels and reference keep to it."""
+    return _rounded_product

@@ -17,7 +17,7 @@ import slimc
 from slimc import api
 from slimc.calibration import calibration_batches, count_tokens
 from slimc.errors import FormatError, InputError, RecipeError
-from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize
 from slimc.passes.journal import Journal
 from slimc.runtime.modules import SlimLinear
 
@@ -107,9 +107,10 @@ def test_generate_is_the_users_own(small: Any) -> None:
     assert torch.equal(written[:, :17], again[:, :17])
 
 
-def test_compile_and_export_give_the_same_numbers() -> None:
+@pytest.mark.parametrize("passes", [PASSES, [*PASSES[:2], Activations(kind="fp8"), *PASSES[2:]]])
+def test_compile_and_export_give_the_same_numbers(passes: list[Pass]) -> None:
     x = torch.randn(5, 16)
-    small = slimc.compile(mlp(), [x], PASSES)
+    small = slimc.compile(mlp(), [x], passes)
     with torch.no_grad():
         expected = small(x)
         assert torch.allclose(torch.compile(small, backend="aot_eager")(x), expected, atol=1e-6)
@@ -139,6 +140,30 @@ def test_saved_files_are_as_large_as_promised_and_load_bit_equal_elsewhere(small
     (tmp_path / "out" / "graph.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(FormatError, match="graph.txt cannot be read"):
         slimc.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rounded_inputs_load_bit_equal_in_another_process(kind: Any, llama: Any, small: Any, tmp_path: Path) -> None:
+    rounded = slimc.compile(llama, tokens(), [*PASSES[:-1], Activations(kind=kind), Fuse()])
+    assert not torch.equal(logits(rounded), logits(small))
+    error = (logits(rounded).float() - logits(small).float()).norm() / logits(small).float().norm()
+    assert float(error) < 0.2
+    slimc.save(rounded, tmp_path / "out")
+    torch.save(logits(rounded), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch, slimc; torch.set_num_threads(1); torch.set_grad_enabled(False); "
+        "small = slimc.load(sys.argv[1] + '/out'); "
+        "ids = torch.randint(2, 384, (4, 16), generator=torch.Generator().manual_seed(0)); "
+        "expected = torch.load(sys.argv[1] + '/logits.pt', weights_only=True); "
+        "print(torch.equal(small(input_ids=ids).logits, expected)); "
+        "print({layer.format.activation for layer in small.modules() if hasattr(layer, 'format')})"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    stored = {"int8": "int8", "fp8": "float8_e4m3fn"}[kind]
+    assert process.stdout.splitlines() == ["True", str({stored})], process.stderr
+    assert f"activation={1 if kind == 'int8' else 2}" in slimc.report(slimc.load(tmp_path / "out")).graph
 
 
 def test_encoders_and_plain_networks_work_too() -> None:

@@ -181,6 +181,26 @@ def test_options_reach_the_recipe(tmp_path: Path, tiny_llama_folder: Path, engli
     assert len(list((tmp_path / "dump").glob("*.txt"))) >= 2
 
 
+def test_a_recipe_may_round_the_inputs(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    recipe = tmp_path / "a8.yaml"
+    recipe.write_text("passes: [{quantize: {group: 32}}, {activations: {kind: int8}}, fuse]", encoding="utf-8")
+    folder = tmp_path / "small"
+    words = ("compress", tiny_llama_folder, "-o", folder, "--recipe", recipe, "--quiet")
+    result = invoke(*words, "--set", "activations.kind=fp8")
+    assert result.exit_code == 0, result.output
+    record = json.loads(invoke("inspect", folder, "--json").stdout)
+    assert {row["expression"] for row in record["sites"]} == {"int4/32, fp8 inputs"}
+    assert {row["unrounded"] for row in record["sites"]} == {None}
+    assert "activation=2" in invoke("inspect", folder, "--graph").stdout
+    result = invoke(*words, "--overwrite", "--set", "activations.kind=fp8", "--set", "quantize.bits=8")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(invoke("inspect", folder).stdout.split())
+    assert "inputs not rounded" in shown
+    bad = invoke(*words, "--overwrite", "--set", "activations.bits=4")
+    assert bad.exit_code != 0
+    assert "activations: bits must be 8, not 4" in bad.output
+
+
 # -------------------------------------------------------------------------------------- interrupted, resumed, replaced
 
 

@@ -1,9 +1,10 @@
-"""CPU kernels for few tokens, where reading the weight is what takes the time.
+"""CPU kernels that multiply by the codes of a weight without decoding them first.
 
-PyTorch carries two kernels that multiply bfloat16 activations by integer weights without decoding them first:
-4-bit codes in groups (``aten::_weight_int4pack_mm_for_cpu``) and 8-bit codes with a scale a row
-(``aten::_weight_int8pack_mm``). Pruned positions become the code of zero, so both read dense codes. They multiply
-by the unrounded product of code and scale and sum in float32, so that only the result is rounded.
+PyTorch carries two for bfloat16 activations and few tokens, where reading the weight is what takes the time: for 4-bit
+codes in groups (``aten::_weight_int4pack_mm_for_cpu``) and for 8-bit codes with a scale a row
+(``aten::_weight_int8pack_mm``). They multiply by the unrounded product of code and scale and sum in float32, so that
+only the result is rounded. A third multiplies 8-bit codes by 8-bit codes (``aten::_int_mm``), exactly, for layers with
+int8 activations. Pruned positions become the code of zero: all read dense codes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.errors import FormatError
+from slimc.runtime.activations import LARGEST, quantize_tokens, round_tokens
 from slimc.runtime.decode import signed_codes
 from slimc.runtime.formats import LinearFormat, WeightFormat
-from slimc.runtime.ops import weight_attributes
+from slimc.runtime.ops import low_rank, weight_attributes
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
-__all__ = ["INT4PACK", "INT8PACK", "KERNELS"]
+__all__ = ["INT4PACK", "INT8MM", "INT8PACK", "KERNELS"]
 
 INT4PACK_TOKENS = 128
 """Most tokens for which the int4 kernel is chosen over decoding the weight and multiplying densely.
@@ -36,6 +38,20 @@ faster, decoding wins earlier, hence not more.
 
 INT8PACK_TOKENS = 128
 """The same for the int8 kernel: 2048 x 2048 with 128 tokens 12.2, 37.7, 7.9 ms."""
+
+FEWEST_INT8MM_TOKENS = 16
+"""Fewest tokens for which exact products of int8 codes are chosen over the int4 kernel, which reads half as much.
+
+2:4 int4 with 4-bit adapters of rank 57 on one thread of a CPU with AMX, ms a call (these products, int4 kernel,
+decoding, bfloat16 `Linear`): 576 x 1536 with 4 tokens 0.41, 0.21, -, 0.20, with 16 tokens 0.42, 0.79, -, 0.22, with 128
+tokens 1.1, 4.3, -, 0.34, with 256 tokens 1.8, -, 2.7, 0.53, with 512 tokens 8.1, -, 3.9, 0.89.
+"""
+
+INT8MM_TOKENS = 256
+"""Most tokens for which they are chosen over decoding the weight, which bfloat16 tiles of AMX make up for."""
+
+MAX_EXACT_COLUMNS = (2**31 - 1) // (int(LARGEST["int8"]) * 128)
+"""Columns whose products of int8 codes add up to less than 2^31."""
 
 _KERNEL_GROUPS = (256, 128, 64, 32)
 """Columns that may share a scale in the int4 kernel, larger first."""
@@ -54,6 +70,7 @@ _ZERO = 8
 _int4pack_mm: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
 _int4pack: Any = getattr(torch, "_convert_weight_to_int4pack_for_cpu", None)
 _int8pack_mm: Any = getattr(torch, "_weight_int8pack_mm", None)
+_int_mm: Any = getattr(torch, "_int_mm", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +94,8 @@ class DenseAdapters:
     left: Tensor
 
     def correct(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return ``y + (x @ right) @ left`` in bfloat16, rounded once."""
-        return torch.addmm(y.float(), torch.mm(x.float(), self.right), self.left).to(torch.bfloat16)
+        """Return ``y + (x @ right) @ left`` in float32."""
+        return torch.addmm(y.float(), torch.mm(x.float(), self.right), self.left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +104,8 @@ class Int4Layer:
 
     With 4-bit adapters the left factor stands beside the weight as further columns, so that
     ``y = [x * input_scale, x @ right^T] @ [weight | left]^T`` takes two calls. ``padding`` columns of zeros follow
-    those of x; the rows of ``weight`` beyond ``rows`` are padding too.
+    those of x; the rows of ``weight`` beyond ``rows`` are padding too. ``activation`` is what the inputs of ``weight``
+    are rounded to, if they are.
     """
 
     weight: Int4Matrix
@@ -97,6 +115,7 @@ class Int4Layer:
     columns: int
     padding: int
     rows: int
+    activation: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +128,18 @@ class Int8Layer:
     input_scale: Tensor | None
     columns: int
     padding: int
+    activation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExactLayer:
+    """State of products of int8 codes: signed codes [columns, rows], a float32 scale a row, and decoded factors."""
+
+    codes: Tensor
+    scales: Tensor
+    factors: tuple[Tensor, Tensor] | None
+    input_scale: Tensor | None
+    columns: int
 
 
 def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
@@ -116,6 +147,7 @@ def _accepts_int4(spec: LinearFormat, dtype: torch.dtype, device: torch.device, 
         _refuses_release(_int4pack_mm, _int4pack)
         or _refuses_device(spec.weight, dtype, device)
         or _refuses_int4(spec.weight)
+        or _refuses_exact_tokens(spec, dtype, device, tokens)
         or _refuses_tokens(tokens, INT4PACK_TOKENS)
     )
 
@@ -129,15 +161,42 @@ def _accepts_int8(spec: LinearFormat, dtype: torch.dtype, device: torch.device, 
     )
 
 
+def _accepts_exact(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if spec.activation != "int8":
+        return "multiplies activations that are rounded to int8"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    if spec.columns > MAX_EXACT_COLUMNS:
+        return f"sums of more than {MAX_EXACT_COLUMNS} products may not fit in 32 bits"
+    return (
+        _refuses_release(_int_mm)
+        or _refuses_processor(device)
+        or _refuses_int8(spec.weight)
+        or _refuses_tokens(tokens, INT8MM_TOKENS)
+    )
+
+
+def _refuses_exact_tokens(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if tokens < FEWEST_INT8MM_TOKENS or _accepts_exact(spec, dtype, device, tokens) is not None:
+        return None
+    return f"for {FEWEST_INT8MM_TOKENS} tokens and more products of int8 codes are faster"
+
+
 def _refuses_release(*functions: Any) -> str | None:
     return f"PyTorch {torch.__version__} does not have this kernel" if None in functions else None
 
 
-def _refuses_device(spec: WeightFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+def _refuses_processor(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return "PyTorch has no vectorised version for this CPU"
+    return None
+
+
+def _refuses_device(spec: WeightFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+    if reason := _refuses_processor(device):
+        return reason
     if dtype != torch.bfloat16:
         return f"fast for bfloat16 inputs only, not {str(dtype).removeprefix('torch.')}"
     if spec.dtype != torch.bfloat16:
@@ -182,7 +241,7 @@ def _prepare_int4(packed: PackedLinear) -> Int4Layer:
     left, right, dense = packed.left, packed.right, _dense_adapters(packed)
     if left is None or right is None or dense is not None:
         weight = _int4_matrix([(packed.weight, width)], _kernel_group(width, packed.weight.format), spec.rows)
-        return Int4Layer(weight, None, dense, packed.input_scale, spec.columns, padding, spec.rows)
+        return Int4Layer(weight, None, dense, packed.input_scale, spec.columns, padding, spec.rows, spec.activation)
     group = _kernel_group(width, packed.weight.format, left.format)
     rank = spec.rank + -spec.rank % group
     return Int4Layer(
@@ -193,6 +252,7 @@ def _prepare_int4(packed: PackedLinear) -> Int4Layer:
         columns=spec.columns,
         padding=padding,
         rows=spec.rows,
+        activation=spec.activation,
     )
 
 
@@ -202,11 +262,24 @@ def _prepare_int8(packed: PackedLinear) -> Int8Layer:
     padding = -spec.columns % _COLUMN_MULTIPLE
     return Int8Layer(
         codes=functional.pad(codes, (0, padding)),
-        scales=scale[:, 0].expand(spec.rows).contiguous(),
+        scales=scale[:, 0].to(torch.bfloat16).expand(spec.rows).contiguous(),
         dense=_dense_adapters(packed, always=True),
         input_scale=packed.input_scale,
         columns=spec.columns,
         padding=padding,
+        activation=spec.activation,
+    )
+
+
+def _prepare_exact(packed: PackedLinear) -> ExactLayer:
+    spec = packed.format
+    codes, scale = _signed(packed.weight)
+    return ExactLayer(
+        codes=codes.t(),
+        scales=scale[:, 0].float().expand(spec.rows).contiguous(),
+        factors=None if packed.left is None or packed.right is None else (packed.left.decode(), packed.right.decode()),
+        input_scale=packed.input_scale,
+        columns=spec.columns,
     )
 
 
@@ -242,7 +315,7 @@ def _int4_matrix(parts: Sequence[tuple[PackedWeight, int]], group: int, rows: in
         codes.append(functional.pad(signed, missing))
         first_columns = torch.arange(0, width, group, device=signed.device)
         source = first_columns // spec.group if spec.group else torch.zeros_like(first_columns)
-        repeated = scale.expand(spec.rows, -1)[:, source.clamp(max=scale.shape[1] - 1)]
+        repeated = scale.to(torch.bfloat16).expand(spec.rows, -1)[:, source.clamp(max=scale.shape[1] - 1)]
         scales.append(functional.pad(repeated, (0, 0, 0, rows - spec.rows)))
     unsigned = torch.cat(codes, dim=1).to(torch.int32) + _ZERO
     scale = torch.cat(scales, dim=1).t()
@@ -250,19 +323,21 @@ def _int4_matrix(parts: Sequence[tuple[PackedWeight, int]], group: int, rows: in
 
 
 def _signed(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Signed codes, int8 [rows, columns], and the scale in bfloat16."""
+    """Signed codes, int8 [rows, columns], and the scale."""
     spec = packed.format
     if spec.bits is None or packed.scale is None:
         raise FormatError(f"{spec.describe()} has no codes")
     attributes = weight_attributes(spec)
     del attributes["group"]
-    return signed_codes(packed.values, packed.pattern, **attributes), packed.scale.to(torch.bfloat16)
+    return signed_codes(packed.values, packed.pattern, **attributes), packed.scale
 
 
 def _run_int4(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     layer: Int4Layer = state
     inputs = x.reshape(-1, layer.columns).contiguous()
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
+    if layer.activation is not None:
+        scaled = round_tokens(scaled, layer.activation)
     if layer.padding:
         inputs, scaled = (functional.pad(each, (0, layer.padding)) for each in (inputs, scaled))
     right, weight = layer.right, layer.weight
@@ -273,7 +348,7 @@ def _run_int4(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     if y.shape[1] != layer.rows:
         y = y[:, : layer.rows].contiguous()
     if layer.dense is not None:
-        y = layer.dense.correct(y, inputs[:, : layer.columns])
+        y = layer.dense.correct(y, inputs[:, : layer.columns]).to(torch.bfloat16)
     if bias is not None:
         y = y.add_(bias)
     return y.view(*x.shape[:-1], layer.rows)
@@ -283,14 +358,31 @@ def _run_int8(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     layer: Int8Layer = state
     inputs = x.reshape(-1, layer.columns).contiguous()
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
+    if layer.activation is not None:
+        scaled = round_tokens(scaled, layer.activation)
     if layer.padding:
         scaled = functional.pad(scaled, (0, layer.padding))
     y: Tensor = _int8pack_mm(scaled, layer.codes, layer.scales)
     if layer.dense is not None:
-        y = layer.dense.correct(y, inputs)
+        y = layer.dense.correct(y, inputs).to(torch.bfloat16)
     if bias is not None:
         y = y.add_(bias)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _run_exact(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+    layer: ExactLayer = state
+    inputs = x.reshape(-1, layer.columns).contiguous()
+    scaled = inputs if layer.input_scale is None else inputs * layer.input_scale.to(x.dtype)
+    codes, scale = quantize_tokens(scaled, "int8")
+    y: Tensor = _int_mm(codes, layer.codes).float().mul_(scale).mul_(layer.scales)
+    if layer.factors is not None:
+        # For few tokens oneDNN's 16-bit products take longer than those of float32 (see `DenseAdapters`).
+        few = len(inputs) < FEWEST_INT8MM_TOKENS
+        y = y.add_(low_rank(inputs.float() if few else inputs, *layer.factors))
+    if bias is not None:
+        y = y.add_(bias)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 INT4PACK = Kernel("int4pack", _accepts_int4, _prepare_int4, _run_int4)
@@ -299,4 +391,7 @@ INT4PACK = Kernel("int4pack", _accepts_int4, _prepare_int4, _run_int4)
 INT8PACK = Kernel("int8pack", _accepts_int8, _prepare_int8, _run_int8)
 """8-bit codes with one scale a row or a tensor."""
 
-KERNELS = (INT4PACK, INT8PACK)
+INT8MM = Kernel("int8mm", _accepts_exact, _prepare_exact, _run_exact)
+"""Codes of up to 8 bits with one scale a row or a tensor, times activations rounded to int8; the sums are exact."""
+
+KERNELS = (INT4PACK, INT8MM, INT8PACK)

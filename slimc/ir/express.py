@@ -1,7 +1,8 @@
 """Write a site's compressed form into the graph, as storage ops before its product and adapters after it.
 
     w = slim.dequant_nm(values, pattern, scale){bits=4, n=2, m=4}
-    y = aten.linear(x, w, b) + slim.low_rank(x, l, r)
+    q = slim.round_activations(x){activation=1}
+    y = aten.linear(q, w, b) + slim.low_rank(x, l, r)
 
 The product stays a product until ``fuse``; every stage runs in plain PyTorch.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from slimc.errors import VerifyError
 from slimc.ir.program import Program, Site, Use
 from slimc.runtime import ops  # noqa: F401 - registers the slim:: ops
+from slimc.runtime.formats import ACTIVATIONS
 from slimc.runtime.packing import NM, PackedLinear, PackedWeight
 
 aten = torch.ops.aten
@@ -40,8 +42,9 @@ def express(program: Program, site: Site, packed: PackedLinear) -> None:
         left, right = _factors(program.graph, prefix, packed, first)
         scale = packed.input_scale
         scaling = None if scale is None else _get(program.graph, f"{prefix}input_scale", scale, first)
+    rounding = 0 if packed.activation is None else ACTIVATIONS[packed.activation]
     for use in site.uses:
-        _rewrite_use(program.graph, use, weight, scaling, left, right)
+        _rewrite_use(program.graph, use, weight, scaling, rounding, left, right)
     site.written = [node for node in program.graph.nodes if node not in before]
 
 
@@ -52,7 +55,9 @@ def _erase(program: Program, site: Site) -> None:
         for total in [node for node in use.node.users if node in written]:
             total.replace_all_uses_with(use.node)
         activation = _activation(use)
-        _set_operands(use, activation.all_input_nodes[0] if activation in written else activation, use.weight)
+        while activation in written:
+            activation = activation.all_input_nodes[0]
+        _set_operands(use, activation, use.weight)
     for node in reversed(site.written):
         program.graph.erase_node(node)
         if node.op == "get_attr":
@@ -106,7 +111,13 @@ def _decoded(graph: fx.Graph, prefix: str, packed: PackedWeight, like: fx.Node) 
 
 
 def _rewrite_use(
-    graph: fx.Graph, use: Use, weight: fx.Node, scale: fx.Node | None, left: fx.Node | None, right: fx.Node | None
+    graph: fx.Graph,
+    use: Use,
+    weight: fx.Node,
+    scale: fx.Node | None,
+    rounding: int,
+    left: fx.Node | None,
+    right: fx.Node | None,
 ) -> None:
     product = use.node
     unscaled = _activation(use)
@@ -114,6 +125,9 @@ def _rewrite_use(
     with graph.inserting_before(product):
         if scale is not None:
             activation = graph.call_function(aten.mul.Tensor, (unscaled, scale))
+            _describe(activation, product, unscaled.meta.get("val"))
+        if rounding:
+            activation = graph.call_function(slim.round_activations.default, (activation,), {"activation": rounding})
             _describe(activation, product, unscaled.meta.get("val"))
         if use.product_reads_transposed:
             operand = graph.call_function(aten.t.default, (weight,))

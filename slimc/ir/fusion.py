@@ -36,11 +36,19 @@ _SCALED = Call(
     {"self": Anything("x"), "other": Anything("input_scale")},
     shareable=True,
 )
-_PRODUCT = OneOf((*_product_of(_SCALED), *_product_of(_PLAIN)))
+_ROUNDED = Call(
+    (slim.round_activations.default,),
+    {"x": OneOf((_SCALED, _PLAIN)), "activation": Anything("activation")},
+    shareable=True,
+)
+_PRODUCT = OneOf((*_product_of(_ROUNDED), *_product_of(_SCALED), *_product_of(_PLAIN)))
 
 
 class FuseLinear(Rule):
-    """``linear(x * s, dequant(values, ...), b)  ->  slim.linear(x, values, ..., s, b)``."""
+    """``linear(round_activations(x * s), dequant(values, ...), b)  ->  slim.linear(x, values, ..., s, b)``.
+
+    Scaling and rounding are taken in where they are there.
+    """
 
     def pattern(self) -> Pattern:
         """A product whose weight is in a storage form."""
@@ -56,13 +64,16 @@ class FuseLinear(Rule):
 
 
 class FuseLowRank(Rule):
-    """``linear(x * s, dequant(values, ...), b) + low_rank(x, l, r)  ->  slim.linear(x, values, ..., s, l, r, b)``."""
+    """``linear(x * s, dequant(values, ...), b) + low_rank(x, l, r)  ->  slim.linear(x, values, ..., s, l, r, b)``.
+
+    The product may read ``x * s`` rounded; the adapters read x itself.
+    """
 
     benefit = 2
     near = 3
 
     def pattern(self) -> Pattern:
-        """The sum of a product and of adapters that read the same, unscaled input."""
+        """The sum of a product and of adapters that read the same input, unscaled and unrounded."""
         factors = {"left": Anything("left"), "right": Anything("right")}
         adapters = Call((slim.low_rank.default,), {"x": Anything("x"), **factors})
         return Call(
@@ -114,5 +125,6 @@ def _factor(side: str, node: fx.Node | None) -> dict[str, Any]:
 
 def _fused(graph: fx.Graph, found: Match, adapters: dict[str, Any]) -> fx.Node:
     given = {"n": 0, "m": 0} | arguments(found["weight"]) | {"input_scale": found["input_scale"]} | adapters
+    given |= {"activation": found["activation"] or 0}
     tensors = [found["x"], *(given.pop(name, None) for name in LINEAR_TENSORS), found["bias"]]
     return graph.call_function(slim.linear.default, tuple(tensors), given)

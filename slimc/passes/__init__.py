@@ -1,5 +1,6 @@
 """The passes, each usable alone and in any order that :func:`check_order` accepts."""
 
+from slimc.passes.activations import Activations
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.fuse import Fuse
@@ -10,6 +11,7 @@ from slimc.passes.quantize import Quantize
 
 __all__ = [
     "PASSES",
+    "Activations",
     "Calibrate",
     "Fuse",
     "LowRank",

@@ -75,6 +75,9 @@ class Pass:
 class SitePass(Pass, ABC):
     """A pass that works on one site at a time, inside the sweep."""
 
+    compresses: ClassVar[bool] = True
+    """Whether it stores the weight in another form, so that a recipe may consist of it alone."""
+
     @abstractmethod
     def apply(self, work: SiteWork) -> None:
         """Change how ``work`` expresses its weight."""

@@ -16,6 +16,7 @@ from slimc.ir.express import express
 from slimc.ir.program import Program, Site
 from slimc.ir.text import text
 from slimc.ir.verify import verify
+from slimc.passes.activations import Activations
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.fuse import Fuse
@@ -31,7 +32,7 @@ from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
 
-PASSES: Mapping[str, type[Pass]] = {one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Fuse)}
+PASSES: Mapping[str, type[Pass]] = {one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Activations, Fuse)}
 """Every pass by its name in recipes."""
 
 
@@ -77,7 +78,7 @@ def check_order(passes: Sequence[Pass]) -> None:
             raise RecipeError(
                 f"{one.name} needs calibrate before it, for statistics of the activations. Put calibrate first."
             )
-    if not any(isinstance(one, SitePass) for one in passes):
+    if not any(isinstance(one, SitePass) and one.compresses for one in passes):
         raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune.")
 
 

@@ -12,6 +12,7 @@ from slimc.errors import RecipeError
 from slimc.passes.report import SiteRow
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.statistics import InputStatistics
+from slimc.runtime.activations import refuses_codes, round_tokens
 from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Unstructured, pack_weight
 
 Quantizer = Callable[[Tensor, Tensor | None], Quantized]
@@ -22,8 +23,8 @@ Quantizer = Callable[[Tensor, Tensor | None], Quantized]
 class SiteWork:
     """The working state of one site; every matrix is float32 ``[out_features, in_features]``.
 
-    The weight is expressed as ``base * input_scale + left @ right``. ``base`` is what will be stored: on the grid of
-    ``quantized`` if there is one, zero outside ``mask`` if there is one.
+    The weight is expressed as ``base * input_scale + left @ right``, where ``base`` may read rounded inputs. ``base``
+    is what will be stored: on the grid of ``quantized`` if there is one, zero outside ``mask`` if there is one.
 
     Attributes:
         name: of the site.
@@ -36,6 +37,7 @@ class SiteWork:
         siblings: brings the dense weights of all sites that read the same input, this one too, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
+        activation: what the inputs of ``base`` shall be rounded to, one of `slimc.runtime.formats.ACTIVATIONS`.
     """
 
     name: str
@@ -51,6 +53,7 @@ class SiteWork:
     held_out: InputStatistics | None = None
     input_scale: Tensor | None = None
     adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
@@ -65,6 +68,21 @@ class SiteWork:
     def reached(self) -> bool:
         """Whether calibration saw anything but zeros here; if not, its statistics say nothing about the inputs."""
         return self.statistics is None or not self.statistics.is_silent
+
+    @property
+    def unrounded(self) -> str | None:
+        """Why the inputs stay as they are although ``activation`` asks for rounding; ``None`` if they do not."""
+        if self.activation is None:
+            return None
+        grid = self.quantized
+        if grid is None:
+            return refuses_codes(None, False, self.activation)
+        return refuses_codes(grid.bits, grid.zero_point is not None, self.activation)
+
+    @property
+    def rounding(self) -> str | None:
+        """What the inputs of ``base`` are rounded to."""
+        return None if self.unrounded else self.activation
 
     def require_statistics(self, name: str) -> InputStatistics:
         """Return the input statistics that the pass ``name`` declared to need."""
@@ -108,6 +126,7 @@ class SiteWork:
             left=left,
             right=right,
             input_scale=None if self.input_scale is None else self.input_scale.to(self.dtype),
+            activation=self.rounding,
         )
 
     def row(self, packed: PackedLinear) -> SiteRow:
@@ -124,6 +143,7 @@ class SiteWork:
             output_error=self.output_error(decoded, self.statistics),
             held_out_error=self.output_error(decoded, self.held_out),
             stream_error=self._stream_error(decoded),
+            unrounded=self.unrounded,
         )
 
     def _pack_base(self) -> PackedWeight:
@@ -150,17 +170,32 @@ class SiteWork:
         return pack_weight(factor.to(self.dtype), bits=None)
 
     def output_error(self, weight: Tensor, statistics: InputStatistics | None) -> float | None:
-        """Return ``|X (weight - dense)^T| / |X dense^T|`` on the sampled tokens of ``statistics``, if there are any."""
+        """Return ``|X (weight - dense)^T| / |X dense^T|`` on the sampled tokens of ``statistics``, if there are any.
+
+        The numerator counts the rounding of the inputs in.
+        """
         if statistics is None:
             return None
-        return _relative(statistics.sample @ (weight - self.dense).t(), statistics.sample @ self.dense.t())
+        sample = statistics.sample
+        difference = sample @ (weight - self.dense).t() + self._rounding_noise(sample)
+        return _relative(difference, sample @ self.dense.t())
+
+    def _rounding_noise(self, sample: Tensor) -> Tensor | float:
+        """Return by how much rounding changes the outputs of ``base`` on sampled inputs."""
+        if self.rounding is None:
+            return 0.0
+        exact = sample.to(self.dtype)
+        if self.input_scale is not None:
+            exact = exact * self.input_scale.to(self.dtype)
+        return (round_tokens(exact, self.rounding).float() - exact.float()) @ self.base.t()
 
     def _stream_error(self, weight: Tensor) -> float | None:
         """Return the error against the output of the dense model, the errors of earlier sites included."""
         if self.statistics is None or self.statistics.dense_sample is None:
             return None
         exact = self.statistics.dense_sample @ self.dense.t()
-        return _relative(self.statistics.sample @ weight.t() - exact, exact)
+        sample = self.statistics.sample
+        return _relative(sample @ weight.t() - exact + self._rounding_noise(sample), exact)
 
 
 def _dense(factor: Tensor | Quantized) -> Tensor:

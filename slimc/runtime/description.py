@@ -43,6 +43,7 @@ class _SiteRow(_Record):
     output_error: float | None
     held_out_error: float | None = None
     stream_error: float | None = None
+    unrounded: str | None = None
 
 
 class _LeftRow(_Record):

@@ -2,8 +2,8 @@
 
 A weight of ``rows`` x ``columns`` is stored as codes of ``bits`` bits with scales, or (``bits`` None) as plain
 floating point values; with a sparsity only the kept positions are stored, beside a bit mask. A linear layer adds
-an optional pair of low-rank factors and an optional scale for each input column. Every format can be built from
-untrusted JSON: whatever is not a valid format raises `FormatError`.
+an optional pair of low-rank factors, an optional scale for each input column, and what its inputs are rounded to.
+Every format can be built from untrusted JSON: whatever is not a valid format raises `FormatError`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
 }
 """The floating point types of scales and of values that are not quantised, by the name used in JSON."""
+
+ACTIVATIONS: Mapping[str, int] = {"int8": 1, "float8_e4m3fn": 2}
+"""What the inputs of a layer may be rounded to: the name used in JSON, and the number used as an attribute of ops."""
+
+_SHORT_ACTIVATIONS = {"int8": "int8", "float8_e4m3fn": "fp8"}
 
 _SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -216,16 +221,24 @@ class WeightFormat:
 class LinearFormat:
     """The storage form of a linear layer's weight, its adapters and its input scale (the bias is not part of it).
 
-    ``left`` is [rows, rank] and ``right`` [rank, columns]; there are both or neither.
+    ``left`` is [rows, rank] and ``right`` [rank, columns]; there are both or neither. ``activation`` is one of
+    `ACTIVATIONS`, if what the weight is multiplied by is rounded token by token (`slimc.runtime.activations`); it
+    takes no space.
     """
 
     weight: WeightFormat
     left: WeightFormat | None = None
     right: WeightFormat | None = None
     input_scaled: bool = False
+    activation: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that the adapters fit the weight; raise `FormatError` otherwise."""
+        """Check that the adapters fit the weight and the activation is known; raise `FormatError` otherwise."""
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise FormatError(
+                f"inputs cannot be rounded to {self.activation!r}: use one of {', '.join(ACTIVATIONS)}"
+                f"{closest(str(self.activation), ACTIVATIONS)}"
+            )
         if (self.left is None) != (self.right is None):
             raise FormatError("a low-rank correction needs both factors, left and right")
         if self.left is None or self.right is None:
@@ -274,9 +287,11 @@ class LinearFormat:
         return 8 * self.nbytes() / (self.rows * self.columns)
 
     def describe(self) -> str:
-        """Return the format for people: ``2:4 int4 per tensor + low-rank 57 int4/64``."""
+        """Return the format for people: ``2:4 int4 per tensor, int8 inputs + low-rank 57 int4/64``."""
         text = self.weight.describe()
-        if self.input_scaled:
+        if self.activation is not None:
+            text += f",{' scaled' if self.input_scaled else ''} {_SHORT_ACTIVATIONS[self.activation]} inputs"
+        elif self.input_scaled:
             text += " scaled inputs"
         if self.left is not None and self.right is not None:
             left, right = self.left.describe(), self.right.describe()
@@ -284,23 +299,26 @@ class LinearFormat:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Return the format as plain JSON types."""
-        return {
+        """Return the format as plain JSON types; ``activation`` is left out if there is none."""
+        record = {
             "weight": self.weight.to_json(),
             "left": None if self.left is None else self.left.to_json(),
             "right": None if self.right is None else self.right.to_json(),
             "input_scaled": self.input_scaled,
         }
+        return record if self.activation is None else record | {"activation": self.activation}
 
     @classmethod
     def from_json(cls, record: object) -> LinearFormat:
         """Build a format from untrusted JSON; raise `FormatError` on anything but the form of :meth:`to_json`."""
-        entries = _entries(record, [field.name for field in fields(cls)], "linear format")
+        names = [field.name for field in fields(cls)]
+        entries = _entries(record, names, "linear format", optional=("activation",))
         return cls(
             weight=WeightFormat.from_json(entries["weight"]),
             left=None if entries["left"] is None else WeightFormat.from_json(entries["left"]),
             right=None if entries["right"] is None else WeightFormat.from_json(entries["right"]),
             input_scaled=_boolean(entries, "input_scaled"),
+            activation=_optional_text(entries, "activation"),
         )
 
 
@@ -315,13 +333,13 @@ def specs_nbytes(specs: TensorSpecs) -> int:
     return total
 
 
-def _entries(record: object, names: list[str], what: str) -> dict[str, Any]:
+def _entries(record: object, names: list[str], what: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise FormatError(f"a {what} must be a JSON object, not {type(record).__name__}")
     for key in record:
         if key not in names:
             raise FormatError(f"unknown key {key!r} in a {what}{closest(str(key), names)}")
-    missing = [name for name in names if name not in record]
+    missing = [name for name in names if name not in record and name not in optional]
     if missing:
         raise FormatError(f"a {what} lacks {', '.join(missing)}")
     return record
@@ -336,6 +354,13 @@ def _integer(entries: dict[str, Any], name: str) -> int:
 
 def _optional_integer(entries: dict[str, Any], name: str) -> int | None:
     return None if entries[name] is None else _integer(entries, name)
+
+
+def _optional_text(entries: dict[str, Any], name: str) -> str | None:
+    value = entries.get(name)
+    if value is not None and type(value) is not str:
+        raise FormatError(f"{name} of a format must be text, not {value!r}")
+    return value
 
 
 def _boolean(entries: dict[str, Any], name: str) -> bool:

@@ -5,7 +5,8 @@ every kernel) and the shape inference, which becomes the fake kernel and raises 
 ``torch.export`` and ``torch.compile``.
 
 Attributes are integers, and 0 stands for "absent": ``bits`` 0 means floating point values, ``group`` 0 one group
-of all columns, ``m`` 0 no N:M pattern, ``rank`` 0 no adapters.
+of all columns, ``m`` 0 no N:M pattern, ``rank`` 0 no adapters, ``activation`` 0 no rounding of the inputs (1: int8,
+2: float8_e4m3fn).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slimc.runtime.activations import ACTIVATION_NAMES, round_tokens
 from slimc.runtime.bits import stream_bytes
 from slimc.runtime.decode import dequantize
-from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
 __all__ = ["OPS", "Op", "apply_packed", "decoded_linear", "linear_attributes", "weight_attributes"]
@@ -81,6 +83,7 @@ def linear_attributes(spec: LinearFormat) -> dict[str, int]:
         "left_group": (left.group or 0) if left else 0,
         "right_bits": (right.bits or 0) if right else 0,
         "right_group": (right.group or 0) if right else 0,
+        "activation": ACTIVATIONS[spec.activation] if spec.activation else 0,
     }
 
 
@@ -100,7 +103,7 @@ def decoded_linear(packed: PackedLinear) -> Callable[[Tensor, Tensor | None], Te
     weight = packed.weight.decode()
     left = None if packed.left is None else packed.left.decode()
     right = None if packed.right is None else packed.right.decode()
-    return lambda x, bias: _products(x, weight, packed.input_scale, left, right, bias)
+    return lambda x, bias: _products(x, weight, packed.input_scale, left, right, bias, packed.activation)
 
 
 def dequant(values: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, columns: int, group: int) -> Tensor:
@@ -138,6 +141,11 @@ def dequant_mask(
     return dequantize(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group)
 
 
+def round_activations(x: Tensor, *, activation: int) -> Tensor:
+    """``s * q``: each token of x rounded to codes q of 8 bits with a scale s of its own, in x's dtype."""
+    return round_tokens(x, ACTIVATION_NAMES[activation]).contiguous()
+
+
 def low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``(x @ right^T) @ left^T``, computed in x's dtype."""
     return functional.linear(functional.linear(x, right.to(x.dtype)), left.to(x.dtype)).contiguous()
@@ -166,14 +174,15 @@ def linear(
     left_group: int,
     right_bits: int,
     right_group: int,
+    activation: int,
 ) -> Tensor:
-    """``(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T``, every step rounded to x's dtype."""
+    """``round_activations(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T``, each step rounded to x's dtype."""
     weight = dequantize(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
     left = right = None
     if left_values is not None and right_values is not None:
         left = dequantize(left_values, None, left_scale, None, bits=left_bits, columns=rank, group=left_group)
         right = dequantize(right_values, None, right_scale, None, bits=right_bits, columns=columns, group=right_group)
-    return _products(x, weight, input_scale, left, right, bias)
+    return _products(x, weight, input_scale, left, right, bias, ACTIVATION_NAMES.get(activation))
 
 
 def _products(
@@ -183,9 +192,11 @@ def _products(
     left: Tensor | None,
     right: Tensor | None,
     bias: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
     scaled = x if input_scale is None else x * input_scale.to(x.dtype)
-    y = functional.linear(scaled, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    rounded = scaled if activation is None else round_tokens(scaled, activation)
+    y = functional.linear(rounded, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if left is not None and right is not None:
         y = y + low_rank(x, left, right)
     return y.contiguous()
@@ -259,6 +270,12 @@ def _check_weight(
     return rows
 
 
+def _infer_round_activations(x: Tensor, *, activation: int) -> Tensor:
+    _require(x.is_floating_point() and x.dim() > 0, lambda: f"x must be floating point [..., columns], not {x.dtype}")
+    _require(activation in ACTIVATIONS.values(), lambda: f"activation must be 1 (int8) or 2 (float8), not {activation}")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _infer_low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     _require(left.dim() == 2 and right.dim() == 2, lambda: "left and right must be matrices")
     _expect_input(x, right.shape[1])
@@ -292,9 +309,11 @@ def _infer_linear(
     left_group: int,
     right_bits: int,
     right_group: int,
+    activation: int,
 ) -> Tensor:
     rows = _check_weight(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
     _expect_input(x, columns)
+    _require(0 <= activation <= len(ACTIVATIONS), lambda: f"activation must be 0, 1 or 2, not {activation}")
     if input_scale is not None:
         _expect("input_scale", input_scale, (columns,))
     if bias is not None:
@@ -383,8 +402,9 @@ def _linear_gradients(
     left_group: int,
     right_bits: int,
     right_group: int,
+    activation: int,  # noqa: ARG001 - rounding passes gradients on as they are
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the bias; the packed tensors are frozen."""
+    """Gradients of x and of the bias; the packed tensors are frozen, and rounding counts as the identity."""
     to_input = to_bias = None
     dtype = gradient.dtype
     if needed[0]:
@@ -401,6 +421,11 @@ def _linear_gradients(
     if needed[10] and bias is not None:
         to_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype)
     return (to_input, *(None for _ in LINEAR_TENSORS), to_bias)
+
+
+def _round_gradients(gradient: Tensor, _needed: tuple[bool, ...], _x: Tensor, **_: int) -> tuple[Tensor]:
+    """The straight-through estimator: the derivative of rounding is zero nearly everywhere and of no use."""
+    return (gradient,)
 
 
 _WEIGHT = ("bits", "columns", "group")
@@ -423,11 +448,19 @@ OPS: dict[str, Op] = {
             dequant_mask,
             _infer_sparse,
         ),
+        Op(
+            "slim::round_activations",
+            ("x",),
+            ("activation",),
+            round_activations,
+            _infer_round_activations,
+            _round_gradients,
+        ),
         Op("slim::low_rank", ("x", "left", "right"), (), low_rank, _infer_low_rank, _low_rank_gradients),
         Op(
             "slim::linear",
             ("x", "values", *(f"{name}?" for name in LINEAR_TENSORS[1:]), "bias?"),
-            (*_WEIGHT, "n", "m", "rank", "left_bits", "left_group", "right_bits", "right_group"),
+            (*_WEIGHT, "n", "m", "rank", "left_bits", "left_group", "right_bits", "right_group", "activation"),
             linear,
             _infer_linear,
             _linear_gradients,

@@ -178,19 +178,22 @@ class PackedLinear:
     """A linear layer's weight in its storage form, without the bias.
 
     The layer computes ``y = (x * input_scale) @ decode(weight)^T + (x @ right^T) @ left^T``; the adapters read
-    the unscaled input.
+    the unscaled input. With an ``activation`` the product with the weight reads ``x * input_scale`` rounded token by
+    token, the adapters still read x.
 
     Attributes:
         weight: The matrix [rows, columns].
         left: Left factor of the low-rank correction, [rows, rank], or None.
         right: Right factor, [rank, columns], or None.
         input_scale: [columns] in the dtype of the weight, or None.
+        activation: What the inputs of the weight are rounded to, one of `slimc.runtime.formats.ACTIVATIONS`, or None.
     """
 
     weight: PackedWeight
     left: PackedWeight | None = None
     right: PackedWeight | None = None
     input_scale: Tensor | None = None
+    activation: str | None = None
 
     @property
     def format(self) -> LinearFormat:
@@ -200,6 +203,7 @@ class PackedLinear:
             None if self.left is None else self.left.format,
             None if self.right is None else self.right.format,
             self.input_scale is not None,
+            self.activation,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -232,6 +236,7 @@ class PackedLinear:
             None if spec.left is None else part("left_", spec.left),
             None if spec.right is None else part("right_", spec.right),
             tensors.get("input_scale"),
+            spec.activation,
         )
 
     def decode_base(self) -> Tensor:

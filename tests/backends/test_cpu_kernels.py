@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from slimc.backends import KERNELS, cpu
-from slimc.backends.cpu import INT4PACK, INT4PACK_TOKENS, INT8PACK
+from slimc.backends.cpu import (
+    INT4PACK,
+    INT4PACK_TOKENS,
+    INT8MM,
+    INT8MM_TOKENS,
+    INT8PACK,
+    MAX_EXACT_COLUMNS,
+)
 from slimc.backends.reference import DECODE
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Sparsity, Unstructured, pack_weight
@@ -127,6 +135,95 @@ def test_a_kernel_is_a_function_of_the_packed_bytes(kernel: Kernel, case: dict[s
     assert torch.equal(*(SlimLinear(one, kernels=[kernel])(x) for one in (packed, again)))
 
 
+INT8MM_CASES = {
+    "the recipe": INT4_CASES["the recipe"],
+    "odd sizes": {"rows": 21, "columns": 51, "bits": 6, "rank": 7, "scaled": True},
+    "unstructured": {"rows": 7, "columns": 64, "bits": 3, "sparsity": Unstructured()},
+    "8 bits": {"rows": 16, "columns": 40, "bits": 8, "rank": 3, "adapter_bits": None},
+}
+ROUNDED_CASES = [
+    *(pytest.param(INT8MM, "int8", case, id=f"int8mm: {name}") for name, case in INT8MM_CASES.items()),
+    *(pytest.param(INT4PACK, "int8", case, id=f"int4pack, int8: {name}") for name, case in INT4_CASES.items()),
+    *(pytest.param(INT4PACK, "float8_e4m3fn", case, id=f"int4pack, fp8: {name}") for name, case in INT4_CASES.items()),
+    *(pytest.param(INT8PACK, "float8_e4m3fn", case, id=f"int8pack, fp8: {name}") for name, case in INT8_CASES.items()),
+    *(pytest.param(DECODE, "int8", case, id=f"decode, int8: {name}") for name, case in INT8MM_CASES.items()),
+]
+
+
+@pytest.mark.parametrize(("kernel", "activation", "case"), ROUNDED_CASES)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_kernel_with_rounded_inputs_keeps_to_the_bound(
+    kernel: Kernel,
+    activation: str,
+    case: dict[str, Any],
+    dtype: torch.dtype,
+    tokens: int,
+    rounded_product: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    torch.manual_seed(0)
+    packed = replace(linear(**case), activation=activation)
+    if kernel.accepts(packed.format, dtype, CPU, 1) is not None:
+        assert dtype != BF16
+        return
+    layer = SlimLinear(packed, torch.randn(case["rows"]).to(BF16), kernels=[kernel])
+    x = torch.randn(tokens, 1, case["columns"]).to(dtype)
+    y = layer(x)
+    assert (y.dtype, y.shape) == (dtype, (tokens, 1, case["rows"]))
+    ideal, bound = rounded_product(packed, x, layer.bias)
+    assert bool(((y.double() - ideal).abs() <= bound).all())
+
+
+def test_products_of_int8_codes_are_exact() -> None:
+    """Both operands at their largest, and in the second row one of the products: float32 sums would lose it."""
+    columns = 4096
+    codes = torch.zeros(2, columns, dtype=torch.uint8)
+    codes[1, -1] = 255
+    one = pack_weight(codes, bits=8, scale=torch.ones(1, 1))
+    layer = SlimLinear(PackedLinear(one, activation="int8"), kernels=[INT8MM])
+    y = layer(torch.full((1, columns), 127.0))
+    exact = [-127 * 128 * columns, -127 * 128 * (columns - 1) + 127 * 127]
+    assert torch.equal(y, torch.tensor([exact], dtype=torch.int64).float())
+
+
+def test_the_table_takes_exact_products_where_they_are_faster() -> None:
+    form = replace(linear(16, 64, 4, rank=5), activation="int8").format
+    few, many, *_, most = choices(KERNELS, form, BF16, CPU)
+    assert (few.kernel, few.last_tokens, many.kernel, many.last_tokens) == (INT4PACK, 8, INT8MM, INT8MM_TOKENS)
+    assert many.refusals == {"int4pack": "for 16 tokens and more products of int8 codes are faster"}
+    assert most.kernel is DECODE
+    assert most.refusals["int8mm"] == "for more than 256 tokens decoding the weight is faster"
+    assert choices(KERNELS, form, torch.float32, CPU)[0].kernel is INT8MM
+    grouped = replace(linear(16, 64, 4, group=32), activation="int8").format
+    assert choose(KERNELS, grouped, BF16, CPU, 64)[0] is INT4PACK
+    assert choose(KERNELS, grouped, BF16, CPU, 256)[0] is DECODE
+
+
+@pytest.mark.parametrize(
+    ("activation", "case", "dtype", "reason"),
+    [
+        (None, {"bits": 4}, BF16, "multiplies activations that are rounded to int8"),
+        ("float8_e4m3fn", {"bits": 4}, BF16, "multiplies activations that are rounded to int8"),
+        ("int8", {"bits": 4}, torch.float64, "computes in float32, not in float64"),
+        ("int8", {"bits": 4, "group": 32}, BF16, "holds one scale a row, not one for 32 columns"),
+        ("int8", {"bits": 4, "asymmetric": True}, BF16, "holds symmetric codes only"),
+        ("int8", {"bits": None}, BF16, "holds codes, not bf16"),
+    ],
+)
+def test_exact_products_refuse(activation: str | None, case: dict[str, Any], dtype: torch.dtype, reason: str) -> None:
+    form = replace(linear(16, 64, **case), activation=activation).format
+    assert INT8MM.accepts(form, dtype, CPU, 1) == reason
+
+
+def test_exact_products_refuse_sums_that_may_overflow_and_other_devices() -> None:
+    form = replace(linear(1, MAX_EXACT_COLUMNS, 8), activation="int8").format
+    assert INT8MM.accepts(form, BF16, CPU, 1) is None
+    assert INT8MM.accepts(form, BF16, torch.device("meta"), 1) == "runs on the CPU, not on meta"
+    wider = replace(form, weight=replace(form.weight, columns=MAX_EXACT_COLUMNS + 1))
+    assert INT8MM.accepts(wider, BF16, CPU, 1) == "sums of more than 132104 products may not fit in 32 bits"
+    assert MAX_EXACT_COLUMNS * 127 * 128 < 2**31
+
+
 @pytest.mark.parametrize(
     ("kernel", "case", "dtype", "tokens", "reason"),
     [
@@ -161,12 +258,17 @@ def test_a_kernel_refuses_a_cpu_without_vectors(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("name", "kernel", "bits"),
-    [("_int4pack_mm", INT4PACK, 4), ("_int4pack", INT4PACK, 4), ("_int8pack_mm", INT8PACK, 8)],
+    [
+        ("_int4pack_mm", INT4PACK, 4),
+        ("_int4pack", INT4PACK, 4),
+        ("_int8pack_mm", INT8PACK, 8),
+        ("_int_mm", INT8MM, 4),
+    ],
 )
 def test_a_release_without_the_function_only_loses_the_kernel(
     monkeypatch: pytest.MonkeyPatch, name: str, kernel: Kernel, bits: int
 ) -> None:
-    form = linear(16, 64, bits).format
+    form = replace(linear(16, 64, bits).format, activation="int8" if kernel is INT8MM else None)
     assert kernel.accepts(form, BF16, CPU, 1) is None
     monkeypatch.setattr(cpu, name, None)
     assert kernel.accepts(form, BF16, CPU, 1) == f"PyTorch {torch.__version__} does not have this kernel"

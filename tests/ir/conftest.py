@@ -33,7 +33,10 @@ def _store(weight: Tensor, bits: int | None, sparsity: NM | Unstructured | None,
 
 @pytest.fixture(scope="session")
 def pack() -> Packer:
-    """Return ``pack(weight, form)``; a form is words out of int4, int4z, 16bit, 2:4, mask, scaled, rank16, rank4."""
+    """Return ``pack(weight, form)``.
+
+    A form is words out of int4, int4z, 16bit, 2:4, mask, scaled, rank16, rank4, int8in, fp8in.
+    """
 
     def packed(weight: Tensor, form: str = "int4") -> PackedLinear:
         words = form.split()
@@ -48,6 +51,7 @@ def pack() -> Packer:
         scale = None
         if "scaled" in words:
             scale = (1 + torch.rand(weight.shape[1], generator=generator)).to(weight.dtype)
-        return PackedLinear(base, left, right, scale)
+        activation = "int8" if "int8in" in words else "float8_e4m3fn" if "fp8in" in words else None
+        return PackedLinear(base, left, right, scale, activation)
 
     return packed

@@ -33,6 +33,11 @@ FORMS = {
     "int4 2:4 scaled rank4": {
         *("slim.dequant_nm", "slim.dequant", "aten.mul.Tensor", "slim.low_rank", "aten.add.Tensor"),
     },
+    "int4 fp8in": {"slim.dequant", "slim.round_activations"},
+    "int4 2:4 scaled rank4 int8in": {
+        *("slim.dequant_nm", "slim.dequant", "aten.mul.Tensor", "slim.round_activations", "slim.low_rank"),
+        "aten.add.Tensor",
+    },
 }
 
 
@@ -113,7 +118,7 @@ def test_a_second_call_changes_nothing(form: str, pack: Packer) -> None:
 
 def test_another_form_replaces_the_first_without_a_trace(pack: Packer) -> None:
     _, program, _ = captured(nn.Linear(16, 8))
-    express_all(program, pack, "int4 2:4 scaled rank4")
+    express_all(program, pack, "int4 2:4 scaled rank4 int8in")
     express_all(program, pack, "int4")
     _, fresh, _ = captured(nn.Linear(16, 8))
     express_all(fresh, pack, "int4")
@@ -129,7 +134,7 @@ def test_a_site_that_reads_another_one_directly_reads_it_with_its_adapters(
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)).eval()
     x = torch.randn(5, 16)
     program = capture(model, [((x,), {})])
-    for form in ("int4 scaled rank4", "int4 rank16", "int4 scaled rank16"):
+    for form in ("int4 scaled rank4 fp8in", "int4 rank16", "int4 scaled rank16", "int4 rank4 int8in"):
         for name in order:
             site = program.sites[name]
             express(program, site, pack(program.dense_weight(site), form))
@@ -139,7 +144,10 @@ def test_a_site_that_reads_another_one_directly_reads_it_with_its_adapters(
             assert torch.equal(program.run(x), install(model, program, inplace=False)(x)), form
 
 
-@pytest.mark.parametrize(("form", "decoded"), [("int4", 1), ("int4 scaled rank4", 3), ("int4 2:4 scaled rank16", 1)])
+@pytest.mark.parametrize(
+    ("form", "decoded"),
+    [("int4", 1), ("int4 scaled rank4", 3), ("int4 2:4 scaled rank16", 1), ("int4 scaled rank16 int8in", 1)],
+)
 def test_a_weight_with_several_uses_is_decoded_once(form: str, decoded: int, pack: Packer) -> None:
     torch.manual_seed(0)
     shared = nn.Linear(8, 8)

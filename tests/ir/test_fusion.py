@@ -56,14 +56,21 @@ def fused(program: Program, x: torch.Tensor, *, applications: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["int4", "int4z", "16bit 2:4", "int4 mask scaled", "int4 rank16", "int4 2:4 scaled rank4"]
+    "form",
+    [
+        *("int4", "int4z", "16bit 2:4", "int4 mask scaled", "int4 rank16", "int4 2:4 scaled rank4"),
+        *("int4 int8in", "int4 rank16 fp8in", "int4 2:4 scaled rank4 int8in"),
+    ],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_site_becomes_one_op(form: str, bias: bool, pack: Packer, x: torch.Tensor) -> None:
     program = expressed(pack, x, form, bias=bias)
     fused(program, x)
     assert "slim.dequant" not in text(program)
-    assert (arguments(only(program, slim.linear.default))["bias"] is not None) is bias
+    assert "slim.round" not in text(program)
+    given = arguments(only(program, slim.linear.default))
+    assert (given["bias"] is not None) is bias
+    assert given["activation"] == (1 if "int8in" in form else 2 if "fp8in" in form else 0)
 
 
 def test_the_sum_may_be_written_either_way_round(pack: Packer, x: torch.Tensor) -> None:
@@ -160,7 +167,7 @@ class Multiplies(nn.Module):
         return self.linear(x * self.input_scale)
 
 
-@pytest.mark.parametrize("form", ["int4", "int4 rank4", "int4 scaled rank4"])
+@pytest.mark.parametrize("form", ["int4", "int4 rank4", "int4 scaled rank4", "int4 rank4 int8in"])
 def test_a_multiplication_of_the_model_itself_stays(form: str, pack: Packer, x: torch.Tensor) -> None:
     program = capture(Multiplies(), [((x,), {})])
     site = program.sites["linear"]
@@ -200,6 +207,28 @@ def test_the_new_node_keeps_where_it_comes_from(pack: Packer, x: torch.Tensor) -
     assert node.meta["nn_module_stack"] == stack
     assert node.meta["val"] is value
     assert node.meta["slim_rule"] == "FuseLowRank"
+
+
+def test_adapters_that_read_the_rounded_input_leave_the_rounding_outside(pack: Packer, x: torch.Tensor) -> None:
+    program = expressed(pack, x, "int4 rank4 int8in")
+    adapters, rounding = only(program, slim.low_rank.default), only(program, slim.round_activations.default)
+    adapters.args = (rounding, *adapters.args[1:])
+    fused(program, x)
+    node = only(program, slim.linear.default)
+    assert node.args[0] is rounding
+    assert (node.kwargs["activation"], node.kwargs["rank"]) == (0, 2)
+
+
+def test_a_rounded_input_that_is_read_elsewhere_stays_for_the_others(pack: Packer, x: torch.Tensor) -> None:
+    program = expressed(pack, x, "int4 rank4 int8in")
+    rounding, total = only(program, slim.round_activations.default), only(program, aten.add.Tensor)
+    with program.graph.inserting_after(rounding):
+        mean = program.graph.call_function(aten.mean.dim, (rounding, [1], True))
+    mean.meta["val"] = rounding.meta["val"]
+    after(program, total, aten.sub.Tensor, mean)
+    fused(program, x)
+    assert arguments(only(program, slim.linear.default))["activation"] == 1
+    assert "slim.round_activations" in text(program)
 
 
 class DoubleNegation(Rule):

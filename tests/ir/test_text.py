@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from slimc.ir.capture import capture
 from slimc.ir.program import Program
 from slimc.ir.text import text
-from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize
 from slimc.passes.pipeline import run
 from slimc.progress import SilentProgress
 
@@ -106,7 +107,7 @@ return [%add_1]
 %_0_right_scale : f32[2, 1] = @0.right_scale
 %linear : f32[s0, 5, 8] = slim.linear(%input_1, %_0_values, %_0_pattern, %_0_scale, None, None, %_0_left_values, \
 %_0_left_scale, %_0_right_values, %_0_right_scale, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, rank=2, \
-left_bits=4, left_group=64, right_bits=4, right_group=64}  # 0
+left_bits=4, left_group=64, right_bits=4, right_group=64, activation=0}  # 0
 %relu : f32[s0, 5, 8] = aten.relu(%linear)                                                            # 1
 %_2_values : u8[4, 2] = @2.values
 %_2_pattern : u8[4, 1] = @2.pattern
@@ -117,7 +118,7 @@ left_bits=4, left_group=64, right_bits=4, right_group=64}  # 0
 %_2_right_scale : f32[2, 1] = @2.right_scale
 %linear_1 : f32[s0, 5, 4] = slim.linear(%relu, %_2_values, %_2_pattern, %_2_scale, None, None, %_2_left_values, \
 %_2_left_scale, %_2_right_values, %_2_right_scale){n=2, m=4, bits=4, columns=8, group=0, rank=2, left_bits=4, \
-left_group=64, right_bits=4, right_group=64}  # 2
+left_group=64, right_bits=4, right_group=64, activation=0}  # 2
 return [%linear_1]
 """,
     ("conv1d", "capture"): """\
@@ -199,7 +200,69 @@ return [%gelu]
 %_0_right_scale : f32[2, 1] = @0.right_scale
 %linear : f32[s1, 4] = slim.linear(%view, %_0_values, %_0_pattern, %_0_scale, None, None, %_0_left_values, \
 %_0_left_scale, %_0_right_values, %_0_right_scale, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, rank=2, \
-left_bits=4, left_group=64, right_bits=4, right_group=64}  # 0
+left_bits=4, left_group=64, right_bits=4, right_group=64, activation=0}  # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%linear, [%sym_size, 5, 4])                                       # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+}
+
+
+ROUNDING_GOLDEN = {
+    "low_rank": """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 4] = @0.values
+%_0_scale : f32[1, 1] = @0.scale
+%dequant : f32[4, 8] = slim.dequant(%_0_values, %_0_scale){bits=4, columns=8, group=0}                # 0
+%_0_left_values : f32[4, 2] = @0.left_values
+%_0_right_values : f32[2, 8] = @0.right_values
+%_0_input_scale : f32[8] = @0.input_scale
+%mul : f32[s1, 8] = aten.mul.Tensor(%view, %_0_input_scale)                                           # 0
+%t : f32[8, 4] = aten.t(%dequant)                                                                     # 0
+%addmm : f32[s1, 4] = aten.addmm(%_0_bias, %mul, %t)                                                  # 0
+%low_rank : f32[s1, 4] = slim.low_rank(%view, %_0_left_values, %_0_right_values)                      # 0
+%add : f32[s1, 4] = aten.add.Tensor(%addmm, %low_rank)                                                # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%add, [%sym_size, 5, 4])                                          # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+    "activations": """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 4] = @0.values
+%_0_scale : f32[1, 1] = @0.scale
+%dequant : f32[4, 8] = slim.dequant(%_0_values, %_0_scale){bits=4, columns=8, group=0}                # 0
+%_0_left_values : f32[4, 2] = @0.left_values
+%_0_right_values : f32[2, 8] = @0.right_values
+%_0_input_scale : f32[8] = @0.input_scale
+%mul : f32[s1, 8] = aten.mul.Tensor(%view, %_0_input_scale)                                           # 0
+%round_activations : f32[s1, 8] = slim.round_activations(%mul){activation=1}                          # 0
+%t : f32[8, 4] = aten.t(%dequant)                                                                     # 0
+%addmm : f32[s1, 4] = aten.addmm(%_0_bias, %round_activations, %t)                                    # 0
+%low_rank : f32[s1, 4] = slim.low_rank(%view, %_0_left_values, %_0_right_values)                      # 0
+%add : f32[s1, 4] = aten.add.Tensor(%addmm, %low_rank)                                                # 0
+%view_1 : f32[s0, 5, 4] = aten.view(%add, [%sym_size, 5, 4])                                          # 0
+%gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
+return [%gelu]
+""",
+    "fuse": """\
+%_0_bias : f32[4] = @0.bias
+%input_1 : f32[s0, 5, 8] = input
+%sym_size = aten.sym_size.int(%input_1, 0)
+%view : f32[s1, 8] = aten.view(%input_1, [-1, 8])                                                     # 0
+%_0_values : u8[4, 4] = @0.values
+%_0_scale : f32[1, 1] = @0.scale
+%_0_left_values : f32[4, 2] = @0.left_values
+%_0_right_values : f32[2, 8] = @0.right_values
+%_0_input_scale : f32[8] = @0.input_scale
+%linear : f32[s1, 4] = slim.linear(%view, %_0_values, None, %_0_scale, None, %_0_input_scale, %_0_left_values, None, \
+%_0_right_values, None, %_0_bias){n=0, m=0, bits=4, columns=8, group=0, rank=2, left_bits=0, left_group=0, \
+right_bits=0, right_group=0, activation=1}  # 0
 %view_1 : f32[s0, 5, 4] = aten.view(%linear, [%sym_size, 5, 4])                                       # 0
 %gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
 return [%gelu]
@@ -225,6 +288,7 @@ MODELS = {
 }
 
 PASSES = [Calibrate(), Quantize(), Prune("2:4"), LowRank(rank=2, bits=4), Fuse()]
+ROUNDING_PASSES = [Calibrate(), Quantize(activation_aware=True), LowRank(rank=2), Activations(), Fuse()]
 
 
 def captured(model: str) -> tuple[Program, Tensor]:
@@ -233,10 +297,10 @@ def captured(model: str) -> tuple[Program, Tensor]:
     return capture(MODELS[model]().eval(), [((x,), {})]), x
 
 
-def stages(model: str, folder: pytest.TempPathFactory) -> dict[str, str]:
+def stages(model: str, folder: pytest.TempPathFactory, passes: Sequence[Pass] = PASSES) -> dict[str, str]:
     program, x = captured(model)
     dumps = folder.mktemp(model)
-    run(program, PASSES, [[x]], progress=SilentProgress(), dump_dir=dumps)
+    run(program, passes, [[x]], progress=SilentProgress(), dump_dir=dumps)
     return {path.stem.partition("-")[2]: path.read_text("utf-8") for path in sorted(dumps.iterdir())}
 
 
@@ -246,6 +310,13 @@ def test_the_text_before_and_after_each_pass(model: str, tmp_path_factory: pytes
     assert list(written) == ["capture", "quantize", "prune", "low_rank", "fuse"]
     for stage, found in written.items():
         assert found == GOLDEN[model, stage], f"{model} after {stage}"
+
+
+def test_the_text_before_and_after_rounded_inputs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    written = stages("conv1d", tmp_path_factory, ROUNDING_PASSES)
+    assert list(written) == ["capture", "quantize", "low_rank", "activations", "fuse"]
+    for stage in ("low_rank", "activations", "fuse"):
+        assert written[stage] == ROUNDING_GOLDEN[stage], stage
 
 
 def test_two_captures_give_the_same_text() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slimc.errors import RecipeError
-from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize, check_order, from_config
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize, check_order, from_config
 from slimc.passes.pipeline import select
 
 positive = st.integers(1, 4096)
@@ -43,7 +43,10 @@ low_ranks = st.builds(
 )
 
 
-@given(calibrates | plain_quantizes | slim_quantizes | prunes | low_ranks | st.just(Fuse()))
+activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
+
+
+@given(calibrates | plain_quantizes | slim_quantizes | prunes | low_ranks | activations | st.just(Fuse()))
 def test_repr_recipe_line_and_json_are_one_grammar(one: Pass) -> None:
     assert eval(repr(one)) == one
     line = json.loads(json.dumps(one.to_config()))
@@ -104,6 +107,8 @@ REFUSED = [
     *((LowRank, "bits", value) for value in (1, 16, 4.0, "4", True)),
     *((LowRank, "group", value) for value in (0, 1, None, 64.0)),
     *((LowRank, "rounds", value) for value in (-1, 0.5, True, None)),
+    *((Activations, "bits", value) for value in (4, 16, 8.0, "8", True, None)),
+    *((Activations, "kind", value) for value in ("float8_e4m3fn", "int4", None, 8)),
 ]
 
 
@@ -132,6 +137,10 @@ def test_options_of_a_wrong_type_or_range_are_refused_by_name(kind: type[Pass], 
         ([Quantize(), LowRank()], "Put calibrate first"),
         ([Quantize(activation_aware=True)], "Put calibrate first"),
         ([Calibrate()], "compresses nothing: it has neither quantize nor prune"),
+        ([Calibrate(), Activations()], "compresses nothing: it has neither quantize nor prune"),
+        ([Quantize(), Activations(), Activations(kind="fp8")], "activations appears twice.*Remove one"),
+        ([Quantize(), Fuse(), Activations()], "'activations' comes after fuse.*Move fuse to the end"),
+        ([Activations(), Fuse(), Quantize()], "nothing to fuse: put quantize or prune before it"),
         ([], "compresses nothing"),
         ([Quantize(), "fuse"], "Number 2 of the passes is 'fuse', which is not a pass"),
     ],
@@ -159,7 +168,7 @@ MIDDLES = [list(order) for count in (1, 2) for order in itertools.permutations([
 ORDERS = [
     [Calibrate(), *middle, *low_rank, *fuse]
     for middle in MIDDLES
-    for low_rank in ([], [LowRank(rank=2)])
+    for low_rank in ([], [LowRank(rank=2)], [Activations(), LowRank(rank=2)])
     for fuse in ([], [Fuse()])
 ]
 

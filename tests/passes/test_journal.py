@@ -192,6 +192,7 @@ def list_as_fingerprint(path: Path) -> None:
         (claim(shape=[1, 1]), "not of '"),
         (claim(bits="many"), "values of other types"),
         (claim(shape=[36.0, 32]), "values of other types"),
+        (claim(unrounded=1), "values of other types"),
         (claim(extra=1), "has other fields"),
         (without_fingerprint, "journal.json is missing, so nobody knows what sites belong to"),
         (list_as_fingerprint, "is not the fingerprint of a run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimc.errors import FormatError
-from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, Unstructured, WeightFormat
 
 INT4 = WeightFormat(64, 128, bits=4, group=64, dtype=torch.bfloat16)
 
@@ -34,6 +35,30 @@ def test_json_round_trip(bits, group, per_tensor, asymmetric, sparsity, dtype) -
     assert WeightFormat.from_json(form.to_json()) == form
     whole = LinearFormat(form, WeightFormat(9, 2), WeightFormat(2, 576, bits=4, group=64), input_scaled=True)
     assert LinearFormat.from_json(whole.to_json()) == whole
+    for activation in ACTIVATIONS:
+        rounded = replace(whole, activation=activation)
+        assert LinearFormat.from_json(rounded.to_json()) == rounded
+        assert rounded.nbytes() == whole.nbytes()
+
+
+def test_formats_without_rounded_inputs_are_written_and_read_as_ever() -> None:
+    record = LinearFormat(INT4).to_json()
+    assert list(record) == ["weight", "left", "right", "input_scaled"]
+    assert LinearFormat.from_json(record).activation is None
+    assert LinearFormat.from_json(record | {"activation": None}).activation is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("int9", r"inputs cannot be rounded to 'int9': use one of int8, float8_e4m3fn .did you mean 'int8'"),
+        (8, "activation of a format must be text, not 8"),
+        ([], r"activation of a format must be text, not \[\]"),
+    ],
+)
+def test_hostile_activations_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        LinearFormat.from_json(LinearFormat(INT4).to_json() | {"activation": value})
 
 
 @pytest.mark.parametrize(
@@ -107,6 +132,10 @@ def test_words_for_people() -> None:
     assert LinearFormat(base, *factors).describe() == "2:4 int4 per tensor + low-rank 57 int4/64"
     mixed = LinearFormat(base, WeightFormat(10, 57, dtype=torch.bfloat16), factors[1], input_scaled=True)
     assert mixed.describe() == "2:4 int4 per tensor scaled inputs + low-rank 57 bf16 x int4/64"
+    rounded = LinearFormat(base, *factors, activation="int8")
+    assert rounded.describe() == "2:4 int4 per tensor, int8 inputs + low-rank 57 int4/64"
+    both = LinearFormat(base, input_scaled=True, activation="float8_e4m3fn")
+    assert both.describe() == "2:4 int4 per tensor, scaled fp8 inputs"
 
 
 def test_every_stored_byte_counts() -> None:

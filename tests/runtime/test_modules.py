@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +158,20 @@ def test_kernels_stand_aside_for_gradients_and_autocast(layer: SlimLinear, x: to
     assert len(prepared) == 1
 
 
+def test_rounded_inputs_survive_casts_copies_and_a_state_dict(packed: PackedLinear, x: torch.Tensor) -> None:
+    layer = SlimLinear(replace(packed, activation="int8"), BIAS)
+    assert "format='2:4 int4 per channel, scaled int8 inputs + low-rank 3 int4/64'" in repr(layer)
+    assert list(layer.state_dict()) == list(SlimLinear(packed, BIAS).state_dict())
+    assert not torch.equal(layer(x), SlimLinear(packed, BIAS)(x))
+    empty = SlimLinear.empty(layer.format, bias=True)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert layer.float().format.activation == "int8"
+    assert torch.equal(layer(x.float()), apply_packed(x.float(), layer.packed, layer.bias))
+    assert torch.equal(layer.weight, layer.packed.decode())
+
+
 class Block(nn.Module):
     """Two compressed layers around something else."""
 
@@ -168,9 +183,10 @@ class Block(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-@pytest.fixture
-def block(layer: SlimLinear, make_linear) -> Block:
-    return Block(layer, SlimLinear(make_linear(4, 6, 8), kernels=[counting_kernel([])]))
+@pytest.fixture(params=[None, "int8", "float8_e4m3fn"])
+def block(request: pytest.FixtureRequest, packed: PackedLinear, make_linear) -> Block:
+    first = SlimLinear(replace(packed, activation=request.param), BIAS)
+    return Block(first, SlimLinear(make_linear(4, 6, 8), kernels=[counting_kernel([])]))
 
 
 def slim_nodes(graph: torch.fx.Graph) -> int:

@@ -41,6 +41,30 @@ def test_linear_passes_opcheck(make_linear: Callable[..., PackedLinear], form: d
     torch.library.opcheck(slim.linear.default, inputs, linear_attributes(packed.format))
 
 
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+def test_rounded_inputs_pass_opcheck(make_linear: Callable[..., PackedLinear], activation: str) -> None:
+    packed = make_linear(6, 20, 4, rank=3, scaled=True, dtype=torch.float32)
+    packed.activation = activation
+    attributes = linear_attributes(packed.format)
+    x = torch.randn(2, 3, 20, requires_grad=True)
+    torch.library.opcheck(slim.linear.default, arguments(packed, x, None), attributes)
+    rounding = {"activation": attributes["activation"]}
+    for one in (x, x.detach().bfloat16(), x.detach().transpose(0, 2)):
+        torch.library.opcheck(slim.round_activations.default, (one,), rounding)
+
+
+def test_gradients_pass_through_rounding_as_they_are(make_linear: Callable[..., PackedLinear]) -> None:
+    packed = make_linear(6, 20, 4, rank=3, scaled=True, dtype=torch.float32)
+    x = torch.randn(2, 20, requires_grad=True)
+    (plain,) = torch.autograd.grad(apply_packed(x, packed).sum(), x)
+    packed.activation = "int8"
+    (rounded,) = torch.autograd.grad(apply_packed(x, packed).sum(), x)
+    assert torch.equal(rounded, plain)
+    upstream = torch.randn(2, 20)
+    (own,) = torch.autograd.grad(slim.round_activations(x, activation=2), x, upstream)
+    assert torch.equal(own, upstream)
+
+
 @pytest.mark.parametrize("form", [form for form in FORMS.values() if form != {"bits": None}])
 def test_weights_pass_opcheck_and_decode(make_weight, form: dict[str, Any]) -> None:
     packed = make_weight(6, 20, **form)
@@ -140,10 +164,17 @@ def test_one_message_in_eager_mode_and_under_a_fake(make_linear) -> None:
     assert message(6, None) == "rank 3 needs both of left_values and right_values"
     assert message(m=3) == "2:3 sparsity does not fit 20 columns"
     assert message(bits=9) == "bits must be 0 or 2 to 8, not 9"
+    assert message(activation=3) == "activation must be 0, 1 or 2, not 3"
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match="activation must be 1 .int8. or 2 .float8., not 0"):
+            slim.round_activations(torch.ones(2, 3, device=device), activation=0)
+        with pytest.raises(RuntimeError, match="x must be floating point .*columns., not torch.int64"):
+            slim.round_activations(torch.ones(2, dtype=torch.int64, device=device), activation=1)
 
 
 def test_the_table_documents_every_op() -> None:
-    assert set(OPS) == {"slim::dequant", "slim::dequant_nm", "slim::dequant_mask", "slim::low_rank", "slim::linear"}
+    dequants = {"slim::dequant", "slim::dequant_nm", "slim::dequant_mask"}
+    assert set(OPS) == dequants | {"slim::round_activations", "slim::low_rank", "slim::linear"}
     assert all(op.doc for op in OPS.values())
     assert OPS["slim::dequant"].schema == (
         "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group) -> Tensor"

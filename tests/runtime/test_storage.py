@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,33 @@ def test_every_tensor_is_stored_once_under_its_own_name_and_dtype(saved: Path) -
     assert stored.keys() == expected.keys()
     assert all(stored[name].dtype == tensor.dtype for name, tensor in expected.items())
     assert stored["norm.weight"].dtype == torch.float32
+
+
+def test_rounded_inputs_come_back_and_cost_no_byte(saved: Path, tmp_path: Path) -> None:
+    net = small_net()
+    rounded = replace(net.block[0].packed, activation="float8_e4m3fn")
+    net.block[0] = SlimLinear(rounded, net.block[0].bias)
+    folder = save(net, tmp_path / "net", max_shard_bytes=300)
+    loaded, _ = load_folder(folder, model=Net())
+    assert [loaded.block[0].format.activation, loaded.block[2].format.activation] == ["float8_e4m3fn", None]
+    ids = torch.arange(11)[None]
+    assert torch.equal(loaded(ids), net(ids))
+    assert not torch.equal(loaded(ids), small_net()(ids))
+    for path in saved.glob("*.safetensors"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_a_folder_from_before_inputs_were_rounded_is_read(folder: Path) -> None:
+    path = folder / "slimc.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert all("activation" not in site["format"] for site in record["sites"])
+    for row in record["report"]["sites"]:
+        del row["unrounded"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    ids = torch.arange(11)[None]
+    loaded, report = load_folder(folder, model=Net())
+    assert torch.equal(loaded(ids), small_net()(ids))
+    assert Report.from_json(report).sites[0].unrounded is None
 
 
 def test_ties_are_one_parameter_again(saved: Path) -> None:
@@ -396,6 +424,11 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other format": (edit_json(lambda d: d["sites"][0]["format"]["weight"].update(rows=24)), "do not correct"),
     "other bits": (edit_json(lambda d: d["sites"][1]["format"]["weight"].update(bits=8)), "implies torch.uint8"),
+    "inputs of no known kind": (
+        edit_json(lambda d: d["sites"][0]["format"].update(activation="int9")),
+        "site 'block.0': inputs cannot be rounded to 'int9'.*did you mean 'int8'",
+    ),
+    "inputs of a number": (edit_json(lambda d: d["sites"][0]["format"].update(activation=8)), "must be text, not 8"),
     "site twice": (edit_json(lambda d: d["sites"].append(d["sites"][0])), "site 'block.0' is listed twice"),
     "dense twice": (edit_json(lambda d: d["dense"].append(d["dense"][0])), "is listed twice"),
     "packed and dense": (edit_json(lambda d: d["dense"][0].update(name="block.0.values")), "both as dense and as part"),

@@ -151,6 +151,8 @@ def _refuses_format(spec: LinearFormat) -> str | None:
         return "needs a multiple of 8 columns"
     if spec.input_scaled:
         return "does not scale its input"
+    if spec.activation is not None:
+        return "does not round its input"
     for factor in (spec.left, spec.right):
         if factor is not None and (factor.bits, factor.group, factor.dtype) != (4, FACTOR_GROUP, weight.dtype):
             return "needs adapters of 4 bits in groups of 64"
