@@ -34,12 +34,15 @@ class Kernel:
         prepare: Derives from the canonical tensors what ``run`` needs; called once a layer and device, also for
             several kernels that share it. The state must be a function of the packed bytes alone.
         run: Computes y [tokens, rows] from x [..., columns], the state and the bias.
+        transient: the state is little more than the canonical tensors themselves, so that it is not kept where a
+            layout has taken their place.
     """
 
     name: str
     accepts: Callable[[LinearFormat, torch.dtype, torch.device, int], str | None]
     prepare: Callable[[PackedLinear], Any]
     run: Callable[[Tensor, Any, Tensor | None], Tensor]
+    transient: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source", "stack"]
+__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "settle", "source", "stack"]
 
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
@@ -100,11 +100,11 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
         layer.rank_range = _rank_range(layer, 0)
         layer.counters = Counters(weight.values.device)
-    _settle(weight.values.device)
+    settle(weight.values.device)
     return layer
 
 
-def _settle(device: torch.device) -> None:
+def settle(device: torch.device) -> None:
     """Wait until a layer is written: kernels load weights before they wait for the launches ahead of them."""
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).synchronize()
@@ -193,7 +193,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
     )
     if first.right is None:
-        _settle(first.codes.device)
+        settle(first.codes.device)
         return stacked
     units = max(one.left_units for one in layers)
     starts = list(accumulate((one.ranks for one in layers), initial=0))
@@ -203,7 +203,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     stacked.left_scale = torch.cat([_fill_units(_present(one.left_scale), units) for one in layers])
     stacked.rank_range = torch.cat([_rank_range(one, start) for one, start in zip(layers, starts, strict=False)])
     stacked.counters = Counters(first.codes.device)
-    _settle(first.codes.device)
+    settle(first.codes.device)
     return stacked
 
 
