@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, _refuses_format, prepare
 from slimc.backends.cuda.layout import restore, tensors
+from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.select import Kernel
-
-PATTERNS = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
-"""All masks that keep two of four."""
 
 
 def random_tensors(spec: LinearFormat, seed: int = 0) -> PackedLinear:
@@ -29,12 +27,17 @@ def random_tensors(spec: LinearFormat, seed: int = 0) -> PackedLinear:
         else:
             named[name] = (torch.rand(shape, generator=generator) * 0.1 + 0.01).to(dtype)
     if spec.weight.sparsity is not None:
-        rows, columns = spec.rows, spec.columns
-        nibbles = PATTERNS[torch.randint(6, (rows, -(-columns // 8), 2), generator=generator)]
-        named["pattern"] = nibbles[..., 0] | (nibbles[..., 1] << 4)
-        if columns % 8:
-            named["pattern"][:, -1] &= 15
+        named["pattern"] = pack_bits(random_mask(spec.weight, generator).to(torch.uint8), 1)
     return PackedLinear.from_tensors(spec, named)
+
+
+def random_mask(spec: WeightFormat, generator: torch.Generator) -> Tensor:
+    """Return which positions a sparse weight keeps."""
+    if isinstance(spec.sparsity, NM):
+        noise = torch.rand(spec.rows, spec.columns // spec.sparsity.m, spec.sparsity.m, generator=generator)
+        return (noise.argsort(dim=-1).argsort(dim=-1) < spec.sparsity.n).flatten(1)
+    order = torch.randperm(spec.rows * spec.columns, generator=generator)
+    return (order < (spec.nonzeros or 0)).view(spec.rows, spec.columns)
 
 
 def build(
@@ -140,7 +143,9 @@ def cpu_kernels(calls: list[int]) -> tuple[Kernel, ...]:
     """A table with one kernel, for the GPU's form of a layer on a CPU."""
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
-        return None if device.type == "cpu" and dtype == spec.weight.dtype else "is for the CPU"
+        if device.type != "cpu" or dtype != spec.weight.dtype:
+            return "is for the CPU"
+        return _refuses_format(spec)
 
     def run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
         calls.append(state.format.rows)
