@@ -12,9 +12,8 @@ FRAGMENT_KERNELS: tuple[Kernel, ...] = (hopper.HOPPER, decode.DECODE)
 """Those that compute with fragments, best first."""
 
 COMPOSED = compose.composed(FRAGMENT_KERNELS)
-DENSE = compose.decoded((*FRAGMENT_KERNELS, COMPOSED))
 
-KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, *FRAGMENT_KERNELS, COMPOSED, DENSE, *reference.KERNELS)
+KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, *FRAGMENT_KERNELS, COMPOSED, compose.DENSE, *reference.KERNELS)
 """The kernel table, best first; the last accepts everything."""
 
 LAYOUTS = (layout.FRAGMENTS, compose.COMPOSED)

@@ -27,7 +27,17 @@ from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.select import Kernel, choose, token_bucket
 
-__all__ = ["WHOLE", "Layout", "Resident", "formats_text", "layout_of", "part_rows", "register_layout"]
+__all__ = [
+    "WHOLE",
+    "Layout",
+    "Resident",
+    "formats_text",
+    "layout_of",
+    "part_rows",
+    "register_layout",
+    "run_on",
+    "usable_bias",
+]
 
 WHOLE = -1
 """In the place of the number of a part: all of them, one above the other."""
@@ -74,6 +84,23 @@ def layout_of(kernel: Kernel | None) -> Layout | None:
     if kernel is None:
         return None
     return next((layout for layout in _layouts.values() if layout.prepare is kernel.prepare), None)
+
+
+def usable_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bias as kernels take it: in the dtype of x, one entry after another."""
+    return bias if bias.dtype == dtype and bias.is_contiguous() else bias.detach().to(dtype).contiguous()
+
+
+def run_on(kernel: Kernel, device: torch.device) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
+    """Return a kernel's ``run``, with the layer's GPU made the current one where there are several."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return kernel.run
+
+    def run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        with torch.cuda.device(device):
+            return kernel.run(x, state, bias)
+
+    return run
 
 
 @dataclass(eq=False)
@@ -143,7 +170,7 @@ class Resident:
             self._chosen[case] = choose(own, self.format, x.dtype, self.device, tokens)[0]
         kernel = self._chosen[case]
         if kernel is not None and x.numel():
-            return kernel.run(x, self.state, bias)
+            return run_on(kernel, self.device)(x, self.state, None if bias is None else usable_bias(bias, x.dtype))
         if self.part != WHOLE:
             return apply_packed(x, self.restore(), bias)
         parts = [self.layout.restore(self.formats, self.tensors, part) for part in range(len(self.formats))]
@@ -234,7 +261,7 @@ def resident_linear(
 
 @resident_linear.register_fake
 def _infer_resident_linear(
-    x: Tensor, tensors: Sequence[Tensor], _bias: Tensor | None, *, formats: str, part: int, **_order: str
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, *, formats: str, part: int, **_order: str
 ) -> Tensor:
     forms = _parse(formats)
     columns = forms[0].columns
@@ -243,8 +270,12 @@ def _infer_resident_linear(
         x.dim() > 0 and x.shape[-1] == columns, lambda: f"x must be [..., {columns}], not {tuple(x.shape)}"
     )
     torch._check(  # type: ignore[no-untyped-call]
-        all(tensor.device == x.device for tensor in tensors),
+        all(tensor.device == x.device for tensor in (*tensors, x if bias is None else bias)),
         lambda: f"x is on {x.device}, the layer on {tensors[0].device}",
+    )
+    _, rows = part_rows(formats, WHOLE)
+    torch._check(  # type: ignore[no-untyped-call]
+        bias is None or tuple(bias.shape) == (rows,), lambda: f"the bias must have {rows} entries"
     )
     first, last = part_rows(formats, part)
     return x.new_empty((*x.shape[:-1], last - first))

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from slimc.errors import FormatError, InputError, KernelError
 from slimc.runtime import ops
 from slimc.runtime.formats import LinearFormat, WeightFormat
-from slimc.runtime.layouts import WHOLE, Layout, Resident, formats_text, layout_of
-from slimc.runtime.packing import PackedLinear
+from slimc.runtime.layouts import WHOLE, Layout, Resident, formats_text, layout_of, run_on, usable_bias
+from slimc.runtime.packing import PackedLinear, check_specs
 from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, choices, choose
 
 __all__ = ["SlimLinear", "explain", "stack_modules", "use_kernels"]
@@ -83,6 +83,7 @@ class SlimLinear(nn.Module):
     _plans: dict[tuple[torch.dtype, torch.device, int], _Plan]
     _states: dict[Callable[..., Any], Any]
     _made: dict[str, weakref.ref[Tensor]]
+    _not_undone: set[Callable[..., Any]]
     _traced_attributes: dict[str, Any]
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None = None, *, kernels: Sequence[Kernel] = ()) -> None:
@@ -177,7 +178,11 @@ class SlimLinear(nn.Module):
         return made
 
     def _settle(self) -> None:
-        """Hold the layout of the kernels of this device, if they share one that can be undone, else the canonical."""
+        """Hold the layout of the kernels of this device if there is one, else the canonical tensors.
+
+        Raises:
+            FormatError: the packed tensors have not the shapes and dtypes of their format.
+        """
         wanted = (choose(self._kernels, self.format, self.format.weight.dtype, self._device, tokens)[0]
                   for tokens in (1, LARGEST_EXPLAINED))  # fmt: skip
         layout = next((found for kernel in wanted if (found := layout_of(kernel)) is not None), None)
@@ -189,15 +194,17 @@ class SlimLinear(nn.Module):
                 self.hold_canonical()
             if layout is None:
                 return
+            if layout.prepare in self._not_undone:
+                return
             with torch.inference_mode(False), torch.no_grad():
-                packed = self.packed
+                packed = self._checked()
                 state = layout.prepare(packed)
                 resident = Resident(layout, (self.format,), 0, layout.tensors(state), state, self._kernels)
                 if _same_bytes(resident.restore().tensors(), packed.tensors()):
                     self._hold(resident)
                 else:
-                    # Not a weight that its format allows, so that its bytes must not be lost.
-                    self._states[layout.prepare] = state
+                    # Not a weight that its format allows: its bytes must not be lost, and kernels need not agree on it.
+                    self._not_undone.add(layout.prepare)
 
     def _hold(self, resident: Resident) -> None:
         """Let go of what is held, and hold this instead."""
@@ -313,28 +320,49 @@ class SlimLinear(nn.Module):
         if kernel is None:
             return None
         layout = layout_of(kernel)
-        if layout is not None and self._resident is None and kernel.prepare not in self._states:
+        if layout is not None and self._resident is None:
             self._settle()
         resident = self._resident
-        if layout is not None and resident is not None and resident.layout is layout:
-            return _on_its_device(kernel, self._device), resident.state, _usable_bias(self.bias, dtype)
-        if resident is not None and kernel.transient:
+        if kernel.prepare in self._not_undone or (resident is not None and kernel.transient):
             return None
-        if kernel.prepare not in self._states:
-            with torch.inference_mode(False), torch.no_grad():
-                self._states[kernel.prepare] = kernel.prepare(self.packed)
-        return _on_its_device(kernel, self._device), self._states[kernel.prepare], _usable_bias(self.bias, dtype)
+        if layout is not None and resident is not None and resident.layout is layout:
+            state = resident.state
+        else:
+            if kernel.prepare not in self._states:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._states[kernel.prepare] = kernel.prepare(self._checked())
+            state = self._states[kernel.prepare]
+        return run_on(kernel, self._device), state, self._usable_bias(dtype)
+
+    def _checked(self) -> PackedLinear:
+        """Return the packed weight; kernels do not look twice at shapes and dtypes."""
+        packed = self.packed
+        check_specs(self.format.tensor_specs(), packed.tensors())
+        return packed
+
+    def _usable_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias as kernels take it: on the layer's device, in the dtype of x, one entry after another."""
+        bias = self.bias
+        if bias is None:
+            return None
+        if bias.device != self._device or tuple(bias.shape) != (self.out_features,):
+            raise InputError(
+                f"the bias of a layer with {self.out_features} outputs on {self._device} is {tuple(bias.shape)} on "
+                f"{bias.device}; set one that fits"
+            )
+        with torch.no_grad():
+            return usable_bias(bias, dtype)
 
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the tensors that are held."""
         # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
         device = self._device.type
         self._autocast_type = device if torch.amp.is_autocast_available(device) else "cpu"
-        self._plans, self._states, self._made = {}, {}, {}
+        self.__dict__.update(_derived())
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the canonical tensors, and nothing that is derived from them."""
-        state = self.__dict__ | {"_plans": {}, "_states": {}, "_made": {}}
+        state = self.__dict__ | _derived()
         if self._resident is None:
             return state
         made = self._packed_tensors()
@@ -348,7 +376,7 @@ class SlimLinear(nn.Module):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with _changing:
-            kept = {"_kernels": self._kernels, "_plans": {}, "_states": {}, "_made": {}}
+            kept = _derived() | {"_kernels": self._kernels}
             own = {name: value for name, value in self.__dict__.items() if name not in kept}
             twin.__dict__.update(copy.deepcopy(own, memo) | kept)
             twin._share_bias()
@@ -457,6 +485,11 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
     return Explanation((name, module.choices(dtype)) for name, module in layers)
 
 
+def _derived() -> dict[str, Any]:
+    """Return, empty, the attributes of a layer that are derived from its tensors."""
+    return {"_plans": {}, "_states": {}, "_made": {}, "_not_undone": set()}
+
+
 def stack_modules(modules: Sequence[SlimLinear]) -> None:
     """Let layers that read the same input share one set of tensors, in which each has its rows.
 
@@ -530,23 +563,3 @@ def _same_bytes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> boo
         return False
     pairs = [(tensor.contiguous(), theirs[name].contiguous()) for name, tensor in ours.items()]
     return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
-
-
-def _usable_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a bias as kernels take it: of the dtype of x, its entries one after another."""
-    if bias is None:
-        return None
-    with torch.no_grad():
-        return bias if bias.dtype == dtype and bias.is_contiguous() else bias.detach().to(dtype).contiguous()
-
-
-def _on_its_device(kernel: Kernel, device: torch.device) -> Callable[[Tensor, Any, Tensor | None], Tensor]:
-    """Return the kernel's ``run``, with the layer's GPU made the current one where there are several."""
-    if device.type != "cuda" or torch.cuda.device_count() < 2:
-        return kernel.run
-
-    def run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-        with torch.cuda.device(device):
-            return kernel.run(x, state, bias)
-
-    return run

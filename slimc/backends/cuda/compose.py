@@ -29,7 +29,7 @@ from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, choose, token_bucket
 
-__all__ = ["COMPOSED", "ComposedLayer", "Plan", "composed", "decoded", "plan_of", "prepare"]
+__all__ = ["COMPOSED", "DENSE", "ComposedLayer", "Plan", "composed", "decoded", "plan_of", "prepare"]
 
 T = TypeVar("T")
 
@@ -219,10 +219,11 @@ def composed(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
     return Kernel("cuda-composed", accepts, prepare, lambda x, layer, bias: run(x, layer, bias, kernels))
 
 
-def decoded(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
-    """Make the kernel for layers that none of ``kernels`` takes: decoded once, adapters and input scale included.
+def decoded(device_type: str = "cuda") -> Kernel:
+    """Make the kernel for forms that no other takes: decoded once, adapters and input scale included.
 
-    The dense weight lies beside the packed one, so a layer takes more than its 16 bits a weight.
+    The dense weight lies beside the packed one, so a layer takes more than its 16 bits a weight. Where others know the
+    form, but not this device or number of tokens, the weight is rather decoded at every call than kept dense.
     """
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
@@ -230,8 +231,9 @@ def decoded(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
             return f"runs on {device_type}, not on {device.type}"
         if dtype != spec.weight.dtype:
             return "would decode for inputs of the weight's dtype only"
-        other, _ = choose(kernels, spec, dtype, device, 1)
-        return None if other is None else f"{other.name} takes this form at fewer tokens, and there is no room for both"
+        if dtype.itemsize == 2 and isinstance(plan_of(spec), Plan):
+            return "would keep 16 bits of every weight of a form that other kernels hold packed"
+        return None
 
     return Kernel("cuda-dense", accepts, _prepare_dense, _run_dense)
 
@@ -307,3 +309,5 @@ def _present(part: T | None) -> T:
 
 COMPOSED = register_layout(Layout("composed", prepare, lambda layer: layer.tensors, assemble, restore))
 """What a layer of several products keeps."""
+
+DENSE = decoded()

@@ -77,7 +77,7 @@ DENSE_FORMS = {
 @pytest.fixture
 def table(cpu_kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     one = composed(cpu_kernels, "cpu")
-    return (*cpu_kernels, one, decoded((*cpu_kernels, one), "cpu"), DECODE)
+    return (*cpu_kernels, one, decoded("cpu"), DECODE)
 
 
 def canonical(packed: PackedLinear) -> PackedLinear:
@@ -180,12 +180,15 @@ def test_other_inputs_and_devices_are_refused(cpu_kernels: tuple[Kernel, ...]) -
     spec = COMPOSED_FORMS["16-bit adapters"]
     cpu, meta = torch.device("cpu"), torch.device("meta")
     one = composed(cpu_kernels, "cpu")
-    dense = decoded((*cpu_kernels, one), "cpu")
+    dense = decoded("cpu")
     assert one.accepts(spec, BF16, meta, 1) == "runs on cpu, not on meta"
     assert one.accepts(spec, torch.float32, cpu, 1) == "needs activations and scales of one 16-bit dtype"
     assert dense.accepts(spec, torch.float32, cpu, 1) == "would decode for inputs of the weight's dtype only"
     assert dense.accepts(spec, BF16, meta, 1) == "runs on cpu, not on meta"
-    assert "takes this form at fewer tokens" in str(dense.accepts(spec, BF16, cpu, 4096))
+    assert "that other kernels hold packed" in str(dense.accepts(spec, BF16, cpu, 4096))
+    # Kernels know 16-bit scales only.
+    wide = LinearFormat(WeightFormat(48, 320, 4))
+    assert dense.accepts(wide, torch.float32, cpu, 1) is None
     assert composed((), "cpu").accepts(spec, BF16, cpu, 1) == ""
 
 
