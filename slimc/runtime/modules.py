@@ -1,7 +1,8 @@
 """`SlimLinear`: a linear layer that holds only packed tensors.
 
-Traced (``torch.compile``, ``torch.export``) it is one ``slim::linear`` node; called eagerly it runs the kernel that
-the table chooses, from a state that is derived from the packed tensors on the first call and never saved.
+Called eagerly or compiled it runs the kernel that the table chooses, from a state that is derived from the packed
+tensors on the first call and never saved; in a compiled graph it is one ``slim::prepared_linear`` node. Exported, or
+where gradients flow, it is one ``slim::linear`` node.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from slimc.errors import FormatError
-from slimc.runtime import ops
+from slimc.runtime import calls, ops
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
-from slimc.runtime.select import Choice, Explanation, Kernel, choices, choose
+from slimc.runtime.prepared import PreparedLayer
+from slimc.runtime.select import Choice, Explanation, Kernel, choices
 
 __all__ = ["SlimLinear", "explain", "use_kernels"]
 
 TENSOR_NAMES = ops.LINEAR_TENSORS
 """The buffers of a `SlimLinear`; those that its format lacks are None."""
-
-_Plan = tuple[Callable[[Tensor, Any, Tensor | None], Tensor], Any, Tensor | None]
 
 
 class SlimLinear(nn.Module):
@@ -118,22 +118,20 @@ class SlimLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of x [..., in_features]."""
-        # Kernels have no gradients and cannot be traced, and autocast would change dtypes inside them.
+        # Kernels have no gradients, and an exported graph is to hold what the layer means.
+        if torch.compiler.is_exporting() or (x.requires_grad and torch.is_grad_enabled()):
+            return self._reference(x)
+        if torch.compiler.is_compiling():
+            return calls.prepared_linear(x, self._handle, self.bias, rows=self.out_features, columns=self.in_features)
+        # Autocast would change dtypes inside kernels, and only the op tells what is wrong with a shape.
         if (
-            torch.compiler.is_compiling()
-            or type(x) is not Tensor
-            or (x.requires_grad and torch.is_grad_enabled())
+            type(x) is not Tensor
+            or x.shape[-1] != self.in_features
+            or not x.numel()
             or torch.is_autocast_enabled(self._autocast_type)
         ):
             return self._reference(x)
-        tokens = x.numel() // self.in_features
-        plan = self._plans.get((x.dtype, (tokens - 1).bit_length()))
-        if plan is None:
-            plan = self._plan(x.dtype, tokens)
-        if x.shape[-1] != self.in_features or not tokens:
-            return self._reference(x)
-        run, state, bias = plan
-        return run(x, state, bias)
+        return self._prepared(x, self.bias)
 
     def _reference(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.slim.linear.default(
@@ -152,31 +150,23 @@ class SlimLinear(nn.Module):
         )
         return result
 
-    def _plan(self, dtype: torch.dtype, tokens: int) -> _Plan:
-        """Choose a kernel for this many tokens, prepare it if it is new here, and remember both."""
-        kernel, _ = choose(self._kernels, self.format, dtype, self.values.device, max(tokens, 1))
-        if kernel is None:
-            plan: _Plan = (lambda x, _state, _bias: self._reference(x), None, None)
-        else:
-            if kernel.prepare not in self._states:
-                # Tensors made under inference mode could never be used outside it.
-                with torch.inference_mode(False), torch.no_grad():
-                    self._states[kernel.prepare] = kernel.prepare(self.packed)
-            plan = (kernel.run, self._states[kernel.prepare], self.bias)
-        self._plans[dtype, (tokens - 1).bit_length()] = plan
-        return plan
-
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the packed tensors."""
+        device = self.values.device
         # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
-        device = self.values.device.type
-        self._autocast_type = device if torch.amp.is_autocast_available(device) else "cpu"
-        self._plans: dict[tuple[torch.dtype, int], _Plan] = {}
-        self._states: dict[Callable[..., Any], Any] = {}
+        self._autocast_type = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+        self._prepared = PreparedLayer(self, self._kernels, device)
+        # No buffer: nobody is to move, copy or save it.
+        self._handle = self._prepared.handle
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the kernel states out of copies; a copy derives its own."""
-        return self.__dict__ | {"_plans": {}, "_states": {}}
+        """Leave the kernels' states out of copies."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_prepared", "_handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let a copy derive its own."""
+        super().__setstate__(state)
+        self._forget_kernels()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlimLinear:
         """Move or cast the tensors; codes are moved only, scales and 16-bit values are cast and the format follows."""

@@ -19,7 +19,7 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source", "stack"]
+__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source", "stack", "stack_shared"]
 
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
@@ -205,6 +205,37 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     stacked.counters = Counters(first.codes.device)
     _settle(first.codes.device)
     return stacked
+
+
+def stack_shared(layers: Sequence[FragmentLayer]) -> tuple[FragmentLayer, list[FragmentLayer]]:
+    """`stack` layers, and return with the result a layer in place of each, which reads its part of the same memory.
+
+    Raises:
+        KernelError: the layers do not fit each other.
+    """
+    stacked = stack(layers)
+    parts = []
+    tile = row = rank = 0
+    for one in layers:
+        tiles, rows = slice(tile, tile + one.row_tiles), slice(row, row + one.format.rows)
+        grouped = one.format.weight.group is not None
+        part = replace(
+            one,
+            format=replace(one.format, weight=replace(one.format.weight, per_tensor=False)),
+            codes=stacked.codes[tiles],
+            metadata=None if stacked.metadata is None else stacked.metadata[tiles],
+            scale=stacked.scale[tiles if grouped else rows],
+            plans={},
+        )
+        if stacked.right is not None:
+            ranks = slice(rank // TILE_ROWS, (rank + one.ranks) // TILE_ROWS)
+            part.right, part.right_scale = stacked.right[ranks], _present(stacked.right_scale)[ranks]
+            part.left, part.left_scale = _present(stacked.left)[tiles], _present(stacked.left_scale)[tiles]
+            part.rank_range = _rank_range(one, 0)
+        parts.append(part)
+        tile, row, rank = tiles.stop, rows.stop, rank + one.ranks
+    _settle(stacked.codes.device)
+    return stacked, parts
 
 
 def _present(tensor: Tensor | None) -> Tensor:
