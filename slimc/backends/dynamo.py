@@ -49,25 +49,29 @@ def slim(
     Raises:
         InputError: Inductor knows no such mode or setting.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     settings = _settings(mode, options)
     placeholders = {node: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     layers = graph.graph.find_nodes(op="call_function", target=calls.prepared_linear)
     if not layers:
         _say_that_nothing_is_compressed()
-        return compile_fx(graph, example_inputs, config_patches=settings)  # type: ignore[arg-type, no-any-return]
     families = []
     for siblings in _siblings(layers):
-        handles = [placeholders.get(_handle(node)) for node in siblings]
-        if None not in handles and _run_as_one([example_inputs[index] for index in handles if index is not None]):
+        if not all(_handle(node) in placeholders for node in siblings):
+            continue
+        positions = [placeholders[_handle(node)] for node in siblings]
+        if _run_as_one([example_inputs[position] for position in positions]):
             _merge(graph.graph, siblings)
-            families.append(handles)
+            families.append(positions)
+    families.extend([placeholders[_handle(node)]] for node in layers if _handle(node) in placeholders)
     graph.recompile()
+    return _prepare_first(_inductor(graph, example_inputs, settings), families, example_inputs)
+
+
+def _inductor(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
     compiled: Callable[..., Any] = compile_fx(graph, example_inputs, config_patches=settings)  # type: ignore[arg-type, assignment]
-    merged = {index for handles in families for index in handles}
-    alone = {placeholders[_handle(node)] for node in layers if _handle(node) in placeholders} - merged
-    return _prepare_first(compiled, [*families, *([index] for index in sorted(alone))], example_inputs)
+    return compiled
 
 
 def _reset() -> None:
@@ -98,8 +102,8 @@ def _settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, 
 @functools.cache
 def _say_that_nothing_is_compressed() -> None:
     warnings.warn(
-        'backend="slim" was given a graph without compressed layers and leaves it to Inductor; compress the model first '
-        "(slimc.compile or slimc.load), and run it without gradients (torch.no_grad()), with which no kernel works",
+        'backend="slim" was given a graph without compressed layers and leaves it to Inductor; compress the model '
+        "first (slimc.compile or slimc.load), and run it under torch.no_grad(): kernels have no gradients",
         stacklevel=2,
     )
 
@@ -207,8 +211,8 @@ def _prepare_first(
             for family in families:
                 if len(family) > 1:
                     sibling_layers([inputs[index] for index in family]).prepare()
-                for index in family:
-                    prepared_layer(inputs[index]).prepare()
+                else:
+                    prepared_layer(inputs[family[0]]).prepare()
             seen[:] = handles
         return compiled(*inputs)
 

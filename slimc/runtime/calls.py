@@ -1,8 +1,8 @@
 """The operators of compiled graphs: layers that are already prepared for their kernels, found by their handles.
 
-Beside the ops of `slimc.runtime.ops`, which say what a layer computes, these say how: they have no gradients, and a graph
-with them cannot be exported. The kernel is chosen at each call, by the number of tokens, so that a graph that is compiled
-for any batch runs the right one.
+The ops of `slimc.runtime.ops` say what a layer computes, these say how: they have no gradients, and a graph with them
+cannot be exported. The kernel is chosen at each call, by the number of tokens, so that a graph that is compiled for
+any batch runs the right one.
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ class SlimLinear(nn.Module):
         if torch.compiler.is_exporting() or (x.requires_grad and torch.is_grad_enabled()):
             return self._reference(x)
         if torch.compiler.is_compiling():
-            return calls.prepared_linear(x, self._handle, self.bias, rows=self.out_features, columns=self.in_features)
+            sizes = {"rows": self.out_features, "columns": self.in_features}
+            result: Tensor = calls.prepared_linear(x, self._handle, self.bias, **sizes)
+            return result
         # Autocast would change dtypes inside kernels, and only the op tells what is wrong with a shape.
         if (
             type(x) is not Tensor
@@ -165,7 +167,7 @@ class SlimLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Let a copy derive its own."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget_kernels()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlimLinear:

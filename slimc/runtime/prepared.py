@@ -188,7 +188,8 @@ class SiblingLayers:
         """Derive the states that inputs of the weight's dtype need; return whether a kernel runs all layers as one."""
         widest = self._widest(self._members())
         dtype = widest.format.weight.dtype
-        return any([self._plan(dtype, tokens) is not None for tokens, _ in widest.kernels()])
+        plans = [self._plan(dtype, tokens) for tokens, _ in widest.kernels()]
+        return any(plan is not None for plan in plans)
 
     def _members(self) -> list[PreparedLayer]:
         return [prepared_layer(handle) for handle in self._handles]
