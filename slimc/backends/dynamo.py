@@ -70,7 +70,7 @@ def slim(
 def _inductor(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(graph, example_inputs, config_patches=settings)  # type: ignore[arg-type, assignment]
+    compiled: Callable[..., Any] = compile_fx(graph, example_inputs, config_patches=settings)  # type: ignore[assignment]
     return compiled
 
 
@@ -189,8 +189,9 @@ def _merge(graph: fx.Graph, siblings: Sequence[fx.Node]) -> None:
             else:
                 part = graph.call_function(torch.add, (part, bias))
             node.replace_all_uses_with(part)
-            graph.erase_node(node)
             start += count
+    for node in siblings:
+        graph.erase_node(node)
 
 
 def _prepare_first(
