@@ -118,8 +118,9 @@ class SlimLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of x [..., in_features]."""
-        # Kernels have no gradients, and an exported graph is to hold what the layer means.
-        if torch.compiler.is_exporting() or (x.requires_grad and torch.is_grad_enabled()):
+        # Kernels have no gradients, and an exported graph is to hold what the layer means. (The flag is behind
+        # torch.compiler.is_exporting(), which Dynamo took for true in every graph before torch 2.13.)
+        if torch.compiler._is_exporting_flag or (x.requires_grad and torch.is_grad_enabled()):
             return self._reference(x)
         if torch.compiler.is_compiling():
             sizes = {"rows": self.out_features, "columns": self.in_features}
