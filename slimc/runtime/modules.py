@@ -1,7 +1,8 @@
 """`SlimLinear`: a linear layer that holds only packed tensors.
 
-Traced (``torch.compile``, ``torch.export``) it is one ``slim::linear`` node; called eagerly it runs the kernel that
-the table chooses, from a state that is derived from the packed tensors on the first call and never saved.
+Called eagerly or compiled it runs the kernel that the table chooses, from a state that is derived from the packed
+tensors on the first call and never saved; in a compiled graph it is one ``slim::prepared_linear`` node. Exported, or
+where gradients flow, it is one ``slim::linear`` node.
 
 Where the kernels of a device share a layout (`slimc.runtime.layouts`), the layer holds its packed tensors in that
 order instead of the canonical one, from the moment it is on the device. Whoever reads a canonical tensor, the
@@ -15,30 +16,27 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimc.errors import FormatError, InputError, KernelError
-from slimc.runtime import ops
+from slimc.errors import FormatError
+from slimc.runtime import calls, ops
 from slimc.runtime.formats import LinearFormat, WeightFormat
-from slimc.runtime.layouts import WHOLE, Layout, Resident, formats_text, layout_of, run_on, usable_bias
+from slimc.runtime.layouts import Formats, Layout, Resident, layout_of
 from slimc.runtime.packing import PackedLinear, check_specs
+from slimc.runtime.prepared import PreparedLayer
 from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, choices, choose
 
-__all__ = ["SlimLinear", "explain", "stack_modules", "use_kernels"]
+__all__ = ["SlimLinear", "explain", "use_kernels"]
 
 TENSOR_NAMES = ops.LINEAR_TENSORS
 """The buffers of a `SlimLinear`; those that its format lacks are None."""
 
 RESIDENT = "resident_"
 """Prefix of the buffers, not part of the ``state_dict``, that hold a layout in the place of the canonical tensors."""
-
-RESIDENT_BIAS = "resident_bias"
-"""The buffer of the biases of all layers that share a layout's tensors."""
-
-_Plan = tuple[Callable[[Tensor, Any, Tensor | None], Tensor], Any, Tensor | None]
 
 _changing = threading.RLock()
 """Held while a layer changes what it holds. One for all, because stacked layers change together, and rarely."""
@@ -80,11 +78,8 @@ class SlimLinear(nn.Module):
     right_values = _canonical("right_values")
     right_scale = _canonical("right_scale")
     bias: nn.Parameter | None
-    _plans: dict[tuple[torch.dtype, torch.device, int], _Plan]
-    _states: dict[Callable[..., Any], Any]
     _made: dict[str, weakref.ref[Tensor]]
     _not_undone: set[Callable[..., Any]]
-    _traced_attributes: dict[str, Any]
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None = None, *, kernels: Sequence[Kernel] = ()) -> None:
         """Take over the tensors of ``packed`` (no copy); raise `FormatError` if the parts do not fit."""
@@ -148,238 +143,203 @@ class SlimLinear(nn.Module):
             super().__setattr__(name, value)
             return
         with _changing:
-            self.hold_canonical()
+            if name != "bias":
+                self.hold_canonical()
             super().__setattr__(name, value)
             self._forget_kernels()
 
     @property
     def _device(self) -> torch.device:
-        held = next(tensor for tensor in self._buffers.values() if tensor is not None)
-        return held.device
+        return next(held.device for held in self._buffers.values() if held is not None)
 
     def _packed_tensors(self) -> dict[str, Tensor]:
-        with _changing:
-            if self._resident is not None:
-                return self._restored(self._resident)
-            return {name: held for name in TENSOR_NAMES if (held := self._buffers[name]) is not None}
+        """Return the canonical tensors; those that have to be made are the same for all who use them at once.
 
-    def _restored(self, resident: Resident) -> dict[str, Tensor]:
-        """Make the canonical tensors, or return those that are still in use since the last time.
-
-        So that two who read one tensor, such as the ``state_dict`` of a layer that a model names twice, get one tensor.
+        So the ``state_dict`` of a model that names a layer twice has one tensor twice.
         """
-        in_use = {name: found for name, kept in self._made.items() if (found := kept()) is not None}
-        if self._made and len(in_use) == len(self._made):
-            return in_use
-        # Tensors made under inference mode could never be used outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            made = resident.restore().tensors() | in_use
-        self._made = {name: weakref.ref(tensor) for name, tensor in made.items()}
-        return made
+        with _changing:
+            if self._resident is None:
+                return {name: held for name in TENSOR_NAMES if (held := self._buffers[name]) is not None}
+            in_use = {name: found for name, kept in self._made.items() if (found := kept()) is not None}
+            if self._made and len(in_use) == len(self._made):
+                return in_use
+            # Tensors made under inference mode could never be used outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._resident.restore().tensors() | in_use
+            self._made = {name: weakref.ref(tensor) for name, tensor in made.items()}
+            return made
 
-    def _settle(self) -> None:
-        """Hold the layout of the kernels of this device if there is one, else the canonical tensors.
+    def _checked(self) -> PackedLinear:
+        """Return the packed weight; kernels do not look twice at shapes and dtypes.
 
         Raises:
-            FormatError: the packed tensors have not the shapes and dtypes of their format.
+            FormatError: the packed tensors have not the shapes and dtypes of the format.
         """
-        wanted = (choose(self._kernels, self.format, self.format.weight.dtype, self._device, tokens)[0]
-                  for tokens in (1, LARGEST_EXPLAINED))  # fmt: skip
-        layout = next((found for kernel in wanted if (found := layout_of(kernel)) is not None), None)
+        packed = self.packed
+        check_specs(self.format.tensor_specs(), packed.tensors())
+        return packed
+
+    def _settle(self) -> None:
+        """Hold the layout of the kernels of this device if there is one, else what is held already."""
         with _changing:
-            if self._resident is not None:
-                if self._resident.layout is layout:
-                    self._resident.use_kernels(self._kernels)
-                    return
+            layout = self._wanted_layout()
+            if self._resident is not None and self._resident.layout is not layout:
                 self.hold_canonical()
-            if layout is None:
-                return
-            if layout.prepare in self._not_undone:
+            if self._resident is not None or layout is None or layout.prepare in self._not_undone:
                 return
             with torch.inference_mode(False), torch.no_grad():
                 packed = self._checked()
                 state = layout.prepare(packed)
-                resident = Resident(layout, (self.format,), 0, layout.tensors(state), state, self._kernels)
+                resident = Resident(layout, (self.format,), 0, layout.tensors(state), state)
                 if _same_bytes(resident.restore().tensors(), packed.tensors()):
                     self._hold(resident)
                 else:
                     # Not a weight that its format allows: its bytes must not be lost, and kernels need not agree on it.
                     self._not_undone.add(layout.prepare)
 
+    def _wanted_layout(self) -> Layout | None:
+        dtype = self.format.weight.dtype
+        for tokens in (1, LARGEST_EXPLAINED):
+            kernel, _ = choose(self._kernels, self.format, dtype, self._device, tokens)
+            layout = layout_of(kernel)
+            if layout is not None:
+                return layout
+        return None
+
     def _hold(self, resident: Resident) -> None:
         """Let go of what is held, and hold this instead."""
         self._resident = resident
         buffers = {RESIDENT + name: tensor for name, tensor in resident.tensors.items()}
-        if resident.bias is not None:
-            buffers[RESIDENT_BIAS] = resident.bias
         self._hold_buffers(buffers)
         self._non_persistent_buffers_set.update(buffers)
-        self._share_bias()
-        self._traced_attributes = {
-            "layout": resident.layout.name,
-            "names": ",".join(resident.tensors),
-            "formats": formats_text(resident.formats),
-            "part": resident.part,
-        }
-
-    def _share_bias(self) -> None:
-        """Let the bias be the layer's part of the bias of a stack, so that what is written to one is in both."""
-        resident = self._resident
-        if resident is not None and resident.bias is not None and self.bias is not None:
-            first, last = resident.row_range
-            self._parameters["bias"] = nn.Parameter(resident.bias[first:last], requires_grad=False)
 
     def hold_canonical(self) -> None:
         """Hold the canonical tensors again, as those who trace a model want for a graph that others read.
 
         The next call, move, or `use_kernels` lets the layout of the kernels take their place.
         """
-        with _changing, torch.inference_mode(False), torch.no_grad():
-            if self._resident is None:
-                return
-            made = self._restored(self._resident)
-            self._hold_buffers({name: made.get(name) for name in TENSOR_NAMES})
-            if self._resident.bias is not None and self.bias is not None:
-                self._parameters["bias"] = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-            self._resident = None
-            self._forget_kernels()
+        with _changing:
+            if self._resident is not None:
+                made = self._packed_tensors()
+                self._hold_buffers({name: made.get(name) for name in TENSOR_NAMES})
+                self._resident = None
+                self._forget_kernels()
 
     def _hold_buffers(self, buffers: Mapping[str, Tensor | None]) -> None:
         """Put these in the place of the buffers that hold the weight; others stay."""
-        others = {
-            name: tensor
-            for name, tensor in self._buffers.items()
-            if name not in TENSOR_NAMES and not name.startswith(RESIDENT)
-        }
-        self._non_persistent_buffers_set -= {name for name in self._buffers if name.startswith(RESIDENT)}
+        old = [name for name in self._buffers if name in TENSOR_NAMES or name.startswith(RESIDENT)]
         # Updated before anything is dropped: another thread may be reading.
         self._buffers.update(buffers)
-        for name in [name for name in self._buffers if name not in buffers and name not in others]:
-            del self._buffers[name]
+        for name in old:
+            if name not in buffers:
+                del self._buffers[name]
+        self._non_persistent_buffers_set.difference_update(old)
+
+    @property
+    def kernels(self) -> Sequence[Kernel]:
+        """The kernels that may be chosen for what the layer holds, which is that of the best from now on."""
+        self._settle()
+        usable = [kernel for kernel in self._kernels if kernel.prepare not in self._not_undone]
+        if self._resident is None:
+            return usable
+        lasting = tuple(kernel for kernel in usable if not kernel.transient)
+        return [_last_resort(kernel, lasting) if kernel.transient else kernel for kernel in usable]
+
+    @property
+    def holds_canonical(self) -> bool:
+        """Whether the canonical tensors are what is held."""
+        return self._resident is None
+
+    def derive(self, kernel: Kernel) -> Any:
+        """Return the state of a kernel.
+
+        Raises:
+            FormatError: the packed tensors have not the shapes and dtypes of the format.
+        """
+        with _changing:
+            self._settle()
+            if self._resident is not None and self._resident.layout is layout_of(kernel):
+                return self._resident.state
+            with torch.inference_mode(False), torch.no_grad():
+                return kernel.prepare(self._checked())
+
+    def hold_part(self, kernel: Kernel, formats: Formats, part: int, shared: Any, state: Any) -> None:
+        """Hold a part of the shared state of siblings in place of what is held, if that is of the same layout."""
+        with _changing:
+            if self._resident is not None and self._resident.layout is layout_of(kernel):
+                layout = self._resident.layout
+                self._hold(Resident(layout, formats, part, layout.tensors(shared), state))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of x [..., in_features]."""
-        # Kernels have no gradients and cannot be traced, and autocast would change dtypes inside them.
+        # Kernels have no gradients, and an exported graph is to hold what the layer means. (The flag is behind
+        # torch.compiler.is_exporting(), which Dynamo took for true in every graph before torch 2.13.)
+        if torch.compiler._is_exporting_flag or (x.requires_grad and torch.is_grad_enabled()):
+            return self._reference(x)
         if torch.compiler.is_compiling():
-            return self._traced(x)
+            sizes = {"rows": self.out_features, "columns": self.in_features}
+            result: Tensor = calls.prepared_linear(x, self._handle, self.bias, **sizes)
+            return result
+        # Autocast would change dtypes inside kernels, and only the op tells what is wrong with a shape.
         if (
             type(x) is not Tensor
-            or (x.requires_grad and torch.is_grad_enabled())
+            or not x.dim()
+            or x.shape[-1] != self.in_features
+            or not x.numel()
             or torch.is_autocast_enabled(self._autocast_type)
         ):
             return self._reference(x)
-        if not x.dim() or x.shape[-1] != self.in_features:
-            return self._reference(x)
-        tokens = x.numel() // self.in_features
-        plan = self._plans.get((x.dtype, x.device, (tokens - 1).bit_length()))
-        if plan is None:
-            plan = self._plan(x, tokens)
-        run, state, bias = plan
-        return run(x, state, bias)
+        return self._prepared(x, self.bias)
 
-    def _traced(self, x: Tensor) -> Tensor:
-        """Be one node over the tensors that are held, and ``slim::linear`` where a graph is kept or differentiated."""
-        if self._resident is None:
-            return self._reference(x, self._buffers)
-        names = self._traced_attributes["names"].split(",")
-        tensors = [self._buffers[RESIDENT + name] for name in names]
-        if torch.compiler.is_exporting() or (x.requires_grad and torch.is_grad_enabled()):
-            made = torch.ops.slim.restore.default(tensors, **self._traced_attributes)
-            return self._reference(x, dict(zip(self.format.tensor_specs(), made, strict=True)))
-        bias = self._buffers.get(RESIDENT_BIAS, self.bias)
-        result: Tensor = torch.ops.slim.resident_linear.default(x, tensors, bias, **self._traced_attributes)
-        return result
-
-    def _reference(self, x: Tensor, tensors: Mapping[str, Tensor | None] | None = None) -> Tensor:
-        named = self._packed_tensors() if tensors is None else tensors
-        operands = [named.get(name) for name in TENSOR_NAMES]
+    def _reference(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            tensors: Mapping[str, Tensor | None] = self._packed_tensors()
+        elif self._resident is None:
+            tensors = self._buffers
+        else:
+            # One node in the graph, which then depends on nothing but the tensors that are held.
+            held = [self._buffers[RESIDENT + name] for name in self._resident.tensors]
+            made = torch.ops.slim.restore.default(held, **self._resident.attributes)
+            tensors = dict(zip(self.format.tensor_specs(), made, strict=True))
+        operands = [tensors.get(name) for name in TENSOR_NAMES]
         result: Tensor = torch.ops.slim.linear.default(x, *operands, self.bias, **self._attributes)
         return result
 
-    def _plan(self, x: Tensor, tokens: int) -> _Plan:
-        """Choose a kernel for inputs like ``x``, prepare it if it is new here, and remember both.
-
-        Raises:
-            InputError: x and the layer are on different devices.
-        """
-        with _changing:
-            device = self._device
-            if x.device != device:
-                raise InputError(
-                    f"x is on {x.device}, but this {type(self).__name__} of {self.in_features} inputs is on {device}; "
-                    "move one of them with .to()"
-                )
-            kernel, _ = choose(self._kernels, self.format, x.dtype, device, max(tokens, 1))
-            plan = self._plan_kernel(kernel, x.dtype) if tokens else None
-            plan = plan or (lambda x, _state, _bias: self._reference(x), None, None)
-            self._plans[x.dtype, x.device, (tokens - 1).bit_length()] = plan
-        return plan
-
-    def _plan_kernel(self, kernel: Kernel | None, dtype: torch.dtype) -> _Plan | None:
-        """Return how to run a kernel, or None for the reference op."""
-        if kernel is None:
-            return None
-        layout = layout_of(kernel)
-        if layout is not None and self._resident is None:
-            self._settle()
-        resident = self._resident
-        if kernel.prepare in self._not_undone or (resident is not None and kernel.transient):
-            return None
-        if layout is not None and resident is not None and resident.layout is layout:
-            state = resident.state
-        else:
-            if kernel.prepare not in self._states:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._states[kernel.prepare] = kernel.prepare(self._checked())
-            state = self._states[kernel.prepare]
-        return run_on(kernel, self._device), state, self._usable_bias(dtype)
-
-    def _checked(self) -> PackedLinear:
-        """Return the packed weight; kernels do not look twice at shapes and dtypes."""
-        packed = self.packed
-        check_specs(self.format.tensor_specs(), packed.tensors())
-        return packed
-
-    def _usable_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias as kernels take it: on the layer's device, in the dtype of x, one entry after another."""
-        bias = self.bias
-        if bias is None:
-            return None
-        if bias.device != self._device or tuple(bias.shape) != (self.out_features,):
-            raise InputError(
-                f"the bias of a layer with {self.out_features} outputs on {self._device} is {tuple(bias.shape)} on "
-                f"{bias.device}; set one that fits"
-            )
-        with torch.no_grad():
-            return usable_bias(bias, dtype)
-
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the tensors that are held."""
+        device = self._device
         # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
-        device = self._device.type
-        self._autocast_type = device if torch.amp.is_autocast_available(device) else "cpu"
-        self.__dict__.update(_derived())
+        self._autocast_type = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+        self._made, self._not_undone = {}, set()
+        self._prepared = PreparedLayer(self, device)
+        # No buffer: nobody is to move, copy or save it.
+        self._handle = self._prepared.handle
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the canonical tensors, and nothing that is derived from them."""
-        state = self.__dict__ | _derived()
-        if self._resident is None:
-            return state
-        made = self._packed_tensors()
-        buffers = {name: made.get(name) for name in TENSOR_NAMES}
-        buffers |= {name: held for name, held in self._buffers.items() if not name.startswith(RESIDENT)}
-        persistent = {name for name in self._non_persistent_buffers_set if not name.startswith(RESIDENT)}
-        return state | {"_resident": None, "_buffers": buffers, "_non_persistent_buffers_set": persistent}
+        with _changing:
+            state = {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+            if self._resident is None:
+                return state
+            made = self._packed_tensors()
+            others = {name: held for name, held in self._buffers.items() if not name.startswith(RESIDENT)}
+            state["_buffers"] = {name: made.get(name) for name in TENSOR_NAMES} | others
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set & others.keys()
+            return state | {"_resident": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let a copy derive its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget_kernels()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimLinear:
         """Copy what is held; layers that share tensors share those of the copies."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with _changing:
-            kept = _derived() | {"_kernels": self._kernels}
-            own = {name: value for name, value in self.__dict__.items() if name not in kept}
-            twin.__dict__.update(copy.deepcopy(own, memo) | kept)
-            twin._share_bias()
+            own = {name: value for name, value in self.__dict__.items() if name not in (*_DERIVED, "_kernels")}
+            twin.__dict__.update(copy.deepcopy(own, memo), _kernels=self._kernels)
+        twin._forget_kernels()
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlimLinear:
@@ -414,13 +374,11 @@ class SlimLinear(nn.Module):
             carrier = self._buffers[f"{prefix}{'values' if form.bits is None else 'scale'}"]
             return form if carrier is None else replace(form, dtype=carrier.dtype)
 
-        if self._resident is not None:
-            self._forget_kernels()
-            return
-        form = self.format
-        left = None if form.left is None else follow(form.left, "left_")
-        right = None if form.right is None else follow(form.right, "right_")
-        self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
+        if self._resident is None:
+            form = self.format
+            left = None if form.left is None else follow(form.left, "left_")
+            right = None if form.right is None else follow(form.right, "right_")
+            self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
         self._forget_kernels()
         self._settle()
 
@@ -462,7 +420,7 @@ class SlimLinear(nn.Module):
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:
         """Return which kernel runs at which token counts for inputs of ``dtype`` (default: the weight's)."""
-        return choices(self._kernels, self.format, dtype or self.format.weight.dtype, self._device)
+        return choices(self.kernels, self.format, dtype or self.format.weight.dtype, self._device)
 
     def extra_repr(self) -> str:
         """Return sizes, bias and format, as ``repr`` of a model shows them."""
@@ -485,76 +443,22 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
     return Explanation((name, module.choices(dtype)) for name, module in layers)
 
 
-def _derived() -> dict[str, Any]:
-    """Return, empty, the attributes of a layer that are derived from its tensors."""
-    return {"_plans": {}, "_states": {}, "_made": {}, "_not_undone": set()}
+_DERIVED = ("_prepared", "_handle", "_made", "_not_undone")
+"""Attributes of a layer that are derived from its tensors."""
 
 
-def stack_modules(modules: Sequence[SlimLinear]) -> None:
-    """Let layers that read the same input share one set of tensors, in which each has its rows.
+@cache
+def _last_resort(kernel: Kernel, others: tuple[Kernel, ...]) -> Kernel:
+    """Return a kernel that reads canonical tensors, for where they are not kept: it refuses what others compute."""
 
-    Each stays usable alone, and its ``state_dict`` is what it was. Traced, their nodes name the same tensors, and can
-    be merged into one of the part `slimc.runtime.layouts.WHOLE`. Layers that are stacked so already are left alone.
-    A layer that is moved, changed or loaded anew leaves the stack.
+    def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+        reason = kernel.accepts(spec, dtype, device, tokens)
+        if reason is not None:
+            return reason
+        other, _ = choose(others, spec, dtype, device, tokens)
+        return None if other is None else f"reads canonical tensors, which are not kept beside those of {other.name}"
 
-    Args:
-        modules: the layers, in the order in which their rows are to lie.
-
-    Raises:
-        KernelError: they cannot be stacked, with the reason; they are left as they were.
-    """
-    with _changing, torch.inference_mode(False), torch.no_grad():
-        if _are_stacked(modules):
-            return
-        if len(modules) < 2 or len(set(modules)) < len(modules):
-            raise KernelError("a stack has two layers or more, each of them once")
-        layouts = {None if module._resident is None else module._resident.layout for module in modules}
-        layout = layouts.pop()
-        if layouts or layout is None or layout.stack is None:
-            raise KernelError("layers can be stacked where they hold a layout for it, which is that of a CUDA GPU")
-        if len({module._device for module in modules}) > 1:
-            raise KernelError("layers on different devices cannot be stacked")
-        state = layout.stack([_state_alone(module, layout) for module in modules])
-        _share(modules, layout, state)
-
-
-def _are_stacked(modules: Sequence[SlimLinear]) -> bool:
-    wholes = {id(None if module._resident is None else module._resident.whole) for module in modules}
-    residents = [module._resident for module in modules]
-    return (
-        len(wholes) == 1
-        and all(one is not None and one.whole is not None and one.part == i for i, one in enumerate(residents))
-        and residents[0] is not None
-        and len(residents[0].formats) == len(modules)
-    )
-
-
-def _state_alone(module: SlimLinear, layout: Layout) -> Any:
-    """Return the state of a layer that is in no stack."""
-    resident = module._resident
-    return resident.state if resident is not None and resident.whole is None else layout.prepare(module.packed)
-
-
-def _share(modules: Sequence[SlimLinear], layout: Layout, state: Any) -> None:
-    """Let layers hold their parts of one state."""
-    formats = tuple(module.format for module in modules)
-    tensors, kernels = layout.tensors(state), modules[0]._kernels
-    bias = _stacked_bias(modules)
-    whole = Resident(layout, formats, WHOLE, tensors, state, kernels)
-    for part, module in enumerate(modules):
-        own = layout.assemble(formats, tensors, part)
-        module._hold(Resident(layout, formats, part, tensors, own, module._kernels, whole, bias))
-        module._forget_kernels()
-
-
-def _stacked_bias(modules: Sequence[SlimLinear]) -> Tensor | None:
-    """Return the biases one after another, zeros for layers without one, or None if none has one."""
-    given = [module.bias for module in modules if module.bias is not None]
-    if not given:
-        return None
-    if len({bias.dtype for bias in given}) > 1:
-        raise KernelError("layers with biases of different dtypes cannot be stacked")
-    return torch.cat([given[0].new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in modules])
+    return replace(kernel, accepts=accepts)
 
 
 def _same_bytes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from slimc.backends import KERNELS
 from slimc.errors import InputError
-from slimc.runtime.modules import SlimLinear, stack_modules
+from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
+from slimc.runtime.prepared import sibling_layers
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
@@ -21,6 +22,11 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 def on_cpu(packed: PackedLinear) -> PackedLinear:
     return PackedLinear.assemble(packed.format, {name: tensor.cpu() for name, tensor in packed.tensors().items()})
+
+
+def share(layers: list[SlimLinear]) -> bool:
+    """Let layers share the tensors of a stack, as a compiled graph does."""
+    return sibling_layers([layer._handle for layer in layers]).prepare()
 
 
 class Attention(nn.Module):
@@ -69,7 +75,7 @@ def test_layers_of_a_stack_are_computed_alone(
 ) -> None:
     parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 256, 300), ranks, strict=True)]
     model = attention(parts).cuda()
-    stack_modules([model.q, model.k, model.v])
+    share([model.q, model.k, model.v])
     x = torch.randn(tokens, 640, dtype=torch.bfloat16, device="cuda")
     for part, layer in zip(parts, model.children(), strict=True):
         check(part, x, layer.bias, layer(x))
@@ -82,7 +88,7 @@ def test_compiled(random_layer: Any, check: Any, mode: str | None, stacked: bool
     parts = [random_layer(rows, 640, 57) for rows in (512, 256, 300)]
     model = attention(parts).cuda()
     if stacked:
-        stack_modules([model.q, model.k, model.v])
+        share([model.q, model.k, model.v])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad():
@@ -96,7 +102,7 @@ def test_compiled(random_layer: Any, check: Any, mode: str | None, stacked: bool
 
 def test_a_copy_computes_the_same(random_layer: Any) -> None:
     model = attention([random_layer(rows, 640, 57) for rows in (512, 256, 300)]).cuda()
-    stack_modules([model.q, model.k, model.v])
+    share([model.q, model.k, model.v])
     twin = copy.deepcopy(model)
     x = torch.randn(3, 640, dtype=torch.bfloat16, device="cuda")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(twin(x), model(x), strict=True))
@@ -104,7 +110,7 @@ def test_a_copy_computes_the_same(random_layer: Any) -> None:
 
 def test_an_input_elsewhere_is_refused(random_layer: Any) -> None:
     layer = SlimLinear(random_layer(256, 640, 57), kernels=KERNELS)
-    with pytest.raises(InputError, match=r"x is on cpu, but this SlimLinear of 640 inputs is on cuda:0"):
+    with pytest.raises(InputError, match=r"x is on cpu, but this compressed layer of 640 inputs is on cuda:0"):
         layer(torch.zeros(1, 640, dtype=torch.bfloat16))
 
 

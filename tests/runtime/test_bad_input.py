@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from slimc.errors import FormatError, InputError
-from slimc.runtime.layouts import run_on
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import NM, PackedLinear
+from slimc.runtime.prepared import run_on
 from slimc.runtime.select import Kernel
 
 
@@ -61,7 +61,7 @@ def test_another_kind_of_number(layer: SlimLinear, seen: list[Any], dtype: torch
 
 def test_another_device(layer: SlimLinear, seen: list[Any]) -> None:
     layer(torch.zeros(2, 20).bfloat16())
-    with pytest.raises(InputError, match=r"x is on meta, but this SlimLinear of 20 inputs is on cpu; move one"):
+    with pytest.raises(InputError, match=r"x is on meta, but this compressed layer of 20 inputs is on cpu; move one"):
         layer(torch.zeros(2, 20, device="meta").bfloat16())
     assert len(seen) == 1
 
@@ -95,7 +95,7 @@ def test_a_bias_reaches_a_kernel_as_it_reads_it(packed: PackedLinear, seen: list
 @pytest.mark.parametrize("bias", [torch.zeros(5), torch.zeros(6, 1), torch.zeros(6, device="meta")])
 def test_a_bias_that_does_not_fit(layer: SlimLinear, seen: list[Any], bias: Tensor) -> None:
     layer.bias = nn.Parameter(bias, requires_grad=False)
-    with pytest.raises(InputError, match=r"the bias of a layer with 6 outputs on cpu is \("):
+    with pytest.raises(InputError, match=r"the bias of a compressed layer with 6 outputs on cpu has the shape \("):
         layer(torch.zeros(2, 20).bfloat16())
     assert not seen
 
@@ -133,8 +133,8 @@ def test_a_kernel_runs_with_the_layers_gpu_as_the_current_one(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "device", Current)
     kernel = Kernel("k", lambda *_: None, lambda packed: packed, lambda x, _state, _bias: x)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert run_on(kernel, torch.device("cuda", 0)) is kernel.run
+    assert run_on(kernel.run, torch.device("cuda", 0)) is kernel.run
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert run_on(kernel, torch.device("cpu")) is kernel.run
-    run_on(kernel, torch.device("cuda", 1))(torch.zeros(1), None, None)
+    assert run_on(kernel.run, torch.device("cpu")) is kernel.run
+    run_on(kernel.run, torch.device("cuda", 1))(torch.zeros(1), None, None)
     assert entered == [torch.device("cuda", 1), torch.device("cuda", 0)]

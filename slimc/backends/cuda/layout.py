@@ -7,24 +7,22 @@ of every tensor, and can be computed, or turned back into canonical tensors, by 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import accumulate, pairwise
 
-import torch
 from torch import Tensor
 
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS, code_bytes, metadata_pattern, scale_groups
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, settle, stack
-from slimc.runtime.formats import LinearFormat, WeightFormat
-from slimc.runtime.layouts import WHOLE, Formats, Layout, register_layout
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, rank_range, settle
+from slimc.runtime.formats import WeightFormat
+from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["FRAGMENTS"]
+__all__ = ["FRAGMENTS", "assemble", "restore", "tensors"]
 
 
 def tensors(layer: FragmentLayer) -> dict[str, Tensor]:
-    """Return what of a layer must be kept; the rest follows from its formats."""
+    """Return what of a layer, or of a stack, must be kept; the rest follows from the formats."""
     named = {
         "codes": layer.codes,
         "metadata": layer.metadata,
@@ -38,11 +36,10 @@ def tensors(layer: FragmentLayer) -> dict[str, Tensor]:
 
 
 def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> FragmentLayer:
-    """Return a part of stacked layers, or with `WHOLE` all of them as one layer; it shares the tensors."""
-    held = dict(named) if part == WHOLE else _part(formats, named, part)
-    spec = _whole_format(formats) if part == WHOLE else formats[part]
+    """Return a layer of a stack; it reads the memory of the tensors given."""
+    held = _part(formats, named, part)
     layer = FragmentLayer(
-        spec,
+        formats[part],
         held["codes"],
         held.get("metadata"),
         held["scale"],
@@ -52,15 +49,14 @@ def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> Fragme
         held.get("left_scale"),
     )
     if layer.right is not None:
-        ranges = _rank_ranges(formats if part == WHOLE else (formats[part],))
-        layer.rank_range = torch.tensor(ranges, dtype=torch.int32, device=layer.codes.device)
+        layer.rank_range = rank_range(layer, 0)
         layer.counters = Counters(layer.codes.device)
     settle(layer.codes.device)
     return layer
 
 
 def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedLinear:
-    """Return the canonical tensors of a part."""
+    """Return the canonical tensors of a layer of a stack."""
     spec, held = formats[part], _part(formats, named, part)
     made = _restore_matrix(spec.weight, "", held["codes"], held.get("metadata"), held["scale"])
     if spec.left is not None and spec.right is not None:
@@ -72,8 +68,7 @@ def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedL
 def _restore_matrix(
     spec: WeightFormat, prefix: str, codes: Tensor, metadata: Tensor | None, scale: Tensor
 ) -> dict[str, Tensor]:
-    specs = spec.tensor_specs()
-    (rows, size), _ = specs["values"]
+    (rows, size), _ = spec.tensor_specs()["values"]
     made = {f"{prefix}values": code_bytes(codes, rows, size)}
     if metadata is not None:
         made[f"{prefix}pattern"] = metadata_pattern(metadata, rows, spec.columns)
@@ -85,20 +80,16 @@ def _restore_matrix(
 
 
 def _part(formats: Formats, named: Mapping[str, Tensor], part: int) -> dict[str, Tensor]:
-    """Return the slices of the tensors that are a part's own."""
+    """Return the slices of the tensors that are a layer's own."""
     if len(formats) == 1:
         return dict(named)
-    spec = formats[part]
-    tiles = _slice([_tiles(form.rows) for form in formats], part)
-    ranks = _slice([_ranks(form) // TILE_ROWS for form in formats], part)
+    weight = formats[part].weight
+    tiles = _slice([-(-form.rows // TILE_ROWS) for form in formats], part)
+    ranks = _slice([-(-form.rank // FACTOR_GROUP) * (FACTOR_GROUP // TILE_ROWS) for form in formats], part)
     rows = _slice([form.rows for form in formats], part)
-    if spec.weight.per_tensor:
-        rows = slice(rows.start, rows.start + 1)
-    where = {
-        "scale": rows if spec.weight.group is None else tiles,
-        "right": ranks,
-        "right_scale": ranks,
-    }
+    # A stack has a scale a row where its layers have one each.
+    own = slice(rows.start, rows.start + 1) if weight.per_tensor else rows
+    where = {"scale": own if weight.group is None else tiles, "right": ranks, "right_scale": ranks}
     return {name: tensor[where.get(name, tiles)] for name, tensor in named.items()}
 
 
@@ -106,31 +97,5 @@ def _slice(sizes: list[int], part: int) -> slice:
     return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))][part]
 
 
-def _tiles(rows: int) -> int:
-    return -(-rows // TILE_ROWS)
-
-
-def _ranks(form: LinearFormat) -> int:
-    """Ranks of a layer, with the padding that they have here."""
-    return -(-form.rank // FACTOR_GROUP) * FACTOR_GROUP
-
-
-def _rank_ranges(formats: Formats) -> list[tuple[int, int]]:
-    """For every tile of rows of stacked layers, the first of the ranks that it reads, and how many units of 64."""
-    starts = accumulate((_ranks(form) for form in formats), initial=0)
-    return [
-        (start, _ranks(form) // FACTOR_GROUP)
-        for form, start in zip(formats, starts, strict=False)
-        for _ in range(_tiles(form.rows))
-    ]
-
-
-def _whole_format(formats: Formats) -> LinearFormat:
-    if len(formats) == 1:
-        return formats[0]
-    rows = sum(form.rows for form in formats)
-    return LinearFormat(replace(formats[0].weight, rows=rows, per_tensor=False))
-
-
-FRAGMENTS = register_layout(Layout("fragments", prepare, tensors, assemble, restore, stack))
+FRAGMENTS = register_layout(Layout("fragments", prepare, tensors, assemble, restore))
 """Every kernel of this package that takes a `FragmentLayer` computes in this layout."""

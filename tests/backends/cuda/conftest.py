@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, _refuses_format, prepare
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, _refuses_format, prepare, stack_shared
 from slimc.backends.cuda.layout import restore, tensors
 from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
@@ -133,13 +133,13 @@ def check() -> Callable[..., None]:
 
 
 @pytest.fixture
-def calls() -> list[int]:
+def calls_made() -> list[int]:
     """Rows of the layers that the kernel of `cpu_kernels` has computed."""
     return []
 
 
 @pytest.fixture
-def cpu_kernels(calls: list[int]) -> tuple[Kernel, ...]:
+def cpu_kernels(calls_made: list[int]) -> tuple[Kernel, ...]:
     """A table with one kernel, for the GPU's form of a layer on a CPU."""
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
@@ -148,7 +148,7 @@ def cpu_kernels(calls: list[int]) -> tuple[Kernel, ...]:
         return _refuses_format(spec)
 
     def run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-        calls.append(state.format.rows)
+        calls_made.append(state.format.rows)
         return compute(x, state, bias)
 
-    return (Kernel("fragments on the CPU", accepts, prepare, run),)
+    return (Kernel("fragments on the CPU", accepts, prepare, run, stack_shared),)

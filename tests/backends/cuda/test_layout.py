@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slimc.backends.cuda.layout import FRAGMENTS
-from slimc.errors import KernelError
-from slimc.runtime.layouts import WHOLE, formats_text
-from slimc.runtime.modules import SlimLinear, stack_modules, use_kernels
+from slimc.runtime import calls
+from slimc.runtime.modules import SlimLinear, use_kernels
 from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
+from slimc.runtime.prepared import sibling_layers
 from slimc.runtime.select import Kernel
 from slimc.runtime.storage import collect
 
@@ -37,6 +37,11 @@ def held(*modules: nn.Module) -> int:
     """Bytes of the distinct storages that modules hold."""
     buffers = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers}.values())
+
+
+def share(layers: list[SlimLinear]) -> bool:
+    """Let layers share the tensors of a stack, as a compiled graph does."""
+    return sibling_layers([layer._handle for layer in layers]).prepare()
 
 
 @given(
@@ -74,15 +79,17 @@ def test_a_layer_holds_one_copy_and_shows_the_canonical_one(make_packed: Make, c
     assert layer.zero_point is None
 
 
-def test_it_computes_with_what_it_holds(make_packed: Make, cpu_kernels: Table, calls: list[int], check: Any) -> None:
+def test_it_computes_with_what_it_holds(
+    make_packed: Make, cpu_kernels: Table, calls_made: list[int], check: Any
+) -> None:
     packed = make_packed(64, 128, 20)
     layer = SlimLinear(packed, kernels=cpu_kernels)
     x = torch.randn(3, 128).bfloat16()
     check(layer(x), x, packed)
-    assert calls == [64]
+    assert calls_made == [64]
     # A dtype that the kernel refuses is computed by the reference, exactly as without a kernel.
     assert torch.equal(layer(x.float()), apply_packed(x.float(), packed))
-    assert calls == [64]
+    assert calls_made == [64]
     assert layer(x[:0]).shape == (0, 64)
 
 
@@ -227,26 +234,26 @@ def attention(parts: list[PackedLinear], kernels: Table, *, bias: bool = True) -
 @pytest.mark.parametrize("form", SIBLINGS)
 @pytest.mark.parametrize("ranks", [(20, 130, 64), (0, 0, 0)])
 def test_a_stack_holds_one_copy_and_each_layer_its_own(
-    make_packed: Make, cpu_kernels: Table, calls: list[int], form: dict[str, Any], ranks: tuple[int, ...]
+    make_packed: Make, cpu_kernels: Table, calls_made: list[int], form: dict[str, Any], ranks: tuple[int, ...]
 ) -> None:
     parts = siblings(make_packed, ranks, **form)
     model = attention(parts, cpu_kernels)
     x = torch.randn(3, 256).bfloat16()
     expected, alone, state = model(x), held(model), copy.deepcopy(model.state_dict())
     layers = [model.q, model.k, model.v]
-    stack_modules(layers)
+    share(layers)
     # The narrowest factor is widened to the widest, and a scale a tensor becomes one a row.
     scales = 2 * 868 if form["group"] is None else 0
     widest = 868 * (-(-max(ranks) // 64) * 32 + -(-max(ranks) // 64) * 2)
-    assert held(model) <= alone + scales + widest + 868 * 2
+    assert held(model) <= alone + scales + widest
     assert model.q.resident_codes is model.v.resident_codes
     assert same(model.state_dict(), state)
     for layer, part in zip(layers, parts, strict=True):
         assert same(layer.packed.tensors(), part.tensors())
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model(x), expected, strict=True))
-    assert calls[-3:] == [512, 256, 100]
+    assert calls_made[-3:] == [512, 256, 100]
     codes = model.q.resident_codes
-    stack_modules(layers)
+    share(layers)
     assert model.q.resident_codes is codes
 
 
@@ -254,15 +261,13 @@ def test_a_stack_is_copied_as_one_and_left_by_what_changes(make_packed: Make, cp
     parts = siblings(make_packed)
     model = attention(parts, cpu_kernels)
     state = copy.deepcopy(model.state_dict())
-    stack_modules([model.q, model.k, model.v])
+    share([model.q, model.k, model.v])
     twin = copy.deepcopy(model)
     assert twin.q.resident_codes is twin.k.resident_codes
     assert twin.q.resident_codes is not model.q.resident_codes
     assert same(twin.state_dict(), state)
     x = torch.randn(3, 256).bfloat16()
-    with torch.no_grad():
-        twin.v.bias.add_(1)
-        torch.testing.assert_close(twin.v(x), model.v(x) + 1, rtol=2**-6, atol=2**-6)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(twin(x), model(x), strict=True))
     twin.k.scale = twin.k.scale * 2
     twin.k(x)
     assert same(twin.q.state_dict(), model.q.state_dict())
@@ -283,79 +288,50 @@ def _without_kernels(model: nn.Module) -> nn.Module:
 def test_layers_that_cannot_be_stacked_stay_as_they_were(make_packed: Make, cpu_kernels: Table) -> None:
     parts = siblings(make_packed)
     model = attention(parts, cpu_kernels)
-    for layers, message in (
-        ([model.q], "two layers or more"),
-        ([model.q, model.q], "each of them once"),
-        ([model.v, model.q], "multiple of 256 rows"),
-        ([model.q, SlimLinear(parts[1])], "hold a layout"),
-    ):
-        with pytest.raises(KernelError, match=message):
-            stack_modules(layers)
+    layers = [model.q, model.k, model.v]
+    assert not share([model.v, model.q])
+    assert not share([model.q, SlimLinear(parts[1])])
     assert model.q.resident_codes.shape[0] == 32
-    # One that is in a stack already can join another.
-    stack_modules([model.q, model.k])
-    stack_modules([model.q, model.k, model.v])
-    assert all(
-        same(layer.packed.tensors(), part.tensors()) for layer, part in zip(model.children(), parts, strict=True)
-    )
+    # Those that are in a stack already can join another.
+    assert share(layers[:2])
+    assert share(layers)
+    assert model.q.resident_codes is model.v.resident_codes
+    assert all(same(layer.packed.tensors(), part.tensors()) for layer, part in zip(layers, parts, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [(20, 130, 64), (0, 0, 0)])
+def test_a_stack_of_a_stack_computes_what_its_layers_do(
+    make_packed: Make, cpu_kernels: Table, calls_made: list[int], check: Any, ranks: tuple[int, ...]
+) -> None:
+    parts = siblings(make_packed, ranks)
+    model = attention(parts, cpu_kernels, bias=False)
+    x = torch.randn(3, 256).bfloat16()
+    for layers in ([model.q, model.k], [model.q, model.k, model.v]):
+        handles = [layer._handle for layer in layers]
+        rows = [layer.out_features for layer in layers]
+        assert share(layers)
+        calls_made.clear()
+        joint = calls.sibling_linears(x, handles, rows=sum(rows), columns=256)
+        assert calls_made == [sum(rows)]
+        for y, part in zip(joint.split(rows, dim=-1), parts, strict=False):
+            check(y, x, part)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_compiled_it_is_one_node_over_what_it_holds(
-    make_packed: Make, cpu_kernels: Table, calls: list[int], stacked: bool
+def test_compiled_it_runs_the_kernel(
+    make_packed: Make, cpu_kernels: Table, calls_made: list[int], stacked: bool
 ) -> None:
-    parts = siblings(make_packed)
-    model = attention(parts, cpu_kernels)
+    model = attention(siblings(make_packed), cpu_kernels)
     x = torch.randn(3, 256).bfloat16()
     if stacked:
-        stack_modules([model.q, model.k, model.v])
+        share([model.q, model.k, model.v])
     expected = model(x)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
     torch._dynamo.reset()
-    calls.clear()
+    calls_made.clear()
     with torch.no_grad():
-        results = torch.compile(model, backend=keep, fullgraph=True)(x)
+        results = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
-    assert calls == [512, 256, 100]
-    nodes = [n for n in graphs[0].graph.nodes if n.target is torch.ops.slim.resident_linear.default]
-    assert [node.kwargs["part"] for node in nodes] == ([0, 1, 2] if stacked else [0, 0, 0])
-    assert (nodes[0].args[1] == nodes[1].args[1]) == stacked
-    static = [n.meta["tensor_dict"].get("_dynamo_static_input_type") for n in nodes[0].args[1]]
-    assert all(static)
-
-
-def test_a_merged_call_computes_the_whole_stack(
-    make_packed: Make, cpu_kernels: Table, calls: list[int], check: Any
-) -> None:
-    parts = siblings(make_packed)
-    model = attention(parts, cpu_kernels)
-    stack_modules([model.q, model.k, model.v])
-    x = torch.randn(3, 256).bfloat16()
-    expected = torch.cat(model(x), dim=-1)
-    names = [name.removeprefix("resident_") for name in model.q._buffers if name != "resident_bias"]
-    tensors = [getattr(model.q, f"resident_{name}") for name in names]
-    attributes: dict[str, Any] = {
-        "layout": "fragments",
-        "names": ",".join(names),
-        "formats": formats_text(tuple(layer.format for layer in model.children())),
-        "part": WHOLE,
-    }
-    calls.clear()
-    merged = torch.ops.slim.resident_linear(x, tensors, model.q.resident_bias, **attributes)
-    assert calls == [868]
-    torch.testing.assert_close(merged, expected, rtol=0, atol=0)
-    # Without the layers, as in a graph that outlives them, the same is computed from the tensors alone.
-    bias, copies = model.q.resident_bias, [tensor.clone() for tensor in tensors]
-    again = torch.ops.slim.resident_linear(x, copies, bias, **attributes)
-    for y, part, layer in zip(again.split([512, 256, 100], dim=-1), parts, model.children(), strict=True):
-        check(y, x, part, layer.bias)
-    torch.library.opcheck(torch.ops.slim.resident_linear.default, (x, tensors, bias), attributes)
-    torch.library.opcheck(torch.ops.slim.restore.default, (tensors,), attributes | {"part": 1})
+    assert calls_made == [512, 256, 100]
 
 
 # torch.export copies its own pytree specs in a way that it has deprecated itself.
