@@ -49,7 +49,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"slimc {slimc.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "inspect", "recipes"])
+@pytest.mark.parametrize("command", ["bench", "compress", "eval", "generate", "inspect", "recipes"])
 def test_help_teaches_by_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

@@ -1,18 +1,23 @@
 """Whole models on one GPU: tokens a second and memory of a compressed Llama, of the dense one, and of int4.
 
 The weights are random, which changes nothing of the time. All models run the same loop: a prompt in one call, then one
-token after another through a static cache, compiled, with CUDA graphs, the next token chosen on the device. ``slimc`` is
-2:4 sparse int4 with one scale a tensor and 4-bit adapters of rank 0.1, under ``backend="slim"``; ``slimc, int4 head``
-has its output embedding in 4 bits with a scale every 128 columns too. ``dense`` is bf16 under Inductor, with its own
-settings and with tuned ones; ``tinygemm`` is torch's int4 with a scale every 128 columns, without adapters.
+token after another through a static cache, compiled, with CUDA graphs, the next token chosen on the device.
+
+``slimc`` is 2:4 sparse int4 with one scale a tensor and 4-bit adapters of rank 0.1, under ``backend="slim"``;
+``slimc, int4 head`` has its output embedding in 4 bits with a scale every 128 columns too. ``dense`` is bf16 under
+Inductor, with its own settings and with tuned ones; ``tinygemm`` is torch's int4 with a scale every 128 columns,
+without adapters.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +25,12 @@ from torch import Tensor, nn
 
 from slimc.backends import KERNELS
 from slimc.backends.dynamo import slim
+from slimc.backends.hf_library import transformers
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["MODELS", "VARIANTS", "Measurement", "measure", "table"]
+__all__ = ["MODELS", "VARIANTS", "Measurement", "main", "measure", "run", "table"]
 
 RANK = 0.1
 GROUP = 128
@@ -117,13 +123,12 @@ def measure(
 class _Loop:
     """Greedy generation through a static cache, one compiled step a token."""
 
-    def __init__(self, model: nn.Module, settings: dict[str, Any], batch: int, prompt: int, tokens: int) -> None:
-        from transformers import StaticCache
-
+    def __init__(self, model: Any, settings: dict[str, Any], batch: int, prompt: int, tokens: int) -> None:
         self._model = model
         self._batch, self._prompt = batch, prompt
-        self._cache = StaticCache(config=model.config, max_cache_len=prompt + tokens)
-        self._token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._cache = transformers().StaticCache(config=self._model.config, max_cache_len=prompt + tokens)
+        self._device = torch.device(self._model.device)
+        self._token = torch.zeros(batch, 1, dtype=torch.int64, device=self._device)
         self._step = torch.compile(self._next, fullgraph=True, dynamic=False, **settings)
 
     def _next(self, ids: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ class _Loop:
     def read_prompt(self) -> float:
         """Read a random prompt and return the seconds that it took."""
         limit = self._model.config.vocab_size
-        ids = torch.randint(limit, (self._batch, self._prompt), device=self._token.device)
+        ids = torch.randint(limit, (self._batch, self._prompt), device=self._device)
         self._model(ids, use_cache=False, logits_to_keep=1)
         torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -149,7 +154,7 @@ class _Loop:
         torch.cuda.synchronize()
         begun = time.perf_counter()
         for _ in range(tokens):
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             self._token = self._step(self._token).clone()
         torch.cuda.synchronize()
         return (time.perf_counter() - begun) / tokens
@@ -160,7 +165,7 @@ class _Loop:
             self.run(tokens)
         found: dict[str, float] = {}
         for event in profile.key_averages():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.self_device_time_total:
                 kind = _kind(event.key)
                 found[kind] = found.get(kind, 0.0) + event.self_device_time_total / tokens / 1e3
         return dict(sorted(found.items(), key=lambda entry: -entry[1]))
@@ -183,11 +188,9 @@ def _kind(kernel: str) -> str:
 
 def build(config: dict[str, Any], variant: Variant, device: torch.device) -> nn.Module:
     """Make a model of random weights layer by layer, so that no more of it is ever on the device than what stays."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = LlamaConfig(**config, tie_word_embeddings=False)
+    settings = transformers().LlamaConfig(**config, tie_word_embeddings=False)
     with torch.device("meta"):
-        model = LlamaForCausalLM(settings).to(torch.bfloat16).eval()
+        model: Any = transformers().LlamaForCausalLM(settings).to(torch.bfloat16).eval()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -201,18 +204,19 @@ def build(config: dict[str, Any], variant: Variant, device: torch.device) -> nn.
                 setattr(parent, name, nn.Parameter(made, requires_grad=False))
     # Its tables are computed, not loaded.
     model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def random_packed(rows: int, columns: int, rank: int, *, sparse: bool = True, group: int | None = None) -> PackedLinear:
     """Return a layer of random 4-bit codes; ``group`` None is one scale for all of it."""
     dtype = torch.bfloat16
     sparsity = NM(2, 4) if sparse else None
-    weight = WeightFormat(
-        rows, columns, bits=4, group=group, per_tensor=group is None, sparsity=sparsity, dtype=dtype
+    weight = WeightFormat(rows, columns, bits=4, group=group, per_tensor=group is None, sparsity=sparsity, dtype=dtype)
+    left, right = (
+        WeightFormat(*shape, bits=4, group=64, dtype=dtype) if rank else None
+        for shape in ((rows, rank), (rank, columns))
     )
-    factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns)) if rank]
-    spec = LinearFormat(weight, *factors)
+    spec = LinearFormat(weight, left, right)
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind) in spec.tensor_specs().items():
         if kind == torch.uint8:
@@ -275,17 +279,73 @@ VARIANTS: dict[str, Variant] = {
 """What can be measured."""
 
 
+_HEADER = (
+    f"{'model':12} {'variant':17} {'batch':>5} {'tokens/s':>9} {'over dense':>10} {'ms/step':>8} {'prompt ms':>10} "
+    f"{'memory GB':>10} {'of dense':>8}"
+)
+
+
 def table(found: Sequence[Measurement]) -> str:
-    """Return the measurements as text: a line each, with the ratios to the faster dense one of the same batch."""
-    lines = ["model        variant           batch  tokens/s  over dense  ms/step  prompt ms  memory GB  of dense"]
-    for one in found:
-        dense = [m for m in found if (m.model, m.batch) == (one.model, one.batch) and m.variant.startswith("dense")]
-        best = max(dense, key=lambda m: m.tokens_per_second) if dense else None
-        speed = f"{one.tokens_per_second / best.tokens_per_second:9.2f}x" if best else " " * 10
-        memory = f"{one.memory / best.memory:8.2f}x" if best else ""
-        lines.append(
-            f"{one.model:12} {one.variant:17} {one.batch:5} {one.tokens_per_second:9.1f}  {speed} {one.milliseconds:8.3f}"
-            f" {one.prompt_milliseconds:10.1f} {one.memory:10.2f} {memory}"
-        )
-        lines.append("    of a step: " + ", ".join(f"{kind} {value:.3f} ms" for kind, value in one.kernels.items()))
-    return "\n".join(lines)
+    """Return the measurements as text: two lines each, with ratios to the fastest dense one of the same batch."""
+    return "\n".join([_HEADER, *(line for one in found for line in _lines(one, found))])
+
+
+def _lines(one: Measurement, found: Sequence[Measurement]) -> list[str]:
+    dense = [m for m in found if (m.model, m.batch) == (one.model, one.batch) and m.variant.startswith("dense")]
+    best = max(dense, key=lambda each: each.tokens_per_second) if dense else None
+    speed = f"{one.tokens_per_second / best.tokens_per_second:.2f}x" if best else ""
+    memory = f"{one.memory / best.memory:.2f}x" if best else ""
+    first = (
+        f"{one.model:12} {one.variant:17} {one.batch:5} {one.tokens_per_second:9.1f} {speed:>10} "
+        f"{one.milliseconds:8.3f} {one.prompt_milliseconds:10.1f} {one.memory:10.2f} {memory:>8}"
+    )
+    return [first, "    of a step: " + ", ".join(f"{kind} {value:.3f} ms" for kind, value in one.kernels.items())]
+
+
+def run(
+    models: Sequence[str],
+    variants: Sequence[str] = tuple(VARIANTS),
+    batches: Sequence[int] = (1, 16),
+    *,
+    prompt: int = 512,
+    tokens: int = 128,
+    layers: int | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure models, print as it goes, and return every figure; ``save`` is given what there is after each."""
+    about = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found: list[Measurement] = []
+    for model in models:
+        for variant in variants:
+            for one in measure(model, variant, batches, prompt=prompt, tokens=tokens, layers=layers):
+                found.append(one)
+                print(*_lines(one, found), sep="\n", flush=True)
+                save(about | {"rows": [each.to_json() for each in found]})
+    print(table(found))
+    return about | {"rows": [one.to_json() for one in found]}
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="fewer layers than the models have, to try things out")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    options = parser.parse_args()
+    run(
+        options.models.split(","),
+        options.variants.split(";"),
+        [int(batch) for batch in options.batches.split(",")],
+        prompt=options.prompt,
+        tokens=options.tokens,
+        layers=options.layers,
+        save=lambda found: options.json and options.json.write_text(json.dumps(found, indent=1) + "\n"),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -69,6 +69,9 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
 }
 """For each model its layers: name, rows of the layers that are stacked, columns."""
 
+SHOWN = ("llama-2-7b", "llama-2-70b")
+"""The models that are measured unless others are asked for."""
+
 MEAN_OVER = ("qkv", "o", "gate_up", "down")
 """The layers as they are served."""
 
@@ -116,7 +119,7 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
     del results
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth() -> float:
@@ -128,7 +131,7 @@ def copy_bandwidth() -> float:
 
 def humming(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     """Return humming's int4 layer."""
-    from humming.layer import HummingLayer  # type: ignore[import-not-found]
+    from humming.layer import HummingLayer
 
     config = {"dtype": "int4", "group_size": 128}
     layer: Any = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).cuda()
@@ -229,7 +232,7 @@ def print_means(rows: Sequence[dict[str, object]], tokens: Sequence[int]) -> Non
 
 def plot(rows: Sequence[dict[str, object]], to: Path) -> None:
     """Draw the ratio over cuBLAS by tokens, a line a layer."""
-    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5))
     for key in dict.fromkeys((row["model"], row["layer"]) for row in rows):
@@ -277,7 +280,7 @@ def run(
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
     parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
