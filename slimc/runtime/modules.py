@@ -31,7 +31,8 @@ class SlimLinear(nn.Module):
     """A linear layer ``y = (x * input_scale) @ W^T + (x @ right^T) @ left^T + bias`` over packed tensors.
 
     The packed tensors are buffers under the names of `PackedLinear.tensors`; the bias is a frozen Parameter. The
-    ``state_dict`` holds the canonical bytes and nothing else.
+    ``state_dict`` holds the canonical bytes and nothing else. Once a GPU's kernels have a form of their own, the packed
+    tensors wait in main memory, and come back when something other than a kernel needs them there.
 
     Args:
         packed: The weight, with its adapters and input scale.
@@ -90,8 +91,9 @@ class SlimLinear(nn.Module):
 
     @property
     def packed(self) -> PackedLinear:
-        """The packed weight; its tensors are the buffers of this module."""
-        return PackedLinear.assemble(self.format, self._packed_tensors())
+        """The packed weight on the device of this layer; its tensors are the buffers, or copies if those are away."""
+        tensors = {name: tensor.to(self._device) for name, tensor in self._packed_tensors().items()}
+        return PackedLinear.assemble(self.format, tensors)
 
     @property
     def weight(self) -> Tensor:
@@ -108,13 +110,30 @@ class SlimLinear(nn.Module):
                 "the weight of a SlimLinear is decoded from packed tensors and cannot be set; "
                 "put a torch.nn.Linear in its place, or compress the new weight with slimc.compile"
             )
+        away = name in TENSOR_NAMES and self._away
         super().__setattr__(name, value)
         if name in TENSOR_NAMES or name == "bias":
+            if away:
+                self._return_to_device()
             self._forget_kernels()
 
     def _packed_tensors(self) -> dict[str, Tensor]:
         named = ((name, getattr(self, name)) for name in TENSOR_NAMES)
         return {name: tensor for name, tensor in named if tensor is not None}
+
+    @property
+    def _away(self) -> bool:
+        """Whether the packed tensors are in main memory and the layer is not."""
+        return "_device" in self.__dict__ and self.values.device != self._device
+
+    def leave_device(self) -> None:
+        """Keep the packed tensors in main memory from now on; kernels have what they need."""
+        for name, tensor in self._packed_tensors().items():
+            self._buffers[name] = tensor.cpu()
+
+    def _return_to_device(self) -> None:
+        for name, tensor in self._packed_tensors().items():
+            self._buffers[name] = tensor.to(self._device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in the dtype of x [..., in_features]."""
@@ -137,25 +156,15 @@ class SlimLinear(nn.Module):
         return self._prepared(x, self.bias)
 
     def _reference(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.slim.linear.default(
-            x,
-            self.values,
-            self.pattern,
-            self.scale,
-            self.zero_point,
-            self.input_scale,
-            self.left_values,
-            self.left_scale,
-            self.right_values,
-            self.right_scale,
-            self.bias,
-            **self._attributes,
-        )
+        operands: list[Tensor | None] = [getattr(self, name) for name in TENSOR_NAMES]
+        if self.values.device != self._device:
+            operands = [None if one is None else one.to(self._device) for one in operands]
+        result: Tensor = torch.ops.slim.linear.default(x, *operands, self.bias, **self._attributes)
         return result
 
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the packed tensors."""
-        device = self.values.device
+        device = self._device = self.values.device
         # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
         self._autocast_type = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
         self._prepared = PreparedLayer(self, self._kernels, device)
@@ -163,8 +172,12 @@ class SlimLinear(nn.Module):
         self._handle = self._prepared.handle
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the kernels' states out of copies."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_prepared", "_handle")}
+        """Leave the kernels' states out of copies, and have the packed tensors of the copy where this layer is."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_prepared", "_handle")}
+        if self._away:
+            returned = {name: tensor.to(self._device) for name, tensor in self._packed_tensors().items()}
+            state["_buffers"] = self._buffers | returned
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Let a copy derive its own."""
@@ -180,6 +193,7 @@ class SlimLinear(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
+        self._return_to_device()
         super()._apply(move_codes_cast_others, recurse)  # type: ignore[no-untyped-call]
         self._adopt_dtypes()
         return self
@@ -213,6 +227,7 @@ class SlimLinear(nn.Module):
             if isinstance(other, Tensor) and other.is_floating_point() != own.is_floating_point():
                 error_msgs.append(f"dtype of {prefix}{name}: {other.dtype} cannot be loaded into {own.dtype}.")
                 return
+        self._return_to_device()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -225,7 +240,7 @@ class SlimLinear(nn.Module):
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:
         """Return which kernel runs at which token counts for inputs of ``dtype`` (default: the weight's)."""
-        return choices(self._kernels, self.format, dtype or self.format.weight.dtype, self.values.device)
+        return choices(self._kernels, self.format, dtype or self.format.weight.dtype, self._device)
 
     def extra_repr(self) -> str:
         """Return sizes, bias and format, as ``repr`` of a model shows them."""

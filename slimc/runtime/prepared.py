@@ -46,6 +46,9 @@ class Owner(Protocol):
     def packed(self) -> PackedLinear:
         """The packed weight."""
 
+    def leave_device(self) -> None:
+        """Keep the packed tensors in main memory: no kernel reads them any more."""
+
 
 class PreparedLayer:
     """The kernels of one layer: which runs at which number of tokens, and the states that they derived.
@@ -123,7 +126,15 @@ class PreparedLayer:
             # Tensors made under inference mode could never be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 self._states[kernel.prepare] = kernel.prepare(self._living_owner().packed)
+                self._leave_device()
         return self._states[kernel.prepare]
+
+    def _leave_device(self) -> None:
+        """Let a GPU hold a layer once: in its kernels' form, if that does for any number of tokens."""
+        if self._device.type == "cuda" and all(
+            kernel.standalone and kernel.prepare in self._states for _, kernel in self.kernels()
+        ):
+            self._living_owner().leave_device()
 
     def keep(self, siblings: SiblingLayers) -> None:
         """Keep siblings alive as long as this layer is, and no longer those of which one is gone."""

@@ -37,6 +37,7 @@ class Kernel:
         stack: Given the states of layers that read the same input, returns a state with all their rows in that order,
             and for each layer a state in place of its own, so that all share one memory; raises `KernelError` if they
             do not fit each other. None if the kernel runs one layer at a time.
+        standalone: The state holds all that ``run`` needs, so that the packed tensors need not stay on the device.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Kernel:
     prepare: Callable[[PackedLinear], Any]
     run: Callable[[Tensor, Any, Tensor | None], Tensor]
     stack: Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None = None
+    standalone: bool = False
 
 
 @dataclass(frozen=True)

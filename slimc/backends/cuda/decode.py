@@ -277,4 +277,4 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
     return refuses(spec, dtype, device)
 
 
-DECODE = Kernel("cuda-decode", _accepts, prepare, run, stack_shared)
+DECODE = Kernel("cuda-decode", _accepts, prepare, run, stack_shared, standalone=True)

@@ -301,4 +301,4 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
     return refuses(spec, dtype, device)
 
 
-HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, stack_shared)
+HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, stack_shared, standalone=True)
