@@ -54,7 +54,6 @@ def bench(
     """
     names = _words(models)
     counts, sizes = _numbers(tokens, "--tokens"), _numbers(batches, "--batches")
-    _require_gpu()
 
     from slimc.bench import generate, linear
 
@@ -67,6 +66,7 @@ def bench(
                 raise InputError(
                     f"{benchmark} has no model {name!r}{closest(name, known[benchmark])}; it has {choices}"
                 )
+    _require_gpu()
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     if Benchmark.LINEAR in wanted:
