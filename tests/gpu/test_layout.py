@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimc.backends import KERNELS
 from slimc.errors import InputError
+from slimc.runtime.devices import copy_to
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.prepared import sibling_layers
@@ -106,6 +107,16 @@ def test_a_copy_computes_the_same(random_layer: Any) -> None:
     twin = copy.deepcopy(model)
     x = torch.randn(3, 640, dtype=torch.bfloat16, device="cuda")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(twin(x), model(x), strict=True))
+
+
+def test_a_copy_on_the_cpu_computes_there(random_layer: Any) -> None:
+    layer = SlimLinear(random_layer(512, 640, 57), kernels=KERNELS)
+    x = torch.randn(3, 640, dtype=torch.bfloat16, device="cuda")
+    twin = copy_to(layer, torch.device("cpu"))
+    assert not any(tensor.is_cuda for tensor in twin.buffers())
+    assert same(twin.state_dict(), layer.state_dict())
+    torch.testing.assert_close(twin(x.cpu()), layer(x).cpu(), rtol=0.05, atol=0.05)
+    assert torch.equal(twin.cuda()(x), layer(x))
 
 
 def test_an_input_elsewhere_is_refused(random_layer: Any) -> None:

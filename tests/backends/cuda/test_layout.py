@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slimc.backends.cuda.layout import FRAGMENTS
 from slimc.runtime import calls
+from slimc.runtime.devices import copy_to
 from slimc.runtime.modules import SlimLinear, use_kernels
 from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
@@ -142,6 +143,13 @@ def test_copies_and_pickles(make_packed: Make, cpu_kernels: Table) -> None:
     file.seek(0)
     assert same(torch.load(file), packed.tensors())
     assert same(pickle.loads(plain).packed.tensors(), packed.tensors())
+
+
+def test_a_copy_on_another_device_holds_what_that_one_wants(make_packed: Make, cpu_kernels: Table) -> None:
+    packed = make_packed(64, 128, 20)
+    twin = copy_to(SlimLinear(packed, kernels=cpu_kernels), torch.device("meta"))
+    assert all(tensor.is_meta for tensor in twin.buffers())
+    assert list(dict(twin.named_buffers())) == list(packed.tensors())
 
 
 def test_a_pickle_holds_the_canonical_tensors(make_packed: Make, cpu_kernels: Table) -> None:
