@@ -17,6 +17,10 @@ from slimc.runtime.packing import PackedLinear
 from slimc.runtime.prepared import sibling_layers
 
 
+# What Inductor and Triton say about themselves is not slimc's.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
 

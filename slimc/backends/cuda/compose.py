@@ -11,7 +11,7 @@ What even that cannot hold is decoded once and multiplied densely (`decoded`), b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda import layout
-from slimc.backends.cuda.fit import Fit, fit_of
+from slimc.backends.cuda.fit import COLUMN_MULTIPLE, Fit, fit_of, padding, put_padding
 from slimc.backends.cuda.layer import FragmentLayer
 from slimc.backends.cuda.layer import prepare as prepare_fragments
 from slimc.errors import KernelError
@@ -82,7 +82,16 @@ def plan_of(spec: LinearFormat) -> Plan | str:
         if isinstance(left, Fit) and isinstance(right, Fit):
             return Plan(main, left, right, fused=True)
     left, right = fit_of(spec.left), fit_of(spec.right)
-    return Plan(main, left if isinstance(left, Fit) else None, right if isinstance(right, Fit) else None)
+    return Plan(
+        main,
+        left if isinstance(left, Fit) else None,
+        replace(right, rows=_filled(spec.rank)) if isinstance(right, Fit) else None,
+    )
+
+
+def _filled(rank: int) -> int:
+    """Return the ranks of adapters beside W's product: t must begin at a multiple of 16 bytes for every token."""
+    return rank + -rank % COLUMN_MULTIPLE
 
 
 class _Coded:
@@ -135,31 +144,45 @@ class ComposedLayer:
 
 def prepare(packed: PackedLinear) -> ComposedLayer:
     """Write a layer for its products."""
-    plan = _plan(packed.format)
-    main = PackedLinear(packed.weight)
+    spec = packed.format
+    plan = _plan(spec)
     named: dict[str, Tensor] = {}
-    if plan.fused:
-        main.left, main.right = packed.left, packed.right
-    else:
-        named |= _part_tensors("left_", plan.left, packed.left)
-        named |= _part_tensors("right_", plan.right, packed.right)
-    if packed.input_scale is not None:
-        named["input_scale"] = packed.input_scale
+    parts = (
+        ("main_", plan.main, packed.weight),
+        ("left_", plan.left, packed.left),
+        ("right_", plan.right, packed.right),
+    )
+    for prefix, fit, part in parts:
+        bits = None if fit is None or part is None else padding(part)
+        if bits is not None:
+            named[f"{prefix}padding"] = bits
     if plan.main is None:
         named["main_values"] = packed.weight.values
+    elif plan.fused:
+        named |= _fragments("main_", plan, packed.weight, packed.left, packed.right)
     else:
-        named |= _prefixed("main_", layout.tensors(prepare_fragments(_fitted(plan, main))))
-    return assemble((packed.format,), named, 0)
+        named |= _fragments("main_", Plan(plan.main), packed.weight)
+    if packed.left is not None and packed.right is not None and not plan.fused:
+        for prefix, fit, factor in parts[1:]:
+            if fit is not None:
+                named |= _fragments(prefix, Plan(fit), _present(factor))
+            elif _present(factor).format.bits is None:
+                named[f"{prefix}values"] = _fill_ranks(prefix, spec.rank, _present(factor).values)
+            else:
+                named |= _prefixed(prefix, _present(factor).tensors())
+    if packed.input_scale is not None:
+        named["input_scale"] = packed.input_scale
+    return assemble((spec,), named, 0)
 
 
 def assemble(formats: Formats, named: Mapping[str, Tensor], _part: int) -> ComposedLayer:
     """Make the products of a layer from what is kept of it."""
     spec = formats[0]
     plan = _plan(spec)
-    layer = ComposedLayer(spec, dict(named), _product("main_", plan.main, plan.main_format, spec.weight, named))
-    if spec.left is not None and spec.right is not None and not plan.fused:
-        layer.left = _product("left_", plan.left, None, spec.left, named)
-        layer.right = _product("right_", plan.right, None, spec.right, named)
+    layer = ComposedLayer(spec, dict(named), _product("main_", plan.main, plan.main_format, spec, named))
+    if spec.left is not None and not plan.fused:
+        layer.left = _product("left_", plan.left, None, spec, named)
+        layer.right = _product("right_", plan.right, None, spec, named)
     layer.input_scale = named.get("input_scale")
     return layer
 
@@ -169,19 +192,25 @@ def restore(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Packed
     spec = formats[0]
     plan = _plan(spec)
     scale = named.get("input_scale")
-    packed = PackedLinear(
-        _restored("main_", plan.main, spec.weight, named), input_scale=None if scale is None else scale.clone()
-    )
-    if spec.left is None or spec.right is None:
-        return packed
-    if plan.fused and plan.main is not None and plan.left is not None and plan.right is not None:
-        fitted = _unpacked("main_", plan.main_format, named)
-        packed.weight = plan.main.undo(fitted.weight)
-        packed.left = plan.left.undo(_present(fitted.left))
-        packed.right = plan.right.undo(_present(fitted.right))
-    else:
-        packed.left = _restored("left_", plan.left, spec.left, named)
-        packed.right = _restored("right_", plan.right, spec.right, named)
+    fitted = None if plan.main_format is None else layout.restore((plan.main_format,), _without("main_", named), 0)
+
+    def part(prefix: str, fit: Fit | None, stored: WeightFormat, fused: PackedWeight | None) -> PackedWeight:
+        own = _without(prefix, named)
+        if fit is None:
+            values = own["values"][: stored.rows, : stored.stored_per_row] if stored.bits is None else own["values"]
+            return PackedWeight(
+                stored, **{name: _copied(tensor) for name, tensor in (own | {"values": values}).items()}
+            )
+        weight = fit.undo(fused or layout.restore((LinearFormat(fit.format),), own, 0).weight)
+        if "padding" in own:
+            put_padding(weight, own["padding"])
+        return weight
+
+    weight = part("main_", plan.main, spec.weight, None if fitted is None else fitted.weight)
+    packed = PackedLinear(weight, input_scale=None if scale is None else _copied(scale))
+    if spec.left is not None and spec.right is not None:
+        packed.left = part("left_", plan.left, spec.left, None if fitted is None else fitted.left)
+        packed.right = part("right_", plan.right, spec.right, None if fitted is None else fitted.right)
     return packed
 
 
@@ -253,44 +282,36 @@ def _plan(spec: LinearFormat) -> Plan:
     return plan
 
 
-def _fitted(plan: Plan, packed: PackedLinear) -> PackedLinear:
-    """Write W, and the adapters that go with it, for their kernel."""
-    fits = (plan.main, plan.left, plan.right)
-    parts = (packed.weight, packed.left, packed.right)
-    weight, left, right = (
-        None if fit is None or part is None else fit.apply(part) for fit, part in zip(fits, parts, strict=True)
-    )
-    return PackedLinear(_present(weight), left, right)
-
-
-def _part_tensors(prefix: str, fit: Fit | None, factor: PackedWeight | None) -> dict[str, Tensor]:
-    """Return what is kept of a factor whose product is its own."""
-    if factor is None:
-        return {}
-    if fit is None:
-        return _prefixed(prefix, factor.tensors())
-    return _prefixed(prefix, layout.tensors(prepare_fragments(PackedLinear(fit.apply(factor)))))
+def _fragments(
+    prefix: str, plan: Plan, weight: PackedWeight, left: PackedWeight | None = None, right: PackedWeight | None = None
+) -> dict[str, Tensor]:
+    """Write a matrix, and the adapters that go with it, for a kernel; return what is kept of them."""
+    written = PackedLinear(_present(plan.main).apply(weight))
+    if left is not None and right is not None:
+        written.left, written.right = _present(plan.left).apply(left), _present(plan.right).apply(right)
+    return _prefixed(prefix, layout.tensors(prepare_fragments(written)))
 
 
 def _product(
-    prefix: str, fit: Fit | None, form: LinearFormat | None, spec: WeightFormat, named: Mapping[str, Tensor]
+    prefix: str, fit: Fit | None, form: LinearFormat | None, spec: LinearFormat, named: Mapping[str, Tensor]
 ) -> _Coded | _Dense:
+    own = _without(prefix, named)
     if fit is not None:
-        own = (form or LinearFormat(fit.format),)
-        return _Coded(fit, layout.assemble(own, _without(prefix, named), 0))
-    if spec.bits is None:
-        return _Dense(named[f"{prefix}values"])
-    return _Dense(PackedWeight(spec, **_without(prefix, named)).decode())
+        return _Coded(fit, layout.assemble((form or LinearFormat(fit.format),), own, 0))
+    part = _present({"main_": spec.weight, "left_": spec.left, "right_": spec.right}[prefix])
+    if part.bits is None:
+        return _Dense(own["values"])
+    return _Dense(_fill_ranks(prefix, spec.rank, PackedWeight(part, **own).decode()))
 
 
-def _restored(prefix: str, fit: Fit | None, spec: WeightFormat, named: Mapping[str, Tensor]) -> PackedWeight:
-    if fit is not None:
-        return fit.undo(_unpacked(prefix, LinearFormat(fit.format), named).weight)
-    return PackedWeight(spec, **{name: tensor.clone() for name, tensor in _without(prefix, named).items()})
+def _fill_ranks(prefix: str, rank: int, values: Tensor) -> Tensor:
+    """Give factors as many ranks as t has, and cuBLAS rows that begin where it reads fast."""
+    missing = _filled(rank) - rank
+    return functional.pad(values, (0, 0, 0, missing) if prefix == "right_" else (0, missing))
 
 
-def _unpacked(prefix: str, form: LinearFormat | None, named: Mapping[str, Tensor]) -> PackedLinear:
-    return layout.restore((_present(form),), _without(prefix, named), 0)
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _prefixed(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from slimc.backends.cuda.layer import FACTOR_GROUP
 from slimc.runtime.formats import NM, WeightFormat
 from slimc.runtime.packing import PackedWeight, pack_weight
 
-__all__ = ["Fit", "fit_of"]
+__all__ = ["COLUMN_MULTIPLE", "Fit", "fit_of", "padding", "put_padding"]
 
 BITS = 4
 COLUMN_MULTIPLE = 8
@@ -37,6 +37,7 @@ class Fit:
         own: columns that stay together.
         width: columns that they take for the kernels, the rest being zeros.
         multiple: to which all columns together are filled up.
+        rows: for the kernels, filled up with zeros; None for those stored.
     """
 
     spec: WeightFormat
@@ -44,13 +45,19 @@ class Fit:
     own: int
     width: int
     multiple: int = COLUMN_MULTIPLE
+    rows: int | None = None
 
     @cached_property
     def format(self) -> WeightFormat:
         """The matrix as the kernels see it."""
         spec = self.spec
         return replace(
-            spec, columns=self.columns, bits=BITS, group=self.group, per_tensor=spec.per_tensor and self.group is None
+            spec,
+            rows=self.rows or spec.rows,
+            columns=self.columns,
+            bits=BITS,
+            group=self.group,
+            per_tensor=spec.per_tensor and self.group is None,
         )
 
     @property
@@ -61,18 +68,20 @@ class Fit:
         return -(-self.spec.columns // self.own) * self.width
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return inputs [tokens, columns as stored] with zeros where the kernels have columns of none."""
-        missing = self.columns - x.shape[1]
-        if not missing:
-            return x
-        if self.own in (self.width, x.shape[1]):
-            return pad(x, (0, missing))
-        groups = -(-x.shape[1] // self.own)
-        parts = torch.unflatten(pad(x, (0, groups * self.own - x.shape[1])), 1, (groups, self.own))
+        """Return inputs [tokens, columns] with zeros where the kernels have columns of none.
+
+        Columns beyond those stored are zeros already.
+        """
+        if self.own == self.width:
+            missing = self.columns - x.shape[1]
+            return pad(x, (0, missing)) if missing else x
+        groups = -(-self.spec.columns // self.own)
+        stored = x[:, : self.spec.columns]
+        parts = torch.unflatten(pad(stored, (0, groups * self.own - self.spec.columns)), 1, (groups, self.own))
         return pad(parts, (0, self.width - self.own)).flatten(1)
 
     def apply(self, weight: PackedWeight) -> PackedWeight:
-        """Write a matrix for the kernels."""
+        """Write a matrix for the kernels; what pads the streams of its codes is lost (`padding`)."""
         codes, mask = weight.unpack()
         place = self._places(codes.device)
         # Codes are unsigned: this is their distance from zero, and then from the zero of four bits.
@@ -88,6 +97,10 @@ class Fit:
             owners = torch.zeros(-(-self.columns // self.group), dtype=torch.int64, device=codes.device)
             owners[place // self.group] = torch.arange(len(place), device=codes.device) // self._stored_group
             scale = scale.expand(codes.shape[0], -1)[:, owners]
+        more = (0, 0, 0, self.format.rows - self.spec.rows)
+        if scale is not None and len(scale) == self.spec.rows and not self.format.per_tensor:
+            scale = pad(scale, more)
+        spread = pad(spread, more, value=1 << (BITS - 1))
         packed = pack_weight(spread, bits=BITS, scale=scale, group=self.group, mask=kept, sparsity=self.spec.sparsity)
         return PackedWeight(self.format, **packed.tensors())
 
@@ -96,12 +109,13 @@ class Fit:
         spec = self.spec
         codes, mask = weight.unpack()
         place = self._places(codes.device)
-        stored = codes[:, place] - (1 << (BITS - 1)) + (1 << ((spec.bits or BITS) - 1))
+        stored = codes[: spec.rows, place] - (1 << (BITS - 1)) + (1 << ((spec.bits or BITS) - 1))
+        rows, groups = spec.scale_shape
         scale = weight.scale
         if scale is not None and self.group is not None:
-            rows, groups = spec.scale_shape
             first = place[:: self._stored_group][:groups] // self.group
-            scale = scale[:rows, first].contiguous()
+            scale = scale[:rows, first]
+        scale = None if scale is None else scale[:rows].contiguous()
         kept = None if mask is None else mask[:, place]
         packed = pack_weight(
             stored, bits=spec.bits, scale=scale, group=spec.group, mask=kept, sparsity=spec.sparsity
@@ -116,6 +130,19 @@ class Fit:
         """Where each column as stored lies for the kernels."""
         column = torch.arange(self.spec.columns, device=device)
         return column // self.own * self.width + column % self.own
+
+
+def padding(weight: PackedWeight) -> Tensor | None:
+    """Return the bits that fill the last byte of each row of codes, uint8 [rows], or None if all are zero as usual."""
+    used = weight.format.stored_per_row * (weight.format.bits or 8) % 8
+    bits = weight.values[:, -1] >> used if used else None
+    return None if bits is None or not bool(bits.any()) else bits
+
+
+def put_padding(weight: PackedWeight, bits: Tensor) -> None:
+    """Put back what `padding` returned."""
+    used = weight.format.stored_per_row * (weight.format.bits or 8) % 8
+    weight.values[:, -1] |= bits << used
 
 
 def fit_of(spec: WeightFormat, *, beside: Fit | None = None, grouped: bool = False) -> Fit | str:
