@@ -16,7 +16,6 @@ from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.prepared import sibling_layers
 
-
 # What Inductor and Triton say about themselves is not slimc's.
 pytestmark = pytest.mark.filterwarnings("default")
 
