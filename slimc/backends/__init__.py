@@ -13,7 +13,7 @@ FRAGMENT_KERNELS: tuple[Kernel, ...] = (hopper.HOPPER, decode.DECODE)
 
 COMPOSED = compose.composed(FRAGMENT_KERNELS)
 
-KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, *FRAGMENT_KERNELS, COMPOSED, compose.DENSE, *reference.KERNELS)
+KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, *FRAGMENT_KERNELS, COMPOSED, compose.DECODED, *reference.KERNELS)
 """The kernel table, best first; the last accepts everything."""
 
 LAYOUTS = (layout.FRAGMENTS, compose.COMPOSED)

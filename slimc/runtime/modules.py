@@ -236,7 +236,7 @@ class SlimLinear(nn.Module):
         self._non_persistent_buffers_set.difference_update(old)
 
     @property
-    def kernels(self) -> Sequence[Kernel]:
+    def usable_kernels(self) -> Sequence[Kernel]:
         """The kernels that may be chosen for what the layer holds, which is that of the best from now on."""
         self._settle()
         usable = [kernel for kernel in self._kernels if kernel.prepare not in self._not_undone]
@@ -420,7 +420,7 @@ class SlimLinear(nn.Module):
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:
         """Return which kernel runs at which token counts for inputs of ``dtype`` (default: the weight's)."""
-        return choices(self.kernels, self.format, dtype or self.format.weight.dtype, self._device)
+        return choices(self.usable_kernels, self.format, dtype or self.format.weight.dtype, self._device)
 
     def extra_repr(self) -> str:
         """Return sizes, bias and format, as ``repr`` of a model shows them."""

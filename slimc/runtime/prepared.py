@@ -52,7 +52,7 @@ class Owner(Protocol):
         """The packed weight."""
 
     @property
-    def kernels(self) -> Sequence[Kernel]:
+    def usable_kernels(self) -> Sequence[Kernel]:
         """The kernels that may be chosen for what the module holds, which is decided now."""
 
     @property
@@ -159,7 +159,7 @@ class PreparedLayer:
         if not self._states and not self._plans:
             # From the first look on the layer holds what its kernels want, which may have to be derived.
             refuse_in_capture(self._device)
-        return owner.kernels
+        return owner.usable_kernels
 
     def _is_made_anew(self, kernel: Kernel) -> bool:
         """Whether a kernel's state is the canonical tensors, which are made for each call."""

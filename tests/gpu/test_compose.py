@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import COMPOSED, KERNELS
-from slimc.backends.cuda.compose import DENSE
+from slimc.backends.cuda.compose import DECODED
 from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
@@ -94,7 +94,7 @@ def test_composed_forms(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 100])
 @pytest.mark.parametrize("name", DENSE_FORMS)
 def test_forms_that_are_decoded_once(name: str, tokens: int) -> None:
-    compute_and_check(DENSE_FORMS[name], tokens, KERNELS, DENSE)
+    compute_and_check(DENSE_FORMS[name], tokens, KERNELS, DECODED)
 
 
 def test_a_composed_layer_is_captured() -> None:

@@ -29,7 +29,7 @@ from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, choose, token_bucket
 
-__all__ = ["COMPOSED", "DENSE", "ComposedLayer", "Plan", "composed", "decoded", "plan_of", "prepare"]
+__all__ = ["COMPOSED", "DECODED", "ComposedLayer", "Plan", "composed", "decoded", "plan_of", "prepare"]
 
 T = TypeVar("T")
 
@@ -264,7 +264,7 @@ def decoded(device_type: str = "cuda") -> Kernel:
             return "would keep 16 bits of every weight of a form that other kernels hold packed"
         return None
 
-    return Kernel("cuda-dense", accepts, _prepare_dense, _run_dense)
+    return Kernel("cuda-decoded", accepts, _prepare_dense, _run_dense)
 
 
 def _prepare_dense(packed: PackedLinear) -> Tensor:
@@ -331,4 +331,4 @@ def _present(part: T | None) -> T:
 COMPOSED = register_layout(Layout("composed", prepare, lambda layer: layer.tensors, assemble, restore))
 """What a layer of several products keeps."""
 
-DENSE = decoded()
+DECODED = decoded()
