@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from slimc.runtime.select import Kernel, choices, choose
 __all__ = ["PreparedLayer", "SiblingLayers", "prepared_layer", "sibling_layers"]
 
 _Run = Callable[[Tensor, Any, Tensor | None], Tensor]
+_State = TypeVar("_State")
 
 REFERENCE = Kernel(
     "slim::linear", lambda *_case: None, lambda packed: packed, lambda x, packed, bias: apply_packed(x, packed, bias)
@@ -122,11 +124,9 @@ class PreparedLayer:
             KernelError: that would be while a CUDA graph is captured.
         """
         if kernel.prepare not in self._states:
-            refuse_in_capture(self._device)
-            # Tensors made under inference mode could never be used outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._states[kernel.prepare] = kernel.prepare(self._living_owner().packed)
-                self._leave_device()
+            owner = self._living_owner()
+            self._states[kernel.prepare] = derive(self._device, lambda: kernel.prepare(owner.packed))
+            self._leave_device()
         return self._states[kernel.prepare]
 
     def _leave_device(self) -> None:
@@ -223,26 +223,48 @@ class SiblingLayers:
         if kernel.stack is None:
             return None
         if kernel.prepare not in self._states:
-            states = [member.state(kernel) for member in members]
-            refuse_in_capture(members[0].handle.device)
-            with torch.inference_mode(False), torch.no_grad():
-                try:
-                    shared, parts = kernel.stack(states)
-                except KernelError:
-                    shared, parts = None, ()
+            stack, states = kernel.stack, [member.state(kernel) for member in members]
+            try:
+                shared, parts = derive(members[0].handle.device, lambda: stack(states))
+            except KernelError:
+                shared, parts = None, ()
             self._states[kernel.prepare] = shared
             for member, part in zip(members, parts, strict=bool(parts)):
                 member.adopt(kernel, part)
         return self._states[kernel.prepare]
 
 
-def refuse_in_capture(device: torch.device) -> None:
-    """Raise a `KernelError` if a CUDA graph is being captured: it would derive the state again at every replay."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def derive(device: torch.device, make: Callable[[], _State]) -> _State:
+    """Return what ``make`` derives from tensors on a device, in memory that stays.
+
+    Raises:
+        KernelError: a CUDA graph is being captured, which would derive it again at every replay.
+    """
+    if device.type != "cuda":
+        return _derive(make)
+    if torch.cuda.is_current_stream_capturing():
         raise KernelError(
             "a compressed layer would be put into its kernel's form while a CUDA graph is captured; call the model "
             "once before the capture, and again after its weights were moved, cast or loaded"
         )
+    before = torch.cuda.current_stream(device)
+
+    def run() -> _State:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_stream(before)
+        made = _derive(make)
+        stream.synchronize()
+        return made
+
+    # Before Inductor captures a graph it calls it with all memory of the thread taken from the graph's own pool.
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(run).result()
+
+
+def _derive(make: Callable[[], _State]) -> _State:
+    # Tensors made under inference mode could never be used outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
 
 def prepared_layer(handle: Tensor) -> PreparedLayer:
