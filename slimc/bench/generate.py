@@ -74,6 +74,7 @@ class Measurement:
         tokens_per_second: of all sequences together, while new tokens are made.
         milliseconds: for one step, by the clock.
         prompt_milliseconds: for the prompt, in one call.
+        compile_seconds: until the first tokens are made.
         memory: gigabytes of the device while the model runs, at most.
         weights: gigabytes of the device before it runs.
         kernels: milliseconds of a step that the device spends, by the kind of kernel.
@@ -85,6 +86,7 @@ class Measurement:
     tokens_per_second: float
     milliseconds: float
     prompt_milliseconds: float
+    compile_seconds: float
     memory: float
     weights: float
     kernels: dict[str, float] = field(default_factory=dict)
@@ -107,12 +109,21 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
         loop = _Loop(model, chosen.settings, batch, prompt, tokens)
         prompt_seconds = loop.read_prompt()
-        loop.run(WARM_UP_TOKENS)
+        compiling = WARM_UP_TOKENS * loop.run(WARM_UP_TOKENS)
         seconds = loop.run(tokens - WARM_UP_TOKENS - PROFILED_TOKENS)
         memory = torch.cuda.max_memory_allocated() / 1e9
         kernels = loop.profile(PROFILED_TOKENS)
         yield Measurement(
-            name, variant, batch, batch / seconds, 1e3 * seconds, 1e3 * prompt_seconds, memory, weights, kernels
+            model=name,
+            variant=variant,
+            batch=batch,
+            tokens_per_second=batch / seconds,
+            milliseconds=1e3 * seconds,
+            prompt_milliseconds=1e3 * prompt_seconds,
+            compile_seconds=compiling,
+            memory=memory,
+            weights=weights,
+            kernels=kernels,
         )
         del loop
         torch._dynamo.reset()
@@ -281,7 +292,7 @@ VARIANTS: dict[str, Variant] = {
 
 _HEADER = (
     f"{'model':12} {'variant':17} {'batch':>5} {'tokens/s':>9} {'over dense':>10} {'ms/step':>8} {'prompt ms':>10} "
-    f"{'memory GB':>10} {'of dense':>8}"
+    f"{'compile s':>10} {'memory GB':>10} {'of dense':>8}"
 )
 
 
@@ -297,7 +308,8 @@ def _lines(one: Measurement, found: Sequence[Measurement]) -> list[str]:
     memory = f"{one.memory / best.memory:.2f}x" if best else ""
     first = (
         f"{one.model:12} {one.variant:17} {one.batch:5} {one.tokens_per_second:9.1f} {speed:>10} "
-        f"{one.milliseconds:8.3f} {one.prompt_milliseconds:10.1f} {one.memory:10.2f} {memory:>8}"
+        f"{one.milliseconds:8.3f} {one.prompt_milliseconds:10.1f} {one.compile_seconds:10.1f} {one.memory:10.2f} "
+        f"{memory:>8}"
     )
     return [first, "    of a step: " + ", ".join(f"{kind} {value:.3f} ms" for kind, value in one.kernels.items())]
 

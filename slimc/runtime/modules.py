@@ -27,7 +27,7 @@ from slimc.runtime import calls, ops
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, Resident, layout_of
 from slimc.runtime.packing import PackedLinear, check_specs
-from slimc.runtime.prepared import PreparedLayer
+from slimc.runtime.prepared import PreparedLayer, derive
 from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, choices, choose
 
 __all__ = ["SlimLinear", "explain", "use_kernels"]
@@ -187,15 +187,14 @@ class SlimLinear(nn.Module):
                 self.hold_canonical()
             if self._resident is not None or layout is None or layout.prepare in self._not_undone:
                 return
-            with torch.inference_mode(False), torch.no_grad():
-                packed = self._checked()
-                state = layout.prepare(packed)
-                resident = Resident(layout, (self.format,), 0, layout.tensors(state), state)
-                if _same_bytes(resident.restore().tensors(), packed.tensors()):
-                    self._hold(resident)
-                else:
-                    # Not a weight that its format allows: its bytes must not be lost, and kernels need not agree on it.
-                    self._not_undone.add(layout.prepare)
+            packed = self._checked()
+            state = derive(self._device, lambda: layout.prepare(packed))
+            resident = Resident(layout, (self.format,), 0, layout.tensors(state), state)
+            if _same_bytes(resident.restore().tensors(), packed.tensors()):
+                self._hold(resident)
+            else:
+                # Not a weight that its format allows: its bytes must not be lost, and kernels need not agree on it.
+                self._not_undone.add(layout.prepare)
 
     def _wanted_layout(self) -> Layout | None:
         dtype = self.format.weight.dtype
@@ -260,8 +259,7 @@ class SlimLinear(nn.Module):
             self._settle()
             if self._resident is not None and self._resident.layout is layout_of(kernel):
                 return self._resident.state
-            with torch.inference_mode(False), torch.no_grad():
-                return kernel.prepare(self._checked())
+            return kernel.prepare(self._checked())
 
     def hold_part(self, kernel: Kernel, formats: Formats, part: int, shared: Any, state: Any) -> None:
         """Hold a part of the shared state of siblings in place of what is held, if that is of the same layout."""

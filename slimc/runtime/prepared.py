@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.select import Kernel, choices, choose
 
-__all__ = ["PreparedLayer", "SiblingLayers", "prepared_layer", "sibling_layers"]
+__all__ = ["PreparedLayer", "SiblingLayers", "derive", "prepared_layer", "sibling_layers"]
 
 _Run = Callable[[Tensor, Any, Tensor | None], Tensor]
+_State = TypeVar("_State")
 
 REFERENCE = Kernel(
     "slim::linear",
@@ -139,8 +141,8 @@ class PreparedLayer:
             KernelError: that would be while a CUDA graph is captured.
         """
         if kernel.prepare not in self._states:
-            refuse_in_capture(self._device)
-            self._states[kernel.prepare] = self._living_owner().derive(kernel)
+            owner = self._living_owner()
+            self._states[kernel.prepare] = derive(self._device, lambda: owner.derive(kernel))
         return self._states[kernel.prepare]
 
     def keep(self, siblings: SiblingLayers) -> None:
@@ -155,11 +157,7 @@ class PreparedLayer:
             self._plans.clear()
 
     def _table(self) -> Sequence[Kernel]:
-        owner = self._living_owner()
-        if not self._states and not self._plans:
-            # From the first look on the layer holds what its kernels want, which may have to be derived.
-            refuse_in_capture(self._device)
-        return owner.usable_kernels
+        return self._living_owner().usable_kernels
 
     def _is_made_anew(self, kernel: Kernel) -> bool:
         """Whether a kernel's state is the canonical tensors, which are made for each call."""
@@ -262,13 +260,11 @@ class SiblingLayers:
         if kernel.stack is None:
             return None
         if kernel.prepare not in self._states:
-            states = [member.state(kernel) for member in members]
-            refuse_in_capture(members[0].handle.device)
-            with torch.inference_mode(False), torch.no_grad():
-                try:
-                    shared, parts = kernel.stack(states)
-                except KernelError:
-                    shared, parts = None, ()
+            stack, states = kernel.stack, [member.state(kernel) for member in members]
+            try:
+                shared, parts = derive(members[0].handle.device, lambda: stack(states))
+            except KernelError:
+                shared, parts = None, ()
             self._states[kernel.prepare] = shared
             formats = tuple(member.format for member in members)
             for index, part in enumerate(parts):
@@ -302,13 +298,37 @@ def run_on(run: _Run, device: torch.device) -> _Run:
     return run_there
 
 
-def refuse_in_capture(device: torch.device) -> None:
-    """Raise a `KernelError` if a CUDA graph is being captured: it would derive the state again at every replay."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def derive(device: torch.device, make: Callable[[], _State]) -> _State:
+    """Return what ``make`` derives from tensors on a device, in memory that stays.
+
+    Raises:
+        KernelError: a CUDA graph is being captured, which would derive it again at every replay.
+    """
+    if device.type != "cuda":
+        return _derive(make)
+    if torch.cuda.is_current_stream_capturing():
         raise KernelError(
             "a compressed layer would be put into its kernel's form while a CUDA graph is captured; call the model "
             "once before the capture, and again after its weights were moved, cast or loaded"
         )
+    before = torch.cuda.current_stream(device)
+
+    def run() -> _State:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_stream(before)
+        made = _derive(make)
+        stream.synchronize()
+        return made
+
+    # Before Inductor captures a graph it calls it with all memory of the thread taken from the graph's own pool.
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(run).result()
+
+
+def _derive(make: Callable[[], _State]) -> _State:
+    # Tensors made under inference mode could never be used outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
 
 def prepared_layer(handle: Tensor) -> PreparedLayer:
