@@ -22,11 +22,10 @@ from slimc.runtime.packing import PackedLinear
 __all__ = [
     "FACTOR_GROUP",
     "FragmentLayer",
+    "complete",
     "pointer",
     "prepare",
-    "rank_range",
     "refuses",
-    "settle",
     "source",
     "stack",
     "stack_shared",
@@ -109,13 +108,19 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         layer.right_scale = scale_words(_fill_rows(packed.right.scale, ranks, 0))  # type: ignore[arg-type]
         layer.left = code_words(packed.left.values)
         layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
-        layer.rank_range = rank_range(layer, 0)
-        layer.counters = Counters(weight.values.device)
-    settle(weight.values.device)
+    return complete(layer)
+
+
+def complete(layer: FragmentLayer) -> FragmentLayer:
+    """Derive what follows from the tensors of a layer that is no stack: the ranks that it reads, and its counters."""
+    if layer.right is not None:
+        layer.rank_range = _rank_range(layer, 0)
+        layer.counters = Counters(layer.codes.device)
+    _settle(layer.codes.device)
     return layer
 
 
-def settle(device: torch.device) -> None:
+def _settle(device: torch.device) -> None:
     """Wait until a layer is written: kernels load weights before they wait for the launches ahead of them."""
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).synchronize()
@@ -204,7 +209,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
     )
     if first.right is None:
-        settle(first.codes.device)
+        _settle(first.codes.device)
         return stacked
     units = max(one.left_units for one in layers)
     starts = list(accumulate((one.ranks for one in layers), initial=0))
@@ -212,9 +217,9 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     stacked.right_scale = torch.cat([_present(one.right_scale) for one in layers])
     stacked.left = torch.cat([_fill_units(_present(one.left), units) for one in layers])
     stacked.left_scale = torch.cat([_fill_units(_present(one.left_scale), units) for one in layers])
-    stacked.rank_range = torch.cat([rank_range(one, start) for one, start in zip(layers, starts, strict=False)])
+    stacked.rank_range = torch.cat([_rank_range(one, start) for one, start in zip(layers, starts, strict=False)])
     stacked.counters = Counters(first.codes.device)
-    settle(first.codes.device)
+    _settle(first.codes.device)
     return stacked
 
 
@@ -242,10 +247,10 @@ def stack_shared(layers: Sequence[FragmentLayer]) -> tuple[FragmentLayer, list[F
             ranks = slice(rank // TILE_ROWS, (rank + one.ranks) // TILE_ROWS)
             part.right, part.right_scale = stacked.right[ranks], _present(stacked.right_scale)[ranks]
             part.left, part.left_scale = _present(stacked.left)[tiles], _present(stacked.left_scale)[tiles]
-            part.rank_range = rank_range(one, 0)
+            part.rank_range = _rank_range(one, 0)
         parts.append(part)
         tile, row, rank = tiles.stop, rows.stop, rank + one.ranks
-    settle(stacked.codes.device)
+    _settle(stacked.codes.device)
     return stacked, parts
 
 
@@ -260,7 +265,7 @@ def _fill_units(words: Tensor, units: int) -> Tensor:
     return torch.nn.functional.pad(words, (0, 0) * (words.dim() - 2) + (0, units - words.shape[1]))
 
 
-def rank_range(layer: FragmentLayer, first: int) -> Tensor:
+def _rank_range(layer: FragmentLayer, first: int) -> Tensor:
     """Every tile of a layer whose ranks begin at ``first`` reads all of them."""
     own = torch.tensor([first, layer.ranks // FACTOR_GROUP], dtype=torch.int32, device=layer.codes.device)
     return own.expand(layer.row_tiles, 2).contiguous()

@@ -11,9 +11,8 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS, code_bytes, metadata_pattern, scale_groups
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, rank_range, settle
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, complete, prepare
 from slimc.runtime.formats import WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear
@@ -38,21 +37,18 @@ def tensors(layer: FragmentLayer) -> dict[str, Tensor]:
 def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> FragmentLayer:
     """Return a layer of a stack; it reads the memory of the tensors given."""
     held = _part(formats, named, part)
-    layer = FragmentLayer(
-        formats[part],
-        held["codes"],
-        held.get("metadata"),
-        held["scale"],
-        held.get("right"),
-        held.get("right_scale"),
-        held.get("left"),
-        held.get("left_scale"),
+    return complete(
+        FragmentLayer(
+            formats[part],
+            codes=held["codes"],
+            metadata=held.get("metadata"),
+            scale=held["scale"],
+            right=held.get("right"),
+            right_scale=held.get("right_scale"),
+            left=held.get("left"),
+            left_scale=held.get("left_scale"),
+        )
     )
-    if layer.right is not None:
-        layer.rank_range = rank_range(layer, 0)
-        layer.counters = Counters(layer.codes.device)
-    settle(layer.codes.device)
-    return layer
 
 
 def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedLinear:
