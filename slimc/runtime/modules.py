@@ -209,7 +209,11 @@ class SlimLinear(nn.Module):
         left = None if form.left is None else follow(form.left, "left_")
         right = None if form.right is None else follow(form.right, "right_")
         self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
+        captured = self._prepared.captured
         self._forget_kernels()
+        # A graph that is captured anew would find a layer without its kernels' forms.
+        if captured and self._device.type == "cuda":
+            self._prepared.prepare()
 
     def _load_from_state_dict(
         self,
