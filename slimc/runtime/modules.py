@@ -254,12 +254,16 @@ class SlimLinear(nn.Module):
 
         Raises:
             FormatError: the packed tensors have not the shapes and dtypes of the format.
+            KernelError: a CUDA graph is being captured.
         """
         with _changing:
             self._settle()
-            if self._resident is not None and self._resident.layout is layout_of(kernel):
-                return self._resident.state
-            return kernel.prepare(self._checked())
+            resident = self._resident
+            if resident is not None and resident.layout is layout_of(kernel):
+                return derive(self._device, lambda: resident.state)
+            packed = self._checked()
+            # It may run on another thread, which must not wait for this one.
+            return derive(self._device, lambda: kernel.prepare(packed))
 
     def hold_part(self, kernel: Kernel, formats: Formats, part: int, shared: Any, state: Any) -> None:
         """Hold a part of the shared state of siblings in place of what is held, if that is of the same layout."""
@@ -377,8 +381,12 @@ class SlimLinear(nn.Module):
             left = None if form.left is None else follow(form.left, "left_")
             right = None if form.right is None else follow(form.right, "right_")
             self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
+        captured = self._prepared.captured
         self._forget_kernels()
         self._settle()
+        # A graph that is captured anew would find a layer without its kernels' forms.
+        if captured and self._device.type == "cuda":
+            self._prepared.prepare()
 
     def _load_from_state_dict(
         self,
