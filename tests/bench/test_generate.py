@@ -69,5 +69,6 @@ def test_the_table_compares_with_the_fastest_dense_model() -> None:
     assert len(lines) == 1 + 2 * len(found)
     assert "2.00x" in lines[5]
     assert "0.25x" in lines[5]
-    assert "attention 0.250 ms" in lines[6]
+    assert lines[6] == "    of a step: attention 0.250 ms (2), idle 3.750 ms"
+    assert found[2].to_json()["idle"] == 3.75
     assert "x" not in lines[7].removeprefix("m").split("slimc")[1]
