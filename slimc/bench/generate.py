@@ -78,7 +78,7 @@ class Measurement:
         compile_seconds: until the first tokens are made.
         memory: gigabytes of the device while the model runs, at most.
         weights: gigabytes of the device before it runs.
-        kernels: milliseconds of a step that the device spends, by the kind of kernel.
+        kernels: for each kind of kernel, the milliseconds of a step that the device spends on it, and its launches.
     """
 
     model: str
@@ -90,11 +90,16 @@ class Measurement:
     compile_seconds: float
     memory: float
     weights: float
-    kernels: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> float:
+        """Milliseconds of a step in which no kernel runs."""
+        return self.milliseconds - sum(spent for spent, _ in self.kernels.values())
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return asdict(self)
+        return asdict(self) | {"idle": self.idle}
 
 
 def measure(
@@ -171,16 +176,17 @@ class _Loop:
         torch.cuda.synchronize()
         return (time.perf_counter() - begun) / tokens
 
-    def profile(self, tokens: int) -> dict[str, float]:
-        """Make tokens and return the milliseconds of the device for each, by the kind of kernel."""
+    def profile(self, tokens: int) -> dict[str, tuple[float, float]]:
+        """Make tokens and return what each kind of kernel takes of one: milliseconds of the device, and launches."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.run(tokens)
-        found: dict[str, float] = {}
+        found: dict[str, tuple[float, float]] = {}
         for event in profile.key_averages():
             if event.self_device_time_total:
-                kind = _kind(event.key)
-                found[kind] = found.get(kind, 0.0) + event.self_device_time_total / tokens / 1e3
-        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+                spent, launches = found.get(_kind(event.key), (0.0, 0.0))
+                spent += event.self_device_time_total / tokens / 1e3
+                found[_kind(event.key)] = spent, launches + event.count / tokens
+        return dict(sorted(found.items(), key=lambda entry: -entry[1][0]))
 
 
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -313,7 +319,8 @@ def _lines(one: Measurement, found: Sequence[Measurement]) -> list[str]:
         f"{one.milliseconds:8.3f} {one.prompt_milliseconds:10.1f} {one.compile_seconds:10.1f} {one.memory:10.2f} "
         f"{memory:>8}"
     )
-    return [first, "    of a step: " + ", ".join(f"{kind} {value:.3f} ms" for kind, value in one.kernels.items())]
+    spent = [f"{kind} {spent:.3f} ms ({launches:.0f})" for kind, (spent, launches) in one.kernels.items()]
+    return [first, f"    of a step: {', '.join(spent)}, idle {one.idle:.3f} ms"]
 
 
 def run(

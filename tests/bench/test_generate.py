@@ -61,7 +61,7 @@ def test_kernels_are_counted_by_kind() -> None:
 def test_the_table_compares_with_the_fastest_dense_model() -> None:
     def one(variant: str, batch: int, speed: float, memory: float) -> Measurement:
         return Measurement(
-            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 30.0, memory, memory, {"attention": 0.25}
+            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 30.0, memory, memory, {"attention": (0.25, 2)}
         )
 
     found = [one("dense", 1, 100, 20), one("dense, tuned", 1, 125, 20), one("slimc", 1, 250, 5), one("slimc", 16, 9, 5)]
@@ -69,5 +69,6 @@ def test_the_table_compares_with_the_fastest_dense_model() -> None:
     assert len(lines) == 1 + 2 * len(found)
     assert "2.00x" in lines[5]
     assert "0.25x" in lines[5]
-    assert "attention 0.250 ms" in lines[6]
+    assert lines[6] == "    of a step: attention 0.250 ms (2), idle 3.750 ms"
+    assert found[2].to_json()["idle"] == 3.75
     assert "x" not in lines[7].removeprefix("m").split("slimc")[1]
