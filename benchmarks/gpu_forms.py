@@ -55,6 +55,7 @@ def formats(rows: int, columns: int) -> dict[str, LinearFormat]:
         "int8/128": form(bits=8, group=128),
         "int4/128 asymmetric": form(group=128, asymmetric=True),
         "2:4 bf16": form(bits=None, sparsity=NM(2, 4)),
+        "2:4 int4, 8-bit adapters": form((8, 64), **sparse),
         "50% int4": form(sparsity=Unstructured(), nonzeros=rows * columns // 2, per_tensor=True),
         "bf16 + low-rank": form(bits=None),
     }
@@ -97,7 +98,7 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
 
 def held(layer: SlimLinear) -> int:
     """Return the bytes of a layer's buffers and of a dense weight that was decoded."""
-    states = sum(state.nbytes for state in layer._states.values() if isinstance(state, Tensor))
+    states = sum(state.nbytes for state in layer._prepared._states.values() if isinstance(state, Tensor))
     return states + sum(tensor.nbytes for tensor in layer.buffers())
 
 
