@@ -86,7 +86,8 @@ def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if is_parameter else moved
     try:
-        return copy.deepcopy(model, memo)
+        # Compressed layers hold what kernels of their own device want; the copies shall hold what those of theirs do.
+        return copy.deepcopy(model, memo).to(device)
     except CANNOT_BE_COPIED as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied to {device} ({error}). Move the model itself there, with "

@@ -1,6 +1,6 @@
 """Linear layers of Llama models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's int4.
 
-    python benchmarks/gpu_linear.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [--json FILE]
+    slimc bench linear [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [--json FOLDER]
 
 slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v,
 or gate and up) keep the adapters of each. Peers are int4 with a scale every 128 columns and have no adapters; those
@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,9 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
 }
 """For each model its layers: name, rows of the layers that are stacked, columns."""
 
+SHOWN = ("llama-2-7b", "llama-2-70b")
+"""The models that are measured unless others are asked for."""
+
 MEAN_OVER = ("qkv", "o", "gate_up", "down")
 """The layers as they are served."""
 
@@ -78,7 +82,7 @@ def random_layer(rows: int, columns: int, seed: int) -> FragmentLayer:
     dtype = torch.bfloat16
     weight = WeightFormat(rows, columns, bits=4, per_tensor=True, sparsity=NM(2, 4), dtype=dtype)
     factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns))]
-    spec = LinearFormat(weight, *factors)
+    spec = LinearFormat(weight, factors[0], factors[1])
     generator = torch.Generator("cuda").manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind) in spec.tensor_specs().items():
@@ -108,14 +112,14 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
     graph.replay()
     times = []
     for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
     del results
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth() -> float:
@@ -127,13 +131,13 @@ def copy_bandwidth() -> float:
 
 def humming(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
     """Return humming's int4 layer."""
-    from humming.layer import HummingLayer  # type: ignore[import-not-found]
+    from humming.layer import HummingLayer
 
     config = {"dtype": "int4", "group_size": 128}
-    layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).cuda()
+    layer: Any = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).cuda()
     layer.load_from_unquantized(torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda"))
     layer.transform()
-    return layer
+    return layer  # type: ignore[no-any-return]
 
 
 def tinygemm(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
@@ -228,7 +232,7 @@ def print_means(rows: Sequence[dict[str, object]], tokens: Sequence[int]) -> Non
 
 def plot(rows: Sequence[dict[str, object]], to: Path) -> None:
     """Draw the ratio over cuBLAS by tokens, a line a layer."""
-    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5))
     for key in dict.fromkeys((row["model"], row["layer"]) for row in rows):
@@ -242,26 +246,23 @@ def plot(rows: Sequence[dict[str, object]], to: Path) -> None:
     figure.savefig(to, bbox_inches="tight")
 
 
-def main() -> None:
-    """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(LAYERS)}")
-    parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
-    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
-    parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
-    options = parser.parse_args()
-    tokens = [int(count) for count in options.tokens.split(",")]
+def run(
+    models: Sequence[str],
+    tokens: Sequence[int],
+    *,
+    layers: Sequence[str] = (),
+    peers: Sequence[str] = tuple(PEERS),
+) -> dict[str, Any]:
+    """Measure the layers of models, all or those named, print as it goes, and return every figure."""
     bandwidth = copy_bandwidth()
     card = torch.cuda.get_device_name()
     print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
     rows: list[dict[str, object]] = []
-    for model in options.models.split(","):
+    for model in models:
         for name, parts, columns in LAYERS[model]:
-            if options.layers and name not in options.layers.split(","):
+            if layers and name not in layers:
                 continue
-            for row in measure(parts, columns, tokens, bandwidth, options.peers.split(",") if options.peers else []):
+            for row in measure(parts, columns, tokens, bandwidth, peers):
                 rows.append({"model": model, "layer": name, **row})
                 shown = "  ".join(
                     f"{key[:-3]} {value:.1f}" for key, value in row.items() if key.endswith("_us") and key != "slimc_us"
@@ -273,11 +274,29 @@ def main() -> None:
                 )
             torch.cuda.empty_cache()
     print_means(rows, tokens)
+    return {"card": card, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": rows}
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
+    parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
+    options = parser.parse_args()
+    found = run(
+        options.models.split(","),
+        [int(count) for count in options.tokens.split(",")],
+        layers=options.layers.split(",") if options.layers else (),
+        peers=options.peers.split(",") if options.peers else (),
+    )
     if options.json:
-        about = {"card": card, "torch": torch.__version__, "copy_bytes_per_second": bandwidth}
-        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
-        plot(rows, options.plot)
+        plot(found["rows"], options.plot)
 
 
 if __name__ == "__main__":
