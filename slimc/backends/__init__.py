@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from slimc.backends import cpu, reference
 from slimc.backends.cuda import decode, hopper
-from slimc.runtime.select import Kernel
+from slimc.backends.tuning import TIMINGS
+from slimc.runtime.select import KernelTable
 
 __all__ = ["KERNELS"]
 
-KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, hopper.HOPPER, decode.DECODE, *reference.KERNELS)
-"""The kernel table, best first; the last accepts everything."""
+KERNELS = KernelTable((*cpu.KERNELS, hopper.HOPPER, decode.DECODE, *reference.KERNELS), TIMINGS)
+"""The kernel table, best first as far as it is known without measuring; the last accepts everything."""

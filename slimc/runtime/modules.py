@@ -17,7 +17,7 @@ from slimc.errors import FormatError
 from slimc.runtime import ops
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
-from slimc.runtime.select import Choice, Explanation, Kernel, choices, choose
+from slimc.runtime.select import Choice, Explanation, Kernel, KernelTable, choices, choose
 
 __all__ = ["SlimLinear", "explain", "use_kernels"]
 
@@ -60,8 +60,7 @@ class SlimLinear(nn.Module):
         for name in TENSOR_NAMES:
             self.register_buffer(name, tensors.get(name))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self._kernels = tuple(kernels)
-        self._forget_kernels()
+        self.use_kernels(kernels)
 
     @classmethod
     def empty(
@@ -227,8 +226,17 @@ class SlimLinear(nn.Module):
 
     def use_kernels(self, kernels: Sequence[Kernel]) -> None:
         """Choose from this table from now on."""
-        self._kernels = tuple(kernels)
+        self._kernels = kernels if isinstance(kernels, KernelTable) else KernelTable(kernels)
         self._forget_kernels()
+
+    @property
+    def kernels(self) -> KernelTable:
+        """The table that kernels are chosen from."""
+        return self._kernels
+
+    def choose_again(self) -> None:
+        """Choose kernels anew from the next call on, because more is known of their times."""
+        self._plans.clear()
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:
         """Return which kernel runs at which token counts for inputs of ``dtype`` (default: the weight's)."""
