@@ -19,7 +19,7 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "source", "stack"]
+__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "refuses_machine", "source", "stack"]
 
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
@@ -119,14 +119,19 @@ def _weight_scale(scale: Tensor, spec: WeightFormat) -> Tensor:
 
 
 def refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Say why the kernels of this package cannot compute a layer, or return ``None``."""
+    """Say why the kernels that read fragments cannot compute a layer, or return ``None``."""
+    return refuses_machine(spec, dtype, device) or _refuses_format(spec)
+
+
+def refuses_machine(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Say why no kernel of this package can run on a device, or return ``None``."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, not {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or more"
     if dtype not in (torch.bfloat16, torch.float16) or dtype != spec.weight.dtype:
         return "needs activations and scales of one 16-bit dtype"
-    return _refuses_format(spec) or _refuses_toolchain()
+    return _refuses_toolchain()
 
 
 @cache
