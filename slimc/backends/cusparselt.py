@@ -107,7 +107,7 @@ class SparseLayer:
         return whole
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Return ``[x * input_scale, spread(x @ R^T)]``, with a multiple of 8 rows, of which the last may hold anything."""
+        """Return ``[x * input_scale, spread(x @ R^T)]``, filled up to a multiple of 8 rows with no matter what."""
         packed, spec = self.stored.packed, self.stored.packed.format
         tokens = -(-len(x) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
         if not spec.rank and packed.input_scale is None and tokens == len(x):
@@ -118,8 +118,8 @@ class SparseLayer:
             right = self.stored.scratch(self.rank, spec.columns)
             self.stored.decode("right", packed.right, right[: spec.rank])
             right[spec.rank :].zero_()
-            spread = inputs[: len(x), spec.columns :].unflatten(1, (-1, 4))
-            spread[..., :2] = (x @ right.t()).unflatten(1, (-1, 2))
+            spread = torch.unflatten(inputs[: len(x), spec.columns :], 1, (-1, 4))
+            spread[..., :2] = torch.unflatten(x @ right.t(), 1, (-1, 2))
         return inputs
 
 
@@ -217,24 +217,23 @@ def _refuses_format(spec: LinearFormat) -> str | None:
 def _refuses_library(device: torch.device) -> str | None:
     if None in (_multiply, _compress, _search) or not torch.backends.cusparselt.is_available():
         return f"PyTorch {torch.__version__} has no cuSPARSELt here"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _compared:
+    if device not in _compared:
         if torch.cuda.is_current_stream_capturing():
             return "was not tried before a CUDA graph was captured"
-        _compared[index] = _compares(index)
-    return _compared[index]
+        _compared[device] = _refuses_form(device)
+    return _compared[device]
 
 
-_compared: dict[int, str | None] = {}
-"""By device, why the library's form is not the one that is written here, or None."""
+_compared: dict[torch.device, str | None] = {}
+"""What `_refuses_form` found, by device."""
 
 
-def _compares(device_index: int) -> str | None:
-    """Compare the form that is written here with what the library compresses a matrix to."""
+def _refuses_form(device: torch.device) -> str | None:
+    """Compress a matrix here and by the library; say why the results differ, or return ``None`` if they are equal."""
     rows, columns = 3 * BLOCK_ROWS, 7 * BLOCK_COLUMNS
     masks = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
     nibbles = masks[torch.arange(rows * columns // 4).mul(7).remainder(53).remainder(6)].view(rows, -1, 2)
-    pattern = (nibbles[..., 0] | nibbles[..., 1] << 4).to(f"cuda:{device_index}")
+    pattern = (nibbles[..., 0] | nibbles[..., 1] << 4).to(device)
     values = torch.ones(rows, columns // 2, dtype=torch.bfloat16, device=pattern.device)
     spec = WeightFormat(rows, columns, sparsity=NM(2, 4), dtype=torch.bfloat16)
     packed = PackedWeight(spec, values.cumsum(1), pattern)
