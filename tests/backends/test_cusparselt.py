@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from slimc.backends import cusparselt
-from slimc.backends.cuda.dense import StoredLayer
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
-from slimc.runtime.packing import PackedLinear
 
 SPARSE = WeightFormat(64, 96, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
 
@@ -37,16 +35,6 @@ def test_forms_that_are_refused() -> None:
 def test_without_a_gpu_it_says_so() -> None:
     reason = cusparselt.CUSPARSELT.accepts(LinearFormat(SPARSE), torch.bfloat16, torch.device("cpu"), 64)
     assert reason == "needs a CUDA GPU, not cpu"
-
-
-@pytest.mark.parametrize(("rank", "columns"), [(0, 96), (1, 128), (16, 128), (17, 160)])
-def test_adapters_take_twice_their_rank_in_whole_blocks(rank: int, columns: int) -> None:
-    factors = [WeightFormat(*shape, dtype=torch.bfloat16) for shape in ((64, rank), (rank, 96)) if rank]
-    spec = LinearFormat(replace(SPARSE, bits=None, per_tensor=False), *factors)
-    tensors = {name: torch.zeros(shape, dtype=kind) for name, (shape, kind) in spec.tensor_specs().items()}
-    packed = PackedLinear.assemble(spec, tensors)
-    layer: Any = cusparselt.SparseLayer(StoredLayer(packed), packed.weight, None)  # type: ignore[arg-type]
-    assert layer.columns == columns
 
 
 def test_algorithms_are_read_from_disk_and_nonsense_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -80,6 +80,14 @@ def test_scales_and_zero_points(scales: str | int, sparsity: str, asymmetric: bo
         assert torch.equal(decode(packed), packed.decode())
 
 
+def test_columns_that_are_not_its_own_become_zeros() -> None:
+    for sparsity in SPARSITIES:
+        packed = make_weight(33, 1352, 4, sparsity)
+        wide = torch.full((33, 1352 + 2 * 1024), float("nan"), dtype=torch.bfloat16, device=CUDA)
+        unpacker(packed)(wide)
+        assert torch.equal(wide, torch.nn.functional.pad(packed.decode(), (0, 2 * 1024)))
+
+
 @pytest.mark.parametrize("columns", [1, 57, 409, 1001])
 def test_columns_that_are_no_whole_pieces(columns: int) -> None:
     for bits in (3, 4, 5):

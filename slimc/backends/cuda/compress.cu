@@ -3,13 +3,9 @@
 // Four columns are a nibble: the two that are kept, two bits each. Blocks of 64 rows by 32 columns are 256 bytes,
 // [row / 16 % 4][row % 8][group % 4][group / 4], of which the low nibble is a row and the high one the row 8 below; blocks
 // lie side by side first. A thread makes eight bytes: 32 columns of two rows.
-//
-// The matrix has more columns than the pattern: dense ones, which stand in columns 0 and 1 of further groups of four.
 
 #define THREADS 256
-#define BLOCK_COLUMNS 32
 #define WARPS (THREADS / 32)
-#define FIRST_TWO 0x44444444u
 #define CODES 0x444e4dc449844444ull  // for each mask of four columns the code of the two that it keeps, 4 bits each
 
 typedef unsigned char u8;
@@ -17,8 +13,7 @@ typedef unsigned char u8;
 struct Arguments {
     const u8* pattern;  // [rows][pattern bytes], a bit a column
     u64* metadata;
-    int columns;        // of the pattern, a multiple of 32
-    int blocks;         // of 32 columns, of the whole matrix
+    int blocks;         // of 32 columns
 };
 
 // Eight nibbles: the codes of 32 columns.
@@ -33,12 +28,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) write_metadata(const __gri
     const int lane = threadIdx.x % 32, block = blockIdx.x * WARPS + threadIdx.x / 32;
     const u32 row = 64 * blockIdx.y + lane / 8 * 16 + lane % 8;
     if (block >= a.blocks) return;
-    u32 upper = FIRST_TWO, lower = FIRST_TWO;
-    if (BLOCK_COLUMNS * block < a.columns) {
-        const u32* masks = (const u32*)a.pattern + (u64)row * (a.columns / BLOCK_COLUMNS) + block;
-        upper = codes(__ldg(masks));
-        lower = codes(__ldg(masks + 8 * (a.columns / BLOCK_COLUMNS)));
-    }
+    const u32* masks = (const u32*)a.pattern + (u64)row * a.blocks + block;
+    const u32 upper = codes(__ldg(masks)), lower = codes(__ldg(masks + 8 * a.blocks));
     u64 bytes = 0;
 #pragma unroll
     for (int group = 0; group < 8; ++group) {

@@ -4,8 +4,7 @@ It is for forms that no other kernel reads, for cards that have no other kernel,
 product hides what decoding costs. The dense weight lives in memory of PyTorch's allocator for the time of a call, so
 that layer after layer of a stream decodes into the same place, and a captured graph has a place of its own.
 
-Adapters stand beside the weight as further columns, ``y = [x * input_scale, x @ R^T] @ [W, L]^T``: one product more
-than without, and nothing is added up in 16 bits. For very many tokens ``W + L @ R`` takes fewer operations.
+Adapters are two products more, the second of which adds to y. For very many tokens ``W + L @ R`` is less work.
 """
 
 from __future__ import annotations
@@ -43,19 +42,46 @@ class StoredLayer:
         device = packed.values.device
         return torch.empty(rows, whole_pieces(columns), dtype=packed.format.dtype, device=device)
 
-    def decode(self, part: str, weight: PackedWeight | None, dense: Tensor) -> None:
-        """Decode a part, always the same under one name, into ``dense``; columns that are not its own become zeros."""
-        if weight is None:
-            return
-        columns = weight.format.columns
+    def dense(self, part: str, weight: PackedWeight) -> Tensor:
+        """Return a part, always the same under one name, as a dense matrix for reading only.
+
+        It has whole pieces of columns; those that are not the part's own are zeros.
+        """
         if weight.format.bits is None and weight.pattern is None:
-            dense[:, :columns] = weight.values
-            dense[:, columns:].zero_()
-            return
+            return functional.pad(weight.values, (0, whole_pieces(weight.format.columns) - weight.format.columns))
+        made = self.scratch(weight.format.rows, weight.format.columns)
+        self.decode(part, weight, made)
+        return made
+
+    def decode(self, part: str, weight: PackedWeight, dense: Tensor) -> None:
+        """Decode a part, always the same under one name, into ``dense``."""
         known = self.unpackers.get(part)
         if known is None:
             known = self.unpackers[part] = unpacker(weight)
         known(dense)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return L [rows, rank] and R [rank, columns] as dense matrices, of a rank that is filled up by zeros."""
+        left, right = self.packed.left, self.packed.right
+        if left is None or right is None:
+            return None
+        wide_left, narrow_right = self.dense("left", left), self.dense("right", right)
+        rank = wide_left.shape[1]
+        if rank == len(narrow_right):
+            return wide_left, narrow_right[:, : right.format.columns]
+        # Products with a rank that is no multiple of 8 take several times as long.
+        wide_right = self.scratch(rank, right.format.columns)
+        wide_right[: len(narrow_right)] = narrow_right
+        wide_right[len(narrow_right) :].zero_()
+        return wide_left, wide_right[:, : right.format.columns]
+
+    def add_adapters(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add ``(x @ R^T) @ L^T`` to y [tokens, rows], in place, if there are adapters."""
+        factors = self.factors()
+        if factors is None:
+            return y
+        left, right = factors
+        return y.addmm_(torch.mm(x, right.t()), left.t())
 
 
 def prepare(packed: PackedLinear) -> StoredLayer:
@@ -65,52 +91,21 @@ def prepare(packed: PackedLinear) -> StoredLayer:
 
 def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
-    spec, scale = layer.packed.format, layer.packed.input_scale
+    packed, spec = layer.packed, layer.packed.format
     flat = x.reshape(-1, spec.columns)
-    if not spec.rank:
-        y = functional.linear(flat if scale is None else flat * scale, _weight(layer), bias)
-    elif scale is None and len(flat) > _merging_pays(spec):
-        y = functional.linear(flat, _merged(layer), bias)
+    weight = layer.dense("weight", packed.weight)[:, : spec.columns]
+    if packed.input_scale is None and spec.rank and len(flat) > _merging_pays(spec):
+        y = functional.linear(flat, _merged(weight, layer), bias)
     else:
-        y = _beside(layer, flat, bias)
+        scaled = flat if packed.input_scale is None else flat * packed.input_scale
+        y = layer.add_adapters(functional.linear(scaled, weight, bias), flat)
     return y.view(*x.shape[:-1], spec.rows)
 
 
-def _weight(layer: StoredLayer) -> Tensor:
-    """Return W [rows, columns], for reading only."""
-    weight = layer.packed.weight
-    if weight.format.bits is None and weight.pattern is None:
-        return weight.values
-    dense = layer.scratch(weight.format.rows, weight.format.columns)
-    layer.decode("weight", weight, dense)
-    return dense[:, : weight.format.columns]
-
-
-def _merged(layer: StoredLayer) -> Tensor:
-    """Return W + L @ R [rows, columns], rounded once more than W."""
-    packed, spec = layer.packed, layer.packed.format
-    weight, left = layer.scratch(spec.rows, spec.columns), layer.scratch(spec.rows, spec.rank)
-    right = layer.scratch(spec.rank, spec.columns)
-    layer.decode("weight", packed.weight, weight)
-    layer.decode("left", packed.left, left)
-    layer.decode("right", packed.right, right)
-    return weight.addmm_(left[:, : spec.rank], right)[:, : spec.columns]
-
-
-def _beside(layer: StoredLayer, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``[x * input_scale, x @ R^T] @ [W, L]^T + bias``."""
-    packed, spec = layer.packed, layer.packed.format
-    columns, rank = whole_pieces(spec.columns), whole_pieces(spec.rank)
-    weights, right = layer.scratch(spec.rows, columns + rank), layer.scratch(spec.rank, spec.columns)
-    layer.decode("weight", packed.weight, weights[:, :columns])
-    layer.decode("left", packed.left, weights[:, columns:])
-    layer.decode("right", packed.right, right)
-    inputs = layer.scratch(len(x), columns + rank)
-    if (columns, rank) != (spec.columns, spec.rank):
-        inputs.zero_()
-    inputs[:, : spec.columns] = x if packed.input_scale is None else x * packed.input_scale
-    torch.mm(x, right[:, : spec.columns].t(), out=inputs[:, columns : columns + spec.rank])
-    return functional.linear(inputs, weights, bias)
+def _merged(weight: Tensor, layer: StoredLayer) -> Tensor:
+    """Return W + L @ R, rounded once more than W."""
+    factors = layer.factors()
+    return weight if factors is None else torch.addmm(weight, *factors)
 
 
 def _merging_pays(spec: LinearFormat) -> float:

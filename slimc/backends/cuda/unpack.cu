@@ -12,7 +12,7 @@
 //   SCALES      1: by row and group; 0: one for all
 //   ASYMMETRIC  1: with a zero point for each scale; 0: it is 2^(BITS - 1)
 //   LOAD_BYTES  codes are loaded by 1, 2 or 4 bytes; if more than 1, the codes of a thread are whole loads
-//   TAIL        1: the last columns are fewer than eight, or zeros follow them
+//   TAIL        1: the last columns are fewer than eight
 //   ROWS        of a thread
 
 #define THREADS 128
@@ -129,7 +129,8 @@ __device__ __forceinline__ u32 pack(u16 low, u16 high) { return low | (u32)high 
 #if PAIRS
 // Values 2 i and 2 i + 1 of the piece's stream: exact differences, whose products with the scale are rounded once.
 __device__ __forceinline__ u32 number_pair(const Piece& p, int i) {
-    const u32 apart = (p.codes >> (16 * (i / 2)) & 0xffff) * 0x1001;  // the second code of a byte is 16 bits from the first
+    const u32 four = p.codes >> (16 * (i / 2)) & 0xffff;
+    const u32 apart = four | four << 12;  // the second code of a byte is 16 bits from the first
     const u32 minus_zero = (MAGIC | p.zero * 0x10001) ^ 0x80008000, scale = p.scale * 0x10001;
     u32 v;
     asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(v) : "r"(apart >> (8 * (i % 2))), "r"(MAGIC));
@@ -218,11 +219,12 @@ __device__ __forceinline__ uint4 spread(const Piece& p, u32 placements) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) unpack_weight(const __grid_constant__ Arguments a) {
-    const int lane = threadIdx.x % 32, pieces_in_width = a.width / COLUMNS;
+    const int lane = threadIdx.x % 32;
     int piece = blockIdx.x * THREADS + threadIdx.x;
-    const bool writes = piece < pieces_in_width;
-    // All threads stay for the exchange between lanes; those that have nothing to write load what is there.
-    if (!writes) piece = KEPT == 1 ? piece : pieces_in_width - 1;
+    const bool writes = COLUMNS * piece < a.width, own = COLUMNS * piece < a.columns;
+    u16* const to = a.dense + COLUMNS * piece;
+    // All threads stay for the exchange between lanes; those without columns of their own load what is there.
+    if (!TAIL && !own) piece = 0;
     const int group = a.groups > 1 ? min(COLUMNS * piece / a.group, a.groups - 1) : 0;
     const u32 placements = placement(lane & 15);
     for (int row = blockIdx.y * ROWS; row < a.rows; row += gridDim.y * ROWS) {
@@ -232,8 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack_weight(const __grid
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             const uint4 numbers = spread(pieces[i], placements);
-            if (writes && row + i < a.rows)
-                *(uint4*)(a.dense + product(row + i, a.stride) + COLUMNS * piece) = numbers;
+            if (writes && row + i < a.rows) *(uint4*)(to + product(row + i, a.stride)) = own ? numbers : uint4{0, 0, 0, 0};
         }
     }
 }
