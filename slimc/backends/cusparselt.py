@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from slimc.backends.cuda import driver
-from slimc.backends.cuda.dense import StoredLayer
+from slimc.backends.cuda.dense import StoredLayer, fill_up
 from slimc.backends.cuda.layer import refuses_machine, source
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.backends.private_folder import PrivateFolder
@@ -121,7 +120,7 @@ def run(x: Tensor, layer: SparseLayer, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, packed.format.columns)
     compressed = layer.compress() if layer.compressed is None else layer.compressed
     inputs = flat if packed.input_scale is None else flat * packed.input_scale
-    inputs = pad(inputs, (0, 0, 0, -len(flat) % TOKEN_MULTIPLE)).contiguous().t()
+    inputs = fill_up(inputs, 0, TOKEN_MULTIPLE).contiguous().t()
     algorithm = _algorithm(compressed, inputs)
     y = _multiply(compressed, inputs, bias=bias, transpose_result=True, alg_id=algorithm)[: len(flat)]
     return layer.stored.add_adapters(y, flat).view(*x.shape[:-1], packed.format.rows)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda.layer import refuses_machine
-from slimc.backends.cuda.unpack import Unpacker, refuses_weight, unpacker, whole_pieces
+from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, unpacker, whole_pieces
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
@@ -48,7 +48,7 @@ class StoredLayer:
         It has whole pieces of columns; those that are not the part's own are zeros.
         """
         if weight.format.bits is None and weight.pattern is None:
-            return functional.pad(weight.values, (0, whole_pieces(weight.format.columns) - weight.format.columns))
+            return fill_up(weight.values, 1, PIECE_COLUMNS)
         made = self.scratch(weight.format.rows, weight.format.columns)
         self.decode(part, weight, made)
         return made
@@ -66,14 +66,8 @@ class StoredLayer:
         if left is None or right is None:
             return None
         wide_left, narrow_right = self.dense("left", left), self.dense("right", right)
-        rank = wide_left.shape[1]
-        if rank == len(narrow_right):
-            return wide_left, narrow_right[:, : right.format.columns]
         # Products with a rank that is no multiple of 8 take several times as long.
-        wide_right = self.scratch(rank, right.format.columns)
-        wide_right[: len(narrow_right)] = narrow_right
-        wide_right[len(narrow_right) :].zero_()
-        return wide_left, wide_right[:, : right.format.columns]
+        return wide_left, fill_up(narrow_right, 0, PIECE_COLUMNS)[:, : right.format.columns]
 
     def add_adapters(self, y: Tensor, x: Tensor) -> Tensor:
         """Add ``(x @ R^T) @ L^T`` to y [tokens, rows], in place, if there are adapters."""
@@ -82,6 +76,14 @@ class StoredLayer:
             return y
         left, right = factors
         return y.addmm_(torch.mm(x, right.t()), left.t())
+
+
+def fill_up(matrix: Tensor, axis: int, multiple: int) -> Tensor:
+    """Return a matrix with zeros added so that its size is a multiple; itself if it is one."""
+    missing = -matrix.shape[axis] % multiple
+    if not missing:
+        return matrix
+    return functional.pad(matrix, (0, missing) if axis == 1 else (0, 0, 0, missing))
 
 
 def prepare(packed: PackedLinear) -> StoredLayer:

@@ -18,12 +18,14 @@ from slimc.runtime.bits import unpack_bits
 from slimc.runtime.formats import NM, WeightFormat
 from slimc.runtime.packing import PackedWeight
 
-__all__ = ["Unpacker", "refuses_weight", "unpacker", "whole_pieces"]
+__all__ = ["PIECE_COLUMNS", "Unpacker", "refuses_weight", "unpacker", "whole_pieces"]
 
 KERNEL_NAME = "unpack_weight"
 
 THREADS = 128
 PIECE_COLUMNS = 8
+"""Columns that are written at once."""
+
 SEGMENT_COLUMNS = 256
 MOST_GRID_ROWS = 65535
 MOST_VALUES = 2**31
