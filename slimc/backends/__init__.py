@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
-from slimc.backends.cuda import decode, dense, hopper
+from slimc.backends.cuda import decode, dense, hopper, stored
 from slimc.backends.tuning import TIMINGS
 from slimc.runtime.select import KernelTable
 
 __all__ = ["KERNELS"]
 
 KERNELS = KernelTable(
-    (*cpu.KERNELS, hopper.HOPPER, decode.DECODE, cusparselt.CUSPARSELT, dense.DENSE, *reference.KERNELS), TIMINGS
+    (
+        *cpu.KERNELS,
+        cusparselt.DECODED,
+        hopper.HOPPER,
+        decode.DECODE,
+        dense.DENSE,
+        cusparselt.CUSPARSELT,
+        stored.STORED,
+        *reference.KERNELS,
+    ),
+    TIMINGS,
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""

@@ -1,12 +1,11 @@
 """``cusparselt``: 2:4 weights of 16 bits on the sparse tensor cores, by NVIDIA's library, through PyTorch's own ops.
 
-The library reads 16-bit values. A layer that stores such values is kept in the library's form; one of fewer bits is
-brought into it at every call, which pays off for many tokens: half as many values as a dense weight are written.
-
-Adapters are two dense products more, the second of which adds to y.
+``cusparselt`` computes layers that store such values, and keeps them in the library's form. ``cusparselt-decoded``
+brings 4-bit ones into it at every call, which pays off for very many tokens: half as many values are written as a
+dense weight has. Adapters are two dense products more, the second of which adds to y.
 
 The order of the library's metadata is not documented. It is compared, once in a process, with what the library's own
-compression gives; that takes milliseconds a layer, too long for a call (22016 x 4096 on an H100: 3 ms, this 0.05 ms).
+compression gives; that takes milliseconds a layer, too long for a call (22016 x 4096 on an H100: 3 ms).
 
 The library has many algorithms, and its first is slower than a dense product where its best is 1.5 times as fast. The
 first call for a size of layer and number of tokens (rounded up to a power of two) searches, and keeps what it finds
@@ -15,9 +14,8 @@ on disk; during the capture of a CUDA graph, where nothing can be timed, what is
 
 from __future__ import annotations
 
-import ctypes
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from typing import Any
@@ -26,22 +24,28 @@ import torch
 from torch import Tensor
 
 from slimc.backends.cuda import driver
-from slimc.backends.cuda.dense import StoredLayer, fill_up
-from slimc.backends.cuda.layer import refuses_machine, source
+from slimc.backends.cuda.dense import add_adapters
+from slimc.backends.cuda.expand import expand_kept, order_metadata
+from slimc.backends.cuda.fragments import metadata_words
+from slimc.backends.cuda.layer import FragmentLayer, refuses, refuses_machine
+from slimc.backends.cuda.layer import prepare as prepare_fragments
+from slimc.backends.cuda.stored import StoredLayer, fill_up
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.backends.private_folder import PrivateFolder
+from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, token_bucket
 
-__all__ = ["CUSPARSELT", "SparseLayer", "prepare", "run"]
+__all__ = ["CUSPARSELT", "DECODED", "SparseLayer", "ordered_metadata", "prepare", "run", "run_decoded"]
 
-KERNEL_NAME = "write_metadata"
+SIDE_MULTIPLE = 128
+"""For other sizes the library fills up, in a way that is not known here."""
 
-BLOCK_ROWS = 64
-BLOCK_COLUMNS = 32
-THREADS = 256
 TOKEN_MULTIPLE = 8
+
+FEWEST_DECODED = 4096
+"""Below, decoding takes longer than the library saves over ``cuda-hopper``."""
 
 # These bindings are private, so a release may lack one; then the kernel refuses every case.
 _multiply: Any = getattr(torch, "_cslt_sparse_mm", None)
@@ -49,88 +53,76 @@ _compress: Any = getattr(torch, "_cslt_compress", None)
 _search: Any = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
 
 
-class _Arguments(ctypes.Structure):
-    """``struct Arguments`` of ``compress.cu``."""
-
-    _fields_ = (
-        ("pattern", ctypes.c_void_p),
-        ("metadata", ctypes.c_void_p),
-        ("blocks", ctypes.c_int),
-    )
-
-
 @dataclass
 class SparseLayer:
-    """A layer for cuSPARSELt.
+    """A layer of 16-bit values: W in the library's form [rows, 9 / 16 of the columns], and what its adapters store."""
 
-    Attributes:
-        stored: the canonical tensors, and what decodes them.
-        kept: what is stored of W as a dense matrix [rows, columns / 2].
-        launcher: writes the metadata.
-        compressed: the library's form, if it is kept: 16-bit [rows, 9 / 16 of the columns].
-    """
-
+    compressed: Tensor
     stored: StoredLayer
-    kept: PackedWeight
-    launcher: driver.Launcher
-    compressed: Tensor | None = None
-
-    def compress(self) -> Tensor:
-        """Return W in the library's form: values by row, then metadata."""
-        spec, pattern = self.kept.format, self.stored.packed.weight.pattern
-        blocks = 2 * spec.columns // BLOCK_COLUMNS
-        whole = self.kept.values.new_empty(spec.rows, spec.columns // 8 * 9, dtype=spec.dtype)
-        values = whole.view(-1)[: spec.rows * spec.columns].view(spec.rows, spec.columns)
-        if spec.bits is None:
-            values.copy_(self.kept.values)
-        else:
-            self.stored.decode("kept", self.kept, values)
-        metadata = whole.view(-1)[spec.rows * spec.columns :]
-        self.launcher(
-            _Arguments(None if pattern is None else pattern.data_ptr(), metadata.data_ptr(), blocks),
-            grid=(-(-32 * blocks // THREADS), spec.rows // BLOCK_ROWS, 1),
-            block=(THREADS, 1, 1),
-            stream=torch.cuda.current_stream(whole.device).cuda_stream,
-        )
-        return whole
 
 
 def prepare(packed: PackedLinear) -> SparseLayer:
-    """Bring a layer of 16-bit values into the library's form; one of fewer bits stays as it is stored.
+    """Bring a layer of 16-bit values into the library's form."""
+    weight = packed.weight
+    if weight.pattern is None:
+        raise KernelError("a weight without a pattern is not 2:4")
+    compressed, values, metadata = _empty(weight.format, weight.values)
+    values.copy_(weight.values)
+    metadata.copy_(ordered_metadata(metadata_words(weight.pattern)).view(metadata.dtype))
+    return SparseLayer(compressed, StoredLayer(packed))
 
-    Raises:
-        KernelError: a kernel cannot be compiled or loaded.
+
+def ordered_metadata(words: Tensor) -> Tensor:
+    """Return metadata in the library's order, uint8 [rows * columns / 8].
+
+    A nibble is four columns; blocks of 64 rows by 32 columns are 256 bytes, [row / 16 % 4][row % 8][group % 4]
+    [group / 4], of which the low nibble is a row and the high one the row 8 below; blocks lie side by side first.
+
+    Args:
+        words: as `slimc.backends.cuda.fragments.metadata_words` returns them, of multiples of 128 rows and columns.
     """
-    weight, spec = packed.weight, packed.weight.format
-    group = None if spec.group is None else spec.group // 2
-    dense = replace(spec, columns=spec.columns // 2, group=group, sparsity=None)
-    layer = SparseLayer(
-        StoredLayer(packed),
-        PackedWeight(dense, weight.values, None, weight.scale, weight.zero_point),
-        _launcher(weight.values.get_device()),
-    )
-    if spec.bits is None:
-        layer.compressed = layer.compress()
-    return layer
+    tiles, units = words.shape[:2]
+    by_group = torch.stack([words >> (4 * group) for group in range(4)], -1)
+    both = ((by_group & 15) | (by_group >> 12 & 0xF0)).to(torch.uint8)
+    # [block row, tile, unit, g, selector, half of columns, word, group], where instruction = 2 * word + selector
+    both = both.view(tiles // 4, 4, units, 8, 2, 2, 2, 4).permute(0, 2, 6, 4, 1, 3, 7, 5)
+    return both.reshape(-1)
 
 
 def run(x: Tensor, layer: SparseLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
     packed = layer.stored.packed
     flat = x.reshape(-1, packed.format.columns)
-    compressed = layer.compress() if layer.compressed is None else layer.compressed
     inputs = flat if packed.input_scale is None else flat * packed.input_scale
-    inputs = fill_up(inputs, 0, TOKEN_MULTIPLE).contiguous().t()
+    y = layer.stored.add_adapters(_product(layer.compressed, inputs, bias), flat)
+    return y.view(*x.shape[:-1], packed.format.rows)
+
+
+def run_decoded(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Compute y [..., rows] from x [..., columns] by a weight that is decoded for this call."""
+    spec = layer.format
+    flat = x.reshape(-1, spec.columns)
+    compressed, values, metadata = _empty(spec.weight, layer.codes)
+    expand_kept(layer, values)
+    order_metadata(layer, metadata)
+    y = add_adapters(_product(compressed, flat, bias), flat, layer)
+    return y.view(*x.shape[:-1], spec.rows)
+
+
+def _empty(spec: WeightFormat, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for the library's form, and in it the values [rows, columns / 2] and the metadata."""
+    half = spec.columns // 2
+    compressed = like.new_empty(spec.rows, half // 8 * 9, dtype=spec.dtype)
+    values, metadata = compressed.view(-1).split([spec.rows * half, spec.rows * half // 8])
+    return compressed, values.view(spec.rows, half), metadata
+
+
+def _product(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ W^T + bias`` [tokens, rows]."""
+    inputs = fill_up(x, 0, TOKEN_MULTIPLE).contiguous().t()
     algorithm = _algorithm(compressed, inputs)
-    y = _multiply(compressed, inputs, bias=bias, transpose_result=True, alg_id=algorithm)[: len(flat)]
-    return layer.stored.add_adapters(y, flat).view(*x.shape[:-1], packed.format.rows)
-
-
-@cache
-def _launcher(device_index: int) -> driver.Launcher:
-    defines = {"BFLOAT16": 1, "ARCH": 10 * torch.cuda.get_device_capability(device_index)[0]}
-    module = driver.load(source("compress.cu"), KERNEL_NAME, device_index, defines)
-    return module.function(KERNEL_NAME).prepare([_Arguments])
+    y: Tensor = _multiply(compressed, inputs, bias=bias, transpose_result=True, alg_id=algorithm)
+    return y[: len(x)]
 
 
 # ---------------------------------------------------------------------------------------------------------- algorithms
@@ -165,25 +157,39 @@ def _known_algorithms(key: str) -> dict[int, int]:
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
-    return refuses_machine(spec, dtype, device) or _refuses_format(spec) or _refuses_library(device)
+    return refuses_machine(spec, dtype, device) or _refuses_values(spec) or _refuses_library(device)
 
 
-def _refuses_format(spec: LinearFormat) -> str | None:
-    weight = spec.weight
+def _accepts_decoded(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
+    return refuses(spec, dtype, device) or _refuses_weight(spec.weight) or _refuses_library(device)
+
+
+def _expects_decoded(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
+    if tokens < FEWEST_DECODED:
+        return f"is slower for fewer than {FEWEST_DECODED} tokens"
+    return None
+
+
+def _refuses_values(spec: LinearFormat) -> str | None:
+    """Why the kernel that keeps the library's form cannot compute a layer."""
+    if spec.weight.bits is not None:
+        return f"computes weights of 16-bit values, not {spec.weight.describe()}"
+    for factor in (spec.left, spec.right):
+        if factor is not None:
+            if factor.dtype != spec.weight.dtype:
+                return "needs a weight and adapters of one dtype"
+            if reason := refuses_weight(factor):
+                return reason
+    return _refuses_weight(spec.weight)
+
+
+def _refuses_weight(weight: WeightFormat) -> str | None:
     if weight.sparsity != NM(2, 4):
         return f"computes 2:4 weights, not {weight.describe()}"
     if weight.dtype != torch.bfloat16:
         return "is for bfloat16: with float16 the library was seen to execute illegal instructions"
-    if weight.rows % BLOCK_ROWS or weight.columns % BLOCK_COLUMNS:
-        return f"needs multiples of {BLOCK_ROWS} rows and {BLOCK_COLUMNS} columns"
-    if weight.group is not None and weight.group % 16:
-        return f"knows groups of a multiple of 16 columns, not {weight.group}"
-    for factor in (spec.left, spec.right):
-        if factor is not None:
-            if factor.dtype != weight.dtype:
-                return "needs a weight and adapters of one dtype"
-            if reason := refuses_weight(factor):
-                return reason
+    if weight.rows % SIDE_MULTIPLE or weight.columns % SIDE_MULTIPLE:
+        return f"needs multiples of {SIDE_MULTIPLE} rows and columns"
     return None
 
 
@@ -203,7 +209,7 @@ _compared: dict[torch.device, str | None] = {}
 
 def _refuses_form(device: torch.device) -> str | None:
     """Compress a matrix here and by the library; say why the results differ, or return ``None`` if they are equal."""
-    rows, columns = 3 * BLOCK_ROWS, 7 * BLOCK_COLUMNS
+    rows, columns = 3 * SIDE_MULTIPLE, 5 * SIDE_MULTIPLE
     masks = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
     nibbles = masks[torch.arange(rows * columns // 4).mul(7).remainder(53).remainder(6)].view(rows, -1, 2)
     pattern = (nibbles[..., 0] | nibbles[..., 1] << 4).to(device)
@@ -214,9 +220,13 @@ def _refuses_form(device: torch.device) -> str | None:
         ours, theirs = prepare(PackedLinear(packed)).compressed, _compress(packed.decode())
     except RuntimeError as error:
         return f"cuSPARSELt does not work here: {error}"
-    if ours is None or ours.shape != theirs.shape or not torch.equal(ours.view(torch.int16), theirs.view(torch.int16)):
+    if ours.shape != theirs.shape or not torch.equal(ours.view(torch.int16), theirs.view(torch.int16)):
         return f"cuSPARSELt {torch.backends.cusparselt.version()} has another form than the one known here"
     return None
 
 
 CUSPARSELT = Kernel("cusparselt", _accepts, prepare, run)
+"""For layers of 16-bit values."""
+
+DECODED = Kernel("cusparselt-decoded", _accepts_decoded, prepare_fragments, run_decoded, expects=_expects_decoded)
+"""For layers of 4-bit codes."""

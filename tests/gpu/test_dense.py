@@ -8,11 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends import cusparselt
-from slimc.backends.cuda import dense
+from slimc.backends import KERNELS, cusparselt
+from slimc.backends.cuda import dense, stored
+from slimc.backends.cuda.expand import expand_kept, expand_left, expand_right, expand_weight
+from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.unpack import unpacker, whole_pieces
+from slimc.backends.tuning import tune
+from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
+from slimc.runtime.select import choose
 
 CUDA = torch.device("cuda")
 SPARSITIES = {"dense": None, "2:4": NM(2, 4), "1:4": NM(1, 4), "4:8": NM(4, 8), "unstructured": Unstructured()}
@@ -118,10 +124,19 @@ def exact(packed: PackedLinear, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return y + bias.double(), unit * ((y + bias.double()).abs() + 1.1 * size) + 2**-20 * size
 
 
+def check(packed: PackedLinear, x: Tensor, bias: Tensor, y: Tensor) -> None:
+    expected, bound = exact(packed, x, bias)
+    assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device=CUDA)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 64, 700])
 @pytest.mark.parametrize(("rank", "bits"), [(0, None), (57, 4), (64, None)])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_dense_kernel(tokens: int, rank: int, bits: int | None, scaled: bool) -> None:
+def test_what_is_stored_in_any_form(tokens: int, rank: int, bits: int | None, scaled: bool) -> None:
     for weight in (
         make_weight(192, 640, 4, "2:4"),
         make_weight(200, 644, 3, "dense", 64, asymmetric=True),
@@ -129,37 +144,80 @@ def test_the_dense_kernel(tokens: int, rank: int, bits: int | None, scaled: bool
         make_weight(192, 640, None, "dense"),
     ):
         packed = make_layer(weight, rank, bits, scaled)
-        shape = (tokens, weight.format.columns)
-        x, bias = (torch.randn(*size, dtype=torch.bfloat16, device=CUDA) for size in (shape, (weight.format.rows,)))
-        spec = packed.format
-        assert dense.DENSE.accepts(spec, x.dtype, CUDA, tokens) is None
-        y = dense.run(x, dense.prepare(packed), bias)
-        expected, bound = exact(packed, x, bias)
-        assert bool(((y.double() - expected).abs() <= bound).all())
+        x, bias = random(tokens, weight.format.columns), random(weight.format.rows)
+        assert stored.STORED.accepts(packed.format, x.dtype, CUDA, tokens) is None
+        check(packed, x, bias, stored.run(x, stored.prepare(packed), bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales", ["tensor", "row", 64, 128])
+@pytest.mark.parametrize("sparsity", ["dense", "2:4"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (200, 1352), (4096, 4096)])
+def test_fragments_become_the_same_numbers(
+    rows: int, columns: int, sparsity: str, scales: str | int, dtype: torch.dtype
+) -> None:
+    weight = make_weight(rows, columns, 4, sparsity, scales, dtype=dtype)
+    layer = prepare(PackedLinear(weight))
+    assert torch.equal(expand_weight(layer), weight.decode())
+    if sparsity == "2:4" and columns % 16 == 0:
+        kept = torch.full((rows, columns // 2), float("nan"), dtype=dtype, device=CUDA)
+        expand_kept(layer, kept)
+        assert torch.equal(kept.flatten(), weight.decode().flatten()[weight.unpack()[1].flatten()])
+
+
+@pytest.mark.parametrize("rank", [1, 57, 64, 130])
+def test_fragments_of_factors(rank: int) -> None:
+    packed = make_layer(make_weight(200, 648), rank)
+    layer = prepare(packed)
+    left, right = expand_left(layer), expand_right(layer)
+    assert left.shape[1] == right.shape[0] == -(-rank // 64) * 64
+    assert torch.equal(left[:, :rank], packed.left.decode())
+    assert torch.equal(right[:rank], packed.right.decode())
+    assert not bool(left[:, rank:].any())
+    assert not bool(right[rank:].any())
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (0, 0)])
+def test_the_dense_kernel_and_stacks(tokens: int, ranks: tuple[int, int]) -> None:
+    for sparsity, scales in (("2:4", "tensor"), ("dense", 64), ("2:4", "row")):
+        parts = [
+            make_layer(make_weight(rows, 640, 4, sparsity, scales), rank)
+            for rows, rank in zip((512, 320), ranks, strict=True)
+        ]
+        x, bias = random(tokens, 640), random(832)
+        for run in (dense.run, cusparselt.run_decoded) if sparsity == "2:4" else (dense.run,):
+            y = run(x[None], stack([prepare(part) for part in parts]), bias)[0]
+            check(parts[0], x, bias[:512], y[:, :512])
+            check(parts[1], x, bias[512:], y[:, 512:])
+            check(parts[0], x, bias[:512], run(x, prepare(parts[0]), bias[:512]))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 13, 300])
 @pytest.mark.parametrize(("rank", "bits"), [(0, None), (57, 4), (64, None)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_cusparselt(tokens: int, rank: int, bits: int | None, scaled: bool) -> None:
-    for width, scales in ((None, "tensor"), (4, "tensor"), (4, 64), (3, "row")):
-        packed = make_layer(make_weight(192, 640, width, "2:4", scales), rank, bits, scaled)
-        x, bias = (torch.randn(*size, dtype=torch.bfloat16, device=CUDA) for size in ((tokens, 640), (192,)))
-        assert cusparselt.CUSPARSELT.accepts(packed.format, x.dtype, CUDA, tokens) is None
-        layer = cusparselt.prepare(packed)
-        y = cusparselt.run(x[None], layer, bias)[0]
-        expected, bound = exact(packed, x, bias)
-        assert bool(((y.double() - expected).abs() <= bound).all())
-        again = cusparselt.run(x[None], layer, bias)[0]
-        assert torch.equal(y, again)
+    packed = make_layer(make_weight(256, 640, None, "2:4"), rank, bits, scaled)
+    x, bias = random(tokens, 640), random(256)
+    assert cusparselt.CUSPARSELT.accepts(packed.format, x.dtype, CUDA, tokens) is None
+    layer = cusparselt.prepare(packed)
+    y = cusparselt.run(x[None], layer, bias)[0]
+    check(packed, x, bias, y)
+    assert torch.equal(y, cusparselt.run(x[None], layer, bias)[0])
 
 
-def test_metadata_is_the_librarys() -> None:
-    weight = make_weight(320, 1344, None, "2:4")
-    assert cusparselt._refuses_form(CUDA) is None
-    ours = cusparselt.prepare(PackedLinear(weight)).compressed
-    assert ours is not None
-    assert torch.equal(ours, torch._cslt_compress(weight.decode()))
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 640), (384, 1408), (4096, 11008)])
+def test_metadata_is_the_librarys(rows: int, columns: int) -> None:
+    weight = make_weight(rows, columns, None, "2:4")
+    ours, theirs = cusparselt.prepare(PackedLinear(weight)).compressed, torch._cslt_compress(weight.decode())
+    assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+    codes = make_weight(rows, columns, 4, "2:4")
+    layer = prepare(PackedLinear(codes))
+    compressed, values, metadata = cusparselt._empty(codes.format, layer.codes)
+    expand_kept(layer, values)
+    cusparselt.order_metadata(layer, metadata)
+    theirs = torch._cslt_compress(torch.where(codes.unpack()[1], codes.decode().abs() + 1, 0))
+    assert torch.equal(metadata.view(torch.int16), theirs.view(torch.int16).flatten()[values.numel() :])
 
 
 def test_what_is_accepted() -> None:
@@ -167,20 +225,19 @@ def test_what_is_accepted() -> None:
         found: str | None = kernel.accepts(LinearFormat(spec), spec.dtype, CUDA, 64)
         return found
 
-    assert "2:4 weights, not int4 per tensor" in str(
-        reason(cusparselt.CUSPARSELT, WeightFormat(64, 64, 4, per_tensor=True, dtype=torch.bfloat16))
-    )
-    sparse = {"bits": 4, "per_tensor": True, "sparsity": NM(2, 4)}
-    assert "illegal" in str(reason(cusparselt.CUSPARSELT, WeightFormat(64, 64, **sparse, dtype=torch.float16)))
-    assert "multiples" in str(reason(cusparselt.CUSPARSELT, WeightFormat(65, 64, **sparse, dtype=torch.bfloat16)))
-    assert "multiple of 8" in str(reason(dense.DENSE, WeightFormat(64, 64, 4, 12, dtype=torch.bfloat16)))
+    assert reason(cusparselt.CUSPARSELT, WeightFormat(128, 128, sparsity=NM(2, 4), dtype=torch.bfloat16)) is None
+    sparse = WeightFormat(128, 128, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
+    assert reason(cusparselt.DECODED, sparse) is None
+    assert reason(dense.DENSE, sparse) is None
+    assert reason(stored.STORED, sparse) is None
+    assert "multiple of 8" in str(reason(stored.STORED, WeightFormat(64, 64, 4, 12, dtype=torch.bfloat16)))
 
 
-def test_both_are_captured_into_a_graph() -> None:
-    packed = make_layer(make_weight(192, 640, 4, "2:4"), 57)
-    x = torch.randn(64, 640, dtype=torch.bfloat16, device=CUDA)
-    for kernel in (dense.DENSE, cusparselt.CUSPARSELT):
-        state = kernel.prepare(packed)
+def test_all_are_captured_into_a_graph() -> None:
+    codes, values = make_weight(256, 640, 4, "2:4"), make_weight(256, 640, None, "2:4")
+    x = random(64, 640)
+    for kernel in (dense.DENSE, stored.STORED, cusparselt.DECODED, cusparselt.CUSPARSELT):
+        state = kernel.prepare(make_layer(values if kernel is cusparselt.CUSPARSELT else codes, 57))
         expected = kernel.run(x, state, None)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -188,3 +245,19 @@ def test_both_are_captured_into_a_graph() -> None:
             captured = kernel.run(x, state, None)
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+def test_tuning_finds_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("SLIMC_CACHE_DIR", str(tmp_path))
+    layer = SlimLinear(make_layer(make_weight(512, 640, 4, "2:4"), 57), kernels=KERNELS)
+    tune(layer, tokens=(1, 256))
+    times = KERNELS.timings.of(layer.format, torch.bfloat16, layer.values.device)
+    assert {"cuda-dense", "cuda-stored", "cuda-decode"} <= times[1].keys()
+    assert "cuda-decode" not in times[256]
+    for tokens in (1, 256):
+        chosen = choose(KERNELS, layer.format, torch.bfloat16, layer.values.device, tokens)[0]
+        assert times[tokens][chosen.name] == min(times[tokens].values())
+    x = random(256, 640)
+    check(layer.packed, x, random(512) * 0, layer(x))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(KernelError, match="captured"):
+        tune(layer, tokens=(2,))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class FragmentLayer:
         rank_range: int32 [row tiles, 2], the first rank that a tile of L reads, and how many units of 64.
         counters: for kernels that hand out work.
         plans: launches decided so far, by whatever a kernel distinguishes them.
+        sizes: rows and ranks, with their padding, of each layer of a stack; empty if it is one layer.
     """
 
     format: LinearFormat
@@ -55,6 +56,13 @@ class FragmentLayer:
     rank_range: Tensor | None = None
     counters: Counters | None = None
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[slice, slice]]:
+        """The rows and the ranks of each layer of a stack."""
+        rows, ranks = zip(*(self.sizes or ((self.format.rows, self.ranks),)), strict=True)
+        return list(zip(_slices(rows), _slices(ranks), strict=True))
 
     @property
     def row_tiles(self) -> int:
@@ -196,6 +204,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         codes=torch.cat([one.codes for one in layers]),
         metadata=None if first.metadata is None else torch.cat([_present(one.metadata) for one in layers]),
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
+        sizes=tuple((one.format.rows, one.ranks) for one in layers),
     )
     if first.right is None:
         _settle(first.codes.device)
@@ -210,6 +219,10 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     stacked.counters = Counters(first.codes.device)
     _settle(first.codes.device)
     return stacked
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -115,7 +115,13 @@ def test_the_kernel_that_decodes_compiles(
     assert cubin.startswith(b"\x7fELF")
 
 
-def test_the_kernel_that_writes_metadata_compiles() -> None:
-    defines = {"BFLOAT16": 1, "ARCH": 80}
-    cubin = compiler.compile_source(source("compress.cu"), name="write_metadata", arch="sm_80", defines=defines)
+@pytest.mark.parametrize(
+    ("place", "unit", "group"), [(0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 64), (1, 128, 0)]
+)
+@pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
+def test_the_kernel_that_expands_fragments_compiles(
+    arch: str, number: int, bfloat16: int, place: int, unit: int, group: int
+) -> None:
+    defines = {"BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group}
+    cubin = compiler.compile_source(source("expand.cu"), name="expand", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
