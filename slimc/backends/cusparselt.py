@@ -113,7 +113,7 @@ def _empty(spec: WeightFormat, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for the library's form, and in it the values [rows, columns / 2] and the metadata."""
     half = spec.columns // 2
     compressed = like.new_empty(spec.rows, half // 8 * 9, dtype=spec.dtype)
-    values, metadata = compressed.view(-1).split([spec.rows * half, spec.rows * half // 8])
+    values, metadata = torch.split(compressed.view(-1), [spec.rows * half, spec.rows * half // 8])
     return compressed, values.view(spec.rows, half), metadata
 
 

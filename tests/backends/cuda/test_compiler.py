@@ -115,9 +115,11 @@ def test_the_kernel_that_decodes_compiles(
     assert cubin.startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize(
-    ("place", "unit", "group"), [(0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 64), (1, 128, 0)]
-)
+EXPANDED = [(0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 64), (1, 128, 0)]
+"""Whether zeros are placed, columns of 64 codes, and columns that share a scale."""
+
+
+@pytest.mark.parametrize(("place", "unit", "group"), EXPANDED)
 @pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
 def test_the_kernel_that_expands_fragments_compiles(
     arch: str, number: int, bfloat16: int, place: int, unit: int, group: int
