@@ -49,7 +49,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"slimc {slimc.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "inspect", "recipes", "tune"])
+@pytest.mark.parametrize("command", ["bench", "compress", "eval", "generate", "inspect", "recipes", "tune"])
 def test_help_teaches_by_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -562,3 +562,50 @@ def test_tune_wants_a_compressed_folder(tiny_llama_folder: Path) -> None:
     result = invoke("tune", tiny_llama_folder)
     assert result.exit_code == 2
     assert "is no folder that slimc wrote" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- bench
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "finds no CUDA GPU here"),
+        (["linear", "--tokens", "1,x"], "--tokens takes whole numbers above 0"),
+        (["generate", "--batches", "0"], "--batches takes whole numbers above 0"),
+        (["generate", "--models", "llama-2-70b"], "generate has no model 'llama-2-70b'"),
+        (["--models", "lama-3-8b"], "did you mean 'llama-3-8b'"),
+    ],
+)
+def test_bench_says_what_it_cannot_do(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_bench_runs_both_and_writes_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from slimc.bench import generate, linear
+
+    asked: list[object] = []
+
+    def measure_layers(models: object, tokens: object) -> dict[str, object]:
+        asked.append((models, tokens))
+        return {"rows": ["layers"]}
+
+    def measure_models(models: object, *, batches: object, save: Any) -> None:
+        asked.append((models, batches))
+        save({"rows": ["models"]})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "run", measure_layers)
+    monkeypatch.setattr(generate, "run", measure_models)
+    result = invoke("bench", "--models", "llama-3-8b", "--tokens", "1, 16", "--batches", "4", "-o", tmp_path / "new")
+    assert result.exit_code == 0
+    assert asked == [(["llama-3-8b"], [1, 16]), (["llama-3-8b"], [4])]
+    assert json.loads((tmp_path / "new" / "linear.json").read_text()) == {"rows": ["layers"]}
+    assert json.loads((tmp_path / "new" / "generate.json").read_text()) == {"rows": ["models"]}

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
-from slimc.backends.cuda import decode, dense, hopper, stored
+from slimc.backends.cuda import compose, decode, dense, hopper, layout, stored
 from slimc.backends.tuning import TIMINGS
-from slimc.runtime.select import KernelTable
+from slimc.runtime.select import Kernel, KernelTable
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "LAYOUTS"]
+
+FRAGMENT_KERNELS: tuple[Kernel, ...] = (cusparselt.DECODED, hopper.HOPPER, decode.DECODE, dense.DENSE)
+"""Those that compute with fragments, best first as far as it is known without measuring."""
+
+COMPOSED = compose.composed(FRAGMENT_KERNELS)
 
 KERNELS = KernelTable(
     (
         *cpu.KERNELS,
-        cusparselt.DECODED,
-        hopper.HOPPER,
-        decode.DECODE,
-        dense.DENSE,
+        *FRAGMENT_KERNELS,
         cusparselt.CUSPARSELT,
+        COMPOSED,
         stored.STORED,
+        compose.DECODED,
         *reference.KERNELS,
     ),
     TIMINGS,
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
+
+LAYOUTS = (layout.FRAGMENTS, compose.COMPOSED)
+"""The layouts that take the place of the canonical tensors where their kernels are the best."""

@@ -27,7 +27,7 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.dense import add_adapters
 from slimc.backends.cuda.expand import expand_kept, order_metadata
 from slimc.backends.cuda.fragments import metadata_words
-from slimc.backends.cuda.layer import FragmentLayer, refuses, refuses_machine
+from slimc.backends.cuda.layer import FragmentLayer, refuses, refuses_machine, stack_shared
 from slimc.backends.cuda.layer import prepare as prepare_fragments
 from slimc.backends.cuda.stored import StoredLayer, fill_up
 from slimc.backends.cuda.unpack import refuses_weight
@@ -228,5 +228,7 @@ def _refuses_form(device: torch.device) -> str | None:
 CUSPARSELT = Kernel("cusparselt", _accepts, prepare, run)
 """For layers of 16-bit values."""
 
-DECODED = Kernel("cusparselt-decoded", _accepts_decoded, prepare_fragments, run_decoded, expects=_expects_decoded)
+DECODED = Kernel(
+    "cusparselt-decoded", _accepts_decoded, prepare_fragments, run_decoded, stack_shared, expects=_expects_decoded
+)
 """For layers of 4-bit codes."""

@@ -105,11 +105,11 @@ def tune(
     """
     counts = _counts(tokens)
     layers = [module for module in model.modules() if isinstance(module, SlimLinear)]
-    if any(layer.values.is_cuda for layer in layers) and torch.cuda.is_current_stream_capturing():
+    if any(layer.device.type == "cuda" for layer in layers) and torch.cuda.is_current_stream_capturing():
         raise KernelError("kernels cannot be timed while a CUDA graph is captured; call slimc.tune before the capture")
     done: set[tuple[LinearFormat, torch.dtype, torch.device]] = set()
     for layer in layers:
-        case = layer.format, dtype or layer.format.weight.dtype, layer.values.device
+        case = layer.format, dtype or layer.format.weight.dtype, layer.device
         known = layer.kernels.timings
         if not isinstance(known, KernelTimings) or describe(case[2]) is None:
             continue
@@ -153,10 +153,10 @@ def _counts(tokens: Iterable[int]) -> list[int]:
 
 def _measure(layer: SlimLinear, kernels: KernelTable, dtype: torch.dtype, counts: Sequence[int]) -> _Times:
     """Time every kernel that accepts, at each number of tokens where there is more than one."""
-    device = layer.values.device
+    device = layer.device
     states: dict[Callable[..., Any], Any] = {}
     times: _Times = {}
-    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device if layer.values.is_cuda else -1):
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
         for count in counts:
             rivals = [
                 kernel
@@ -175,7 +175,7 @@ def _measure(layer: SlimLinear, kernels: KernelTable, dtype: torch.dtype, counts
 def _time(kernel: Kernel, layer: SlimLinear, x: Tensor, states: dict[Callable[..., Any], Any]) -> float:
     try:
         if kernel.prepare not in states:
-            states[kernel.prepare] = kernel.prepare(layer.packed)
+            states[kernel.prepare] = layer.derive(kernel)
         state = states[kernel.prepare]
         return microseconds(lambda: kernel.run(x, state, layer.bias), x.device)
     except (KernelError, RuntimeError) as error:

@@ -6,6 +6,7 @@ The commands import what they need when they run, so that ``slimc --help`` answe
 from __future__ import annotations
 
 from slimc.cli.app import app, main
+from slimc.cli.benchmarking import bench
 from slimc.cli.compressing import compress
 from slimc.cli.inspection import inspect
 from slimc.cli.running import evaluate, generate
@@ -20,3 +21,4 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(recipes)
 app.command()(tune)
+app.command()(bench)

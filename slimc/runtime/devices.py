@@ -49,4 +49,5 @@ def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
         moved = tensor.detach().to(device)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if is_parameter else moved
-    return copy.deepcopy(model, memo)
+    # Compressed layers hold what kernels of their own device want; the copies shall hold what those of theirs do.
+    return copy.deepcopy(model, memo).to(device)

@@ -54,6 +54,11 @@ class Kernel:
         prepare: Derives from the canonical tensors what ``run`` needs; called once a layer and device, also for
             several kernels that share it. The state must be a function of the packed bytes alone.
         run: Computes y [tokens, rows] from x [..., columns], the state and the bias.
+        stack: Given the states of layers that read the same input, returns a state with all their rows in that order,
+            and for each layer a state in place of its own, so that all share one memory; raises `KernelError` if they
+            do not fit each other. None if the kernel runs one layer at a time.
+        transient: the state is little more than the canonical tensors themselves, so that it is not kept where a
+            layout has taken their place.
         expects: What is known of the speed without measuring, of a case that is accepted: None if the kernel is
             expected to be the best from here on in the table, else why it is not. Times overrule it.
         timed: Whether it competes with others by time; a kernel of last resort does not.
@@ -63,6 +68,8 @@ class Kernel:
     accepts: Callable[[LinearFormat, torch.dtype, torch.device, int], str | None]
     prepare: Callable[[PackedLinear], Any]
     run: Callable[[Tensor, Any, Tensor | None], Tensor]
+    stack: Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None = None
+    transient: bool = False
     expects: Callable[[LinearFormat, torch.dtype, torch.device, int], str | None] | None = None
     timed: bool = True
 

@@ -128,13 +128,16 @@ def collect(model: nn.Module) -> Contents:
             tensors[name] = value
         else:
             ties[name] = first
-    persistent = tensors.keys() | ties.keys()
-    buffers = {
-        name: buffer.dtype for name, buffer in model.named_buffers() if name not in persistent and buffer.dtype in NAMES
-    }
     # A linear used in two places has two names in the state_dict, so both are listed; its tensors are tied above.
     modules = model.named_modules(remove_duplicate=False)
     sites = {name: module.format for name, module in modules if isinstance(module, SlimLinear)}
+    persistent = tensors.keys() | ties.keys()
+    # Whatever else a compressed linear holds is made of its tensors, for one device.
+    buffers = {
+        name: buffer.dtype
+        for name, buffer in model.named_buffers()
+        if name not in persistent and owner(name) not in sites and buffer.dtype in NAMES
+    }
     return Contents(tensors, ties, sites, buffers)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.fragments import TILE_ROWS
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
@@ -277,4 +277,4 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
     return refuses(spec, dtype, device)
 
 
-DECODE = Kernel("cuda-decode", _accepts, prepare, run)
+DECODE = Kernel("cuda-decode", _accepts, prepare, run, stack_shared)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda.expand import expand_left, expand_right, expand_weight
-from slimc.backends.cuda.layer import FragmentLayer, prepare, refuses
+from slimc.backends.cuda.layer import FragmentLayer, prepare, refuses, stack_shared
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -61,4 +61,4 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _toke
     return refuses(spec, dtype, device)
 
 
-DENSE = Kernel("cuda-dense", _accepts, prepare, run)
+DENSE = Kernel("cuda-dense", _accepts, prepare, run, stack_shared)

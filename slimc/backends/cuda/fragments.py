@@ -7,6 +7,8 @@ four. So both forms have one order of bytes, in units of 32 bytes a row: ``[row 
 of 32 bits, in which nibble ``i`` is the first code of register ``i`` and nibble ``i + 4`` the second. 16 bytes a lane
 are 128 columns of a 2:4 weight or 64 of a dense one. See the PTX manual, "Matrix fragments for mma.m16n8k16" and
 "mma.sp.m16n8k32".
+
+Every function has an exact inverse, so that a device need not keep the canonical tensors beside this form.
 """
 
 from __future__ import annotations
@@ -43,6 +45,20 @@ def code_words(codes: Tensor, fill: int = 0x88) -> Tensor:
     return words.permute(0, 1, 3, 4, 2).flatten(2, 3).contiguous()
 
 
+def code_bytes(words: Tensor, rows: int, size: int) -> Tensor:
+    """Return the canonical stream, uint8 [rows, size], of which `code_words` made ``words``."""
+    tiles, units = words.shape[:2]
+    # [row tile, unit, instruction, g, t]
+    lanes = words.view(tiles, units, 8, 4, 4).permute(0, 1, 4, 2, 3)
+    stream = torch.empty(tiles, 2, 8, units, 4, 2, 4, dtype=torch.uint8, device=words.device)
+    for half in range(2):
+        for place in range(2):
+            register = half + 2 * place
+            byte = ((lanes >> (4 * register)) & 15) | (((lanes >> (16 + 4 * register)) & 15) << 4)
+            stream[:, half, :, :, :, place] = byte.permute(0, 3, 1, 2, 4)
+    return _untiled(stream, rows, size)
+
+
 def metadata_words(pattern: Tensor) -> Tensor:
     """Return a 2:4 bit mask as the metadata of ``mma.sp``: for each group the two kept columns, 2 bits each.
 
@@ -67,6 +83,20 @@ def metadata_words(pattern: Tensor) -> Tensor:
     return words.permute(0, 2, 1, 4, 5, 3).flatten(2, 4).contiguous()
 
 
+def metadata_pattern(words: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the 2:4 bit mask, uint8 [rows, ceil(columns / 8)], of which `metadata_words` made ``words``."""
+    tiles, units = words.shape[:2]
+    # [row tile, unit, g, selector, half of columns, word] -> [row tile, g, unit, word, selector, half of columns]
+    groups = words.view(tiles, units, 8, 2, 2, 2).permute(0, 2, 1, 5, 3, 4)
+    indices = torch.empty(tiles, 2, 8, units, 2, 2, 2, 4, dtype=torch.uint8, device=words.device)
+    for half in range(2):
+        for group in range(4):
+            indices[:, half, ..., group] = (groups >> (16 * half + 4 * group)) & 15
+    kept = _untiled(indices, rows, columns // GROUP_COLUMNS)
+    nibbles = torch.unflatten(pad(_MASKS.to(words.device)[kept.int()], (0, kept.shape[1] % 2)), 1, (-1, 2))
+    return nibbles[..., 0] | (nibbles[..., 1] << 4)
+
+
 def scale_words(scale: Tensor, units: int | None = None) -> Tensor:
     """Return scales a group in the cores' order: int32 [row tiles, groups, 8], row ``g`` low and row ``g + 8`` high.
 
@@ -81,6 +111,12 @@ def scale_words(scale: Tensor, units: int | None = None) -> Tensor:
     return (tiles[:, 0] | (tiles[:, 1] << 16)).permute(0, 2, 1).contiguous()
 
 
+def scale_groups(words: Tensor, rows: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return the scales [rows, groups] of a 16-bit ``dtype``, of which `scale_words` made ``words``."""
+    halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=1).to(torch.int16)
+    return _untiled(halves.permute(0, 1, 3, 2), rows, groups).view(dtype)
+
+
 def _padded(stream: Tensor, fill: int) -> Tensor:
     rows, size = stream.shape
     return pad(stream, (0, -size % UNIT_BYTES, 0, -rows % TILE_ROWS), value=fill)
@@ -89,6 +125,11 @@ def _padded(stream: Tensor, fill: int) -> Tensor:
 def _tiles(stream: Tensor) -> Tensor:
     """View [rows, bytes] as [row tile, half, g, unit, instruction, half of its columns, t]."""
     return torch.unflatten(torch.unflatten(stream, 1, (-1, 4, 2, 4)), 0, (-1, 2, 8))
+
+
+def _untiled(tiles: Tensor, rows: int, size: int) -> Tensor:
+    """Return [rows, size] of [row tile, half, g, ...], without what fills the last tile and unit; never a view."""
+    return tiles.reshape(tiles.shape[0] * TILE_ROWS, -1)[:rows, :size].clone(memory_format=torch.contiguous_format)
 
 
 def _tabulate_indices() -> Tensor:
@@ -103,3 +144,12 @@ def _tabulate_indices() -> Tensor:
 
 _INDICES_OF_FIRST_TWO = 0b0100
 _INDICES = _tabulate_indices()
+
+
+def _tabulate_masks() -> Tensor:
+    """The 4-bit mask of every ``first | second << 2``."""
+    index = torch.arange(16)
+    return ((1 << (index & 3)) | (1 << (index >> 2))).to(torch.uint8)
+
+
+_MASKS = _tabulate_masks()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.fragments import TILE_ROWS
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -303,4 +303,4 @@ def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, to
     return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
 
 
-HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, expects=_expects)
+HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, stack_shared, expects=_expects)

@@ -19,7 +19,18 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["FACTOR_GROUP", "FragmentLayer", "pointer", "prepare", "refuses", "refuses_machine", "source", "stack"]
+__all__ = [
+    "FACTOR_GROUP",
+    "FragmentLayer",
+    "complete",
+    "pointer",
+    "prepare",
+    "refuses",
+    "refuses_machine",
+    "source",
+    "stack",
+    "stack_shared",
+]
 
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
@@ -106,9 +117,15 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         layer.right_scale = scale_words(_fill_rows(packed.right.scale, ranks, 0))  # type: ignore[arg-type]
         layer.left = code_words(packed.left.values)
         layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
+    return complete(layer)
+
+
+def complete(layer: FragmentLayer) -> FragmentLayer:
+    """Derive what follows from the tensors of a layer that is no stack: the ranks that it reads, and its counters."""
+    if layer.right is not None:
         layer.rank_range = _rank_range(layer, 0)
-        layer.counters = Counters(weight.values.device)
-    _settle(weight.values.device)
+        layer.counters = Counters(layer.codes.device)
+    _settle(layer.codes.device)
     return layer
 
 
@@ -225,6 +242,37 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
+def stack_shared(layers: Sequence[FragmentLayer]) -> tuple[FragmentLayer, list[FragmentLayer]]:
+    """`stack` layers, and return with the result a layer in place of each, which reads its part of the same memory.
+
+    Raises:
+        KernelError: the layers do not fit each other.
+    """
+    stacked = stack(layers)
+    parts = []
+    tile = row = rank = 0
+    for one in layers:
+        tiles, rows = slice(tile, tile + one.row_tiles), slice(row, row + one.format.rows)
+        grouped = one.format.weight.group is not None
+        part = replace(
+            one,
+            format=replace(one.format, weight=replace(one.format.weight, per_tensor=False)),
+            codes=stacked.codes[tiles],
+            metadata=None if stacked.metadata is None else stacked.metadata[tiles],
+            scale=stacked.scale[tiles if grouped else rows],
+            plans={},
+        )
+        if stacked.right is not None:
+            ranks = slice(rank // TILE_ROWS, (rank + one.ranks) // TILE_ROWS)
+            part.right, part.right_scale = stacked.right[ranks], _present(stacked.right_scale)[ranks]
+            part.left, part.left_scale = _present(stacked.left)[tiles], _present(stacked.left_scale)[tiles]
+            part.rank_range = _rank_range(one, 0)
+        parts.append(part)
+        tile, row, rank = tiles.stop, rows.stop, rank + one.ranks
+    _settle(stacked.codes.device)
+    return stacked, parts
+
+
 def _present(tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise KernelError("layers with and without a part cannot be stacked")
@@ -238,5 +286,5 @@ def _fill_units(words: Tensor, units: int) -> Tensor:
 
 def _rank_range(layer: FragmentLayer, first: int) -> Tensor:
     """Every tile of a layer whose ranks begin at ``first`` reads all of them."""
-    own = torch.tensor([first, layer.left_units], dtype=torch.int32, device=layer.codes.device)
+    own = torch.tensor([first, layer.ranks // FACTOR_GROUP], dtype=torch.int32, device=layer.codes.device)
     return own.expand(layer.row_tiles, 2).contiguous()

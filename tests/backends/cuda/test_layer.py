@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, stack
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, stack, stack_shared
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
@@ -66,6 +66,21 @@ def test_each_layer_of_a_stack_keeps_its_own_adapters(ranks: tuple[int, ...]) ->
     assert stacked.format.rows == 868
     expected = torch.cat([correction(layer) for layer in layers])
     torch.testing.assert_close(correction(stacked), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [(57, 57, 57), (130, 20, 64), (0, 0, 0)])
+def test_a_part_of_a_stack_is_the_layer_in_the_same_memory(ranks: tuple[int, ...]) -> None:
+    layers = [make(rows, rank) for rows, rank in zip((512, 256, 100), ranks, strict=True)]
+    stacked, parts = stack_shared(layers)
+    memory = stacked.codes.untyped_storage().data_ptr()
+    for layer, part in zip(layers, parts, strict=True):
+        assert part.codes.untyped_storage().data_ptr() == memory
+        assert part.codes.is_contiguous()
+        assert torch.equal(part.codes, layer.codes)
+        assert torch.equal(part.scale, layer.scale.expand(layer.format.rows))
+        assert (part.row_tiles, part.ranks, part.format.rank) == (layer.row_tiles, layer.ranks, layer.format.rank)
+        if layer.ranks:
+            assert torch.equal(correction(part), correction(layer))
 
 
 def test_scales_and_codes_lie_one_layer_after_another() -> None:

@@ -1,6 +1,7 @@
 """Linear layers of Llama models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's kernels.
 
-    python benchmarks/gpu_linear.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [--json FILE]
+    slimc bench linear [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [-o FOLDER]
+    python -m slimc.bench.linear --help    (more options: peers, layers, a plot, selection by the times of this run)
 
 slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v,
 or gate and up) keep the adapters of each. Every kernel of slimc's that accepts is measured, and ``slimc`` is the one
@@ -79,6 +80,9 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
 }
 """For each model its layers: name, rows of the layers that are stacked, columns."""
 
+SHOWN = ("llama-2-7b", "llama-2-70b")
+"""The models that are measured unless others are asked for."""
+
 SERVED = ("qkv", "o", "gate_up", "down")
 """The layers as they are served: means are taken over these."""
 
@@ -99,7 +103,7 @@ def random_layer(rows: int, columns: int, seed: int) -> PackedLinear:
     rank = int(RANK * min(rows, columns))
     weight = WeightFormat(rows, columns, bits=4, per_tensor=True, sparsity=NM(2, 4), dtype=DTYPE)
     factors = [WeightFormat(*shape, bits=4, group=64, dtype=DTYPE) for shape in ((rows, rank), (rank, columns))]
-    spec = LinearFormat(weight, *factors)
+    spec = LinearFormat(weight, factors[0], factors[1])
     generator = torch.Generator("cuda").manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind) in spec.tensor_specs().items():
@@ -127,14 +131,14 @@ def microseconds(calls: Sequence[Call]) -> float:
     graph.replay()
     times = []
     for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
     del results
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth() -> float:
@@ -149,23 +153,23 @@ def copy_bandwidth() -> float:
 
 def humming(rows: int, columns: int) -> Layer:
     """Return humming's int4 layer."""
-    from humming.layer import HummingLayer  # type: ignore[import-not-found]
+    from humming.layer import HummingLayer
 
     config = {"dtype": "int4", "group_size": 128}
-    layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=DTYPE).cuda()
+    layer: Any = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=DTYPE).cuda()
     layer.load_from_unquantized(torch.randn(rows, columns, dtype=DTYPE, device="cuda"))
     layer.transform()
-    return layer
+    return layer  # type: ignore[no-any-return]
 
 
 def gemlite(rows: int, columns: int) -> Layer:
     """Return gemlite's int4 layer; shapes that its own table for the card lacks are tuned by it at their first call."""
-    from gemlite.helper import A16Wn  # type: ignore[import-not-found]
+    from gemlite.helper import A16Wn
 
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device="cuda")
     scales = torch.rand(rows * columns // 128, 1, dtype=DTYPE, device="cuda")
-    make = A16Wn(device="cuda:0", dtype=DTYPE).from_weights
-    return make(codes, scales, torch.full_like(scales, 8), W_nbits=4, group_size=128)
+    make: Any = A16Wn(device="cuda:0", dtype=DTYPE).from_weights
+    return make(codes, scales, torch.full_like(scales, 8), W_nbits=4, group_size=128)  # type: ignore[no-any-return]
 
 
 def tinygemm(rows: int, columns: int) -> Layer:
@@ -261,13 +265,20 @@ class MeasuredHere:
 
 
 def measure(
-    rows: tuple[int, ...], columns: int, tokens: Sequence[int], bandwidth: float, options: argparse.Namespace
+    rows: tuple[int, ...],
+    columns: int,
+    tokens: Sequence[int],
+    bandwidth: float,
+    *,
+    peers: Sequence[str],
+    tuned: bool = False,
+    only_expected: bool = False,
 ) -> list[Row]:
-    """Measure one layer at every number of tokens."""
+    """Measure one layer at every number of tokens; see `run`."""
     total = sum(rows)
     dense = [torch.randn(total, columns, dtype=DTYPE, device="cuda") for _ in range(copies(2 * total * columns))]
     subject = Subject(rows, columns)
-    peers = peer_layers([name for name in options.peers.split(",") if name], total, columns)
+    others = peer_layers(peers, total, columns)
     device = torch.device("cuda", torch.cuda.current_device())
     results = []
     for count in tokens:
@@ -277,25 +288,25 @@ def measure(
         expected, _ = choose(KERNELS, subject.format, DTYPE, device, count)
         times: dict[str, float] = {}
         for kernel in KERNELS:
-            wanted = kernel is expected or (kernel.timed and not options.chosen)
+            wanted = kernel is expected or (kernel.timed and not only_expected)
             if wanted and kernel.accepts(subject.format, DTYPE, device, count) is None:
                 times[kernel.name] = _time(kernel.name, subject.calls, kernel, x)
-        table = KernelTable(KERNELS, MeasuredHere(count, times)) if options.tuned else KERNELS
-        kernel, refusals = choose(table, subject.format, DTYPE, device, count)
-        if kernel is None or times[kernel.name] == math.inf:
+        table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
+        chosen, refusals = choose(table, subject.format, DTYPE, device, count)
+        if chosen is None or times[chosen.name] == math.inf:
             print(f"# no kernel of slimc's for {count} tokens: {refusals}")
             continue
-        ours = times[kernel.name]
+        ours = times[chosen.name]
         needed = subject.nbytes + x.nbytes + count * total * DTYPE.itemsize
         row |= {f"{name}_us": taken for name, taken in times.items() if taken < math.inf}
         row |= {
-            "kernel": kernel.name,
+            "kernel": chosen.name,
             "slimc_us": ours,
             "gigabytes_per_second": needed / ours / 1e3,
             "share_of_byte_limit": needed / bandwidth * 1e6 / ours,
             "over_cublas": row["cublas_us"] / ours,
         }
-        for name, made in peers.items():
+        for name, made in others.items():
             if PEERS[name].fewest <= count <= PEERS[name].most:
                 taken = _time(name, _peer_calls, made, x)
                 if taken < math.inf:
@@ -359,7 +370,7 @@ def print_means(rows: Sequence[Row]) -> None:
 
 def plot(rows: Sequence[Row], to: Path) -> None:
     """Draw the ratio over cuBLAS by tokens, a line a layer, and that of the int4 peers as dashes."""
-    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+    import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False, sharey=True)
@@ -377,39 +388,74 @@ def plot(rows: Sequence[Row], to: Path) -> None:
     figure.savefig(to, bbox_inches="tight")
 
 
+def run(
+    models: Sequence[str],
+    tokens: Sequence[int],
+    *,
+    layers: Sequence[str] = (),
+    peers: Sequence[str] = tuple(PEERS),
+    tuned: bool = False,
+    only_expected: bool = False,
+    save: Callable[[Row], None] = lambda _found: None,
+) -> Row:
+    """Measure the layers of models, print as it goes, and return every figure.
+
+    Args:
+        models: of `LAYERS`.
+        tokens: of a call.
+        layers: names of layers; all if it is empty.
+        peers: of `PEERS`.
+        tuned: select by the times of this run, not by expectations.
+        only_expected: of slimc's kernels, measure the one alone that is expected to be the best.
+        save: takes the figures so far after every layer.
+    """
+    bandwidth = copy_bandwidth()
+    card = torch.cuda.get_device_name()
+    print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
+    rows: list[Row] = []
+    found: Row = {"card": card, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": rows}
+    for model in models:
+        for name, parts, columns in LAYERS[model]:
+            if layers and name not in layers:
+                continue
+            made = measure(parts, columns, tokens, bandwidth, peers=peers, tuned=tuned, only_expected=only_expected)
+            for row in made:
+                rows.append({"model": model, "layer": name, **row})
+                print(show(rows[-1]), flush=True)
+            torch.cuda.empty_cache()
+            save(found)
+    print_means(rows)
+    return found
+
+
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
     parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
     parser.add_argument("--tuned", action="store_true", help="select by the times of this run")
-    parser.add_argument(
-        "--chosen", action="store_true", help="of slimc's kernels only the one that is expected to be best"
-    )
+    parser.add_argument("--chosen", action="store_true", help="of slimc's kernels only the expected one")
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
     options = parser.parse_args()
-    tokens = [int(count) for count in options.tokens.split(",")]
-    bandwidth = copy_bandwidth()
-    card = torch.cuda.get_device_name()
-    print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
-    about = {"card": card, "torch": torch.__version__, "copy_bytes_per_second": bandwidth}
-    rows: list[Row] = []
-    for model in options.models.split(","):
-        for name, parts, columns in LAYERS[model]:
-            if options.layers and name not in options.layers.split(","):
-                continue
-            for row in measure(parts, columns, tokens, bandwidth, options):
-                rows.append({"model": model, "layer": name, **row})
-                print(show(rows[-1]), flush=True)
-            torch.cuda.empty_cache()
-            if options.json:
-                options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    print_means(rows)
+
+    def save(found: Row) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+    found = run(
+        options.models.split(","),
+        [int(count) for count in options.tokens.split(",")],
+        layers=[name for name in options.layers.split(",") if name],
+        peers=[name for name in options.peers.split(",") if name],
+        tuned=options.tuned,
+        only_expected=options.chosen,
+        save=save,
+    )
     if options.plot:
-        plot(rows, options.plot)
+        plot(found["rows"], options.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,334 @@
+"""Layers that no single kernel takes, composed of products that one does.
+
+A layer is ``y = (x * input_scale) @ W^T + (x @ R^T) @ L^T + bias``. W, R and L are products of their own here, each
+by the best that there is for it: codes by a kernel (`slimc.backends.cuda.fit` writes them so that one takes them),
+16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there. As everywhere on a GPU the canonical
+tensors are not kept; only adapters of codes that no kernel takes are, beside their values.
+
+What even that cannot hold is decoded once and multiplied densely (`decoded`), beside the canonical tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slimc.backends.cuda import layout
+from slimc.backends.cuda.fit import COLUMN_MULTIPLE, Fit, fit_of, padding, put_padding
+from slimc.backends.cuda.layer import FragmentLayer
+from slimc.backends.cuda.layer import prepare as prepare_fragments
+from slimc.errors import KernelError
+from slimc.runtime.formats import LinearFormat, WeightFormat
+from slimc.runtime.layouts import Formats, Layout, register_layout
+from slimc.runtime.packing import PackedLinear, PackedWeight
+from slimc.runtime.select import Kernel, choose, token_bucket
+
+__all__ = ["COMPOSED", "DECODED", "ComposedLayer", "Plan", "composed", "decoded", "plan_of", "prepare"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which product computes each part of a layer.
+
+    Attributes:
+        main: how W's codes are written for a kernel; None if cuBLAS multiplies by W's values.
+        left, right: the same of the adapters.
+        fused: the adapters are inside W's kernel.
+    """
+
+    main: Fit | None
+    left: Fit | None = None
+    right: Fit | None = None
+    fused: bool = False
+
+    @property
+    def main_format(self) -> LinearFormat | None:
+        """What W's kernel computes."""
+        if self.main is None:
+            return None
+        if self.fused and self.left is not None and self.right is not None:
+            return LinearFormat(self.main.format, self.left.format, self.right.format)
+        return LinearFormat(self.main.format)
+
+    def kernel_formats(self) -> list[LinearFormat]:
+        """Return what the kernels of all parts compute."""
+        alone = [] if self.fused else [LinearFormat(fit.format) for fit in (self.left, self.right) if fit is not None]
+        return alone if self.main_format is None else [self.main_format, *alone]
+
+
+@cache
+def plan_of(spec: LinearFormat) -> Plan | str:
+    """Decide which product computes each part of a layer, or say why none can compute W."""
+    weight = spec.weight
+    main: Fit | None = None
+    if weight.bits is not None or weight.sparsity is not None:
+        fit = fit_of(weight)
+        if isinstance(fit, str):
+            return fit
+        main = fit
+    if spec.left is None or spec.right is None:
+        return Plan(main)
+    # Inside the kernel adapters would read the scaled input.
+    if main is not None and not spec.input_scaled:
+        left, right = fit_of(spec.left, grouped=True), fit_of(spec.right, beside=main)
+        if isinstance(left, Fit) and isinstance(right, Fit):
+            return Plan(main, left, right, fused=True)
+    left, right = fit_of(spec.left), fit_of(spec.right)
+    return Plan(
+        main,
+        left if isinstance(left, Fit) else None,
+        replace(right, rows=_filled(spec.rank)) if isinstance(right, Fit) else None,
+    )
+
+
+def _filled(rank: int) -> int:
+    """Return the ranks of adapters beside W's product: t must begin at a multiple of 16 bytes for every token."""
+    return rank + -rank % COLUMN_MULTIPLE
+
+
+class _Coded:
+    """A product by a kernel."""
+
+    def __init__(self, fit: Fit, layer: FragmentLayer) -> None:
+        self.fit, self.layer = fit, layer
+        self._chosen: dict[tuple[torch.dtype, int], Kernel] = {}
+
+    def run(self, x: Tensor, bias: Tensor | None, kernels: Sequence[Kernel]) -> Tensor:
+        case = (x.dtype, token_bucket(len(x)))
+        kernel = self._chosen.get(case)
+        if kernel is None:
+            spec = self.layer.format
+            kernel, refusals = choose(kernels, spec, x.dtype, x.device, len(x))
+            if kernel is None:
+                raise KernelError(f"no kernel computes {len(x)} tokens of {spec.describe()}: {refusals}")
+            self._chosen[case] = kernel
+        return kernel.run(self.fit.spread(x), self.layer, bias)
+
+
+class _Dense:
+    """A product by cuBLAS."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def run(self, x: Tensor, bias: Tensor | None, _kernels: Sequence[Kernel]) -> Tensor:
+        return functional.linear(x, self.matrix, bias)
+
+
+@dataclass
+class ComposedLayer:
+    """A layer as its products want it.
+
+    Attributes:
+        format: what the layer stores.
+        tensors: all that is kept, by the name of the product (``main_``, ``left_``, ``right_``) and their own.
+        main, left, right: the products; no factors if there are none, or if ``main`` computes with them.
+        input_scale: [columns] or None.
+    """
+
+    format: LinearFormat
+    tensors: dict[str, Tensor]
+    main: _Coded | _Dense
+    left: _Coded | _Dense | None = None
+    right: _Coded | _Dense | None = None
+    input_scale: Tensor | None = None
+
+
+def prepare(packed: PackedLinear) -> ComposedLayer:
+    """Write a layer for its products."""
+    spec = packed.format
+    plan = _plan(spec)
+    named: dict[str, Tensor] = {}
+    parts = (
+        ("main_", plan.main, packed.weight),
+        ("left_", plan.left, packed.left),
+        ("right_", plan.right, packed.right),
+    )
+    for prefix, fit, part in parts:
+        bits = None if fit is None or part is None else padding(part)
+        if bits is not None:
+            named[f"{prefix}padding"] = bits
+    if plan.main is None:
+        named["main_values"] = packed.weight.values
+    elif plan.fused:
+        named |= _fragments("main_", plan, packed.weight, packed.left, packed.right)
+    else:
+        named |= _fragments("main_", Plan(plan.main), packed.weight)
+    if packed.left is not None and packed.right is not None and not plan.fused:
+        for prefix, fit, factor in parts[1:]:
+            if fit is not None:
+                named |= _fragments(prefix, Plan(fit), _present(factor))
+            elif _present(factor).format.bits is None:
+                named[f"{prefix}values"] = _fill_ranks(prefix, spec.rank, _present(factor).values)
+            else:
+                named |= _prefixed(prefix, _present(factor).tensors())
+    if packed.input_scale is not None:
+        named["input_scale"] = packed.input_scale
+    return assemble((spec,), named, 0)
+
+
+def assemble(formats: Formats, named: Mapping[str, Tensor], _part: int) -> ComposedLayer:
+    """Make the products of a layer from what is kept of it."""
+    spec = formats[0]
+    plan = _plan(spec)
+    layer = ComposedLayer(spec, dict(named), _product("main_", plan.main, plan.main_format, spec, named))
+    if spec.left is not None and not plan.fused:
+        layer.left = _product("left_", plan.left, None, spec, named)
+        layer.right = _product("right_", plan.right, None, spec, named)
+    layer.input_scale = named.get("input_scale")
+    return layer
+
+
+def restore(formats: Formats, named: Mapping[str, Tensor], _part: int) -> PackedLinear:
+    """Return the canonical tensors of a layer."""
+    spec = formats[0]
+    plan = _plan(spec)
+    scale = named.get("input_scale")
+    fitted = None if plan.main_format is None else layout.restore((plan.main_format,), _without("main_", named), 0)
+
+    def part(prefix: str, fit: Fit | None, stored: WeightFormat, fused: PackedWeight | None) -> PackedWeight:
+        own = _without(prefix, named)
+        if fit is None:
+            values = own["values"][: stored.rows, : stored.stored_per_row] if stored.bits is None else own["values"]
+            return PackedWeight(
+                stored, **{name: _copied(tensor) for name, tensor in (own | {"values": values}).items()}
+            )
+        weight = fit.undo(fused or layout.restore((LinearFormat(fit.format),), own, 0).weight)
+        if "padding" in own:
+            put_padding(weight, own["padding"])
+        return weight
+
+    weight = part("main_", plan.main, spec.weight, None if fitted is None else fitted.weight)
+    packed = PackedLinear(weight, input_scale=None if scale is None else _copied(scale))
+    if spec.left is not None and spec.right is not None:
+        packed.left = part("left_", plan.left, spec.left, None if fitted is None else fitted.left)
+        packed.right = part("right_", plan.right, spec.right, None if fitted is None else fitted.right)
+    return packed
+
+
+def run(x: Tensor, layer: ComposedLayer, bias: Tensor | None, kernels: Sequence[Kernel]) -> Tensor:
+    """Compute y [..., rows] from x [..., columns]; every product is rounded to the dtype of x."""
+    inputs = x.reshape(-1, layer.format.columns)
+    scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
+    y = layer.main.run(scaled, bias, kernels)
+    if layer.left is not None and layer.right is not None:
+        inner = layer.right.run(inputs, None, kernels)
+        if isinstance(layer.left, _Dense):
+            y = y.addmm_(inner, layer.left.matrix.t())
+        else:
+            y = y.add_(layer.left.run(inner, None, kernels))
+    return y.view(*x.shape[:-1], layer.format.rows)
+
+
+def composed(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
+    """Make the kernel that composes layers of products by ``kernels`` and by the device's dense product."""
+
+    def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+        if device.type != device_type:
+            return f"runs on {device_type}, not on {device.type}"
+        plan = plan_of(spec)
+        if isinstance(plan, str):
+            return plan
+        if dtype != spec.weight.dtype or dtype.itemsize != 2:
+            return "needs activations and scales of one 16-bit dtype"
+        for form in plan.kernel_formats():
+            kernel, refusals = choose(kernels, form, dtype, device, tokens)
+            if kernel is None:
+                return "; ".join(dict.fromkeys(refusals.values()))
+        return None
+
+    return Kernel("cuda-composed", accepts, prepare, lambda x, layer, bias: run(x, layer, bias, kernels))
+
+
+def decoded(device_type: str = "cuda") -> Kernel:
+    """Make the kernel for forms that no other takes: decoded once, adapters and input scale included.
+
+    The dense weight lies beside the packed one, so a layer takes more than its 16 bits a weight. Where others know the
+    form, but not this device or number of tokens, the weight is rather decoded at every call than kept dense.
+    """
+
+    def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
+        if device.type != device_type:
+            return f"runs on {device_type}, not on {device.type}"
+        if dtype != spec.weight.dtype:
+            return "would decode for inputs of the weight's dtype only"
+        if dtype.itemsize == 2 and isinstance(plan_of(spec), Plan):
+            return "would keep 16 bits of every weight of a form that other kernels hold packed"
+        return None
+
+    return Kernel("cuda-decoded", accepts, _prepare_dense, _run_dense)
+
+
+def _prepare_dense(packed: PackedLinear) -> Tensor:
+    return packed.decode().to(packed.format.weight.dtype)
+
+
+def _run_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias).contiguous()
+
+
+def _plan(spec: LinearFormat) -> Plan:
+    plan = plan_of(spec)
+    if isinstance(plan, str):
+        raise KernelError(f"a layer of {spec.describe()} cannot be composed: {plan}")
+    return plan
+
+
+def _fragments(
+    prefix: str, plan: Plan, weight: PackedWeight, left: PackedWeight | None = None, right: PackedWeight | None = None
+) -> dict[str, Tensor]:
+    """Write a matrix, and the adapters that go with it, for a kernel; return what is kept of them."""
+    written = PackedLinear(_present(plan.main).apply(weight))
+    if left is not None and right is not None:
+        written.left, written.right = _present(plan.left).apply(left), _present(plan.right).apply(right)
+    return _prefixed(prefix, layout.tensors(prepare_fragments(written)))
+
+
+def _product(
+    prefix: str, fit: Fit | None, form: LinearFormat | None, spec: LinearFormat, named: Mapping[str, Tensor]
+) -> _Coded | _Dense:
+    own = _without(prefix, named)
+    if fit is not None:
+        return _Coded(fit, layout.assemble((form or LinearFormat(fit.format),), own, 0))
+    part = _present({"main_": spec.weight, "left_": spec.left, "right_": spec.right}[prefix])
+    if part.bits is None:
+        return _Dense(own["values"])
+    return _Dense(_fill_ranks(prefix, spec.rank, PackedWeight(part, **own).decode()))
+
+
+def _fill_ranks(prefix: str, rank: int, values: Tensor) -> Tensor:
+    """Give factors as many ranks as t has, and cuBLAS rows that begin where it reads fast."""
+    missing = _filled(rank) - rank
+    return functional.pad(values, (0, 0, 0, missing) if prefix == "right_" else (0, missing))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _prefixed(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in named.items()}
+
+
+def _without(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+
+
+def _present(part: T | None) -> T:
+    if part is None:
+        raise KernelError("a part of this layer is missing")
+    return part
+
+
+COMPOSED = register_layout(Layout("composed", prepare, lambda layer: layer.tensors, assemble, restore))
+"""What a layer of several products keeps."""
+
+DECODED = decoded()

@@ -1,0 +1,154 @@
+"""What these tests share: layers of random codes, and a kernel for the GPU's form of a layer that runs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, _refuses_format, prepare, stack_shared
+from slimc.backends.cuda.layout import restore, tensors
+from slimc.runtime.bits import pack_bits
+from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.packing import PackedLinear
+from slimc.runtime.select import Kernel
+
+
+def random_tensors(spec: LinearFormat, seed: int = 0) -> PackedLinear:
+    """Fill a format with random bits: codes, and the padding of their streams, take every value."""
+    generator = torch.Generator().manual_seed(seed)
+    named: dict[str, Tensor] = {}
+    for name, (shape, dtype) in spec.tensor_specs().items():
+        if dtype == torch.uint8:
+            named[name] = torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+        else:
+            named[name] = (torch.rand(shape, generator=generator) * 0.1 + 0.01).to(dtype)
+    if spec.weight.sparsity is not None:
+        named["pattern"] = pack_bits(random_mask(spec.weight, generator).to(torch.uint8), 1)
+    return PackedLinear.from_tensors(spec, named)
+
+
+def random_mask(spec: WeightFormat, generator: torch.Generator) -> Tensor:
+    """Return which positions a sparse weight keeps."""
+    if isinstance(spec.sparsity, NM):
+        noise = torch.rand(spec.rows, spec.columns // spec.sparsity.m, spec.sparsity.m, generator=generator)
+        return (noise.argsort(dim=-1).argsort(dim=-1) < spec.sparsity.n).flatten(1)
+    order = torch.randperm(spec.rows * spec.columns, generator=generator)
+    return (order < (spec.nonzeros or 0)).view(spec.rows, spec.columns)
+
+
+def build(
+    rows: int,
+    columns: int = 256,
+    rank: int = 0,
+    *,
+    sparse: bool = True,
+    group: int | None = None,
+    per_tensor: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    bits: int = 4,
+    seed: int = 0,
+) -> PackedLinear:
+    """Return a layer of random codes."""
+    sparsity = NM(2, 4) if sparse else None
+    weight = WeightFormat(
+        rows, columns, bits, group, per_tensor and group is None, sparsity=sparsity, dtype=dtype
+    )  # fmt: skip
+    factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns)) if rank]
+    return random_tensors(LinearFormat(weight, *factors), seed)
+
+
+def part_of(layer: FragmentLayer, first_tile: int, rows: int) -> PackedLinear:
+    """Turn a run of rows of a whole stack, which has no canonical form of its own, into a layer for the reference."""
+    tiles = slice(first_tile, first_tile - (-rows // 16))
+    weight = layer.format.weight
+    rank = 0
+    named = {"codes": layer.codes[tiles]}
+    if layer.metadata is not None:
+        named["metadata"] = layer.metadata[tiles]
+    named["scale"] = layer.scale[tiles] if weight.group else layer.scale[16 * first_tile : 16 * first_tile + rows]
+    if layer.rank_range is not None:
+        held = tensors(layer)
+        first, units = layer.rank_range[first_tile].tolist()
+        rank, ranks = FACTOR_GROUP * units, slice(first // 16, first // 16 + 4 * units)
+        named |= {name: held[name][ranks] for name in ("right", "right_scale")}
+        named |= {name: held[name][tiles, :units] for name in ("left", "left_scale")}
+    own = WeightFormat(rows, weight.columns, 4, weight.group, sparsity=weight.sparsity, dtype=weight.dtype)
+    shapes = ((rows, rank), (rank, weight.columns))
+    factors = [WeightFormat(*shape, bits=4, group=64, dtype=weight.dtype) for shape in shapes if rank]
+    return restore((LinearFormat(own, *factors),), named, 0)
+
+
+def compute(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Compute y in float64 of what a `FragmentLayer` holds, tile by tile as its ranges of ranks say."""
+    parts = []
+    for tile in range(layer.row_tiles):
+        rows = min(16, layer.format.rows - 16 * tile)
+        if layer.format.left is not None or layer.rank_range is None:
+            parts = [restore((layer.format,), tensors(layer), 0).decode()]
+            break
+        parts.append(part_of(layer, tile, rows).decode())
+    y = x.double() @ torch.cat(parts).double().T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+@pytest.fixture(scope="session")
+def make_packed() -> Callable[..., PackedLinear]:
+    """Makes a layer of random codes."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[..., PackedLinear]:
+    """Fills any format with random bits."""
+    return random_tensors
+
+
+def check_result(y: Tensor, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> None:
+    """Each result must be as near to that in float64 as its roundings allow.
+
+    At most, the weight, the factors, t, either product, the bias added and their sum are rounded to the dtype of x.
+    """
+    unit = torch.finfo(x.dtype).eps / 2
+    x = x.double()
+    scaled = x if packed.input_scale is None else x * packed.input_scale.double()
+    weight = packed.weight.decode().double()
+    exact, size = scaled @ weight.T, 4 * scaled.abs() @ weight.abs().T
+    if packed.left is not None and packed.right is not None:
+        left, right = packed.left.decode().double(), packed.right.decode().double()
+        exact = exact + x @ right.T @ left.T
+        size = size + 6 * x.abs() @ right.abs().T @ left.abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + 2 * bias.double().abs()
+    assert bool(((y.double() - exact).abs() <= unit * (2 * exact.abs() + size)).all())
+
+
+@pytest.fixture(scope="session")
+def check() -> Callable[..., None]:
+    """Compares a result with the product in float64."""
+    return check_result
+
+
+@pytest.fixture
+def calls_made() -> list[int]:
+    """Rows of the layers that the kernel of `cpu_kernels` has computed."""
+    return []
+
+
+@pytest.fixture
+def cpu_kernels(calls_made: list[int]) -> tuple[Kernel, ...]:
+    """A table with one kernel, for the GPU's form of a layer on a CPU."""
+
+    def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
+        if device.type != "cpu" or dtype != spec.weight.dtype:
+            return "is for the CPU"
+        return _refuses_format(spec)
+
+    def run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        calls_made.append(state.format.rows)
+        return compute(x, state, bias)
+
+    return (Kernel("fragments on the CPU", accepts, prepare, run, stack_shared),)

@@ -1,0 +1,209 @@
+"""Forms that no single kernel takes, composed of products: exact in what they store, near in what they compute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slimc.backends.cuda.compose import COMPOSED, composed, decoded, plan_of
+from slimc.backends.cuda.fit import Fit, fit_of
+from slimc.backends.reference import DECODE
+from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.modules import SlimLinear
+from slimc.runtime.packing import PackedLinear
+from slimc.runtime.select import Kernel
+
+BF16 = torch.bfloat16
+
+
+def weight(rows: int = 48, columns: int = 320, bits: int | None = 4, **form: Any) -> WeightFormat:
+    return WeightFormat(rows, columns, bits, dtype=BF16, **form)
+
+
+def linear(main: WeightFormat, rank: int = 0, *, scaled: bool = False, **form: Any) -> LinearFormat:
+    form = {"bits": 4, "group": 64} | form
+    shapes = ((main.rows, rank), (rank, main.columns))
+    return LinearFormat(
+        main, *(WeightFormat(*shape, dtype=BF16, **form) for shape in shapes if rank), input_scaled=scaled
+    )
+
+
+PLAIN = {"bits": None, "group": None}
+
+COMPOSED_FORMS = {
+    "16-bit adapters": linear(weight(group=64), 20, **PLAIN),
+    "16-bit adapters of a 2:4 weight": linear(weight(sparsity=NM(2, 4), per_tensor=True), 20, **PLAIN),
+    "scaled inputs": linear(weight(sparsity=NM(2, 4), per_tensor=True), 20, scaled=True),
+    "scaled inputs, no adapters": linear(weight(group=128), scaled=True),
+    "scaled inputs, 16-bit adapters": linear(weight(group=64), 33, scaled=True, **PLAIN),
+    "adapters in groups of 128": linear(weight(group=64), 130, group=128),
+    "adapters with a scale a row": linear(weight(group=128), 70, group=None),
+    "adapters with one scale": linear(weight(per_tensor=True), 70, group=None, per_tensor=True),
+    "adapters in groups of 32": linear(weight(group=64), 70, group=32),
+    "8-bit adapters": linear(weight(group=64), 70, bits=8),
+    "3-bit adapters": linear(weight(group=64), 70, bits=3),
+    "16-bit weight": linear(weight(bits=None), 20),
+    "16-bit weight, scaled inputs": linear(weight(bits=None), scaled=True),
+    "3 bits": linear(weight(bits=3, group=64), 20),
+    "2 bits, 2:4": linear(weight(bits=2, sparsity=NM(2, 4)), 20),
+    "groups of 32": linear(weight(group=32), 20),
+    "groups of 48, 2:4": linear(weight(group=48, sparsity=NM(2, 4)), 20, **PLAIN),
+    "groups of 256": linear(weight(group=256), 20),
+    "groups of 192": linear(weight(columns=500, group=192), 20),
+    "one group": linear(weight(group=1024), 20),
+    "a width that is not round": linear(weight(columns=325, group=64), 20),
+    "a width of half a byte, 2:4": linear(weight(columns=324, sparsity=NM(2, 4), per_tensor=True), 21),
+    "a width below 8": linear(weight(columns=3), 1),
+    "one row": linear(weight(rows=1, columns=3, bits=3), 1, **PLAIN),
+}
+
+DENSE_FORMS = {
+    "8 bits": (linear(weight(bits=8, group=64), 20), "holds codes of up to 4 bits, not int8/64"),
+    "asymmetric": (linear(weight(group=64, asymmetric=True), 20), "holds symmetric codes only"),
+    "2:4 of 16-bit values": (linear(weight(bits=None, sparsity=NM(2, 4)), 20), "not 2:4 bf16"),
+    "unstructured": (linear(weight(sparsity=Unstructured(), nonzeros=7000), 20), "knows 2:4 and dense weights"),
+    "1:4": (linear(weight(sparsity=NM(1, 4)), 20), "knows 2:4 and dense weights, not 1:4"),
+    "groups of 24": (linear(weight(group=24)), "filled up to 64, and take more than twice their room"),
+    "groups of 50, 2:4": (linear(weight(group=50, sparsity=NM(2, 4))), "cut through groups of 4"),
+}
+
+
+@pytest.fixture
+def table(cpu_kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    one = composed(cpu_kernels, "cpu")
+    return (*cpu_kernels, one, decoded("cpu"), DECODE)
+
+
+def canonical(packed: PackedLinear) -> PackedLinear:
+    """Clear the bits that pad the streams of codes, as whoever packs them does."""
+    named = packed.tensors()
+    parts = {"": packed.format.weight, "left_": packed.format.left, "right_": packed.format.right}
+    for prefix, spec in parts.items():
+        if spec is not None and spec.bits is not None and (used := spec.stored_per_row * spec.bits % 8):
+            named[f"{prefix}values"][:, -1] &= (1 << used) - 1
+    return PackedLinear.assemble(packed.format, named)
+
+
+@pytest.mark.parametrize("name", COMPOSED_FORMS)
+def test_composed_forms(name: str, fill: Any, check: Any, table: tuple[Kernel, ...]) -> None:
+    spec = COMPOSED_FORMS[name]
+    packed = fill(spec)
+    expected = {key: tensor.clone() for key, tensor in packed.tensors().items()}
+    bias = torch.randn(spec.rows).to(BF16)
+    layer = SlimLinear(packed, bias, kernels=table)
+    (choice,) = layer.choices()
+    assert choice.kernel is table[1]
+    assert list(choice.refusals) == [table[0].name]
+    for tokens in (1, 5):
+        x = torch.randn(tokens, spec.columns).to(BF16)
+        check(layer(x), x, packed, bias)
+        check(layer(x.view(tokens, 1, -1))[:, 0], x, packed, bias)
+    held = dict(layer.named_buffers())
+    assert held
+    assert all(key.startswith("resident_") for key in held)
+    restored = layer.packed.tensors()
+    assert restored.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in restored.items())
+
+
+@pytest.mark.parametrize("name", DENSE_FORMS)
+def test_forms_that_are_decoded_once_say_why(name: str, fill: Any, check: Any, table: tuple[Kernel, ...]) -> None:
+    spec, reason = DENSE_FORMS[name]
+    packed = fill(spec)
+    layer = SlimLinear(packed, kernels=table)
+    (choice,) = layer.choices()
+    assert choice.kernel is table[2]
+    assert reason in choice.refusals["cuda-composed"]
+    assert reason in str(choice)
+    x = torch.randn(5, spec.columns).to(BF16)
+    check(layer(x), x, packed)
+    assert layer(x[0]).shape == (spec.rows,)
+    assert list(layer.state_dict()) == list(packed.tensors())
+
+
+def test_a_fused_adapter_is_in_the_kernel_and_others_beside_it() -> None:
+    fused = {"adapters in groups of 128", "adapters with a scale a row", "3-bit adapters", "groups of 32", "3 bits"}
+    for name, spec in COMPOSED_FORMS.items():
+        plan = plan_of(spec)
+        assert not isinstance(plan, str)
+        if name in fused:
+            assert plan.fused, name
+        if "scaled" in name or "16-bit" in name or "32" in name.partition("adapters")[2]:
+            assert not plan.fused, name
+        if plan.fused:
+            assert len(plan.kernel_formats()) == 1
+
+
+@given(
+    bits=st.integers(2, 4),
+    columns=st.integers(1, 40).map(lambda n: 4 * n),
+    group=st.sampled_from([None, 32, 36, 64, 100, 128, 200, 256]),
+    sparse=st.booleans(),
+    grouped=st.booleans(),
+)
+def test_what_is_written_for_a_kernel_is_the_same_matrix(
+    fill: Any, bits: int, columns: int, group: int | None, sparse: bool, grouped: bool
+) -> None:
+    spec = weight(17, columns, bits, group=group, sparsity=NM(2, 4) if sparse else None)
+    packed = canonical(fill(LinearFormat(spec))).weight
+    fit = fit_of(spec, grouped=grouped)
+    if isinstance(fit, str):
+        assert grouped
+        assert (group or 0) % 64
+        return
+    written = fit.apply(packed)
+    assert written.format == fit.format
+    x = torch.randn(3, columns).to(BF16)
+    # Columns of zeros and repeated scales change no product.
+    dense, spread = packed.decode().double(), written.decode().double()
+    torch.testing.assert_close(fit.spread(x).double() @ spread.T, x.double() @ dense.T, rtol=1e-12, atol=1e-12)
+    undone = fit.undo(written)
+    assert all(torch.equal(tensor, packed.tensors()[name]) for name, tensor in undone.tensors().items())
+
+
+def test_a_factor_lies_beside_another_matrix_if_its_groups_do() -> None:
+    main = fit_of(weight(group=32))
+    assert isinstance(main, Fit)
+    assert isinstance(fit_of(weight(20, group=64), beside=main), Fit)
+    assert isinstance(fit_of(weight(20, group=32), beside=main), Fit)
+    refusal = fit_of(weight(20, group=16), beside=main)
+    assert refusal == "groups of 16 columns do not fall on its groups of 64"
+
+
+def test_other_inputs_and_devices_are_refused(cpu_kernels: tuple[Kernel, ...]) -> None:
+    spec = COMPOSED_FORMS["16-bit adapters"]
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    one = composed(cpu_kernels, "cpu")
+    dense = decoded("cpu")
+    assert one.accepts(spec, BF16, meta, 1) == "runs on cpu, not on meta"
+    assert one.accepts(spec, torch.float32, cpu, 1) == "needs activations and scales of one 16-bit dtype"
+    assert dense.accepts(spec, torch.float32, cpu, 1) == "would decode for inputs of the weight's dtype only"
+    assert dense.accepts(spec, BF16, meta, 1) == "runs on cpu, not on meta"
+    assert "that other kernels hold packed" in str(dense.accepts(spec, BF16, cpu, 4096))
+    # Kernels know 16-bit scales only.
+    wide = LinearFormat(WeightFormat(48, 320, 4))
+    assert dense.accepts(wide, torch.float32, cpu, 1) is None
+    assert composed((), "cpu").accepts(spec, BF16, cpu, 1) == ""
+
+
+def test_a_copy_and_a_compiled_layer(fill: Any, table: tuple[Kernel, ...]) -> None:
+    layer = SlimLinear(canonical(fill(COMPOSED_FORMS["scaled inputs"])), kernels=table)
+    x = torch.randn(5, 320).to(BF16)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_the_layout_gives_back_fresh_tensors(fill: Any) -> None:
+    packed = canonical(fill(COMPOSED_FORMS["scaled inputs, 16-bit adapters"]))
+    state = COMPOSED.prepare(packed)
+    restored = COMPOSED.restore((packed.format,), COMPOSED.tensors(state), 0)
+    held: list[Tensor] = list(COMPOSED.tensors(state).values())
+    assert not {t.data_ptr() for t in held} & {t.data_ptr() for t in restored.tensors().values()}

@@ -1,0 +1,110 @@
+"""Forms that no single kernel takes, on a GPU, against the product with the decoded weight in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.backends import COMPOSED, KERNELS
+from slimc.backends.cuda.compose import DECODED
+from slimc.runtime.bits import pack_bits
+from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.modules import SlimLinear
+from slimc.runtime.packing import PackedLinear
+
+ROWS, COLUMNS, RANK = 512, 640, 57
+
+
+def linear(
+    rank: int = RANK, *, columns: int = COLUMNS, factor: tuple[Any, ...] = (4, 64), scaled: bool = False, **form: Any
+) -> LinearFormat:
+    dtype = form.setdefault("dtype", torch.bfloat16)
+    main = WeightFormat(ROWS, columns, **({"bits": 4} | form))
+    shapes = ((ROWS, rank), (rank, columns)) if rank else ()
+    return LinearFormat(main, *(WeightFormat(*shape, *factor, dtype=dtype) for shape in shapes), input_scaled=scaled)
+
+
+SPARSE = {"sparsity": NM(2, 4), "per_tensor": True}
+COMPOSED_FORMS = {
+    "16-bit adapters": linear(factor=(None,), **SPARSE),
+    "scaled inputs": linear(scaled=True, **SPARSE),
+    "fp16": linear(scaled=True, dtype=torch.float16, **SPARSE),
+    "8-bit adapters": linear(factor=(8, 64), group=64),
+    "adapters a row": linear(factor=(4, None), group=64),
+    "groups of 32": linear(group=32),
+    "3 bits": linear(bits=3, **SPARSE),
+    "a width that is not round": linear(columns=701, group=64),
+    "16-bit weight": linear(bits=None),
+}
+DENSE_FORMS = {
+    "8 bits": linear(bits=8, group=64),
+    "asymmetric": linear(asymmetric=True, group=64),
+    "2:4 16 bit": linear(bits=None, sparsity=NM(2, 4)),
+    "unstructured": linear(sparsity=Unstructured(), nonzeros=ROWS * COLUMNS // 2),
+}
+
+
+def fill(spec: LinearFormat) -> PackedLinear:
+    """Fill a format with random codes."""
+    generator = torch.Generator().manual_seed(0)
+    named: dict[str, Tensor] = {}
+    for name, (shape, dtype) in spec.tensor_specs().items():
+        if dtype == torch.uint8:
+            named[name] = torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+        else:
+            named[name] = ((torch.rand(shape, generator=generator) + 0.5) * 0.01).to(dtype)
+    if spec.weight.sparsity is not None:
+        kept = torch.zeros(ROWS * COLUMNS // 4, 4, dtype=torch.uint8)
+        kept[:, 1::2] = 1
+        named["pattern"] = pack_bits(kept.view(ROWS, COLUMNS), 1)
+    return PackedLinear.from_tensors(spec, {name: tensor.cuda() for name, tensor in named.items()})
+
+
+def compute_and_check(spec: LinearFormat, tokens: int, kernels: tuple[Any, ...], last: Any) -> SlimLinear:
+    packed = fill(spec)
+    bias = torch.randn(ROWS, dtype=spec.weight.dtype, device="cuda")
+    layer = SlimLinear(packed, bias, kernels=kernels)
+    chosen = next(one for one in layer.choices() if one.last_tokens is None or tokens <= one.last_tokens)
+    assert chosen.kernel is last
+    x = torch.randn(tokens, spec.columns, dtype=spec.weight.dtype, device="cuda")
+    y = layer(x)
+    unit = torch.finfo(x.dtype).eps / 2
+    x = x.double()
+    scaled = x if packed.input_scale is None else x * packed.input_scale.double()
+    weight = packed.weight.decode().double()
+    exact, size = scaled @ weight.T, 4 * scaled.abs() @ weight.abs().T
+    if packed.left is not None and packed.right is not None:
+        left, right = packed.left.decode().double(), packed.right.decode().double()
+        exact, size = exact + x @ right.T @ left.T, size + 6 * x.abs() @ right.abs().T @ left.abs().T
+    exact, size = exact + bias.double(), size + 2 * bias.double().abs()
+    assert bool(((y.double() - exact).abs() <= unit * (2 * exact.abs() + size)).all())
+    return layer
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 100])
+@pytest.mark.parametrize("name", COMPOSED_FORMS)
+def test_composed_forms(name: str, tokens: int) -> None:
+    layer = compute_and_check(COMPOSED_FORMS[name], tokens, KERNELS, COMPOSED)
+    assert all(name.startswith("resident_") for name, _ in layer.named_buffers())
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("name", DENSE_FORMS)
+def test_forms_that_are_decoded_once(name: str, tokens: int) -> None:
+    compute_and_check(DENSE_FORMS[name], tokens, KERNELS, DECODED)
+
+
+def test_a_composed_layer_is_captured() -> None:
+    layer = SlimLinear(fill(COMPOSED_FORMS["scaled inputs"]), kernels=KERNELS)
+    x = torch.randn(3, COLUMNS, dtype=torch.bfloat16, device="cuda")
+    expected = layer(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
