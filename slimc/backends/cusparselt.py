@@ -29,7 +29,7 @@ from slimc.backends.cuda.expand import expand_kept, order_metadata
 from slimc.backends.cuda.fragments import metadata_words
 from slimc.backends.cuda.layer import FragmentLayer, refuses, refuses_machine, stack_shared
 from slimc.backends.cuda.layer import prepare as prepare_fragments
-from slimc.backends.cuda.stored import StoredLayer, fill_up
+from slimc.backends.cuda.stored import StoredAdapters, fill_up
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.backends.private_folder import PrivateFolder
 from slimc.errors import KernelError
@@ -55,10 +55,19 @@ _search: Any = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None
 
 @dataclass
 class SparseLayer:
-    """A layer of 16-bit values: W in the library's form [rows, 9 / 16 of the columns], and what its adapters store."""
+    """A layer of 16-bit values.
 
+    Attributes:
+        format: what the layer stores.
+        compressed: W in the library's form, [rows, 9 / 16 of the columns].
+        adapters: as they are stored.
+        input_scale: [columns] or None.
+    """
+
+    format: LinearFormat
     compressed: Tensor
-    stored: StoredLayer
+    adapters: StoredAdapters | None
+    input_scale: Tensor | None
 
 
 def prepare(packed: PackedLinear) -> SparseLayer:
@@ -69,7 +78,7 @@ def prepare(packed: PackedLinear) -> SparseLayer:
     compressed, values, metadata = _empty(weight.format, weight.values)
     values.copy_(weight.values)
     metadata.copy_(ordered_metadata(metadata_words(weight.pattern)).view(metadata.dtype))
-    return SparseLayer(compressed, StoredLayer(packed))
+    return SparseLayer(packed.format, compressed, StoredAdapters.of(packed), packed.input_scale)
 
 
 def ordered_metadata(words: Tensor) -> Tensor:
@@ -91,11 +100,12 @@ def ordered_metadata(words: Tensor) -> Tensor:
 
 def run(x: Tensor, layer: SparseLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
-    packed = layer.stored.packed
-    flat = x.reshape(-1, packed.format.columns)
-    inputs = flat if packed.input_scale is None else flat * packed.input_scale
-    y = layer.stored.add_adapters(_product(layer.compressed, inputs, bias), flat)
-    return y.view(*x.shape[:-1], packed.format.rows)
+    flat = x.reshape(-1, layer.format.columns)
+    inputs = flat if layer.input_scale is None else flat * layer.input_scale
+    y = _product(layer.compressed, inputs, bias)
+    if layer.adapters is not None:
+        layer.adapters.add(y, flat)
+    return y.view(*x.shape[:-1], layer.format.rows)
 
 
 def run_decoded(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:

@@ -105,8 +105,6 @@ def tune(
     """
     counts = _counts(tokens)
     layers = [module for module in model.modules() if isinstance(module, SlimLinear)]
-    if any(layer.device.type == "cuda" for layer in layers) and torch.cuda.is_current_stream_capturing():
-        raise KernelError("kernels cannot be timed while a CUDA graph is captured; call slimc.tune before the capture")
     done: set[tuple[LinearFormat, torch.dtype, torch.device]] = set()
     for layer in layers:
         case = layer.format, dtype or layer.format.weight.dtype, layer.device
@@ -118,6 +116,7 @@ def tune(
             before = {} if again else known.of(*case)
             missing = [count for count in counts if count not in before]
             if missing:
+                _refuse_capture()
                 known.keep(*case, {**_copy(before), **_measure(layer, layer.kernels, case[1], missing)})
         layer.choose_again()
 
@@ -142,6 +141,11 @@ def microseconds(call: Callable[[], Tensor], device: torch.device) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
     return statistics.median(times)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise KernelError("kernels cannot be timed while a CUDA graph is captured; call slimc.tune before the capture")
 
 
 def _counts(tokens: Iterable[int]) -> list[int]:

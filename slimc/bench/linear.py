@@ -207,6 +207,8 @@ PEERS = {
     "cusparselt-16bit": Peer(sparse_16, SPARSE_16_BITS, 128, 1 << 14),
 }
 INT4_PEERS = ("humming", "tinygemm", "gemlite")
+QUICK_PEERS = ("humming", "tinygemm", "cusparselt-16bit")
+"""Without gemlite, which tunes itself for a minute or so at every shape that is new to it."""
 
 
 def peer_layers(names: Sequence[str], rows: int, columns: int) -> dict[str, list[Layer]]:
@@ -393,7 +395,7 @@ def run(
     tokens: Sequence[int],
     *,
     layers: Sequence[str] = (),
-    peers: Sequence[str] = tuple(PEERS),
+    peers: Sequence[str] = QUICK_PEERS,
     tuned: bool = False,
     only_expected: bool = False,
     save: Callable[[Row], None] = lambda _found: None,
@@ -434,7 +436,9 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
-    parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
+    parser.add_argument(
+        "--peers", default=",".join(QUICK_PEERS), help=f"other people's kernels, of {', '.join(PEERS)}; empty for none"
+    )
     parser.add_argument("--tuned", action="store_true", help="select by the times of this run")
     parser.add_argument("--chosen", action="store_true", help="of slimc's kernels only the expected one")
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")

@@ -6,7 +6,7 @@ call into memory of PyTorch's allocator.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,52 +18,57 @@ from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
-__all__ = ["STORED", "StoredLayer", "fill_up", "prepare", "run"]
+__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "fill_up", "prepare", "run"]
+
+
+class StoredMatrix:
+    """A matrix as it is stored, and the launch that decodes it, made when it is first needed."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self.packed = packed
+        self._unpacker: Unpacker | None = None
+
+    def dense(self) -> Tensor:
+        """Return the dense matrix, for reading only, its columns filled up to whole pieces by zeros."""
+        spec, values = self.packed.format, self.packed.values
+        if spec.bits is None and self.packed.pattern is None:
+            return fill_up(values, 1, PIECE_COLUMNS)
+        if self._unpacker is None:
+            self._unpacker = unpacker(self.packed)
+        made = values.new_empty(spec.rows, whole_pieces(spec.columns), dtype=spec.dtype)
+        self._unpacker(made)
+        return made
+
+
+@dataclass
+class StoredAdapters:
+    """L and R as they are stored."""
+
+    left: StoredMatrix
+    right: StoredMatrix
+
+    @classmethod
+    def of(cls, packed: PackedLinear) -> StoredAdapters | None:
+        """Return the adapters of a layer, or None if it has none."""
+        if packed.left is None or packed.right is None:
+            return None
+        return cls(StoredMatrix(packed.left), StoredMatrix(packed.right))
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add ``(x @ R^T) @ L^T`` to y [tokens, rows], in place; return y."""
+        # Products with a rank that is no multiple of 8 take several times as long.
+        right = fill_up(self.right.dense(), 0, PIECE_COLUMNS)[:, : x.shape[1]]
+        return y.addmm_(torch.mm(x, right.t()), self.left.dense().t())
 
 
 @dataclass
 class StoredLayer:
-    """A layer as it is stored; nothing is copied.
+    """A layer as it is stored; nothing is copied."""
 
-    Attributes:
-        packed: the canonical tensors.
-        unpackers: launches made so far, by the part that they decode.
-    """
-
-    packed: PackedLinear
-    unpackers: dict[str, Unpacker] = field(default_factory=dict)
-
-    def dense(self, part: str, weight: PackedWeight) -> Tensor:
-        """Return a part, always the same under one name, as a dense matrix for reading only.
-
-        It has whole pieces of columns; those that are not the part's own are zeros.
-        """
-        if weight.format.bits is None and weight.pattern is None:
-            return fill_up(weight.values, 1, PIECE_COLUMNS)
-        known = self.unpackers.get(part)
-        if known is None:
-            known = self.unpackers[part] = unpacker(weight)
-        columns = whole_pieces(weight.format.columns)
-        made = weight.values.new_empty(weight.format.rows, columns, dtype=weight.format.dtype)
-        known(made)
-        return made
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return L [rows, rank] and R [rank, columns] as dense matrices, of a rank that is filled up by zeros."""
-        left, right = self.packed.left, self.packed.right
-        if left is None or right is None:
-            return None
-        wide_left, narrow_right = self.dense("left", left), self.dense("right", right)
-        # Products with a rank that is no multiple of 8 take several times as long.
-        return wide_left, fill_up(narrow_right, 0, PIECE_COLUMNS)[:, : right.format.columns]
-
-    def add_adapters(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add ``(x @ R^T) @ L^T`` to y [tokens, rows], in place, if there are adapters."""
-        factors = self.factors()
-        if factors is None:
-            return y
-        left, right = factors
-        return y.addmm_(torch.mm(x, right.t()), left.t())
+    format: LinearFormat
+    weight: StoredMatrix
+    adapters: StoredAdapters | None
+    input_scale: Tensor | None
 
 
 def fill_up(matrix: Tensor, axis: int, multiple: int) -> Tensor:
@@ -76,16 +81,17 @@ def fill_up(matrix: Tensor, axis: int, multiple: int) -> Tensor:
 
 def prepare(packed: PackedLinear) -> StoredLayer:
     """Take the tensors as they are."""
-    return StoredLayer(packed)
+    return StoredLayer(packed.format, StoredMatrix(packed.weight), StoredAdapters.of(packed), packed.input_scale)
 
 
 def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
-    packed, spec = layer.packed, layer.packed.format
+    spec = layer.format
     flat = x.reshape(-1, spec.columns)
-    weight = layer.dense("weight", packed.weight)[:, : spec.columns]
-    scaled = flat if packed.input_scale is None else flat * packed.input_scale
-    y = layer.add_adapters(functional.linear(scaled, weight, bias), flat)
+    scaled = flat if layer.input_scale is None else flat * layer.input_scale
+    y = functional.linear(scaled, layer.weight.dense()[:, : spec.columns], bias)
+    if layer.adapters is not None:
+        layer.adapters.add(y, flat)
     return y.view(*x.shape[:-1], spec.rows)
 
 
