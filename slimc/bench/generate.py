@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -182,19 +183,20 @@ class _Loop:
         return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
 
-_KINDS: dict[str, tuple[str, ...]] = {
-    "compressed layers": ("_linear", "tinygemm"),
-    "attention": ("fmha", "flash", "attention", "sdpa"),
-    "dense products": ("gemm", "gemv", "cutlass", "nvjet", "splitk", "triton_tem", "cublas"),
-    "copies": ("memcpy", "memset"),
-    "everything between": ("triton_",),
-}
-"""Parts of kernels' names, by the kind that they are counted as; the first that fits counts."""
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("compressed layers", r"tinygemm|^(?!triton).*_linear"),
+    ("dense products", r"triton_tem|triton\w*_mm_"),
+    ("everything between", r"triton_"),
+    ("attention", r"fmha|flash|attention|sdpa"),
+    ("dense products", r"gemm|gemv|cutlass|nvjet|splitk|cublas"),
+    ("copies", r"memcpy|memset"),
+)
+"""Kinds of kernels, each with a pattern of their names; the first that fits counts."""
 
 
 def _kind(kernel: str) -> str:
-    lowered = kernel.lower()
-    return next((kind for kind, parts in _KINDS.items() if any(part in lowered for part in parts)), "other kernels")
+    found = (kind for kind, pattern in _KINDS if re.search(pattern, kernel, re.IGNORECASE))
+    return next(found, "other kernels")
 
 
 def build(config: dict[str, Any], variant: Variant, device: torch.device) -> nn.Module:

@@ -80,6 +80,7 @@ class SlimLinear(nn.Module):
     bias: nn.Parameter | None
     _made: dict[str, weakref.ref[Tensor]]
     _not_undone: set[Callable[..., Any]]
+    _was_captured: bool
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None = None, *, kernels: Sequence[Kernel] = ()) -> None:
         """Take over the tensors of ``packed`` (no copy); raise `FormatError` if the parts do not fit."""
@@ -255,12 +256,16 @@ class SlimLinear(nn.Module):
 
         Raises:
             FormatError: the packed tensors have not the shapes and dtypes of the format.
+            KernelError: a CUDA graph is being captured.
         """
         with _changing:
             self._settle()
-            if self._resident is not None and self._resident.layout is layout_of(kernel):
-                return self._resident.state
-            return kernel.prepare(self._checked())
+            resident = self._resident
+            if resident is not None and resident.layout is layout_of(kernel):
+                return derive(self._device, lambda: resident.state)
+            packed = self._checked()
+            # It may run on another thread, which must not wait for this one.
+            return derive(self._device, lambda: kernel.prepare(packed))
 
     def hold_part(self, kernel: Kernel, formats: Formats, part: int, shared: Any, state: Any) -> None:
         """Hold a part of the shared state of siblings in place of what is held, if that is of the same layout."""
@@ -310,6 +315,8 @@ class SlimLinear(nn.Module):
         # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
         self._autocast_type = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
         self._made, self._not_undone = {}, set()
+        before = self.__dict__.get("_prepared")
+        self._was_captured = self.__dict__.get("_was_captured", False) or (before is not None and before.captured)
         self._prepared = PreparedLayer(self, device)
         # No buffer: nobody is to move, copy or save it.
         self._handle = self._prepared.handle
@@ -355,7 +362,6 @@ class SlimLinear(nn.Module):
         return all(fn(probe) is probe for probe in probes)
 
     def _apply_to_held(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SlimLinear:
-
         def move_codes_cast_others(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.is_floating_point() or moved.dtype == tensor.dtype:
@@ -380,6 +386,9 @@ class SlimLinear(nn.Module):
             self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
         self._forget_kernels()
         self._settle()
+        # A graph that is captured anew would find a layer without its kernels' forms.
+        if self._was_captured and self._device.type == "cuda":
+            self._prepared.prepare()
 
     def _load_from_state_dict(
         self,
@@ -453,7 +462,7 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
     return Explanation((name, module.choices(dtype)) for name, module in layers)
 
 
-_DERIVED = ("_prepared", "_handle", "_made", "_not_undone")
+_DERIVED = ("_prepared", "_handle", "_made", "_not_undone", "_was_captured")
 """Attributes of a layer that are derived from its tensors."""
 
 

@@ -141,8 +141,7 @@ class PreparedLayer:
             KernelError: that would be while a CUDA graph is captured.
         """
         if kernel.prepare not in self._states:
-            owner = self._living_owner()
-            self._states[kernel.prepare] = derive(self._device, lambda: owner.derive(kernel))
+            self._states[kernel.prepare] = self._living_owner().derive(kernel)
         return self._states[kernel.prepare]
 
     def keep(self, siblings: SiblingLayers) -> None:

@@ -240,6 +240,14 @@ def test_any_batch_in_one_graph(graphs: list[fx.Graph]) -> None:
     assert unique_graphs() == 1
 
 
+def test_layers_that_are_compiled_one_by_one_share_a_graph(graphs: list[fx.Graph], x: Tensor) -> None:
+    layers = [make_layer(64, seed=seed) for seed in range(4)]
+    with torch.inference_mode():
+        for layer in layers:
+            assert torch.equal(torch.compile(layer, backend=slim, fullgraph=True)(x), layer(x))
+    assert unique_graphs() == 1
+
+
 def test_no_tokens_and_autocast(graphs: list[fx.Graph], x: Tensor) -> None:
     model = Attention()
     compiled = torch.compile(model, backend=slim, fullgraph=True, dynamic=False)

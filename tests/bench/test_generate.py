@@ -49,6 +49,8 @@ def test_kernels_are_counted_by_kind() -> None:
         "void at::native::tinygemm_m16n8k16_chunk_kernel": "compressed layers",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",
         "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "dense products",
+        "triton_red_fused__to_copy_mm_mul_0": "dense products",
+        "triton_poi_fused_prepared_linear_silu_0": "everything between",
         "Memcpy DtoD (Device -> Device)": "copies",
         "triton_red_fused__to_copy_mean_mul_pow_rsqrt_0": "everything between",
         "void at::native::reduce_kernel": "other kernels",

@@ -38,10 +38,11 @@ COMPOSED_FORMS = {
     "3 bits": linear(bits=3, **SPARSE),
     "a width that is not round": linear(columns=701, group=64),
     "16-bit weight": linear(bits=None),
-}
-DENSE_FORMS = {
     "8 bits": linear(bits=8, group=64),
     "asymmetric": linear(asymmetric=True, group=64),
+}
+DENSE_FORMS = {
+    "2:4 8 bits": linear(bits=8, sparsity=NM(2, 4)),
     "2:4 16 bit": linear(bits=None, sparsity=NM(2, 4)),
     "unstructured": linear(sparsity=Unstructured(), nonzeros=ROWS * COLUMNS // 2),
 }

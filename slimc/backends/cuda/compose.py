@@ -1,9 +1,10 @@
 """Layers that no single kernel takes, composed of products that one does.
 
 A layer is ``y = (x * input_scale) @ W^T + (x @ R^T) @ L^T + bias``. W, R and L are products of their own here, each
-by the best that there is for it: codes by a kernel (`slimc.backends.cuda.fit` writes them so that one takes them),
-16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there. As everywhere on a GPU the canonical
-tensors are not kept; only adapters of codes that no kernel takes are, beside their values.
+by the best that there is for it: codes by a kernel (`slimc.backends.cuda.fit` writes them so that one takes them, and
+`slimc.backends.cuda.split` as sums of 4-bit codes), 16-bit values by cuBLAS. Adapters stay inside W's kernel where they
+fit there. As everywhere on a GPU the canonical tensors are not kept; only adapters of codes that no kernel takes are,
+beside their values.
 
 What even that cannot hold is decoded once and multiplied densely (`decoded`), beside the canonical tensors.
 """
@@ -23,6 +24,7 @@ from slimc.backends.cuda import layout
 from slimc.backends.cuda.fit import COLUMN_MULTIPLE, Fit, fit_of, padding, put_padding
 from slimc.backends.cuda.layer import FragmentLayer
 from slimc.backends.cuda.layer import prepare as prepare_fragments
+from slimc.backends.cuda.split import Split, split_of
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
@@ -42,12 +44,19 @@ class Plan:
         main: how W's codes are written for a kernel; None if cuBLAS multiplies by W's values.
         left, right: the same of the adapters.
         fused: the adapters are inside W's kernel.
+        split: how W is a sum, of which ``main`` is the low part.
     """
 
     main: Fit | None
     left: Fit | None = None
     right: Fit | None = None
     fused: bool = False
+    split: Split | None = None
+
+    @property
+    def high(self) -> Fit | None:
+        """How the codes of W's high part are written, if there is one."""
+        return self.main if self.split is not None and self.split.wide else None
 
     @property
     def main_format(self) -> LinearFormat | None:
@@ -60,14 +69,20 @@ class Plan:
 
     def kernel_formats(self) -> list[LinearFormat]:
         """Return what the kernels of all parts compute."""
-        alone = [] if self.fused else [LinearFormat(fit.format) for fit in (self.left, self.right) if fit is not None]
+        others = (self.high,) if self.fused else (self.high, self.left, self.right)
+        alone = [LinearFormat(fit.format) for fit in others if fit is not None]
         return alone if self.main_format is None else [self.main_format, *alone]
 
 
 @cache
 def plan_of(spec: LinearFormat) -> Plan | str:
     """Decide which product computes each part of a layer, or say why none can compute W."""
-    weight = spec.weight
+    if spec != _known(spec):
+        return "does nothing to inputs but scale them"
+    split = split_of(spec.weight)
+    if isinstance(split, str):
+        return split
+    weight = spec.weight if split is None else split.part
     main: Fit | None = None
     if weight.bits is not None or weight.sparsity is not None:
         fit = fit_of(weight)
@@ -75,18 +90,24 @@ def plan_of(spec: LinearFormat) -> Plan | str:
             return fit
         main = fit
     if spec.left is None or spec.right is None:
-        return Plan(main)
+        return Plan(main, split=split)
     # Inside the kernel adapters would read the scaled input.
     if main is not None and not spec.input_scaled:
         left, right = fit_of(spec.left, grouped=True), fit_of(spec.right, beside=main)
         if isinstance(left, Fit) and isinstance(right, Fit):
-            return Plan(main, left, right, fused=True)
+            return Plan(main, left, right, fused=True, split=split)
     left, right = fit_of(spec.left), fit_of(spec.right)
     return Plan(
         main,
         left if isinstance(left, Fit) else None,
         replace(right, rows=_filled(spec.rank)) if isinstance(right, Fit) else None,
+        split=split,
     )
+
+
+def _known(spec: LinearFormat) -> LinearFormat:
+    """Return what of a format is computed here."""
+    return LinearFormat(spec.weight, spec.left, spec.right, spec.input_scaled)
 
 
 def _filled(rank: int) -> int:
@@ -129,14 +150,20 @@ class ComposedLayer:
 
     Attributes:
         format: what the layer stores.
-        tensors: all that is kept, by the name of the product (``main_``, ``left_``, ``right_``) and their own.
-        main, left, right: the products; no factors if there are none, or if ``main`` computes with them.
+        plan: which product computes what.
+        tensors: all that is kept, by the name of the product (``main_``, ``high_``, ``left_``, ``right_``) and their
+            own.
+        main, high, left, right: the products; no factors if there are none, or if ``main`` computes with them.
+        offsets: [groups, rows], what the sums of x over the groups of W are multiplied by, or None.
         input_scale: [columns] or None.
     """
 
     format: LinearFormat
+    plan: Plan
     tensors: dict[str, Tensor]
     main: _Coded | _Dense
+    high: _Coded | _Dense | None = None
+    offsets: Tensor | None = None
     left: _Coded | _Dense | None = None
     right: _Coded | _Dense | None = None
     input_scale: Tensor | None = None
@@ -156,12 +183,17 @@ def prepare(packed: PackedLinear) -> ComposedLayer:
         bits = None if fit is None or part is None else padding(part)
         if bits is not None:
             named[f"{prefix}padding"] = bits
+    weight, high = (packed.weight, None) if plan.split is None else plan.split.apply(packed.weight)
     if plan.main is None:
-        named["main_values"] = packed.weight.values
+        named["main_values"] = weight.values
     elif plan.fused:
-        named |= _fragments("main_", plan, packed.weight, packed.left, packed.right)
+        named |= _fragments("main_", plan, weight, packed.left, packed.right)
     else:
-        named |= _fragments("main_", Plan(plan.main), packed.weight)
+        named |= _fragments("main_", Plan(plan.main), weight)
+    if high is not None:
+        named |= _fragments("high_", Plan(plan.high), high)
+    if packed.weight.zero_point is not None:
+        named["zero_point"] = packed.weight.zero_point
     if packed.left is not None and packed.right is not None and not plan.fused:
         for prefix, fit, factor in parts[1:]:
             if fit is not None:
@@ -179,7 +211,13 @@ def assemble(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Compo
     """Make the products of a layer from what is kept of it."""
     spec = formats[0]
     plan = _plan(spec)
-    layer = ComposedLayer(spec, dict(named), _product("main_", plan.main, plan.main_format, spec, named))
+    layer = ComposedLayer(spec, plan, dict(named), _product("main_", plan.main, plan.main_format, spec, named))
+    if plan.high is not None:
+        layer.high = _product("high_", plan.high, None, spec, named)
+    if plan.split is not None and plan.main is not None and plan.main_format is not None:
+        low = layout.restore((plan.main_format,), _without("main_", named), 0).weight
+        scale = _present(plan.main.undo(low).scale)
+        layer.offsets = plan.split.offsets(scale, named.get("zero_point")).t()
     if spec.left is not None and not plan.fused:
         layer.left = _product("left_", plan.left, None, spec, named)
         layer.right = _product("right_", plan.right, None, spec, named)
@@ -202,6 +240,10 @@ def restore(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Packed
                 stored, **{name: _copied(tensor) for name, tensor in (own | {"values": values}).items()}
             )
         weight = fit.undo(fused or layout.restore((LinearFormat(fit.format),), own, 0).weight)
+        if prefix == "main_" and plan.split is not None:
+            high = None if plan.high is None else part("high_", plan.high, plan.split.part, None)
+            zero = named.get("zero_point")
+            weight = plan.split.undo(weight, high, None if zero is None else _copied(zero))
         if "padding" in own:
             put_padding(weight, own["padding"])
         return weight
@@ -219,6 +261,10 @@ def run(x: Tensor, layer: ComposedLayer, bias: Tensor | None, kernels: Sequence[
     inputs = x.reshape(-1, layer.format.columns)
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
     y = layer.main.run(scaled, bias, kernels)
+    if layer.high is not None:
+        y = y.add_(layer.high.run(scaled, None, kernels))
+    if layer.offsets is not None and layer.plan.split is not None:
+        y = y.addmm_(layer.plan.split.sums(scaled), layer.offsets)
     if layer.left is not None and layer.right is not None:
         inner = layer.right.run(inputs, None, kernels)
         if isinstance(layer.left, _Dense):
@@ -260,6 +306,8 @@ def decoded(device_type: str = "cuda") -> Kernel:
             return f"runs on {device_type}, not on {device.type}"
         if dtype != spec.weight.dtype:
             return "would decode for inputs of the weight's dtype only"
+        if spec != _known(spec):
+            return "does nothing to inputs but scale them"
         if dtype.itemsize == 2 and isinstance(plan_of(spec), Plan):
             return "would keep 16 bits of every weight of a form that other kernels hold packed"
         return None

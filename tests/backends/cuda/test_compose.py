@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from slimc.backends.cuda.compose import COMPOSED, composed, decoded, plan_of
 from slimc.backends.cuda.fit import Fit, fit_of
+from slimc.backends.cuda.split import Split, split_of
 from slimc.backends.reference import DECODE
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
-from slimc.runtime.packing import PackedLinear
+from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
 BF16 = torch.bfloat16
@@ -60,12 +62,21 @@ COMPOSED_FORMS = {
     "a width that is not round": linear(weight(columns=325, group=64), 20),
     "a width of half a byte, 2:4": linear(weight(columns=324, sparsity=NM(2, 4), per_tensor=True), 21),
     "a width below 8": linear(weight(columns=3), 1),
+    "8 bits": linear(weight(bits=8, group=64), 20),
+    "8 bits a row, no adapters": linear(weight(bits=8)),
+    "8 bits, 16-bit adapters": linear(weight(bits=8, per_tensor=True), 20, **PLAIN),
+    "6 bits in groups of 32, scaled inputs": linear(weight(columns=300, bits=6, group=32), 20, scaled=True),
+    "5 bits": linear(weight(columns=323, bits=5, group=128), 20),
+    "asymmetric": linear(weight(group=64, asymmetric=True), 20),
+    "asymmetric 3 bits": linear(weight(columns=300, bits=3, group=128, asymmetric=True)),
+    "asymmetric 8 bits": linear(weight(bits=8, group=64, asymmetric=True), 20),
+    "asymmetric 7 bits, one scale": linear(weight(bits=7, per_tensor=True, asymmetric=True), 20),
     "one row": linear(weight(rows=1, columns=3, bits=3), 1, **PLAIN),
 }
 
 DENSE_FORMS = {
-    "8 bits": (linear(weight(bits=8, group=64), 20), "holds codes of up to 4 bits, not int8/64"),
-    "asymmetric": (linear(weight(group=64, asymmetric=True), 20), "holds symmetric codes only"),
+    "8 bits, 2:4": (linear(weight(bits=8, sparsity=NM(2, 4)), 20), "sums over groups count what was pruned"),
+    "asymmetric, 2:4": (linear(weight(asymmetric=True, sparsity=NM(2, 4))), "sums over groups count what was pruned"),
     "2:4 of 16-bit values": (linear(weight(bits=None, sparsity=NM(2, 4)), 20), "not 2:4 bf16"),
     "unstructured": (linear(weight(sparsity=Unstructured(), nonzeros=7000), 20), "knows 2:4 and dense weights"),
     "1:4": (linear(weight(sparsity=NM(1, 4)), 20), "knows 2:4 and dense weights, not 1:4"),
@@ -137,7 +148,7 @@ def test_a_fused_adapter_is_in_the_kernel_and_others_beside_it() -> None:
         if "scaled" in name or "16-bit" in name or "32" in name.partition("adapters")[2]:
             assert not plan.fused, name
         if plan.fused:
-            assert len(plan.kernel_formats()) == 1
+            assert len(plan.kernel_formats()) == 1 + (plan.high is not None)
 
 
 @given(
@@ -190,6 +201,55 @@ def test_other_inputs_and_devices_are_refused(cpu_kernels: tuple[Kernel, ...]) -
     wide = LinearFormat(WeightFormat(48, 320, 4))
     assert dense.accepts(wide, torch.float32, cpu, 1) is None
     assert composed((), "cpu").accepts(spec, BF16, cpu, 1) == ""
+
+
+def test_a_layer_that_does_more_to_its_input_is_refused(cpu_kernels: tuple[Kernel, ...]) -> None:
+    @dataclass(frozen=True)
+    class Rounded(LinearFormat):
+        """A format of a later day."""
+
+        rounded: bool = True
+
+    spec = Rounded(weight(bits=8), input_scaled=True)
+    for kernel in (composed(cpu_kernels, "cpu"), decoded("cpu")):
+        refusal = kernel.accepts(spec, BF16, torch.device("cpu"), 1)
+        assert refusal == "does nothing to inputs but scale them"
+
+
+@given(
+    bits=st.integers(2, 8),
+    columns=st.integers(1, 200),
+    group=st.sampled_from([None, 16, 50, 64, 128]),
+    asymmetric=st.booleans(),
+)
+def test_a_matrix_is_the_sum_of_its_parts(
+    fill: Any, bits: int, columns: int, group: int | None, asymmetric: bool
+) -> None:
+    spec = weight(5, columns, bits, group=group, asymmetric=asymmetric)
+    split = split_of(spec)
+    if not isinstance(split, Split):
+        assert split is None
+        assert bits <= 4
+        assert not asymmetric
+        return
+    packed = canonical(fill(LinearFormat(spec))).weight
+    low, high = split.apply(packed)
+    x = torch.randint(-8, 9, (3, columns)).double()
+    assert packed.scale is not None
+    # In float64 every product and sum here is exact, but for the rounding of decoded weights, which is left out.
+    exact = [
+        PackedWeight(replace(one.format, dtype=torch.float64), one.values, scale=one.scale.double())
+        for one in (low, high)
+        if one
+    ]
+    y = sum(x @ one.decode().T for one in exact)
+    y = y + split.sums(x) @ split.offsets(packed.scale.double(), packed.zero_point).T
+    stored = PackedWeight(
+        replace(spec, dtype=torch.float64), packed.values, scale=packed.scale.double(), zero_point=packed.zero_point
+    )
+    torch.testing.assert_close(y, x @ stored.decode().T, rtol=1e-12, atol=1e-9)
+    undone = split.undo(low, high, packed.zero_point)
+    assert all(torch.equal(tensor, packed.tensors()[name]) for name, tensor in undone.tensors().items())
 
 
 def test_a_copy_and_a_compiled_layer(fill: Any, table: tuple[Kernel, ...]) -> None:
