@@ -28,5 +28,5 @@ KERNELS = KernelTable(
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
 
-LAYOUTS = (layout.FRAGMENTS, compose.COMPOSED)
+LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, compose.COMPOSED)
 """The layouts that take the place of the canonical tensors where their kernels are the best."""

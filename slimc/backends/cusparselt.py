@@ -15,6 +15,7 @@ on disk; during the capture of a CUDA graph, where nothing can be timed, what is
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -26,22 +27,24 @@ from torch import Tensor
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.dense import add_adapters
 from slimc.backends.cuda.expand import expand_kept, order_metadata
-from slimc.backends.cuda.fragments import metadata_words
+from slimc.backends.cuda.fragments import TILE_ROWS, metadata_pattern, metadata_words
 from slimc.backends.cuda.layer import FragmentLayer, refuses, refuses_machine, stack_shared
 from slimc.backends.cuda.layer import prepare as prepare_fragments
-from slimc.backends.cuda.stored import StoredAdapters, fill_up
+from slimc.backends.cuda.stored import StoredAdapters, StoredMatrix, fill_up
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.backends.private_folder import PrivateFolder
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, token_bucket
 
-__all__ = ["CUSPARSELT", "DECODED", "SparseLayer", "ordered_metadata", "prepare", "run", "run_decoded"]
+__all__ = ["CUSPARSELT", "DECODED", "LAYOUT", "SparseLayer", "ordered_metadata", "prepare", "run", "run_decoded"]
 
 SIDE_MULTIPLE = 128
 """For other sizes the library fills up, in a way that is not known here."""
 
+UNIT_COLUMNS = 128
 TOKEN_MULTIPLE = 8
 
 FEWEST_DECODED = 4096
@@ -94,8 +97,53 @@ def ordered_metadata(words: Tensor) -> Tensor:
     by_group = torch.stack([words >> (4 * group) for group in range(4)], -1)
     both = ((by_group & 15) | (by_group >> 12 & 0xF0)).to(torch.uint8)
     # [block row, tile, unit, g, selector, half of columns, word, group], where instruction = 2 * word + selector
-    both = both.view(tiles // 4, 4, units, 8, 2, 2, 2, 4).permute(0, 2, 6, 4, 1, 3, 7, 5)
-    return both.reshape(-1)
+    return both.view(tiles // 4, 4, units, 8, 2, 2, 2, 4).permute(0, 2, 6, 4, 1, 3, 7, 5).reshape(-1)
+
+
+def fragment_metadata(ordered: Tensor, rows: int, columns: int) -> Tensor:
+    """Return metadata as `slimc.backends.cuda.fragments.metadata_words` would, of the library's order."""
+    tiles, units = rows // TILE_ROWS, columns // UNIT_COLUMNS
+    both = ordered.view(tiles // 4, units, 2, 2, 4, 8, 4, 2).permute(0, 4, 1, 5, 3, 7, 2, 6).int()
+    words = torch.zeros(both.shape[:-1], dtype=torch.int32, device=ordered.device)
+    for group in range(4):
+        words |= ((both[..., group] & 15) | (both[..., group] >> 4 << 16)) << (4 * group)
+    return words.reshape(tiles, units, 32, 2)
+
+
+def tensors(layer: SparseLayer) -> dict[str, Tensor]:
+    """Return what of a layer must be kept."""
+    named = {"compressed": layer.compressed}
+    if layer.input_scale is not None:
+        named["input_scale"] = layer.input_scale
+    if layer.adapters is not None:
+        for prefix, factor in (("left_", layer.adapters.left), ("right_", layer.adapters.right)):
+            named |= {prefix + name: tensor for name, tensor in factor.packed.tensors().items()}
+    return named
+
+
+def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> SparseLayer:
+    """Return the layer that reads these tensors."""
+    spec = formats[part]
+    left, right = (_factor(factor, prefix, named) for factor, prefix in ((spec.left, "left_"), (spec.right, "right_")))
+    adapters = None if left is None or right is None else StoredAdapters(StoredMatrix(left), StoredMatrix(right))
+    return SparseLayer(spec, named["compressed"], adapters, named.get("input_scale"))
+
+
+def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedLinear:
+    """Return the canonical tensors of a layer."""
+    spec = formats[part]
+    values, metadata = _parts(spec.weight, named["compressed"])
+    words = fragment_metadata(metadata.view(torch.uint8), spec.rows, spec.columns)
+    weight = PackedWeight(spec.weight, values.clone(), metadata_pattern(words, spec.rows, spec.columns))
+    copied = {name: tensor.clone() for name, tensor in named.items() if name != "compressed"}
+    left, right = (_factor(factor, prefix, copied) for factor, prefix in ((spec.left, "left_"), (spec.right, "right_")))
+    return PackedLinear(weight, left, right, copied.get("input_scale"))
+
+
+def _factor(spec: WeightFormat | None, prefix: str, named: Mapping[str, Tensor]) -> PackedWeight | None:
+    if spec is None:
+        return None
+    return PackedWeight(spec, **{name: named[prefix + name] for name in spec.tensor_specs()})
 
 
 def run(x: Tensor, layer: SparseLayer, bias: Tensor | None) -> Tensor:
@@ -121,10 +169,14 @@ def run_decoded(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
 
 def _empty(spec: WeightFormat, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for the library's form, and in it the values [rows, columns / 2] and the metadata."""
+    compressed = like.new_empty(spec.rows, spec.columns // 16 * 9, dtype=spec.dtype)
+    return compressed, *_parts(spec, compressed)
+
+
+def _parts(spec: WeightFormat, compressed: Tensor) -> tuple[Tensor, Tensor]:
     half = spec.columns // 2
-    compressed = like.new_empty(spec.rows, half // 8 * 9, dtype=spec.dtype)
     values, metadata = torch.split(compressed.view(-1), [spec.rows * half, spec.rows * half // 8])
-    return compressed, values.view(spec.rows, half), metadata
+    return values.view(spec.rows, half), metadata
 
 
 def _product(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -234,6 +286,9 @@ def _refuses_form(device: torch.device) -> str | None:
         return f"cuSPARSELt {torch.backends.cusparselt.version()} has another form than the one known here"
     return None
 
+
+LAYOUT = register_layout(Layout("cusparselt", prepare, tensors, assemble, restore))
+"""What a layer of 16-bit values keeps: the library's form holds the same values and places as the canonical one."""
 
 CUSPARSELT = Kernel("cusparselt", _accepts, prepare, run)
 """For layers of 16-bit values."""

@@ -262,10 +262,10 @@ class SlimLinear(nn.Module):
             self._settle()
             resident = self._resident
             if resident is not None and resident.layout is layout_of(kernel):
-                return derive(self._device, lambda: resident.state)
+                return derive(self.device, lambda: resident.state)
             packed = self._checked()
             # It may run on another thread, which must not wait for this one.
-            return derive(self._device, lambda: kernel.prepare(packed))
+            return derive(self.device, lambda: kernel.prepare(packed))
 
     def hold_part(self, kernel: Kernel, formats: Formats, part: int, shared: Any, state: Any) -> None:
         """Hold a part of the shared state of siblings in place of what is held, if that is of the same layout."""
@@ -387,7 +387,7 @@ class SlimLinear(nn.Module):
         self._forget_kernels()
         self._settle()
         # A graph that is captured anew would find a layer without its kernels' forms.
-        if self._was_captured and self._device.type == "cuda":
+        if self._was_captured and self.device.type == "cuda":
             self._prepared.prepare()
 
     def _load_from_state_dict(

@@ -12,6 +12,7 @@ import torch
 from slimc.backends import cusparselt
 from slimc.backends.cuda.fragments import metadata_words
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.packing import PackedLinear
 
 SPARSE = WeightFormat(128, 256, sparsity=NM(2, 4), dtype=torch.bfloat16)
 CODES = WeightFormat(128, 256, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
@@ -60,6 +61,26 @@ def test_metadata_in_the_librarys_order() -> None:
             block = row // 64 * (columns // 32) + group // 8
             byte = 256 * block + row // 16 % 4 * 64 + row % 8 * 8 + group % 4 * 2 + group // 4 % 2
             assert int(found[byte]) >> (4 * (row // 8 % 2)) & 15 == int(codes[row, group])
+
+
+@pytest.mark.parametrize(("bits", "scaled"), [(None, True), (4, False)])
+def test_the_canonical_tensors_come_back(bits: int | None, scaled: bool) -> None:
+    group = 64 if bits else None
+    factors = [WeightFormat(*shape, bits, group, dtype=torch.bfloat16) for shape in ((128, 9), (9, 256))]
+    spec = LinearFormat(SPARSE, *factors, input_scaled=scaled)
+    tensors = {
+        name: torch.randint(0, 256, shape, dtype=kind) if kind == torch.uint8 else torch.rand(shape).to(kind)
+        for name, (shape, kind) in spec.tensor_specs().items()
+    }
+    masks = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)[torch.randint(6, (128, 32, 2))]
+    tensors["pattern"] = masks[..., 0] | masks[..., 1] << 4
+    held = cusparselt.tensors(cusparselt.prepare(PackedLinear.assemble(spec, tensors)))
+    assert sum(tensor.nbytes for tensor in held.values()) == spec.nbytes()
+    state = cusparselt.assemble((spec,), held, 0)
+    assert state.compressed is held["compressed"]
+    restored = cusparselt.restore((spec,), cusparselt.tensors(state), 0).tensors()
+    assert restored.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in restored.items())
 
 
 def test_algorithms_are_read_from_disk_and_nonsense_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
