@@ -21,5 +21,6 @@ KERNELS = KernelTable(
         *reference.KERNELS,
     ),
     TIMINGS,
+    __name__,
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
