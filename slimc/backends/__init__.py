@@ -25,6 +25,7 @@ KERNELS = KernelTable(
         *reference.KERNELS,
     ),
     TIMINGS,
+    __name__,
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
 

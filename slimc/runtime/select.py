@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -83,23 +84,40 @@ class Timings(Protocol):
 
 
 class KernelTable(tuple[Kernel, ...]):
-    """Kernels, best first as far as it can be told beforehand, with what is known of their times."""
+    """Kernels, best first as far as it can be told beforehand, with what is known of their times.
+
+    Args:
+        kernels: in their order.
+        timings: of the kernels on this machine.
+        origin: the module in which the table is called ``KERNELS``, if it is: there pickle finds it again. What a
+            kernel does need not be a function of a module, so that a table without is pickled only if all are.
+    """
 
     timings: Timings | None
+    origin: str | None
 
-    def __new__(cls, kernels: Iterable[Kernel] = (), timings: Timings | None = None) -> KernelTable:
+    def __new__(
+        cls, kernels: Iterable[Kernel] = (), timings: Timings | None = None, origin: str | None = None
+    ) -> KernelTable:
         """Take the kernels in their order."""
         table = super().__new__(cls, kernels)
-        table.timings = timings
+        table.timings, table.origin = timings, origin
         return table
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> KernelTable:
         """Share the table: it never changes, and the timings belong to the machine."""
         return self
 
-    def __reduce__(self) -> tuple[type[KernelTable], tuple[tuple[Kernel, ...], Timings | None]]:
-        """Keep the timings with the kernels."""
+    def __reduce__(self) -> tuple[Callable[..., KernelTable], tuple[Any, ...]]:
+        """Name the table, or keep the timings with the kernels."""
+        if self.origin is not None:
+            return _named_table, (self.origin,)
         return KernelTable, (tuple(self), self.timings)
+
+
+def _named_table(origin: str) -> KernelTable:
+    table = import_module(origin).KERNELS
+    return table if isinstance(table, KernelTable) else KernelTable(table)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimc.backends import KERNELS, tuning
+from slimc.backends import KERNELS, cpu, tuning
 from slimc.backends.private_folder import PrivateFolder
 from slimc.backends.tuning import KernelTimings, tune
 from slimc.errors import InputError, KernelError
@@ -164,6 +164,8 @@ def test_copies_share_the_table(measured: list[tuple[str, int]], folder: Path) -
     layer = new_layer()
     layer.use_kernels(KERNELS)
     assert copy.deepcopy(layer).kernels is KERNELS
-    revived = pickle.loads(pickle.dumps(layer)).kernels
-    assert revived == KERNELS
+    assert pickle.loads(pickle.dumps(layer)).kernels is KERNELS
+    own = KernelTable(cpu.KERNELS, tuning.TIMINGS)
+    revived = pickle.loads(pickle.dumps(own))
+    assert revived == own
     assert revived.timings is tuning.TIMINGS
