@@ -11,6 +11,7 @@ from slimc.cli.compressing import compress
 from slimc.cli.inspection import inspect
 from slimc.cli.running import evaluate, generate
 from slimc.cli.showing import recipes
+from slimc.cli.tuning import tune
 
 __all__ = ["app", "main"]
 
@@ -19,4 +20,5 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
 app.command()(recipes)
+app.command()(tune)
 app.command()(bench)

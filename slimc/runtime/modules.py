@@ -28,7 +28,7 @@ from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, Resident, layout_of
 from slimc.runtime.packing import PackedLinear, check_specs
 from slimc.runtime.prepared import PreparedLayer, derive
-from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, choices, choose
+from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, KernelTable, choices, choose
 
 __all__ = ["SlimLinear", "explain", "use_kernels"]
 
@@ -150,7 +150,8 @@ class SlimLinear(nn.Module):
             self._forget_kernels()
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the weight is."""
         return next(held.device for held in self._buffers.values() if held is not None)
 
     def _packed_tensors(self) -> dict[str, Tensor]:
@@ -189,7 +190,7 @@ class SlimLinear(nn.Module):
             if self._resident is not None or layout is None or layout.prepare in self._not_undone:
                 return
             packed = self._checked()
-            state = derive(self._device, lambda: layout.prepare(packed))
+            state = derive(self.device, lambda: layout.prepare(packed))
             resident = Resident(layout, (self.format,), 0, layout.tensors(state), state)
             if _same_bytes(resident.restore().tensors(), packed.tensors()):
                 self._hold(resident)
@@ -200,7 +201,7 @@ class SlimLinear(nn.Module):
     def _wanted_layout(self) -> Layout | None:
         dtype = self.format.weight.dtype
         for tokens in (1, LARGEST_EXPLAINED):
-            kernel, _ = choose(self._kernels, self.format, dtype, self._device, tokens)
+            kernel, _ = choose(self._kernels, self.format, dtype, self.device, tokens)
             layout = layout_of(kernel)
             if layout is not None:
                 return layout
@@ -236,14 +237,14 @@ class SlimLinear(nn.Module):
         self._non_persistent_buffers_set.difference_update(old)
 
     @property
-    def usable_kernels(self) -> Sequence[Kernel]:
+    def usable_kernels(self) -> KernelTable:
         """The kernels that may be chosen for what the layer holds, which is that of the best from now on."""
         self._settle()
         usable = [kernel for kernel in self._kernels if kernel.prepare not in self._not_undone]
-        if self._resident is None:
-            return usable
-        lasting = tuple(kernel for kernel in usable if not kernel.transient)
-        return [_last_resort(kernel, lasting) if kernel.transient else kernel for kernel in usable]
+        if self._resident is not None:
+            lasting = tuple(kernel for kernel in usable if not kernel.transient)
+            usable = [_last_resort(kernel, lasting) if kernel.transient else kernel for kernel in usable]
+        return KernelTable(usable, self._kernels.timings)
 
     @property
     def holds_canonical(self) -> bool:
@@ -261,10 +262,10 @@ class SlimLinear(nn.Module):
             self._settle()
             resident = self._resident
             if resident is not None and resident.layout is layout_of(kernel):
-                return derive(self._device, lambda: resident.state)
+                return derive(self.device, lambda: resident.state)
             packed = self._checked()
             # It may run on another thread, which must not wait for this one.
-            return derive(self._device, lambda: kernel.prepare(packed))
+            return derive(self.device, lambda: kernel.prepare(packed))
 
     def hold_part(self, kernel: Kernel, formats: Formats, part: int, shared: Any, state: Any) -> None:
         """Hold a part of the shared state of siblings in place of what is held, if that is of the same layout."""
@@ -310,7 +311,7 @@ class SlimLinear(nn.Module):
 
     def _forget_kernels(self) -> None:
         """Drop everything that was derived from the tensors that are held."""
-        device = self._device
+        device = self.device
         # Asking about a device without autocast, such as meta, is an error; the processor's answer does no harm.
         self._autocast_type = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
         self._made, self._not_undone = {}, set()
@@ -357,7 +358,7 @@ class SlimLinear(nn.Module):
     def _stays(self, fn: Callable[[Tensor], Tensor]) -> bool:
         """Whether a function leaves tensors of this layer's device and dtypes as they are."""
         dtypes = {dtype for _, dtype in self.format.tensor_specs().values()}
-        probes = [torch.empty(0, dtype=dtype, device=self._device) for dtype in dtypes]
+        probes = [torch.empty(0, dtype=dtype, device=self.device) for dtype in dtypes]
         return all(fn(probe) is probe for probe in probes)
 
     def _apply_to_held(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> SlimLinear:
@@ -386,7 +387,7 @@ class SlimLinear(nn.Module):
         self._forget_kernels()
         self._settle()
         # A graph that is captured anew would find a layer without its kernels' forms.
-        if self._was_captured and self._device.type == "cuda":
+        if self._was_captured and self.device.type == "cuda":
             self._prepared.prepare()
 
     def _load_from_state_dict(
@@ -421,13 +422,24 @@ class SlimLinear(nn.Module):
     def use_kernels(self, kernels: Sequence[Kernel]) -> None:
         """Choose from this table from now on, and hold what its kernels on this device want."""
         with _changing:
-            self._kernels = tuple(kernels)
+            self._kernels = kernels if isinstance(kernels, KernelTable) else KernelTable(kernels)
+            self._forget_kernels()
+            self._settle()
+
+    @property
+    def kernels(self) -> KernelTable:
+        """The table that kernels are chosen from."""
+        return self._kernels
+
+    def choose_again(self) -> None:
+        """Choose kernels anew from the next call on, because more is known of their times."""
+        with _changing:
             self._forget_kernels()
             self._settle()
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:
         """Return which kernel runs at which token counts for inputs of ``dtype`` (default: the weight's)."""
-        return choices(self.usable_kernels, self.format, dtype or self.format.weight.dtype, self._device)
+        return choices(self.usable_kernels, self.format, dtype or self.format.weight.dtype, self.device)
 
     def extra_repr(self) -> str:
         """Return sizes, bias and format, as ``repr`` of a model shows them."""
