@@ -1,0 +1,600 @@
+// y = scale * (x @ W^T) + t @ L^T + bias on Hopper, for many tokens.
+//
+// The weight is the left operand of `wgmma`, or `wgmma.sp` if it is 2:4, and comes from registers; activations are the
+// right operand, from shared memory. A block stays on its multiprocessor and computes one tile of results after
+// another: one warp has the copy engine bring pieces of activations and of the weight, as it is stored, into a ring of
+// slots, across tiles; two warpgroups turn codes into numbers while their products before run. What bounds it is shared
+// memory: a sparse product reads its right operand as fast as that allows, so a tile has as many rows as registers can
+// sum, and each copy of activations serves them all.
+// t = x @ R^T, the small product, is this kernel's own result in a launch before: W is under way while that runs.
+//
+// Compiled with -D, besides those of common.cuh:
+//   SPARSE     1: W is 2:4; 0: W is dense
+//   GROUP      columns of W that share a scale, 0: all of a row
+//   ADAPTERS   1: with t and L
+//   ACTIVATION 16: of the type that common.cuh is compiled for; 8: int8, 80: float8 e4m3, both with a scale a token
+//   TOKENS     of a tile: 64, 128, 160 or 192
+//   ROW_TILES  tiles of 64 rows that a warpgroup holds at once
+//   STAGES     slots in shared memory
+//   BLOCKS     blocks that a multiprocessor can hold at once
+
+#define WARPGROUPS 2  // that multiply
+#define THREADS (128 * (WARPGROUPS + 1))
+#define REGISTERS (BLOCKS == 1 ? 240 : 104)  // of a thread that multiplies: what a block has at its start, less 24 for each of the others
+#define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
+#define TILES (BLOCK_ROWS / 16)
+#define SUMS (TOKENS / 2)  // of a thread, for 64 rows
+#define BYTES_8 (ACTIVATION != 16)
+
+// A piece is what 32 bytes of a row's codes cover: 128 columns of a 2:4 weight, 64 of a dense one.
+#define COLUMNS (SPARSE ? 128 : 64)
+#define BOXES (SPARSE && !BYTES_8 ? 2 : 1)  // of 128 bytes a token
+#define SCALE_GROUPS (GROUP == 0 ? 1 : COLUMNS > GROUP ? COLUMNS / GROUP : 1)
+#define BOX_BYTES (TOKENS * 128)
+#define CODES_AT (BOXES * BOX_BYTES)
+#define METADATA_AT (CODES_AT + TILES * 512)
+#define SCALES_AT (METADATA_AT + (SPARSE ? TILES * 256 : 0))
+#define SLOT_BYTES ((SCALES_AT + (GROUP > 0 || ADAPTERS ? TILES * 32 * SCALE_GROUPS : 0) + 1023) / 1024 * 1024)
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+struct Arguments {
+    TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS x 128 bytes
+    TensorMap t_map;       // t [tokens, ranks], likewise
+    TensorMap y_map;       // [tokens, rows], in boxes of TOKENS x 128 bytes, if rows are a multiple of 8
+    u16* y;                // [tokens, rows]
+    const uint4* codes;    // [row tiles of 16][units][lane]
+    const uint2* metadata; // [row tiles of 16][units][lane], if SPARSE
+    const u16* scale;      // [1], [rows]; with GROUP u32 [row tiles][groups][8]: rows g and g + 8
+    const u16* bias;       // [rows] or null
+    const uint4* left;     // [row tiles][left units][lane]
+    const u32* left_scale; // [row tiles][left units][8]
+    const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
+    const float* token_scale; // [tokens], if ACTIVATION has 8 bits
+    int tokens;
+    int rows;
+    int row_tiles;         // of 16 rows
+    int units;             // of a row tile: columns / COLUMNS, rounded up
+    int groups;            // of a row, if GROUP
+    int row_scale;         // 1: a scale a row, 0: one for all
+    int left_units;        // units of 64 ranks that a row of L has room for
+    int token_tiles;       // tokens / TOKENS, rounded up
+    int row_blocks;        // rows / BLOCK_ROWS, rounded up
+    int wait_first;        // 1: x may still be written by the launch before
+    u32 zero;              // 0, which the compiler does not know
+};
+
+// ------------------------------------------------------------------------------------------------- instructions
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                 ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token) : "memory");
+}
+
+__device__ __forceinline__ void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int row, int token) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;"
+                 ::"l"(map), "r"(from), "r"(row), "r"(token) : "memory");
+}
+__device__ __forceinline__ void wait_until_boxes_are_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_until_boxes_are_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void wait_named(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ uint4 read_uint4(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 read_uint2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 read_word(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_transposed(u32 address, u32 low, u32 high) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
+}
+
+// Activations lie in rows of 128 bytes, swizzled over 8 of them: what the copy engine writes and wgmma reads.
+__device__ __forceinline__ u64 describe(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
+#define OUT4(t, i) t(c[i]), t(c[i + 1]), t(c[i + 2]), t(c[i + 3])
+#define OUT16(t, i) OUT4(t, i), OUT4(t, i + 4), OUT4(t, i + 8), OUT4(t, i + 12)
+#define OUT32(t, i) OUT16(t, i), OUT16(t, i + 16)
+#define OUT64(t) OUT32(t, 0), OUT32(t, 32)
+#define LIST32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LIST64 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LIST80 LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define LIST96 LIST80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+
+#if TOKENS == 64
+#define OUT(t) OUT32(t, 0)
+#define WGMMA_OUT LIST32
+#define WGMMA_A "{%32,%33,%34,%35}, %36"
+#define WGMMA_SP ", %37, %38"
+#elif TOKENS == 128
+#define OUT(t) OUT64(t)
+#define WGMMA_OUT LIST64
+#define WGMMA_A "{%64,%65,%66,%67}, %68"
+#define WGMMA_SP ", %69, %70"
+#elif TOKENS == 160
+#define OUT(t) OUT64(t), OUT16(t, 64)
+#define WGMMA_OUT LIST80
+#define WGMMA_A "{%80,%81,%82,%83}, %84"
+#define WGMMA_SP ", %85, %86"
+#else
+#define OUT(t) OUT64(t), OUT32(t, 64)
+#define WGMMA_OUT LIST96
+#define WGMMA_A "{%96,%97,%98,%99}, %100"
+#define WGMMA_SP ", %101, %102"
+#endif
+#define TEXT2(x) #x
+#define TEXT(x) TEXT2(x)
+
+__device__ __forceinline__ void wgmma(float (&c)[SUMS], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A ", 1, 1, 1, 0;"
+                 : OUT("+f") : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#if ACTIVATION == 8
+typedef int Sum;
+#define SUM "+r"
+#define WGMMA_SPARSE "k64.s32.s8.s8"
+#define WGMMA_DENSE "k32.s32.s8.s8"
+#define WGMMA_SIGNS ", 1;"
+#elif ACTIVATION == 80
+typedef float Sum;
+#define SUM "+f"
+#define WGMMA_SPARSE "k64.f32.e4m3.e4m3"
+#define WGMMA_DENSE "k32.f32.e4m3.e4m3"
+#define WGMMA_SIGNS ", 1, 1, 1;"
+#else
+typedef float Sum;
+#define SUM "+f"
+#define WGMMA_SPARSE "k32.f32." TYPE "." TYPE
+#define WGMMA_DENSE "k16.f32." TYPE "." TYPE
+#define WGMMA_SIGNS ", 1, 1, 1, 0;"
+#endif
+
+#if SPARSE
+template <int SELECTOR>
+__device__ __forceinline__ void multiply(Sum (&c)[SUMS], const u32 (&a)[4], u64 b, u32 metadata) {
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) WGMMA_SPARSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP WGMMA_SIGNS
+                 : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));
+}
+#else
+__device__ __forceinline__ void multiply(Sum (&c)[SUMS], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SIGNS
+                 : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
+
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+    u32 v;
+    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+// --------------------------------------------------------------------------------------------------------- weights
+
+__device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Numbers of rows g (registers 0 and 2) and g + 8 (1 and 3), times their scales.
+__device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
+    const u32 low = __byte_perm(scales, 0, 0x1010), high = __byte_perm(scales, 0, 0x3232);
+    v[0] = multiply_pair(v[0], low);
+    v[1] = multiply_pair(v[1], high);
+    v[2] = multiply_pair(v[2], low);
+    v[3] = multiply_pair(v[3], high);
+}
+
+#if BYTES_8
+// Words of two products with 16-bit operands become the operand of one with bytes, in which a register has the codes of
+// two groups, or pairs, of columns that lay 16, or 8, apart: quantize.cu puts activations into that order.
+#if ACTIVATION == 8
+#define CODE_UNIT (1.f / 16)
+
+// Codes less their zero point of 8, times 16.
+__device__ __forceinline__ u32 bytes_of_high(u32 word) { return (word & 0xf0f0f0f0) ^ 0x80808080; }
+__device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word) {
+    low = bytes_of_high(word << 4);
+    high = bytes_of_high(word);
+}
+#else
+#define CODE_UNIT 512.f
+
+// Codes less their zero point, as multiples of the smallest e4m3: up to 8 of it, its bits are the number of them.
+__device__ __forceinline__ u32 bytes_of_low(u32 word) {
+    const u32 negative = (~word >> 3) & 0x01010101;
+    return ((word & 0x07070707) ^ (negative * 7)) + negative * 0x81;
+}
+__device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word) {
+    low = bytes_of_low(word);
+    high = bytes_of_low(word >> 4);
+}
+#endif
+
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second) {
+    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120));
+    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120));
+}
+
+// Metadata in the order of those operands: of four neighbours, lanes 0 and 1, and 2 and 3, exchange groups.
+__device__ __forceinline__ uint2 reorder_metadata(uint2 m, int lane) {
+    const bool odd = lane & 1;
+    const u32 own = __byte_perm(m.x, m.y, odd ? 0x7351 : 0x6240);
+    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, odd ? 0x6240 : 0x7351), 1);
+    const u32 first = odd ? other : own, second = odd ? own : other;
+    const u32 low = (first & 0x0f0f0f0f) | ((second << 4) & 0xf0f0f0f0);
+    const u32 high = ((first >> 4) & 0x0f0f0f0f) | (second & 0xf0f0f0f0);
+    return make_uint2(__byte_perm(low, high, 0x6240), __byte_perm(low, high, 0x7351));
+}
+#endif
+
+#if ACTIVATION == 8
+__device__ __forceinline__ void scale_sum(float& sum, int products, float scale) { sum = (float)products * scale; }
+#else
+// In the same register, whatever the compiler thinks: it has no room for two sets of sums.
+__device__ __forceinline__ void scale_sum(float& sum, float, float scale) { asm volatile("mul.f32 %0, %0, %1;" : "+f"(sum) : "f"(scale)); }
+#endif
+
+// ------------------------------------------------------------------------------------------------------ main loops
+
+struct Pipeline {
+    u32 slots, full, empty;
+    int slot, parity;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 data() const { return slots + slot * SLOT_BYTES; }
+    __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * slot, parity); }
+
+    // The wait ahead of this call has seen the last product with the piece before the current one end.
+    __device__ __forceinline__ void release_previous(bool first) const {
+        const u32 barrier = empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1);
+        if (!first && threadIdx.x % 128 == 0) barrier_arrive(barrier);
+    }
+};
+
+// One warp brings all pieces of all tiles of this block.
+__device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int lane) {
+    if (lane == 0) {
+        prefetch_map(&a.x_map);
+        if (ADAPTERS) prefetch_map(&a.t_map);
+    }
+    if (a.wait_first) {
+        wait_for_previous_launch();
+        if (lane == 0) let_next_launch_begin();
+    }
+    int used = 0;
+    for (int work = blockIdx.x; work < a.row_blocks * a.token_tiles; work += gridDim.x) {
+        const int block_tile = work / a.token_tiles * TILES, token = work % a.token_tiles * TOKENS;
+        const int2 ranks = ADAPTERS ? a.rank_range[min(block_tile, a.row_tiles - 1)] : make_int2(0, 0);
+        // Rows that do not exist are those of the last tile again, and are not written.
+        const size_t row_tile = min(block_tile + lane % TILES, a.row_tiles - 1);
+        for (int unit = 0; unit < a.units; ++unit) {
+            if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
+            const u32 barrier = p.full + 8 * p.slot, to = p.data();
+            if (lane == 0) {
+                barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
+#pragma unroll
+                for (int box = 0; box < BOXES; ++box)
+                    load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
+            }
+            __syncwarp();
+            if (lane < TILES) load_bytes(to + CODES_AT + lane * 512, a.codes + (row_tile * a.units + unit) * 32, 512, barrier);
+#if SPARSE
+            if (lane >= 32 - TILES)
+                load_bytes(to + METADATA_AT + lane % TILES * 256, a.metadata + (row_tile * a.units + unit) * 32, 256, barrier);
+#endif
+#if GROUP > 0
+            if (lane < TILES) {
+#pragma unroll
+                for (int j = 0; j < SCALE_GROUPS; ++j) {
+                    const int group = min(unit * COLUMNS / GROUP + j, a.groups - 1);
+                    load_bytes(to + SCALES_AT + (lane * SCALE_GROUPS + j) * 32, (const u32*)a.scale + (row_tile * a.groups + group) * 8, 32, barrier);
+                }
+            }
+#endif
+            p.advance();
+            ++used;
+        }
+#if ADAPTERS
+        wait_for_previous_launch();  // which costs nothing but the first time
+        for (int unit = 0; unit < ranks.y; ++unit) {
+            if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
+            const u32 barrier = p.full + 8 * p.slot, to = p.data();
+            if (lane == 0) {
+                barrier_expect(barrier, BOX_BYTES + TILES * (512 + 32));
+                load_box(to, &a.t_map, barrier, ranks.x + unit * 64, token);
+            }
+            __syncwarp();
+            const size_t at = row_tile * a.left_units + unit;
+            if (lane < TILES) load_bytes(to + CODES_AT + lane * 512, a.left + at * 32, 512, barrier);
+            if (lane >= 32 - TILES) load_bytes(to + SCALES_AT + lane % TILES * 32, a.left_scale + at * 8, 32, barrier);
+            p.advance();
+            ++used;
+        }
+#endif
+    }
+}
+
+// Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
+// which holds the operands of half a piece.
+#define PRODUCTS (BYTES_8 ? 2 : 4)  // of a piece
+#define BATCH (TOKENS > 160 ? 1 : PRODUCTS / 2)
+#define LEFT_BATCH (TOKENS > 160 ? 1 : 2)
+
+__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pipeline& p, u32 zero, int tile, int lane, bool first) {
+    p.wait_full();
+    const u32 data = p.data();
+    uint4 codes[ROW_TILES];
+#if SPARSE
+    u32 metadata[ROW_TILES][2];
+#endif
+#if GROUP > 0
+    u32 scales[ROW_TILES][SCALE_GROUPS];
+#endif
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        codes[m] = read_uint4(data + CODES_AT + (tile + 4 * m) * 512 + lane * 16);
+#if SPARSE
+        uint2 words = read_uint2(data + METADATA_AT + (tile + 4 * m) * 256 + lane * 8);
+#if BYTES_8
+        words = reorder_metadata(words, lane);
+#endif
+        // Straight from a load the assembler would let no two products overlap.
+        metadata[m][0] = words.x ^ zero;
+        metadata[m][1] = words.y ^ zero;
+#endif
+#if GROUP > 0
+#pragma unroll
+        for (int j = 0; j < SCALE_GROUPS; ++j)
+            scales[m][j] = read_word(data + SCALES_AT + ((tile + 4 * m) * SCALE_GROUPS + j) * 32 + lane / 4 * 4);
+#endif
+    }
+    const u64 box = describe(data);
+    u32 of[2][BATCH][ROW_TILES][4];
+#pragma unroll
+    for (int batch = 0; batch < PRODUCTS / BATCH; ++batch) {
+        const int set = batch & 1;
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int j = batch * BATCH + i;
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+#if BYTES_8
+                decode_operand(of[set][i][m], word_of(codes[m], 2 * j), word_of(codes[m], 2 * j + 1));
+#else
+                decode_word(of[set][i][m], word_of(codes[m], j));
+#endif
+#if GROUP > 0
+                apply_scales(of[set][i][m], scales[m][j * SCALE_GROUPS / PRODUCTS]);
+#endif
+            }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int j = batch * BATCH + i;
+            // A product reads 64 bytes of a token if W is 2:4, else 32.
+            const int offset = SPARSE ? j / 2 * BOX_BYTES + j % 2 * 64 : j * 32;
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+#if SPARSE && BYTES_8
+                multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[m][j]);
+#elif SPARSE
+                if (j & 1) multiply<1>(sum[m], of[set][i][m], box + offset / 16, metadata[m][j / 2]);
+                else multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[m][j / 2]);
+#else
+                multiply(sum[m], of[set][i][m], box + offset / 16);
+#endif
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (batch == 0) p.release_previous(first);
+    }
+    p.advance();
+}
+
+__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pipeline& p, int tile, int lane) {
+    p.wait_full();
+    const u32 data = p.data();
+    uint4 codes[ROW_TILES];
+    u32 scales[ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        codes[m] = read_uint4(data + CODES_AT + (tile + 4 * m) * 512 + lane * 16);
+        scales[m] = read_word(data + SCALES_AT + (tile + 4 * m) * 32 + lane / 4 * 4);
+    }
+    const u64 box = describe(data);
+    u32 of[2][LEFT_BATCH][ROW_TILES][4];
+#pragma unroll
+    for (int batch = 0; batch < 4 / LEFT_BATCH; ++batch) {
+        const int set = batch & 1;
+#pragma unroll
+        for (int i = 0; i < LEFT_BATCH; ++i) {
+            const int j = batch * LEFT_BATCH + i;
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                decode_word(of[set][i][m], word_of(codes[m], j));
+                apply_scales(of[set][i][m], scales[m]);
+            }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < LEFT_BATCH; ++i)
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box + (batch * LEFT_BATCH + i) * 2);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (batch == 0) p.release_previous(false);
+    }
+    p.advance();
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+// Write what a warpgroup has summed of its tokens: 8 tokens of 64 rows at a time lie as fragments in `sums`.
+struct Output {
+    const Arguments& a;
+    u32 staged;  // this warpgroup's room: TOKENS rows of 128 bytes, swizzled like activations
+
+    __device__ __forceinline__ void stage(const float (&s)[SUMS], int block, float low, float high, int warp, int lane) const {
+        const u32 first = from_float(s[4 * block] + low) | (u32)from_float(s[4 * block + 1] + low) << 16;
+        const u32 second = from_float(s[4 * block + 2] + high) | (u32)from_float(s[4 * block + 3] + high) << 16;
+        const int token = lane & 7, piece = 2 * warp + ((lane >> 3) & 1);
+        store_transposed(staged + (block * 8 + token) * 128 + ((piece ^ token) << 4), first, second);
+    }
+
+    __device__ __forceinline__ void write(int first_row, int first_token) const {
+        if (a.rows % 8 == 0) {
+            if (threadIdx.x % 128 == 0) store_box(&a.y_map, staged, first_row, first_token);
+            return;
+        }
+        for (int i = threadIdx.x % 128; i < TOKENS * 8; i += 128) {
+            const int at = i / 8, piece = i % 8, row = first_row + 8 * piece;
+            const uint4 v = read_uint4(staged + at * 128 + ((piece ^ (at & 7)) << 4));
+            if (first_token + at >= a.tokens) continue;
+            u16* const to = a.y + (size_t)(first_token + at) * a.rows + row;
+            const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                if (row + k < a.rows) to[k] = (u16)(words[k / 2] >> (16 * (k & 1)));
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 slots = (shared_address(shared) + 1023) & ~1023u;
+    Pipeline pipeline{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(pipeline.full + 8 * i, 1);
+            barrier_init(pipeline.empty + 8 * i, WARPGROUPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warp >= 4 * WARPGROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (warp == 4 * WARPGROUPS) bring_pieces(a, pipeline, lane);
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+    if (BYTES_8 && a.wait_first) wait_for_previous_launch();
+
+    const int group = warp / 4;
+    const int own_tile = group * 4 * ROW_TILES + warp % 4;
+    const u32 staged = slots + STAGES * SLOT_BYTES + group * TOKENS * 128;
+    const Output output{a, staged};
+    bool first = true;
+    for (int work = blockIdx.x; work < a.row_blocks * a.token_tiles; work += gridDim.x) {
+        const int block_tile = work / a.token_tiles * TILES, token = work % a.token_tiles * TOKENS;
+#if ADAPTERS
+        const int units = a.rank_range[min(block_tile, a.row_tiles - 1)].y;
+#endif
+        float scale[ROW_TILES][2], bias[ROW_TILES][2];
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = (block_tile + own_tile + 4 * m) * 16 + 8 * half + lane / 4;
+                if (GROUP == 0) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
+                bias[m][half] = a.bias ? to_float(a.bias[min(row, a.rows - 1)]) : 0.f;
+            }
+        Sum products[ROW_TILES][SUMS] = {};
+#pragma unroll 1
+        for (int unit = 0; unit < a.units; ++unit) {
+            multiply_weights(products, pipeline, a.zero, own_tile, lane, first);
+            first = false;
+        }
+        wgmma_wait<0>();
+#if ACTIVATION == 8
+        float sum[ROW_TILES][SUMS];
+#else
+        float (&sum)[ROW_TILES][SUMS] = products;
+#endif
+#if GROUP == 0 || BYTES_8
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4) {
+#if BYTES_8
+            const float2 s = *(const float2*)(a.token_scale + token + 2 * i + lane % 4 * 2);
+            const float even = s.x * CODE_UNIT, odd = s.y * CODE_UNIT;
+#else
+            const float even = 1.f, odd = 1.f;
+#endif
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                scale_sum(sum[m][i], products[m][i], scale[m][0] * even);
+                scale_sum(sum[m][i + 1], products[m][i + 1], scale[m][0] * odd);
+                scale_sum(sum[m][i + 2], products[m][i + 2], scale[m][1] * even);
+                scale_sum(sum[m][i + 3], products[m][i + 3], scale[m][1] * odd);
+            }
+        }
+#endif
+#if ADAPTERS
+#pragma unroll 1
+        for (int unit = 0; unit < units; ++unit) multiply_left(sum, pipeline, own_tile, lane);
+        wgmma_wait<0>();
+#endif
+        if (!a.wait_first && threadIdx.x == 0 && work + gridDim.x >= a.row_blocks * a.token_tiles) let_next_launch_begin();
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+            if (threadIdx.x % 128 == 0) wait_until_boxes_are_read();
+            wait_named(2 + group, 128);
+#pragma unroll
+            for (int b = 0; b < TOKENS / 8; ++b) output.stage(sum[m], b, bias[m][0], bias[m][1], warp % 4, lane);
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            wait_named(2 + group, 128);
+            output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token);
+        }
+    }
+    if (threadIdx.x % 128 == 0) wait_until_boxes_are_stored();
+}

@@ -1,0 +1,340 @@
+"""``cuda-prefill``: a 4-bit linear layer with its adapters for many tokens, on Hopper's tensor cores (``prefill.cu``).
+
+With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
+runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``); adapters read x as
+it came. Sums are taken in an order fixed by the shape of the launch, so results are the same from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda import driver
+from slimc.backends.cuda.fragments import TILE_ROWS
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, source
+from slimc.errors import KernelError
+
+__all__ = ["Activation", "LaunchShape", "Plan", "launch", "make_plan"]
+
+Activation = Literal["int8", "float8_e4m3fn"]
+
+KERNEL_NAME = "prefill_linear"
+QUANTIZER_NAME = "quantize_tokens"
+
+ACTIVATION_CODES: dict[Activation | None, int] = {None: 16, "int8": 8, "float8_e4m3fn": 80}
+"""What the sources call the types of activations."""
+
+BOX_BYTES = 128
+"""Bytes of a token that the copy engine brings at a time."""
+
+WARPGROUPS = 2
+THREADS = 384
+QUANTIZER_THREADS = 256
+UNIT_CODE_BYTES = 512
+UNIT_METADATA_BYTES = 256
+SCALE_WORDS_BYTES = 32
+"""Bytes of 16 rows in a piece: codes, metadata, and scales of a group."""
+
+SHARED_BYTES = 228 << 10
+"""Shared memory of a multiprocessor."""
+
+RESERVED_BYTES = 2 << 10
+"""What the system and the kernel's own variables take of it, a block."""
+
+ALIGNMENT = 1024
+MOST_STAGES = 8
+QUANTIZED_COLUMNS = 32
+"""A rounded row is a multiple of this: within so many columns their order changes."""
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, driver.TensorMap) for name in ("x_map", "t_map", "y_map")),
+        *((name, ctypes.c_void_p) for name in (
+            "y", "codes", "metadata", "scale", "bias", "left", "left_scale", "rank_range", "token_scale",
+        )),
+        *((name, ctypes.c_int) for name in (
+            "tokens", "rows", "row_tiles", "units", "groups", "row_scale", "left_units",
+            "token_tiles", "row_blocks", "wait_first", "zero",
+        )),
+        ("padding", ctypes.c_int * 3),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How a launch divides the work; see the head of ``prefill.cu``.
+
+    Attributes:
+        tokens: of a tile.
+        row_tiles: tiles of 64 rows that a warpgroup holds at once.
+        blocks: blocks that a multiprocessor holds at once.
+    """
+
+    tokens: int
+    row_tiles: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * WARPGROUPS * self.row_tiles
+
+    @property
+    def output_bytes(self) -> int:
+        """Shared memory for results on their way out."""
+        return WARPGROUPS * self.tokens * BOX_BYTES
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a kernel is compiled for, beside the shape of its launch."""
+
+    sparse: bool
+    group: int
+    adapters: bool
+    activation: Activation | None
+
+    @property
+    def columns(self) -> int:
+        """Columns of a piece."""
+        return 128 if self.sparse else 64
+
+    def slot_bytes(self, shape: LaunchShape) -> int:
+        """Bytes of a piece in shared memory: activations, codes, metadata and scales."""
+        boxes = 2 if self.sparse and self.activation is None else 1
+        groups = max(1, self.columns // self.group) if self.group else int(self.adapters)
+        unit = UNIT_CODE_BYTES + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
+        return _round_up(boxes * shape.tokens * BOX_BYTES + shape.rows // TILE_ROWS * unit, ALIGNMENT)
+
+    def stages(self, shape: LaunchShape) -> int:
+        """Pieces in shared memory, as many as fit."""
+        room = SHARED_BYTES // shape.blocks - RESERVED_BYTES - shape.output_bytes - ALIGNMENT
+        return min(room // self.slot_bytes(shape), MOST_STAGES)
+
+    def shared_bytes(self, shape: LaunchShape) -> int:
+        """Dynamic shared memory of a block."""
+        return self.stages(shape) * self.slot_bytes(shape) + shape.output_bytes + ALIGNMENT
+
+
+@dataclass
+class _Launch:
+    """One launch, ready but for its pointers."""
+
+    arguments: _Arguments
+    launcher: driver.Launcher
+    shape: LaunchShape
+    form: _Form
+    grid: int
+
+
+@dataclass
+class _Quantizer:
+    launcher: driver.Launcher
+    columns: int
+
+
+@dataclass
+class Plan:
+    """The launches of a layer for one number of tokens.
+
+    Attributes:
+        main: computes y.
+        right: computes t if there are adapters.
+        quantizer: rounds x if activations have 8 bits.
+    """
+
+    main: _Launch
+    right: _Launch | None
+    quantizer: _Quantizer | None
+
+
+def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Run the launches of a plan on the current stream.
+
+    Args:
+        plan: for this layer, dtype and number of tokens.
+        x: [..., columns], contiguous, beginning at a multiple of 16 bytes.
+        layer: the weight.
+        bias: [rows] or ``None``.
+
+    Returns:
+        y [..., rows] of the dtype of x.
+    """
+    columns = layer.format.columns
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    y = x.new_empty(*x.shape[:-1], layer.format.rows)
+    tokens = x.numel() // columns
+    read, scales = x, None
+    if plan.quantizer is not None:
+        read, scales = _quantize(plan.quantizer, x, tokens, columns, plan.main.shape.tokens, stream)
+    t = None
+    if plan.right is not None:
+        t = x.new_empty(tokens, layer.ranks)
+        _start(plan.right, x, columns, None, t, None, None, stream)
+    _start(plan.main, read, columns if scales is None else read.shape[1], t, y, bias, scales, stream)
+    return y
+
+
+def _quantize(
+    quantizer: _Quantizer, x: Tensor, tokens: int, columns: int, tile: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    rounded = torch.empty(tokens, quantizer.columns, dtype=torch.uint8, device=x.device)
+    # A tile reads the scales of all its tokens, those that do not exist too.
+    scales = torch.empty(_round_up(tokens, tile), dtype=torch.float32, device=x.device)
+    quantizer.launcher(
+        x.data_ptr(),
+        rounded.data_ptr(),
+        scales.data_ptr(),
+        columns,
+        quantizer.columns,
+        grid=(tokens, 1, 1),
+        block=(QUANTIZER_THREADS, 1, 1),
+        stream=stream,
+        programmatic=True,
+    )
+    return rounded, scales
+
+
+def _start(
+    step: _Launch,
+    x: Tensor,
+    columns: int,
+    t: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    stream: int,
+) -> None:
+    # Another thread may launch the same plan.
+    arguments = _Arguments.from_buffer_copy(step.arguments)
+    tokens, box = arguments.tokens, step.shape.tokens
+    size = 2 if scales is None else 1
+    driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, box, BOX_BYTES // size, size)
+    if t is not None:
+        driver.encode_tensor_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2)
+    if arguments.rows % 8 == 0:
+        driver.encode_tensor_map(arguments.y_map, y.data_ptr(), tokens, arguments.rows, box, BOX_BYTES // 2)
+    arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
+    step.launcher(
+        arguments,
+        grid=(step.grid, 1, 1),
+        block=(THREADS, 1, 1),
+        shared_bytes=step.form.shared_bytes(step.shape),
+        stream=stream,
+        programmatic=True,
+    )
+
+
+def make_plan(
+    layer: FragmentLayer,
+    dtype: torch.dtype,
+    tokens: int,
+    activation: Activation | None = None,
+    shape: LaunchShape | None = None,
+    right_shape: LaunchShape | None = None,
+) -> Plan:
+    """Decide the shape of the launches for ``tokens``, and compile their kernels if that was not done yet.
+
+    ``shape`` and ``right_shape`` overrule the choice, to measure others.
+
+    Raises:
+        KernelError: activations have 8 bits and W has groups, or a kernel cannot be compiled or loaded.
+    """
+    spec, device_index = layer.format, layer.codes.get_device()
+    group = spec.weight.group or 0
+    if activation is not None and group:
+        raise KernelError(f"sums of 8-bit products cannot have a scale every {group} columns; use 16-bit activations")
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    form = _Form(layer.metadata is not None, group, layer.right is not None, activation)
+    main = _plan_launch(
+        _Arguments(
+            codes=pointer(layer.codes),
+            metadata=pointer(layer.metadata),
+            scale=pointer(layer.scale),
+            left=pointer(layer.left),
+            left_scale=pointer(layer.left_scale),
+            rank_range=pointer(layer.rank_range),
+            tokens=tokens,
+            rows=spec.rows,
+            row_tiles=layer.row_tiles,
+            units=layer.codes.shape[1],
+            groups=layer.scale.shape[1] if group else 0,
+            row_scale=int(not group and not spec.weight.per_tensor),
+            left_units=layer.left_units,
+            wait_first=int(layer.right is None),
+        ),
+        shape or LaunchShape(128, 2, 1),
+        form,
+        dtype,
+        device_index,
+        processors,
+    )
+    right = None
+    if layer.right is not None:
+        units = layer.right.shape[1]
+        right = _plan_launch(
+            _Arguments(
+                codes=pointer(layer.right),
+                scale=pointer(layer.right_scale),
+                tokens=tokens,
+                rows=layer.ranks,
+                row_tiles=layer.ranks // TILE_ROWS,
+                units=units,
+                groups=units,
+                wait_first=1,
+            ),
+            right_shape or LaunchShape(64, 1, 2),
+            _Form(False, FACTOR_GROUP, False, None),
+            dtype,
+            device_index,
+            processors,
+        )
+    quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index)
+    return Plan(main, right, quantizer)
+
+
+def _plan_launch(
+    arguments: _Arguments, shape: LaunchShape, form: _Form, dtype: torch.dtype, device_index: int, processors: int
+) -> _Launch:
+    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
+    arguments.row_blocks = -(-arguments.rows // shape.rows)
+    defines = {
+        "BFLOAT16": int(dtype == torch.bfloat16),
+        "ARCH": 90,
+        "SPARSE": int(form.sparse),
+        "GROUP": form.group,
+        "ADAPTERS": int(form.adapters),
+        "ACTIVATION": ACTIVATION_CODES[form.activation],
+        "TOKENS": shape.tokens,
+        "ROW_TILES": shape.row_tiles,
+        "STAGES": form.stages(shape),
+        "BLOCKS": shape.blocks,
+    }
+    module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines)
+    function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
+    grid = min(arguments.token_tiles * arguments.row_blocks, processors * shape.blocks)
+    return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid)
+
+
+def _plan_quantizer(form: _Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
+    defines = {
+        "BFLOAT16": int(dtype == torch.bfloat16),
+        "ARCH": 90,
+        "SPARSE": int(form.sparse),
+        "ACTIVATION": ACTIVATION_CODES[form.activation],
+    }
+    function = driver.load(source("quantize.cu"), QUANTIZER_NAME, device_index, defines).function(QUANTIZER_NAME)
+    kinds = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 2
+    return _Quantizer(function.prepare(kinds), _round_up(columns, QUANTIZED_COLUMNS))
+
+
+def _round_up(number: int, to: int) -> int:
+    return -(-number // to) * to
