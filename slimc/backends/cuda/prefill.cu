@@ -20,7 +20,9 @@
 
 #define WARPGROUPS 2  // that multiply
 #define THREADS (128 * (WARPGROUPS + 1))
-#define REGISTERS (BLOCKS == 1 ? 240 : 104)  // of a thread that multiplies: what a block has at its start, less 24 for each of the others
+// Of a thread that multiplies, and of the others: together no more than a block has at its start.
+#define REGISTERS (BLOCKS == 1 ? 232 : 104)
+#define FEW_REGISTERS (BLOCKS == 1 ? 40 : 32)
 #define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
 #define TILES (BLOCK_ROWS / 16)
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
@@ -51,6 +53,8 @@ struct Arguments {
     const u32* left_scale; // [row tiles][left units][8]
     const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
     const float* token_scale; // [tokens], if ACTIVATION has 8 bits
+    float4* parts;         // [blocks][tiles of 64 rows][8 tokens][thread]: sums of shares of tiles
+    u32* ready;            // [blocks][warpgroups]: 1 where they are written; 0 before and after the launch
     int tokens;
     int rows;
     int row_tiles;         // of 16 rows
@@ -60,6 +64,7 @@ struct Arguments {
     int left_units;        // units of 64 ranks that a row of L has room for
     int token_tiles;       // tokens / TOKENS, rounded up
     int row_blocks;        // rows / BLOCK_ROWS, rounded up
+    int shared_tiles;      // the first tiles, whose pieces are divided evenly among blocks
     int wait_first;        // 1: x may still be written by the launch before
     u32 zero;              // 0, which the compiler does not know
 };
@@ -96,6 +101,8 @@ __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int ro
 }
 __device__ __forceinline__ void wait_until_boxes_are_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void wait_until_boxes_are_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void store_release(u32* to, u32 v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -269,10 +276,11 @@ __device__ __forceinline__ uint2 reorder_metadata(uint2 m, int lane) {
 }
 #endif
 
+// In the same register, whatever the compiler thinks: it has no room for two sets of sums.
+__device__ __forceinline__ void add_in_place(float& sum, float v) { asm volatile("add.f32 %0, %0, %1;" : "+f"(sum) : "f"(v)); }
 #if ACTIVATION == 8
 __device__ __forceinline__ void scale_sum(float& sum, int products, float scale) { sum = (float)products * scale; }
 #else
-// In the same register, whatever the compiler thinks: it has no room for two sets of sums.
 __device__ __forceinline__ void scale_sum(float& sum, float, float scale) { asm volatile("mul.f32 %0, %0, %1;" : "+f"(sum) : "f"(scale)); }
 #endif
 
@@ -295,6 +303,33 @@ struct Pipeline {
     }
 };
 
+// What a block computes next: some pieces of a tile, those of L after those of W.
+struct Segment { int tile, first, last; };
+
+// Shares of tiles come first, from the last to the first: what another block waits for is done before this one waits.
+struct Work {
+    int pieces, begin, end, next_tile, tiles;
+
+    __device__ __forceinline__ Work(const Arguments& a)
+        : pieces(a.units + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x)), end(share(a, blockIdx.x + 1)),
+          next_tile(a.shared_tiles + blockIdx.x), tiles(a.row_blocks * a.token_tiles) {}
+
+    __device__ __forceinline__ int share(const Arguments& a, u32 block) const { return (u32)a.shared_tiles * pieces * block / gridDim.x; }
+
+    __device__ __forceinline__ bool next(Segment& s) {
+        if (begin < end) {
+            s.tile = (end - 1) / pieces;
+            s.last = end - s.tile * pieces;
+            end = max(begin, s.tile * pieces);
+            s.first = end - s.tile * pieces;
+            return true;
+        }
+        s = {next_tile, 0, pieces};
+        next_tile += gridDim.x;
+        return s.tile < tiles;
+    }
+};
+
 // One warp brings all pieces of all tiles of this block.
 __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int lane) {
     if (lane == 0) {
@@ -306,12 +341,13 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
         if (lane == 0) let_next_launch_begin();
     }
     int used = 0;
-    for (int work = blockIdx.x; work < a.row_blocks * a.token_tiles; work += gridDim.x) {
-        const int block_tile = work / a.token_tiles * TILES, token = work % a.token_tiles * TOKENS;
+    Work work(a);
+    for (Segment s; work.next(s);) {
+        const int block_tile = s.tile / a.token_tiles * TILES, token = s.tile % a.token_tiles * TOKENS;
         const int2 ranks = ADAPTERS ? a.rank_range[min(block_tile, a.row_tiles - 1)] : make_int2(0, 0);
         // Rows that do not exist are those of the last tile again, and are not written.
         const size_t row_tile = min(block_tile + lane % TILES, a.row_tiles - 1);
-        for (int unit = 0; unit < a.units; ++unit) {
+        for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
             if (lane == 0) {
@@ -339,8 +375,8 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
             ++used;
         }
 #if ADAPTERS
-        wait_for_previous_launch();  // which costs nothing but the first time
-        for (int unit = 0; unit < ranks.y; ++unit) {
+        if (s.last > a.units) wait_for_previous_launch();  // which costs nothing but the first time
+        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, ranks.y); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
             if (lane == 0) {
@@ -364,7 +400,7 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
 #define BATCH (TOKENS > 160 ? 1 : PRODUCTS / 2)
 #define LEFT_BATCH (TOKENS > 160 ? 1 : 2)
 
-__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pipeline& p, u32 zero, int tile, int lane, bool first) {
+__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pipeline& p, u32 zero, int tile, int lane, bool& first) {
     p.wait_full();
     const u32 data = p.data();
     uint4 codes[ROW_TILES];
@@ -434,10 +470,11 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
         wgmma_wait<1>();
         if (batch == 0) p.release_previous(first);
     }
+    first = false;
     p.advance();
 }
 
-__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pipeline& p, int tile, int lane) {
+__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pipeline& p, int tile, int lane, bool& first) {
     p.wait_full();
     const u32 data = p.data();
     uint4 codes[ROW_TILES];
@@ -468,8 +505,9 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pip
             for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box + (batch * LEFT_BATCH + i) * 2);
         wgmma_commit();
         wgmma_wait<1>();
-        if (batch == 0) p.release_previous(false);
+        if (batch == 0) p.release_previous(first);
     }
+    first = false;
     p.advance();
 }
 
@@ -505,6 +543,27 @@ struct Output {
     }
 };
 
+// Sums of a share of a tile on their way to the block that ends it.
+#define PART (ROW_TILES * (TOKENS / 8) * 128 * WARPGROUPS)
+
+__device__ __forceinline__ void write_part(float4* to, const float (&sum)[ROW_TILES][SUMS]) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * SUMS; i += 4)
+        to[i / 4 * 128 * WARPGROUPS] = make_float4(sum[i / SUMS][i % SUMS], sum[i / SUMS][i % SUMS + 1], sum[i / SUMS][i % SUMS + 2], sum[i / SUMS][i % SUMS + 3]);
+}
+
+__device__ __forceinline__ void add_part(const float4* from, float (&sum)[ROW_TILES][SUMS]) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * SUMS; i += 4) {
+        float4 v;
+        asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from + i / 4 * 128 * WARPGROUPS) : "memory");
+        add_in_place(sum[i / SUMS][i % SUMS], v.x);
+        add_in_place(sum[i / SUMS][i % SUMS + 1], v.y);
+        add_in_place(sum[i / SUMS][i % SUMS + 2], v.z);
+        add_in_place(sum[i / SUMS][i % SUMS + 3], v.w);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -523,7 +582,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     __syncthreads();
 
     if (warp >= 4 * WARPGROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
         if (warp == 4 * WARPGROUPS) bring_pieces(a, pipeline, lane);
         return;
     }
@@ -535,8 +594,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     const u32 staged = slots + STAGES * SLOT_BYTES + group * TOKENS * 128;
     const Output output{a, staged};
     bool first = true;
-    for (int work = blockIdx.x; work < a.row_blocks * a.token_tiles; work += gridDim.x) {
-        const int block_tile = work / a.token_tiles * TILES, token = work % a.token_tiles * TOKENS;
+    Work work(a);
+    for (Segment s; work.next(s);) {
+        const int block_tile = s.tile / a.token_tiles * TILES, token = s.tile % a.token_tiles * TOKENS;
 #if ADAPTERS
         const int units = a.rank_range[min(block_tile, a.row_tiles - 1)].y;
 #endif
@@ -551,10 +611,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
             }
         Sum products[ROW_TILES][SUMS] = {};
 #pragma unroll 1
-        for (int unit = 0; unit < a.units; ++unit) {
+        for (int unit = s.first; unit < min(s.last, a.units); ++unit)
             multiply_weights(products, pipeline, a.zero, own_tile, lane, first);
-            first = false;
-        }
         wgmma_wait<0>();
 #if ACTIVATION == 8
         float sum[ROW_TILES][SUMS];
@@ -581,10 +639,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #endif
 #if ADAPTERS
 #pragma unroll 1
-        for (int unit = 0; unit < units; ++unit) multiply_left(sum, pipeline, own_tile, lane);
+        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, units); ++unit) multiply_left(sum, pipeline, own_tile, lane, first);
         wgmma_wait<0>();
 #endif
-        if (!a.wait_first && threadIdx.x == 0 && work + gridDim.x >= a.row_blocks * a.token_tiles) let_next_launch_begin();
+        if (s.last < work.pieces) {
+            write_part(a.parts + (size_t)blockIdx.x * PART + threadIdx.x, sum);
+            wait_named(2 + group, 128);
+            if (threadIdx.x % 128 == 0) store_release(a.ready + blockIdx.x * WARPGROUPS + group, 1);
+            continue;
+        }
+        // The blocks ahead of this one have computed what precedes its share.
+        for (int block = blockIdx.x, left = s.first; left > 0;) {
+            --block;
+            left = work.share(a, block) - s.tile * work.pieces;
+            u32* const ready = a.ready + block * WARPGROUPS + group;
+            if (threadIdx.x % 128 == 0)
+                while (load_acquire(ready) == 0) {}
+            wait_named(2 + group, 128);
+            add_part(a.parts + (size_t)block * PART + threadIdx.x, sum);
+            wait_named(2 + group, 128);
+            if (threadIdx.x % 128 == 0) *ready = 0;
+        }
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
             if (threadIdx.x % 128 == 0) wait_until_boxes_are_read();
@@ -596,5 +671,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
             output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token);
         }
     }
+    if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();
     if (threadIdx.x % 128 == 0) wait_until_boxes_are_stored();
 }

@@ -8,6 +8,7 @@ it came. Sums are taken in an order fixed by the shape of the launch, so results
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends.cuda import driver
+from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, source
 from slimc.errors import KernelError
@@ -48,6 +50,12 @@ RESERVED_BYTES = 2 << 10
 
 ALIGNMENT = 1024
 MOST_STAGES = 8
+SHARING_COST = 5
+"""Pieces that a block could multiply in the time that it takes to share tiles with others."""
+
+ADDING_COST = 2
+"""Pieces that it could multiply in the time that it takes to add another's sums."""
+
 QUANTIZED_COLUMNS = 32
 """A rounded row is a multiple of this: within so many columns their order changes."""
 
@@ -59,12 +67,13 @@ class _Arguments(ctypes.Structure):
         *((name, driver.TensorMap) for name in ("x_map", "t_map", "y_map")),
         *((name, ctypes.c_void_p) for name in (
             "y", "codes", "metadata", "scale", "bias", "left", "left_scale", "rank_range", "token_scale",
+            "parts", "ready",
         )),
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "row_tiles", "units", "groups", "row_scale", "left_units",
-            "token_tiles", "row_blocks", "wait_first", "zero",
+            "token_tiles", "row_blocks", "shared_tiles", "wait_first", "zero",
         )),
-        ("padding", ctypes.c_int * 3),
+        ("padding", ctypes.c_int * 14),
     ]  # fmt: skip
 
 
@@ -76,11 +85,13 @@ class LaunchShape:
         tokens: of a tile.
         row_tiles: tiles of 64 rows that a warpgroup holds at once.
         blocks: blocks that a multiprocessor holds at once.
+        share: whether blocks divide tiles among them where whole ones would leave some idle.
     """
 
     tokens: int
     row_tiles: int
     blocks: int
+    share: bool = True
 
     @property
     def rows(self) -> int:
@@ -91,6 +102,21 @@ class LaunchShape:
     def output_bytes(self) -> int:
         """Shared memory for results on their way out."""
         return WARPGROUPS * self.tokens * BOX_BYTES
+
+    def divide(self, tiles: int, pieces: int, processors: int) -> tuple[int, int]:
+        """Return how many blocks to launch for tiles of so many pieces, and how many of the tiles they share.
+
+        What is left over after whole tiles is shared together with one more for each block: so a tile has few shares,
+        whose sums it costs time to add.
+        """
+        blocks = processors * self.blocks
+        rest = tiles % blocks
+        if not self.share or (blocks - rest) % blocks * pieces <= SHARING_COST * blocks:
+            return min(tiles, blocks), 0
+        if tiles < blocks:
+            # More shares of a tile are done sooner and take longer to add: best at the root.
+            return min(blocks, tiles * max(1, math.isqrt(pieces // ADDING_COST))), tiles
+        return blocks, blocks + rest
 
 
 @dataclass(frozen=True)
@@ -133,6 +159,7 @@ class _Launch:
     shape: LaunchShape
     form: _Form
     grid: int
+    ready: Counters | None
 
 
 @dataclass
@@ -223,6 +250,9 @@ def _start(
     if arguments.rows % 8 == 0:
         driver.encode_tensor_map(arguments.y_map, y.data_ptr(), tokens, arguments.rows, box, BOX_BYTES // 2)
     arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
+    if step.ready is not None:
+        sums = torch.empty(step.grid * step.shape.rows * box, dtype=torch.float32, device=x.device)
+        arguments.parts, arguments.ready = sums.data_ptr(), step.ready.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
@@ -320,8 +350,11 @@ def _plan_launch(
     }
     module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines)
     function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
-    grid = min(arguments.token_tiles * arguments.row_blocks, processors * shape.blocks)
-    return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid)
+    tiles = arguments.token_tiles * arguments.row_blocks
+    pieces = arguments.units + arguments.left_units
+    grid, arguments.shared_tiles = shape.divide(tiles, pieces, processors)
+    ready = Counters(torch.device("cuda", device_index), WARPGROUPS * grid) if arguments.shared_tiles else None
+    return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
 
 
 def _plan_quantizer(form: _Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
