@@ -17,6 +17,7 @@
 //   ROW_TILES  tiles of 64 rows that a warpgroup holds at once
 //   STAGES     slots in shared memory
 //   BLOCKS     blocks that a multiprocessor can hold at once
+//   MULTICAST  blocks of a cluster, of neighbouring rows, that bring activations for each other
 
 #define WARPGROUPS 2  // that multiply
 #define THREADS (128 * (WARPGROUPS + 1))
@@ -41,8 +42,8 @@
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 struct Arguments {
-    TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS x 128 bytes
-    TensorMap t_map;       // t [tokens, ranks], likewise
+    TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
+    TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
     TensorMap y_map;       // [tokens, rows], in boxes of TOKENS x 128 bytes, if rows are a multiple of 8
     u16* y;                // [tokens, rows]
     const uint4* codes;    // [row tiles of 16][units][lane]
@@ -63,7 +64,7 @@ struct Arguments {
     int row_scale;         // 1: a scale a row, 0: one for all
     int left_units;        // units of 64 ranks that a row of L has room for
     int token_tiles;       // tokens / TOKENS, rounded up
-    int row_blocks;        // rows / BLOCK_ROWS, rounded up
+    int row_blocks;        // rows / BLOCK_ROWS / MULTICAST, rounded up
     int shared_tiles;      // the first tiles, whose pieces are divided evenly among blocks
     int wait_first;        // 1: x may still be written by the launch before
     u32 zero;              // 0, which the compiler does not know
@@ -80,6 +81,14 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Arrive at the barrier of the same place in another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int block) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(block) : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
@@ -88,6 +97,11 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
 __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token) : "memory");
+}
+
+__device__ __forceinline__ void load_box_everywhere(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token), "h"((u16)((1 << MULTICAST) - 1)) : "memory");
 }
 
 __device__ __forceinline__ void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
@@ -299,11 +313,15 @@ struct Pipeline {
     // The wait ahead of this call has seen the last product with the piece before the current one end.
     __device__ __forceinline__ void release_previous(bool first) const {
         const u32 barrier = empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1);
+#if MULTICAST > 1
+        if (!first && threadIdx.x % 128 < MULTICAST) barrier_arrive_at(barrier, threadIdx.x % 128);
+#else
         if (!first && threadIdx.x % 128 == 0) barrier_arrive(barrier);
+#endif
     }
 };
 
-// What a block computes next: some pieces of a tile, those of L after those of W.
+// What a block, or each of a cluster, computes next: some pieces of a tile, those of L after those of W.
 struct Segment { int tile, first, last; };
 
 // Shares of tiles come first, from the last to the first: what another block waits for is done before this one waits.
@@ -311,10 +329,12 @@ struct Work {
     int pieces, begin, end, next_tile, tiles;
 
     __device__ __forceinline__ Work(const Arguments& a)
-        : pieces(a.units + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x)), end(share(a, blockIdx.x + 1)),
-          next_tile(a.shared_tiles + blockIdx.x), tiles(a.row_blocks * a.token_tiles) {}
+        : pieces(a.units + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x / MULTICAST)), end(share(a, blockIdx.x / MULTICAST + 1)),
+          next_tile(a.shared_tiles + blockIdx.x / MULTICAST), tiles(a.row_blocks * a.token_tiles) {}
 
-    __device__ __forceinline__ int share(const Arguments& a, u32 block) const { return (u32)a.shared_tiles * pieces * block / gridDim.x; }
+    __device__ __forceinline__ int share(const Arguments& a, u32 cluster) const {
+        return (u32)a.shared_tiles * pieces * cluster / (gridDim.x / MULTICAST);
+    }
 
     __device__ __forceinline__ bool next(Segment& s) {
         if (begin < end) {
@@ -325,10 +345,23 @@ struct Work {
             return true;
         }
         s = {next_tile, 0, pieces};
-        next_tile += gridDim.x;
+        next_tile += gridDim.x / MULTICAST;
         return s.tile < tiles;
     }
 };
+
+__device__ __forceinline__ int first_row_tile(const Arguments& a, const Segment& s, int block) {
+    return (s.tile / a.token_tiles * MULTICAST + block) * TILES;
+}
+__device__ __forceinline__ int2 ranks_of(const Arguments& a, int row_tile) { return a.rank_range[min(row_tile, a.row_tiles - 1)]; }
+
+// Units of L of the rows of a cluster that read most: the others wait for them.
+__device__ __forceinline__ int most_left_units(const Arguments& a, const Segment& s) {
+    int units = 0;
+#pragma unroll
+    for (int block = 0; block < MULTICAST; ++block) units = max(units, ranks_of(a, first_row_tile(a, s, block)).y);
+    return units;
+}
 
 // One warp brings all pieces of all tiles of this block.
 __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int lane) {
@@ -343,8 +376,7 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
     int used = 0;
     Work work(a);
     for (Segment s; work.next(s);) {
-        const int block_tile = s.tile / a.token_tiles * TILES, token = s.tile % a.token_tiles * TOKENS;
-        const int2 ranks = ADAPTERS ? a.rank_range[min(block_tile, a.row_tiles - 1)] : make_int2(0, 0);
+        const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
         // Rows that do not exist are those of the last tile again, and are not written.
         const size_t row_tile = min(block_tile + lane % TILES, a.row_tiles - 1);
         for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
@@ -353,8 +385,15 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
             if (lane == 0) {
                 barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
 #pragma unroll
-                for (int box = 0; box < BOXES; ++box)
+                for (int box = 0; box < BOXES; ++box) {
+#if MULTICAST > 1
+                    const int part = blockIdx.x % MULTICAST;
+                    load_box_everywhere(to + box * BOX_BYTES + part * (BOX_BYTES / MULTICAST), &a.x_map, barrier, unit * COLUMNS + box * 64,
+                                        token + part * (TOKENS / MULTICAST));
+#else
                     load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
+#endif
+                }
             }
             __syncwarp();
             if (lane < TILES) load_bytes(to + CODES_AT + lane * 512, a.codes + (row_tile * a.units + unit) * 32, 512, barrier);
@@ -376,9 +415,16 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
         }
 #if ADAPTERS
         if (s.last > a.units) wait_for_previous_launch();  // which costs nothing but the first time
-        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, ranks.y); ++unit) {
+        const int2 ranks = ranks_of(a, block_tile);
+        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
+            if (unit >= ranks.y) {
+                if (lane == 0) barrier_arrive(barrier);
+                p.advance();
+                ++used;
+                continue;
+            }
             if (lane == 0) {
                 barrier_expect(barrier, BOX_BYTES + TILES * (512 + 32));
                 load_box(to, &a.t_map, barrier, ranks.x + unit * 64, token);
@@ -574,16 +620,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(pipeline.full + 8 * i, 1);
-            barrier_init(pipeline.empty + 8 * i, WARPGROUPS);
+            barrier_init(pipeline.empty + 8 * i, WARPGROUPS * MULTICAST);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
+#if MULTICAST > 1
+    cluster_sync();
+#else
     __syncthreads();
+#endif
 
     if (warp >= 4 * WARPGROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
         if (warp == 4 * WARPGROUPS) bring_pieces(a, pipeline, lane);
+#if MULTICAST > 1
+        __syncwarp();
+        cluster_sync();
+#endif
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -596,9 +650,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     bool first = true;
     Work work(a);
     for (Segment s; work.next(s);) {
-        const int block_tile = s.tile / a.token_tiles * TILES, token = s.tile % a.token_tiles * TOKENS;
+        const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
 #if ADAPTERS
-        const int units = a.rank_range[min(block_tile, a.row_tiles - 1)].y;
+        const int units = ranks_of(a, block_tile).y;
 #endif
         float scale[ROW_TILES][2], bias[ROW_TILES][2];
 #pragma unroll
@@ -641,6 +695,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #pragma unroll 1
         for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, units); ++unit) multiply_left(sum, pipeline, own_tile, lane, first);
         wgmma_wait<0>();
+#if MULTICAST > 1
+        for (int unit = max(s.first - a.units, units); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
+            pipeline.wait_full();
+            pipeline.release_previous(first);
+            pipeline.advance();
+        }
+#endif
 #endif
         if (s.last < work.pieces) {
             write_part(a.parts + (size_t)blockIdx.x * PART + threadIdx.x, sum);
@@ -650,8 +711,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
         }
         // The blocks ahead of this one have computed what precedes its share.
         for (int block = blockIdx.x, left = s.first; left > 0;) {
-            --block;
-            left = work.share(a, block) - s.tile * work.pieces;
+            block -= MULTICAST;
+            left = work.share(a, block / MULTICAST) - s.tile * work.pieces;
             u32* const ready = a.ready + block * WARPGROUPS + group;
             if (threadIdx.x % 128 == 0)
                 while (load_acquire(ready) == 0) {}
@@ -673,4 +734,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     }
     if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();
     if (threadIdx.x % 128 == 0) wait_until_boxes_are_stored();
+#if MULTICAST > 1
+    // What the other block brings, and says, must find this one still there.
+    __syncwarp();
+    cluster_sync();
+#endif
 }

@@ -86,12 +86,14 @@ class LaunchShape:
         row_tiles: tiles of 64 rows that a warpgroup holds at once.
         blocks: blocks that a multiprocessor holds at once.
         share: whether blocks divide tiles among them where whole ones would leave some idle.
+        multicast: blocks of a cluster, of neighbouring rows, that bring activations for each other.
     """
 
     tokens: int
     row_tiles: int
     blocks: int
     share: bool = True
+    multicast: int = 1
 
     @property
     def rows(self) -> int:
@@ -104,12 +106,12 @@ class LaunchShape:
         return WARPGROUPS * self.tokens * BOX_BYTES
 
     def divide(self, tiles: int, pieces: int, processors: int) -> tuple[int, int]:
-        """Return how many blocks to launch for tiles of so many pieces, and how many of the tiles they share.
+        """Return how many clusters to launch for tiles of so many pieces, and how many of the tiles they share.
 
         What is left over after whole tiles is shared together with one more for each block: so a tile has few shares,
         whose sums it costs time to add.
         """
-        blocks = processors * self.blocks
+        blocks = processors * self.blocks // self.multicast
         rest = tiles % blocks
         if not self.share or (blocks - rest) % blocks * pieces <= SHARING_COST * blocks:
             return min(tiles, blocks), 0
@@ -120,8 +122,15 @@ class LaunchShape:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What a kernel is compiled for, beside the shape of its launch."""
+class Form:
+    """What a kernel is compiled for, beside the shape of its launch.
+
+    Attributes:
+        sparse: whether W is 2:4.
+        group: columns of W that share a scale, 0 for all of a row.
+        adapters: whether there are t and L.
+        activation: what x is rounded to.
+    """
 
     sparse: bool
     group: int
@@ -157,7 +166,7 @@ class _Launch:
     arguments: _Arguments
     launcher: driver.Launcher
     shape: LaunchShape
-    form: _Form
+    form: Form
     grid: int
     ready: Counters | None
 
@@ -244,7 +253,8 @@ def _start(
     arguments = _Arguments.from_buffer_copy(step.arguments)
     tokens, box = arguments.tokens, step.shape.tokens
     size = 2 if scales is None else 1
-    driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, box, BOX_BYTES // size, size)
+    own = box // step.shape.multicast
+    driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, own, BOX_BYTES // size, size)
     if t is not None:
         driver.encode_tensor_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2)
     if arguments.rows % 8 == 0:
@@ -260,6 +270,7 @@ def _start(
         shared_bytes=step.form.shared_bytes(step.shape),
         stream=stream,
         programmatic=True,
+        cluster=step.shape.multicast,
     )
 
 
@@ -283,7 +294,7 @@ def make_plan(
     if activation is not None and group:
         raise KernelError(f"sums of 8-bit products cannot have a scale every {group} columns; use 16-bit activations")
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-    form = _Form(layer.metadata is not None, group, layer.right is not None, activation)
+    form = Form(layer.metadata is not None, group, layer.right is not None, activation)
     main = _plan_launch(
         _Arguments(
             codes=pointer(layer.codes),
@@ -322,7 +333,7 @@ def make_plan(
                 wait_first=1,
             ),
             right_shape or LaunchShape(64, 1, 2),
-            _Form(False, FACTOR_GROUP, False, None),
+            Form(False, FACTOR_GROUP, False, None),
             dtype,
             device_index,
             processors,
@@ -331,13 +342,10 @@ def make_plan(
     return Plan(main, right, quantizer)
 
 
-def _plan_launch(
-    arguments: _Arguments, shape: LaunchShape, form: _Form, dtype: torch.dtype, device_index: int, processors: int
-) -> _Launch:
-    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
-    arguments.row_blocks = -(-arguments.rows // shape.rows)
-    defines = {
-        "BFLOAT16": int(dtype == torch.bfloat16),
+def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int | str]:
+    """Return the macros that ``prefill.cu`` is compiled with."""
+    return {
+        "BFLOAT16": int(bfloat16),
         "ARCH": 90,
         "SPARSE": int(form.sparse),
         "GROUP": form.group,
@@ -347,17 +355,26 @@ def _plan_launch(
         "ROW_TILES": shape.row_tiles,
         "STAGES": form.stages(shape),
         "BLOCKS": shape.blocks,
+        "MULTICAST": shape.multicast,
     }
-    module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines)
+
+
+def _plan_launch(
+    arguments: _Arguments, shape: LaunchShape, form: Form, dtype: torch.dtype, device_index: int, processors: int
+) -> _Launch:
+    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
+    arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
+    module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16))
     function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
-    grid, arguments.shared_tiles = shape.divide(tiles, pieces, processors)
+    clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors)
+    grid = clusters * shape.multicast
     ready = Counters(torch.device("cuda", device_index), WARPGROUPS * grid) if arguments.shared_tiles else None
     return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
 
 
-def _plan_quantizer(form: _Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
+def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 90,
