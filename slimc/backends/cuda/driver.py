@@ -89,8 +89,7 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
-TENSOR_MAP_8_BIT = 0
-TENSOR_MAP_16_BIT = 1
+TENSOR_MAP_TYPES = {1: 0, 2: 1, 4: 2}
 TENSOR_MAP_SWIZZLE_128_BYTES = 3
 TENSOR_MAP_PROMOTE_128_BYTES = 2
 
@@ -107,14 +106,14 @@ def encode_tensor_map(
         columns: of the matrix; a row is a multiple of 16 bytes.
         box_rows: of a box, at most 256.
         box_columns: of a box: rows of 128 bytes, whose pieces of 16 bytes are swizzled over 8 rows.
-        element_bytes: 1 or 2.
+        element_bytes: 1 or 2; or 4, for rows of a box that have any multiple of 16 bytes and stay in order.
 
     Raises:
         KernelError: the driver refuses the map.
     """
     status = _library().cuTensorMapEncodeTiled(
         ctypes.byref(into),
-        TENSOR_MAP_16_BIT if element_bytes == 2 else TENSOR_MAP_8_BIT,
+        TENSOR_MAP_TYPES[element_bytes],
         2,
         address,
         (ctypes.c_uint64 * 2)(columns, rows),
@@ -122,7 +121,7 @@ def encode_tensor_map(
         (ctypes.c_uint32 * 2)(box_columns, box_rows),
         _ONES,
         0,
-        TENSOR_MAP_SWIZZLE_128_BYTES,
+        TENSOR_MAP_SWIZZLE_128_BYTES if element_bytes < 4 else 0,
         TENSOR_MAP_PROMOTE_128_BYTES,
         0,
     )

@@ -45,13 +45,14 @@ struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
     TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
     TensorMap y_map;       // [tokens, rows], in boxes of TOKENS x 128 bytes, if rows are a multiple of 8
+    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x one unit, as all that follow
+    TensorMap metadata_map; // of W if SPARSE, [row tiles][units][lane][2] words
+    TensorMap scale_map;    // of W if GROUP, [row tiles][groups][8] words: rows g and g + 8
+    TensorMap left_map;     // of L, [row tiles][left units][lane][4] words
+    TensorMap left_scale_map; // [row tiles][left units][8] words
     u16* y;                // [tokens, rows]
-    const uint4* codes;    // [row tiles of 16][units][lane]
-    const uint2* metadata; // [row tiles of 16][units][lane], if SPARSE
-    const u16* scale;      // [1], [rows]; with GROUP u32 [row tiles][groups][8]: rows g and g + 8
+    const u16* scale;      // [1] or [rows], if not GROUP
     const u16* bias;       // [rows] or null
-    const uint4* left;     // [row tiles][left units][lane]
-    const u32* left_scale; // [row tiles][left units][8]
     const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
     const float* token_scale; // [tokens], if ACTIVATION has 8 bits
     float4* parts;         // [blocks][tiles of 64 rows][8 tokens][thread]: sums of shares of tiles
@@ -60,7 +61,6 @@ struct Arguments {
     int rows;
     int row_tiles;         // of 16 rows
     int units;             // of a row tile: columns / COLUMNS, rounded up
-    int groups;            // of a row, if GROUP
     int row_scale;         // 1: a scale a row, 0: one for all
     int left_units;        // units of 64 ranks that a row of L has room for
     int token_tiles;       // tokens / TOKENS, rounded up
@@ -102,11 +102,6 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barri
 __device__ __forceinline__ void load_box_everywhere(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
                  ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token), "h"((u16)((1 << MULTICAST) - 1)) : "memory");
-}
-
-__device__ __forceinline__ void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int row, int token) {
@@ -278,15 +273,15 @@ __device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 secon
     decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120));
 }
 
-// Metadata in the order of those operands: of four neighbours, lanes 0 and 1, and 2 and 3, exchange groups.
+// Metadata in the order of those operands, in which a lane has all of a row: even lanes row g, odd ones row g + 8.
 __device__ __forceinline__ uint2 reorder_metadata(uint2 m, int lane) {
     const bool odd = lane & 1;
-    const u32 own = __byte_perm(m.x, m.y, odd ? 0x7351 : 0x6240);
-    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, odd ? 0x6240 : 0x7351), 1);
+    const u32 own = __byte_perm(m.x, m.y, odd ? 0x7632 : 0x5410);
+    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, odd ? 0x5410 : 0x7632), 1);
     const u32 first = odd ? other : own, second = odd ? own : other;
     const u32 low = (first & 0x0f0f0f0f) | ((second << 4) & 0xf0f0f0f0);
     const u32 high = ((first >> 4) & 0x0f0f0f0f) | (second & 0xf0f0f0f0);
-    return make_uint2(__byte_perm(low, high, 0x6240), __byte_perm(low, high, 0x7351));
+    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
 }
 #endif
 
@@ -363,52 +358,38 @@ __device__ __forceinline__ int most_left_units(const Arguments& a, const Segment
     return units;
 }
 
-// One warp brings all pieces of all tiles of this block.
-__device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int lane) {
-    if (lane == 0) {
-        prefetch_map(&a.x_map);
-        if (ADAPTERS) prefetch_map(&a.t_map);
-    }
+// One thread has all pieces of all tiles of this block brought.
+__device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
+    prefetch_map(&a.x_map);
+    prefetch_map(&a.codes_map);
     if (a.wait_first) {
         wait_for_previous_launch();
-        if (lane == 0) let_next_launch_begin();
+        let_next_launch_begin();
     }
     int used = 0;
     Work work(a);
     for (Segment s; work.next(s);) {
         const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
-        // Rows that do not exist are those of the last tile again, and are not written.
-        const size_t row_tile = min(block_tile + lane % TILES, a.row_tiles - 1);
         for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
-            if (lane == 0) {
-                barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
+            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
 #pragma unroll
-                for (int box = 0; box < BOXES; ++box) {
+            for (int box = 0; box < BOXES; ++box) {
 #if MULTICAST > 1
-                    const int part = blockIdx.x % MULTICAST;
-                    load_box_everywhere(to + box * BOX_BYTES + part * (BOX_BYTES / MULTICAST), &a.x_map, barrier, unit * COLUMNS + box * 64,
-                                        token + part * (TOKENS / MULTICAST));
+                const int part = blockIdx.x % MULTICAST;
+                load_box_everywhere(to + box * BOX_BYTES + part * (BOX_BYTES / MULTICAST), &a.x_map, barrier, unit * COLUMNS + box * 64,
+                                    token + part * (TOKENS / MULTICAST));
 #else
-                    load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
+                load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
 #endif
-                }
             }
-            __syncwarp();
-            if (lane < TILES) load_bytes(to + CODES_AT + lane * 512, a.codes + (row_tile * a.units + unit) * 32, 512, barrier);
+            load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128, block_tile);
 #if SPARSE
-            if (lane >= 32 - TILES)
-                load_bytes(to + METADATA_AT + lane % TILES * 256, a.metadata + (row_tile * a.units + unit) * 32, 256, barrier);
+            load_box(to + METADATA_AT, &a.metadata_map, barrier, unit * 64, block_tile);
 #endif
 #if GROUP > 0
-            if (lane < TILES) {
-#pragma unroll
-                for (int j = 0; j < SCALE_GROUPS; ++j) {
-                    const int group = min(unit * COLUMNS / GROUP + j, a.groups - 1);
-                    load_bytes(to + SCALES_AT + (lane * SCALE_GROUPS + j) * 32, (const u32*)a.scale + (row_tile * a.groups + group) * 8, 32, barrier);
-                }
-            }
+            load_box(to + SCALES_AT, &a.scale_map, barrier, unit * COLUMNS / GROUP * 8, block_tile);
 #endif
             p.advance();
             ++used;
@@ -420,24 +401,34 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p, int
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
             if (unit >= ranks.y) {
-                if (lane == 0) barrier_arrive(barrier);
-                p.advance();
-                ++used;
-                continue;
-            }
-            if (lane == 0) {
+                barrier_arrive(barrier);
+            } else {
                 barrier_expect(barrier, BOX_BYTES + TILES * (512 + 32));
                 load_box(to, &a.t_map, barrier, ranks.x + unit * 64, token);
+                load_box(to + CODES_AT, &a.left_map, barrier, unit * 128, block_tile);
+                load_box(to + SCALES_AT, &a.left_scale_map, barrier, unit * 8, block_tile);
             }
-            __syncwarp();
-            const size_t at = row_tile * a.left_units + unit;
-            if (lane < TILES) load_bytes(to + CODES_AT + lane * 512, a.left + at * 32, 512, barrier);
-            if (lane >= 32 - TILES) load_bytes(to + SCALES_AT + lane % TILES * 32, a.left_scale + at * 8, 32, barrier);
             p.advance();
             ++used;
         }
 #endif
     }
+}
+
+#ifndef TURNS
+#define TURNS 1
+#endif
+// Warpgroups take turns: while the products of one run, the other prepares its own. Left to themselves they fall into
+// step, and the tensor cores idle while both decode.
+__device__ __forceinline__ void take_turn() {
+#if TURNS
+    wait_named(4 + threadIdx.x / 128, 256);
+#endif
+}
+__device__ __forceinline__ void give_turn() {
+#if TURNS
+    asm volatile("bar.arrive %0, 256;" ::"r"(4 + (1 - (int)threadIdx.x / 128)) : "memory");
+#endif
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
@@ -494,6 +485,7 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
 #endif
             }
         }
+        take_turn();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
@@ -513,6 +505,7 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
             }
         }
         wgmma_commit();
+        give_turn();
         wgmma_wait<1>();
         if (batch == 0) p.release_previous(first);
     }
@@ -544,12 +537,14 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pip
                 apply_scales(of[set][i][m], scales[m]);
             }
         }
+        take_turn();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < LEFT_BATCH; ++i)
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box + (batch * LEFT_BATCH + i) * 2);
         wgmma_commit();
+        give_turn();
         wgmma_wait<1>();
         if (batch == 0) p.release_previous(first);
     }
@@ -633,7 +628,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 
     if (warp >= 4 * WARPGROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
-        if (warp == 4 * WARPGROUPS) bring_pieces(a, pipeline, lane);
+        if (warp == 4 * WARPGROUPS && lane == 0) bring_pieces(a, pipeline);
 #if MULTICAST > 1
         __syncwarp();
         cluster_sync();
@@ -648,6 +643,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     const u32 staged = slots + STAGES * SLOT_BYTES + group * TOKENS * 128;
     const Output output{a, staged};
     bool first = true;
+    if (group == 1) give_turn();
     Work work(a);
     for (Segment s; work.next(s);) {
         const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,16 +65,17 @@ class _Arguments(ctypes.Structure):
     """``struct Arguments`` of the source."""
 
     _fields_ = [
-        *((name, driver.TensorMap) for name in ("x_map", "t_map", "y_map")),
+        *((name, driver.TensorMap) for name in (
+            "x_map", "t_map", "y_map", "codes_map", "metadata_map", "scale_map", "left_map", "left_scale_map",
+        )),
         *((name, ctypes.c_void_p) for name in (
-            "y", "codes", "metadata", "scale", "bias", "left", "left_scale", "rank_range", "token_scale",
-            "parts", "ready",
+            "y", "scale", "bias", "rank_range", "token_scale", "parts", "ready",
         )),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "row_tiles", "units", "groups", "row_scale", "left_units",
+            "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
             "token_tiles", "row_blocks", "shared_tiles", "wait_first", "zero",
         )),
-        ("padding", ctypes.c_int * 14),
+        ("padding", ctypes.c_int * 7),
     ]  # fmt: skip
 
 
@@ -142,10 +144,15 @@ class Form:
         """Columns of a piece."""
         return 128 if self.sparse else 64
 
+    @property
+    def scale_groups(self) -> int:
+        """Groups of W, with a scale each, in a piece."""
+        return max(1, self.columns // self.group) if self.group else 0
+
     def slot_bytes(self, shape: LaunchShape) -> int:
         """Bytes of a piece in shared memory: activations, codes, metadata and scales."""
         boxes = 2 if self.sparse and self.activation is None else 1
-        groups = max(1, self.columns // self.group) if self.group else int(self.adapters)
+        groups = max(self.scale_groups, int(self.adapters))
         unit = UNIT_CODE_BYTES + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
         return _round_up(boxes * shape.tokens * BOX_BYTES + shape.rows // TILE_ROWS * unit, ALIGNMENT)
 
@@ -297,21 +304,23 @@ def make_plan(
     form = Form(layer.metadata is not None, group, layer.right is not None, activation)
     main = _plan_launch(
         _Arguments(
-            codes=pointer(layer.codes),
-            metadata=pointer(layer.metadata),
             scale=pointer(layer.scale),
-            left=pointer(layer.left),
-            left_scale=pointer(layer.left_scale),
             rank_range=pointer(layer.rank_range),
             tokens=tokens,
             rows=spec.rows,
             row_tiles=layer.row_tiles,
             units=layer.codes.shape[1],
-            groups=layer.scale.shape[1] if group else 0,
             row_scale=int(not group and not spec.weight.per_tensor),
             left_units=layer.left_units,
             wait_first=int(layer.right is None),
         ),
+        {
+            "codes_map": (layer.codes, 1),
+            "metadata_map": (layer.metadata, 1),
+            "scale_map": (layer.scale if group else None, form.scale_groups),
+            "left_map": (layer.left, 1),
+            "left_scale_map": (layer.left_scale, 1),
+        },
         shape or LaunchShape(128, 2, 1),
         form,
         dtype,
@@ -320,18 +329,15 @@ def make_plan(
     )
     right = None
     if layer.right is not None:
-        units = layer.right.shape[1]
         right = _plan_launch(
             _Arguments(
-                codes=pointer(layer.right),
-                scale=pointer(layer.right_scale),
                 tokens=tokens,
                 rows=layer.ranks,
                 row_tiles=layer.ranks // TILE_ROWS,
-                units=units,
-                groups=units,
+                units=layer.right.shape[1],
                 wait_first=1,
             ),
+            {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
             right_shape or LaunchShape(64, 1, 2),
             Form(False, FACTOR_GROUP, False, None),
             dtype,
@@ -360,8 +366,27 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
 
 
 def _plan_launch(
-    arguments: _Arguments, shape: LaunchShape, form: Form, dtype: torch.dtype, device_index: int, processors: int
+    arguments: _Arguments,
+    tensors: Mapping[str, tuple[Tensor | None, int]],
+    shape: LaunchShape,
+    form: Form,
+    dtype: torch.dtype,
+    device_index: int,
+    processors: int,
 ) -> _Launch:
+    """Complete ``arguments``, with a map for each tensor [row tiles, units, ...] of words and the units of its boxes."""
+    for name, (tensor, units) in tensors.items():
+        if tensor is not None:
+            words = tensor[0, 0].numel()
+            driver.encode_tensor_map(
+                getattr(arguments, name),
+                tensor.data_ptr(),
+                tensor.shape[0],
+                tensor.shape[1] * words,
+                shape.rows // TILE_ROWS,
+                units * words,
+                4,
+            )
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
     module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16))

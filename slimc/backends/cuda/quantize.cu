@@ -29,6 +29,13 @@ __device__ __forceinline__ u32 larger_magnitudes(u32 a, u32 b) {
     return low | high << 16;
 }
 
+// x / s, rounded once: the division of IEEE 754 without its cases, which do not arise for such scales.
+__device__ __forceinline__ bool divides_plainly(float s) { return s > 1e-30f && s < 1e30f; }
+__device__ __forceinline__ float divide_plainly(float x, float s, float inverse) {
+    const float q = x * inverse;
+    return __fmaf_rn(__fmaf_rn(-q, s, x), inverse, q);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint4* x, u16* q, float* scale, int columns, int filled) {
     __shared__ u32 largest[THREADS / 32];
     const size_t token = blockIdx.x;
@@ -48,7 +55,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < THREADS / 32; ++i) magnitudes = max(magnitudes, largest[i]);
-    const float s = magnitudes == 0 ? 1.f : to_float((u16)magnitudes) / LARGEST;
+    float s = to_float((u16)magnitudes) / LARGEST;
+    if (s == 0.f) s = 1.f;
+    const bool plainly = divides_plainly(s);
+    const float inverse = 1.f / s;
     if (thread == 0) scale[token] = s;
 
     u16* const to = q + token * (filled / 2);
@@ -58,7 +68,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint
         const u32 words[4] = {v.x, v.y, v.z, v.w};
         u32 pairs[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) pairs[j] = round_pair(to_float((u16)words[j]) / s, to_float((u16)(words[j] >> 16)) / s);
+        for (int j = 0; j < 4; ++j) {
+            const float first = to_float((u16)words[j]), second = to_float((u16)(words[j] >> 16));
+            if (plainly) pairs[j] = round_pair(divide_plainly(first, s, inverse), divide_plainly(second, s, inverse));
+            else pairs[j] = round_pair(first / s, second / s);
+        }
 #if SPARSE
         u32* const group = (u32*)to + i / 4 * 8 + i % 2 * 4 + i % 4 / 2;
         group[0] = pairs[0] | pairs[1] << 16;
