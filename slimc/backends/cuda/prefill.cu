@@ -16,6 +16,7 @@
 //   TOKENS     of a tile: 64, 128, 160 or 192
 //   ROW_TILES  tiles of 64 rows that a warpgroup holds at once
 //   STAGES     slots in shared memory
+//   OUTPUTS    tiles of 64 rows, of a warpgroup, that have room in shared memory on their way out
 //   BLOCKS     blocks that a multiprocessor can hold at once
 //   MULTICAST  blocks of a cluster, of neighbouring rows, that bring activations for each other
 
@@ -557,7 +558,7 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pip
 // Write what a warpgroup has summed of its tokens: 8 tokens of 64 rows at a time lie as fragments in `sums`.
 struct Output {
     const Arguments& a;
-    u32 staged;  // this warpgroup's room: TOKENS rows of 128 bytes, swizzled like activations
+    u32 staged;  // room for TOKENS rows of 128 bytes, swizzled like activations
 
     __device__ __forceinline__ void stage(const float (&s)[SUMS], int block, float low, float high, int warp, int lane) const {
         const u32 first = from_float(s[4 * block] + low) | (u32)from_float(s[4 * block + 1] + low) << 16;
@@ -640,8 +641,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 
     const int group = warp / 4;
     const int own_tile = group * 4 * ROW_TILES + warp % 4;
-    const u32 staged = slots + STAGES * SLOT_BYTES + group * TOKENS * 128;
-    const Output output{a, staged};
+    const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * TOKENS * 128;
     bool first = true;
     if (group == 1) give_turn();
     Work work(a);
@@ -719,8 +719,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
         }
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
-            if (threadIdx.x % 128 == 0) wait_until_boxes_are_read();
-            wait_named(2 + group, 128);
+            const Output output{a, staged + m % OUTPUTS * TOKENS * 128};
+            if (m % OUTPUTS == 0) {
+                if (threadIdx.x % 128 == 0) wait_until_boxes_are_read();
+                wait_named(2 + group, 128);
+            }
 #pragma unroll
             for (int b = 0; b < TOKENS / 8; ++b) output.stage(sum[m], b, bias[m][0], bias[m][1], warp % 4, lane);
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -89,6 +89,7 @@ class LaunchShape:
         blocks: blocks that a multiprocessor holds at once.
         share: whether blocks divide tiles among them where whole ones would leave some idle.
         multicast: blocks of a cluster, of neighbouring rows, that bring activations for each other.
+        outputs: tiles of 64 rows, of a warpgroup, that have room in shared memory on their way out.
     """
 
     tokens: int
@@ -96,6 +97,7 @@ class LaunchShape:
     blocks: int
     share: bool = True
     multicast: int = 1
+    outputs: int = 1
 
     @property
     def rows(self) -> int:
@@ -105,7 +107,7 @@ class LaunchShape:
     @property
     def output_bytes(self) -> int:
         """Shared memory for results on their way out."""
-        return WARPGROUPS * self.tokens * BOX_BYTES
+        return WARPGROUPS * self.outputs * self.tokens * BOX_BYTES
 
     def divide(self, tiles: int, pieces: int, processors: int) -> tuple[int, int]:
         """Return how many clusters to launch for tiles of so many pieces, and how many of the tiles they share.
@@ -362,6 +364,7 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
         "STAGES": form.stages(shape),
         "BLOCKS": shape.blocks,
         "MULTICAST": shape.multicast,
+        "OUTPUTS": shape.outputs,
     }
 
 
