@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda import decode, hopper
+from slimc.backends.cuda import decode, hopper, prefill
 from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
@@ -148,6 +148,14 @@ PEERS = {"humming": (humming, 4096), "tinygemm": (tinygemm, 64)}
 """How to make each peer's layer, and the most tokens it is measured at."""
 
 
+PREFILL_NAMES: dict[prefill.Activation | None, str] = {
+    None: "cuda-prefill",
+    "int8": "cuda-prefill-int8",
+    "float8_e4m3fn": "cuda-prefill-float8",
+}
+"""What the kernel for many tokens is called, by what activations are rounded to."""
+
+
 def launches(layer: FragmentLayer, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return slimc's kernels that compute this number of tokens."""
     found: dict[str, Callable[[], Tensor]] = {}
@@ -156,13 +164,20 @@ def launches(layer: FragmentLayer, x: Tensor) -> dict[str, Callable[[], Tensor]]
         plan = decode.make_plan(layer, x.dtype, tokens)
         found["cuda-decode"] = lambda: decode.launch(plan, x, layer, None)
     if torch.cuda.get_device_capability()[0] == 9:
-        hopper_plan = hopper.make_plan(layer, x.dtype, tokens)
-        found["cuda-hopper"] = lambda: hopper.launch(hopper_plan, x, layer, None)
+        if tokens < prefill.FEWEST_TOKENS:
+            hopper_plan = hopper.make_plan(layer, x.dtype, tokens)
+            found["cuda-hopper"] = lambda: hopper.launch(hopper_plan, x, layer, None)
+        else:
+            for activation, name in PREFILL_NAMES.items():
+                plan_of_many = prefill.make_plan(layer, x.dtype, tokens, activation)
+                found[name] = partial(prefill.launch, plan_of_many, x, layer, None)
     return found
 
 
 def chosen(tokens: int) -> str:
     """Return the kernel that a layer takes for this number of tokens."""
+    if tokens >= prefill.FEWEST_TOKENS:
+        return PREFILL_NAMES[None]
     return "cuda-hopper" if tokens >= hopper.FEWEST_TOKENS else "cuda-decode"
 
 
@@ -198,6 +213,11 @@ def measure(
             row[f"{name}_us"] = microseconds([launches(layer, x)[name] for layer in layers])
         ours = float(row[f"{chosen(count)}_us"])  # type: ignore[arg-type]
         row |= {"kernel": chosen(count), "slimc_us": ours, "over_cublas": bf16 / ours}
+        row |= {
+            f"{kind}_over_cublas": bf16 / float(row[f"{name}_us"])  # type: ignore[arg-type]
+            for kind, name in PREFILL_NAMES.items()
+            if kind is not None and f"{name}_us" in row
+        }
         row["gigabytes_per_second"] = layers[0].nbytes / ours / 1e3
         row["share_of_copy"] = layers[0].nbytes / ours * 1e6 / bandwidth
         for name, (made, most) in peers.items():
@@ -221,9 +241,9 @@ def print_means(rows: Sequence[dict[str, object]], tokens: Sequence[int]) -> Non
     for model in dict.fromkeys(str(row["model"]) for row in rows):
         for count in tokens:
             of = [row for row in rows if (row["model"], row["tokens"]) == (model, count) and row["layer"] in MEAN_OVER]
-            keys = [key for key in of[0] if key.startswith("over_") and all(key in row for row in of)]
-            means = (f"{key[5:]} {geometric_mean([float(row[key]) for row in of]):.2f}x" for key in keys)  # type: ignore[arg-type]
-            print(f"{model} at {count} tokens, geometric mean over {', '.join(means)}")
+            keys = [key for key in of[0] if "over_" in key and all(key in row for row in of)]
+            means = (f"{key.replace('_', ' ')} {geometric_mean([float(row[key]) for row in of]):.2f}x" for key in keys)  # type: ignore[arg-type]
+            print(f"{model} at {count} tokens, geometric means: {', '.join(means)}")
 
 
 def plot(rows: Sequence[dict[str, object]], to: Path) -> None:
@@ -266,7 +286,9 @@ def main() -> None:
                 shown = "  ".join(
                     f"{key[:-3]} {value:.1f}" for key, value in row.items() if key.endswith("_us") and key != "slimc_us"
                 )
-                over = "  ".join(f"{key[5:]} {value:.2f}x" for key, value in row.items() if key.startswith("over_"))
+                over = "  ".join(
+                    f"{key.replace('_', ' ')} {value:.2f}x" for key, value in row.items() if "over_" in key
+                )
                 print(
                     f"{model:12} {name:8} {sum(parts):6} x {columns:5} {row['tokens']:5} tokens: {shown} | {over}",
                     flush=True,

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimc.backends import KERNELS
 from slimc.backends.cuda.layer import prepare, stack
-from slimc.backends.cuda.prefill import Activation, LaunchShape, launch, make_plan
+from slimc.backends.cuda.prefill import PREFILL, Activation, LaunchShape, launch, make_plan
 from slimc.errors import KernelError
+from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 
 
@@ -70,7 +72,9 @@ def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: to
     check(packed, x, bias, run(packed, x, bias))
 
 
-TAILS = [(16, 128, 0), (1, 8, 0), (17, 136, 1), (1000, 4088, 57), (4096, 4096, 409), (4096, 11008, 409), (24000, 1024, 64)]  # fmt: skip
+TAILS = [
+    (16, 128, 0), (1, 8, 0), (17, 136, 1), (1000, 4088, 57), (4096, 4096, 409), (4096, 11008, 409), (24000, 1024, 64),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), TAILS)
@@ -135,6 +139,38 @@ def test_stacked_layers_keep_their_own_adapters(
             check(part, x, bias[rows], y[:, rows])
         else:
             check_8_bits(part, x, bias[rows], y[:, rows], activation)
+
+
+SHAPES = [
+    LaunchShape(128, 2, 1, share=False),
+    LaunchShape(128, 2, 1, multicast=2),
+    LaunchShape(128, 2, 1, outputs=2),
+    LaunchShape(128, 1, 1),
+    LaunchShape(64, 1, 2),
+]
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("rows", "tokens"), [(1111, 300), (4600, 2048)])
+def test_shapes_of_a_launch(
+    random_layer: Any, check: Any, rows: int, tokens: int, shape: LaunchShape, activation: Activation | None
+) -> None:
+    packed = random_layer(rows, 1344, 130)
+    x = torch.randn(tokens, 1344, dtype=torch.bfloat16, device="cuda")
+    y = run(packed, x, None, activation, shape, shape)
+    if activation is None:
+        check(packed, x, None, y)
+    else:
+        check_8_bits(packed, x, None, y, activation)
+
+
+def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:
+    packed = random_layer(256, 640, 57)
+    layer = SlimLinear(packed, kernels=KERNELS)
+    assert layer.choices()[-1].kernel is PREFILL
+    x = torch.randn(200 * 640 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(200, 640)
+    check(packed, x, None, layer(x))
 
 
 @pytest.mark.parametrize("activation", [None, "int8"])

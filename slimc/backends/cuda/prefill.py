@@ -19,15 +19,20 @@ from torch import Tensor
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, source
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source
 from slimc.errors import KernelError
+from slimc.runtime.formats import LinearFormat
+from slimc.runtime.select import Kernel
 
-__all__ = ["Activation", "LaunchShape", "Plan", "launch", "make_plan"]
+__all__ = ["PREFILL", "Activation", "Form", "LaunchShape", "Plan", "defines", "launch", "make_plan"]
 
 Activation = Literal["int8", "float8_e4m3fn"]
 
 KERNEL_NAME = "prefill_linear"
 QUANTIZER_NAME = "quantize_tokens"
+
+FEWEST_TOKENS = 129
+"""Below, kernels that read each weight once for all tokens take less time."""
 
 ACTIVATION_CODES: dict[Activation | None, int] = {None: 16, "int8": 8, "float8_e4m3fn": 80}
 """What the sources call the types of activations."""
@@ -199,6 +204,17 @@ class Plan:
     main: _Launch
     right: _Launch | None
     quantizer: _Quantizer | None
+
+
+def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Compute y [..., rows] from x [..., columns]."""
+    tokens = x.numel() // layer.format.columns
+    plan = layer.plans.get((KERNEL_NAME, tokens))
+    if plan is None:
+        plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens)
+    x = x.contiguous()
+    # The copy engine reads 16 bytes at a time; a view may begin anywhere.
+    return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
 
 
 def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
@@ -377,7 +393,7 @@ def _plan_launch(
     device_index: int,
     processors: int,
 ) -> _Launch:
-    """Complete ``arguments``, with a map for each tensor [row tiles, units, ...] of words and the units of its boxes."""
+    """Complete ``arguments`` with maps of tensors, words [row tiles, units, ...], and the units of their boxes."""
     for name, (tensor, units) in tensors.items():
         if tensor is not None:
             words = tensor[0, 0].numel()
@@ -392,7 +408,9 @@ def _plan_launch(
             )
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
-    module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16))
+    module = driver.load(
+        source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
+    )
     function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
@@ -416,3 +434,14 @@ def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: 
 
 def _round_up(number: int, to: int) -> int:
     return -(-number // to) * to
+
+
+def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if tokens < FEWEST_TOKENS:
+        return f"is for {FEWEST_TOKENS} tokens or more"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return refuses(spec, dtype, device)
+
+
+PREFILL = Kernel("cuda-prefill", _accepts, prepare, run)
