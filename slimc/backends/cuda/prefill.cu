@@ -66,7 +66,10 @@ struct Arguments {
     int left_units;        // units of 64 ranks that a row of L has room for
     int token_tiles;       // tokens / TOKENS, rounded up
     int row_blocks;        // rows / BLOCK_ROWS / MULTICAST, rounded up
-    int shared_tiles;      // the first tiles, whose pieces are divided evenly among blocks
+    int shared_tiles;      // the first tiles, whose pieces are divided evenly among clusters
+    u32 share;             // pieces of a cluster
+    u32 share_rest;        // clusters that have one more
+    u32 inverse;           // 2^32 / pieces of a tile, rounded up: a division that the compiler knows to be the same in all lanes
     int wait_first;        // 1: x may still be written by the launch before
     u32 zero;              // 0, which the compiler does not know
 };
@@ -112,6 +115,10 @@ __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int ro
 __device__ __forceinline__ void wait_until_boxes_are_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void wait_until_boxes_are_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+__device__ __forceinline__ void wait_until_set(const u32* p) {
+    asm volatile("{\n.reg .pred unset;\n.reg .b32 v;\nagain:\nld.acquire.gpu.global.u32 v, [%0];\nsetp.eq.u32 unset, v, 0;\n"
+                 "@unset bra again;\n}" ::"l"(p) : "memory");
+}
 __device__ __forceinline__ void store_release(u32* to, u32 v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
@@ -317,32 +324,28 @@ struct Pipeline {
     }
 };
 
+// The same in all lanes, which the compiler does not see of what is loaded; products would wait for their addresses.
+__device__ __forceinline__ int uniform(int v) { return __reduce_max_sync(0xffffffff, v); }
+
 // What a block, or each of a cluster, computes next: some pieces of a tile, those of L after those of W.
 struct Segment { int tile, first, last; };
 
 // Shares of tiles come first, from the last to the first: what another block waits for is done before this one waits.
 struct Work {
-    int pieces, begin, end, next_tile, tiles;
+    int pieces, begin, end, last_shared, shares;
 
     __device__ __forceinline__ Work(const Arguments& a)
         : pieces(a.units + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x / MULTICAST)), end(share(a, blockIdx.x / MULTICAST + 1)),
-          next_tile(a.shared_tiles + blockIdx.x / MULTICAST), tiles(a.row_blocks * a.token_tiles) {}
+          last_shared(tile_of(a, end - 1)), shares(begin < end ? last_shared - tile_of(a, begin) + 1 : 0) {}
 
-    __device__ __forceinline__ int share(const Arguments& a, u32 cluster) const {
-        return (u32)a.shared_tiles * pieces * cluster / (gridDim.x / MULTICAST);
-    }
+    static __device__ __forceinline__ int share(const Arguments& a, u32 cluster) { return a.share * cluster + min(cluster, a.share_rest); }
+    static __device__ __forceinline__ int tile_of(const Arguments& a, u32 piece) { return (u64)piece * a.inverse >> 32; }
 
-    __device__ __forceinline__ bool next(Segment& s) {
-        if (begin < end) {
-            s.tile = (end - 1) / pieces;
-            s.last = end - s.tile * pieces;
-            end = max(begin, s.tile * pieces);
-            s.first = end - s.tile * pieces;
-            return true;
-        }
-        s = {next_tile, 0, pieces};
-        next_tile += gridDim.x / MULTICAST;
-        return s.tile < tiles;
+    // A function of a counter alone, without a branch: so the compiler knows its results to be the same in all lanes.
+    __device__ __forceinline__ Segment segment(const Arguments& a, int i) const {
+        const bool shared = i < shares;
+        const int tile = shared ? last_shared - i : a.shared_tiles + blockIdx.x / MULTICAST + (i - shares) * (gridDim.x / MULTICAST);
+        return {tile, shared ? max(begin - tile * pieces, 0) : 0, shared ? min(end - tile * pieces, pieces) : pieces};
     }
 };
 
@@ -368,8 +371,10 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         let_next_launch_begin();
     }
     int used = 0;
-    Work work(a);
-    for (Segment s; work.next(s);) {
+    const Work work(a);
+    for (int i = 0;; ++i) {
+        const Segment s = work.segment(a, i);
+        if (s.tile >= a.row_blocks * a.token_tiles) break;
         const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
         for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
@@ -644,11 +649,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * TOKENS * 128;
     bool first = true;
     if (group == 1) give_turn();
-    Work work(a);
-    for (Segment s; work.next(s);) {
+    const Work work(a);
+    for (int i = 0;; ++i) {
+        const Segment s = work.segment(a, i);
+        if (s.tile >= a.row_blocks * a.token_tiles) break;
         const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
 #if ADAPTERS
-        const int units = ranks_of(a, block_tile).y;
+        const int units = uniform(ranks_of(a, block_tile).y);
 #endif
         float scale[ROW_TILES][2], bias[ROW_TILES][2];
 #pragma unroll
@@ -710,8 +717,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
             block -= MULTICAST;
             left = work.share(a, block / MULTICAST) - s.tile * work.pieces;
             u32* const ready = a.ready + block * WARPGROUPS + group;
-            if (threadIdx.x % 128 == 0)
-                while (load_acquire(ready) == 0) {}
+            if (threadIdx.x % 128 == 0) wait_until_set(ready);
             wait_named(2 + group, 128);
             add_part(a.parts + (size_t)block * PART + threadIdx.x, sum);
             wait_named(2 + group, 128);

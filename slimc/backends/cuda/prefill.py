@@ -76,11 +76,11 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "y", "scale", "bias", "rank_range", "token_scale", "parts", "ready",
         )),
-        *((name, ctypes.c_int) for name in (
+        *((name, ctypes.c_uint) for name in (
             "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
-            "token_tiles", "row_blocks", "shared_tiles", "wait_first", "zero",
+            "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse", "wait_first", "zero",
         )),
-        ("padding", ctypes.c_int * 7),
+        ("padding", ctypes.c_uint * 4),
     ]  # fmt: skip
 
 
@@ -415,6 +415,8 @@ def _plan_launch(
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors)
+    arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
+    arguments.inverse = -(-(1 << 32) // pieces)
     grid = clusters * shape.multicast
     ready = Counters(torch.device("cuda", device_index), WARPGROUPS * grid) if arguments.shared_tiles else None
     return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
