@@ -14,17 +14,17 @@
 //   ADAPTERS   1: with t and L
 //   ACTIVATION 16: of the type that common.cuh is compiled for; 8: int8, 80: float8 e4m3, both with a scale a token
 //   TOKENS     of a tile: 64, 128, 160 or 192
+//   WARPGROUPS that multiply
 //   ROW_TILES  tiles of 64 rows that a warpgroup holds at once
 //   STAGES     slots in shared memory
-//   OUTPUTS    tiles of 64 rows, of a warpgroup, that have room in shared memory on their way out
+//   OUTPUTS    tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out
 //   BLOCKS     blocks that a multiprocessor can hold at once
 //   MULTICAST  blocks of a cluster, of neighbouring rows, that bring activations for each other
 
-#define WARPGROUPS 2  // that multiply
 #define THREADS (128 * (WARPGROUPS + 1))
 // Of a thread that multiplies, and of the others: together no more than a block has at its start.
-#define REGISTERS (BLOCKS == 1 ? 232 : 104)
-#define FEW_REGISTERS (BLOCKS == 1 ? 40 : 32)
+#define REGISTERS (WARPGROUPS == 4 ? 112 : BLOCKS == 1 ? 232 : 104)
+#define FEW_REGISTERS (WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
 #define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
 #define TILES (BLOCK_ROWS / 16)
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
@@ -45,7 +45,7 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
     TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
-    TensorMap y_map;       // [tokens, rows], in boxes of TOKENS x 128 bytes, if rows are a multiple of 8
+    TensorMap y_map;       // [tokens, rows], in boxes of OUTPUTS x 128 bytes, if rows are a multiple of 8
     TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x one unit, as all that follow
     TensorMap metadata_map; // of W if SPARSE, [row tiles][units][lane][2] words
     TensorMap scale_map;    // of W if GROUP, [row tiles][groups][8] words: rows g and g + 8
@@ -421,34 +421,25 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
     }
 }
 
-#ifndef TURNS
-#define TURNS 1
-#endif
-// Warpgroups take turns: while the products of one run, the other prepares its own. Left to themselves they fall into
-// step, and the tensor cores idle while both decode.
-__device__ __forceinline__ void take_turn() {
-#if TURNS
-    wait_named(4 + threadIdx.x / 128, 256);
-#endif
-}
-__device__ __forceinline__ void give_turn() {
-#if TURNS
-    asm volatile("bar.arrive %0, 256;" ::"r"(4 + (1 - (int)threadIdx.x / 128)) : "memory");
-#endif
-}
-
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
 // which holds the operands of half a piece.
 #define PRODUCTS (BYTES_8 ? 2 : 4)  // of a piece
 #define BATCH (TOKENS > 160 ? 1 : PRODUCTS / 2)
-#define LEFT_BATCH (TOKENS > 160 ? 1 : 2)
+#define LEFT_BATCH (TOKENS > 160 || WARPGROUPS == 4 ? 1 : 2)
 
-__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pipeline& p, u32 zero, int tile, int lane, bool& first) {
+// The assembler does not know how long a product reads its metadata, and puts other things into the register: this one
+// word takes the place of another that stays alive until then. (Straight from a load it would let no products overlap.)
+__device__ __forceinline__ void replace_metadata(u32& metadata, u32 word, u32 zero) {
+    asm volatile("lop3.b32 %0, %1, %2, %0, 0x78;" : "+r"(metadata) : "r"(word), "r"(zero));
+}
+
+__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Pipeline& p, u32 zero, int tile, int lane,
+                                                 bool& first) {
     p.wait_full();
     const u32 data = p.data();
     uint4 codes[ROW_TILES];
 #if SPARSE
-    u32 metadata[ROW_TILES][2];
+    uint2 words[ROW_TILES];
 #endif
 #if GROUP > 0
     u32 scales[ROW_TILES][SCALE_GROUPS];
@@ -457,13 +448,10 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
     for (int m = 0; m < ROW_TILES; ++m) {
         codes[m] = read_uint4(data + CODES_AT + (tile + 4 * m) * 512 + lane * 16);
 #if SPARSE
-        uint2 words = read_uint2(data + METADATA_AT + (tile + 4 * m) * 256 + lane * 8);
+        words[m] = read_uint2(data + METADATA_AT + (tile + 4 * m) * 256 + lane * 8);
 #if BYTES_8
-        words = reorder_metadata(words, lane);
+        words[m] = reorder_metadata(words[m], lane);
 #endif
-        // Straight from a load the assembler would let no two products overlap.
-        metadata[m][0] = words.x ^ zero;
-        metadata[m][1] = words.y ^ zero;
 #endif
 #if GROUP > 0
 #pragma unroll
@@ -476,6 +464,11 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
 #pragma unroll
     for (int batch = 0; batch < PRODUCTS / BATCH; ++batch) {
         const int set = batch & 1;
+#if SPARSE
+        const int word = 2 * batch * BATCH / PRODUCTS;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) replace_metadata(metadata[set][m], word ? words[m].y : words[m].x, zero);
+#endif
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int j = batch * BATCH + i;
@@ -491,7 +484,6 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
 #endif
             }
         }
-        take_turn();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
@@ -501,17 +493,16 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], Pi
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
 #if SPARSE && BYTES_8
-                multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[m][j]);
+                multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[set][m]);
 #elif SPARSE
-                if (j & 1) multiply<1>(sum[m], of[set][i][m], box + offset / 16, metadata[m][j / 2]);
-                else multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[m][j / 2]);
+                if (j & 1) multiply<1>(sum[m], of[set][i][m], box + offset / 16, metadata[set][m]);
+                else multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[set][m]);
 #else
                 multiply(sum[m], of[set][i][m], box + offset / 16);
 #endif
             }
         }
         wgmma_commit();
-        give_turn();
         wgmma_wait<1>();
         if (batch == 0) p.release_previous(first);
     }
@@ -543,14 +534,12 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pip
                 apply_scales(of[set][i][m], scales[m]);
             }
         }
-        take_turn();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < LEFT_BATCH; ++i)
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box + (batch * LEFT_BATCH + i) * 2);
         wgmma_commit();
-        give_turn();
         wgmma_wait<1>();
         if (batch == 0) p.release_previous(first);
     }
@@ -563,11 +552,11 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pip
 // Write what a warpgroup has summed of its tokens: 8 tokens of 64 rows at a time lie as fragments in `sums`.
 struct Output {
     const Arguments& a;
-    u32 staged;  // room for TOKENS rows of 128 bytes, swizzled like activations
+    u32 staged;  // room for OUTPUTS rows of 128 bytes, swizzled like activations
 
-    __device__ __forceinline__ void stage(const float (&s)[SUMS], int block, float low, float high, int warp, int lane) const {
-        const u32 first = from_float(s[4 * block] + low) | (u32)from_float(s[4 * block + 1] + low) << 16;
-        const u32 second = from_float(s[4 * block + 2] + high) | (u32)from_float(s[4 * block + 3] + high) << 16;
+    __device__ __forceinline__ void stage(const float (&s)[SUMS], int from, int block, float low, float high, int warp, int lane) const {
+        const u32 first = from_float(s[4 * from] + low) | (u32)from_float(s[4 * from + 1] + low) << 16;
+        const u32 second = from_float(s[4 * from + 2] + high) | (u32)from_float(s[4 * from + 3] + high) << 16;
         const int token = lane & 7, piece = 2 * warp + ((lane >> 3) & 1);
         store_transposed(staged + (block * 8 + token) * 128 + ((piece ^ token) << 4), first, second);
     }
@@ -577,7 +566,7 @@ struct Output {
             if (threadIdx.x % 128 == 0) store_box(&a.y_map, staged, first_row, first_token);
             return;
         }
-        for (int i = threadIdx.x % 128; i < TOKENS * 8; i += 128) {
+        for (int i = threadIdx.x % 128; i < OUTPUTS * 8; i += 128) {
             const int at = i / 8, piece = i % 8, row = first_row + 8 * piece;
             const uint4 v = read_uint4(staged + at * 128 + ((piece ^ (at & 7)) << 4));
             if (first_token + at >= a.tokens) continue;
@@ -646,9 +635,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 
     const int group = warp / 4;
     const int own_tile = group * 4 * ROW_TILES + warp % 4;
-    const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * TOKENS * 128;
+    const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * 128;
+    const Output output{a, staged};
     bool first = true;
-    if (group == 1) give_turn();
+    u32 metadata[2][ROW_TILES] = {};
     const Work work(a);
     for (int i = 0;; ++i) {
         const Segment s = work.segment(a, i);
@@ -669,7 +659,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
         Sum products[ROW_TILES][SUMS] = {};
 #pragma unroll 1
         for (int unit = s.first; unit < min(s.last, a.units); ++unit)
-            multiply_weights(products, pipeline, a.zero, own_tile, lane, first);
+            multiply_weights(products, metadata, pipeline, a.zero, own_tile, lane, first);
         wgmma_wait<0>();
 #if ACTIVATION == 8
         float sum[ROW_TILES][SUMS];
@@ -725,16 +715,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
         }
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
-            const Output output{a, staged + m % OUTPUTS * TOKENS * 128};
-            if (m % OUTPUTS == 0) {
+#pragma unroll
+            for (int from = 0; from < TOKENS; from += OUTPUTS) {
                 if (threadIdx.x % 128 == 0) wait_until_boxes_are_read();
                 wait_named(2 + group, 128);
-            }
 #pragma unroll
-            for (int b = 0; b < TOKENS / 8; ++b) output.stage(sum[m], b, bias[m][0], bias[m][1], warp % 4, lane);
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            wait_named(2 + group, 128);
-            output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token);
+                for (int b = 0; b < OUTPUTS / 8; ++b) output.stage(sum[m], from / 8 + b, b, bias[m][0], bias[m][1], warp % 4, lane);
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                wait_named(2 + group, 128);
+                output.write((block_tile + (group * ROW_TILES + m) * 4) * 16, token + from);
+            }
         }
     }
     if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();

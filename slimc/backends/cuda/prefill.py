@@ -40,8 +40,6 @@ ACTIVATION_CODES: dict[Activation | None, int] = {None: 16, "int8": 8, "float8_e
 BOX_BYTES = 128
 """Bytes of a token that the copy engine brings at a time."""
 
-WARPGROUPS = 2
-THREADS = 384
 QUANTIZER_THREADS = 256
 UNIT_CODE_BYTES = 512
 UNIT_METADATA_BYTES = 256
@@ -91,28 +89,35 @@ class LaunchShape:
     Attributes:
         tokens: of a tile.
         row_tiles: tiles of 64 rows that a warpgroup holds at once.
+        warpgroups: that multiply.
         blocks: blocks that a multiprocessor holds at once.
         share: whether blocks divide tiles among them where whole ones would leave some idle.
         multicast: blocks of a cluster, of neighbouring rows, that bring activations for each other.
-        outputs: tiles of 64 rows, of a warpgroup, that have room in shared memory on their way out.
+        outputs: tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out.
     """
 
     tokens: int
+    warpgroups: int
     row_tiles: int
-    blocks: int
+    blocks: int = 1
+    outputs: int = 64
     share: bool = True
     multicast: int = 1
-    outputs: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of a tile."""
-        return 64 * WARPGROUPS * self.row_tiles
+        return 64 * self.warpgroups * self.row_tiles
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warpgroup has pieces brought."""
+        return 128 * (self.warpgroups + 1)
 
     @property
     def output_bytes(self) -> int:
         """Shared memory for results on their way out."""
-        return WARPGROUPS * self.outputs * self.tokens * BOX_BYTES
+        return self.warpgroups * self.outputs * BOX_BYTES
 
     def divide(self, tiles: int, pieces: int, processors: int) -> tuple[int, int]:
         """Return how many clusters to launch for tiles of so many pieces, and how many of the tiles they share.
@@ -236,11 +241,12 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     read, scales = x, None
     if plan.quantizer is not None:
         read, scales = _quantize(plan.quantizer, x, tokens, columns, plan.main.shape.tokens, stream)
-    t = None
+    t = parts_of_t = None
     if plan.right is not None:
         t = x.new_empty(tokens, layer.ranks)
-        _start(plan.right, x, columns, None, t, None, None, stream)
+        parts_of_t = _start(plan.right, x, columns, None, t, None, None, stream)
     _start(plan.main, read, columns if scales is None else read.shape[1], t, y, bias, scales, stream)
+    del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
     return y
 
 
@@ -273,7 +279,8 @@ def _start(
     bias: Tensor | None,
     scales: Tensor | None,
     stream: int,
-) -> None:
+) -> Tensor | None:
+    """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
     tokens, box = arguments.tokens, step.shape.tokens
@@ -283,20 +290,24 @@ def _start(
     if t is not None:
         driver.encode_tensor_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2)
     if arguments.rows % 8 == 0:
-        driver.encode_tensor_map(arguments.y_map, y.data_ptr(), tokens, arguments.rows, box, BOX_BYTES // 2)
+        driver.encode_tensor_map(
+            arguments.y_map, y.data_ptr(), tokens, arguments.rows, step.shape.outputs, BOX_BYTES // 2
+        )
     arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
+    parts = None
     if step.ready is not None:
-        sums = torch.empty(step.grid * step.shape.rows * box, dtype=torch.float32, device=x.device)
-        arguments.parts, arguments.ready = sums.data_ptr(), step.ready.of_launch(stream)
+        parts = torch.empty(step.grid * step.shape.rows * box, dtype=torch.float32, device=x.device)
+        arguments.parts, arguments.ready = parts.data_ptr(), step.ready.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
-        block=(THREADS, 1, 1),
+        block=(step.shape.threads, 1, 1),
         shared_bytes=step.form.shared_bytes(step.shape),
         stream=stream,
         programmatic=True,
         cluster=step.shape.multicast,
     )
+    return parts
 
 
 def make_plan(
@@ -339,7 +350,7 @@ def make_plan(
             "left_map": (layer.left, 1),
             "left_scale_map": (layer.left_scale, 1),
         },
-        shape or LaunchShape(128, 2, 1),
+        shape or LaunchShape(128, 4, 1),
         form,
         dtype,
         device_index,
@@ -356,7 +367,7 @@ def make_plan(
                 wait_first=1,
             ),
             {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
-            right_shape or LaunchShape(64, 1, 2),
+            right_shape or LaunchShape(128, 2, 1),
             Form(False, FACTOR_GROUP, False, None),
             dtype,
             device_index,
@@ -376,6 +387,7 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
         "ADAPTERS": int(form.adapters),
         "ACTIVATION": ACTIVATION_CODES[form.activation],
         "TOKENS": shape.tokens,
+        "WARPGROUPS": shape.warpgroups,
         "ROW_TILES": shape.row_tiles,
         "STAGES": form.stages(shape),
         "BLOCKS": shape.blocks,
@@ -418,7 +430,7 @@ def _plan_launch(
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
     arguments.inverse = -(-(1 << 32) // pieces)
     grid = clusters * shape.multicast
-    ready = Counters(torch.device("cuda", device_index), WARPGROUPS * grid) if arguments.shared_tiles else None
+    ready = Counters(torch.device("cuda", device_index), shape.warpgroups * grid) if arguments.shared_tiles else None
     return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
 
 
