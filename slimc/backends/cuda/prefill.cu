@@ -250,49 +250,6 @@ __device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
     v[3] = multiply_pair(v[3], high);
 }
 
-#if BYTES_8
-// Words of two products with 16-bit operands become the operand of one with bytes, in which a register has the codes of
-// two groups, or pairs, of columns that lay 16, or 8, apart: quantize.cu puts activations into that order.
-#if ACTIVATION == 8
-#define CODE_UNIT (1.f / 16)
-
-// Codes less their zero point of 8, times 16.
-__device__ __forceinline__ u32 bytes_of_high(u32 word) { return (word & 0xf0f0f0f0) ^ 0x80808080; }
-__device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word) {
-    low = bytes_of_high(word << 4);
-    high = bytes_of_high(word);
-}
-#else
-#define CODE_UNIT 512.f
-
-// Codes less their zero point, as multiples of the smallest e4m3: up to 8 of it, its bits are the number of them.
-__device__ __forceinline__ u32 bytes_of_low(u32 word) {
-    const u32 negative = (~word >> 3) & 0x01010101;
-    return ((word & 0x07070707) ^ (negative * 7)) + negative * 0x81;
-}
-__device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word) {
-    low = bytes_of_low(word);
-    high = bytes_of_low(word >> 4);
-}
-#endif
-
-__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second) {
-    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120));
-    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120));
-}
-
-// Metadata in the order of those operands, in which a lane has all of a row: even lanes row g, odd ones row g + 8.
-__device__ __forceinline__ uint2 reorder_metadata(uint2 m, int lane) {
-    const bool odd = lane & 1;
-    const u32 own = __byte_perm(m.x, m.y, odd ? 0x7632 : 0x5410);
-    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, odd ? 0x5410 : 0x7632), 1);
-    const u32 first = odd ? other : own, second = odd ? own : other;
-    const u32 low = (first & 0x0f0f0f0f) | ((second << 4) & 0xf0f0f0f0);
-    const u32 high = ((first >> 4) & 0x0f0f0f0f) | (second & 0xf0f0f0f0);
-    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
-}
-#endif
-
 // In the same register, whatever the compiler thinks: it has no room for two sets of sums.
 __device__ __forceinline__ void add_in_place(float& sum, float v) { asm volatile("add.f32 %0, %0, %1;" : "+f"(sum) : "f"(v)); }
 #if ACTIVATION == 8
@@ -312,20 +269,97 @@ struct Pipeline {
     }
     __device__ __forceinline__ u32 data() const { return slots + slot * SLOT_BYTES; }
     __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * slot, parity); }
+};
+
+// What the compiler shall keep in a register: it would compute it again for each piece, which costs more than products leave.
+__device__ __forceinline__ u32 kept(u32 v) {
+    asm volatile("mov.u32 %0, %0;" : "+r"(v));
+    return v;
+}
+
+// A thread's view of the pieces that it multiplies.
+struct Reader {
+    Pipeline at;
+    u32 codes, metadata, scales;  // where this thread's words of the first slot are
+    u32 releases;                 // the barrier that says that the piece before has been multiplied
+    bool speaks;                  // whether this thread says so for its warpgroup
+    u32 zero;                     // 0, which the compiler does not know
+#if BYTES_8
+    u32 mask, own, other;         // of decoding
+#endif
+
+    // `nobody` is a barrier at which none waits: before the first piece there is none to release.
+    __device__ __forceinline__ Reader(const Pipeline& pipeline, u32 nobody, int tile, u32 zero) : at(pipeline), zero(zero) {
+        const int lane = threadIdx.x % 32;
+        codes = kept(at.slots + CODES_AT + tile * 512 + lane * 16);
+        metadata = kept(at.slots + METADATA_AT + tile * 256 + lane * 8);
+        scales = kept(at.slots + SCALES_AT + tile * 32 * SCALE_GROUPS + lane / 4 * 4);
+        releases = nobody;
+        speaks = kept(threadIdx.x % 128) < (MULTICAST > 1 ? MULTICAST : 1);
+#if BYTES_8
+        mask = kept(0xf0f0f0f0);
+        own = kept(lane & 1 ? 0x7632 : 0x5410);
+        other = kept(lane & 1 ? 0x5410 : 0x7632);
+#endif
+    }
+
+    __device__ __forceinline__ u32 offset() const { return at.slot * SLOT_BYTES; }
 
     // The wait ahead of this call has seen the last product with the piece before the current one end.
-    __device__ __forceinline__ void release_previous(bool first) const {
-        const u32 barrier = empty + 8 * (slot == 0 ? STAGES - 1 : slot - 1);
+    __device__ __forceinline__ void release_previous() {
 #if MULTICAST > 1
-        if (!first && threadIdx.x % 128 < MULTICAST) barrier_arrive_at(barrier, threadIdx.x % 128);
+        if (speaks) barrier_arrive_at(releases, threadIdx.x % 128);
 #else
-        if (!first && threadIdx.x % 128 == 0) barrier_arrive(barrier);
+        if (speaks) barrier_arrive(releases);
 #endif
+        releases = at.empty + 8 * at.slot;
     }
 };
 
 // The same in all lanes, which the compiler does not see of what is loaded; products would wait for their addresses.
 __device__ __forceinline__ int uniform(int v) { return __reduce_max_sync(0xffffffff, v); }
+
+#if BYTES_8
+// Words of two products with 16-bit operands become the operand of one with bytes, in which a register has the codes of
+// two groups, or pairs, of columns that lay 16, or 8, apart: quantize.cu puts activations into that order.
+#if ACTIVATION == 8
+#define CODE_UNIT (1.f / 16)
+
+// Codes less their zero point of 8, times 16.
+__device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32 mask) {
+    low = ((word << 4) & mask) ^ 0x80808080;
+    high = (word & mask) ^ 0x80808080;
+}
+#else
+#define CODE_UNIT 512.f
+
+// Codes less their zero point, as multiples of the smallest e4m3: up to 8 of it, its bits are the number of them.
+__device__ __forceinline__ u32 bytes_of_low(u32 word) {
+    const u32 negative = (~word >> 3) & 0x01010101;
+    return ((word & 0x07070707) ^ (negative * 7)) + negative * 0x81;
+}
+__device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32) {
+    low = bytes_of_low(word);
+    high = bytes_of_low(word >> 4);
+}
+#endif
+
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, u32 mask) {
+    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120), mask);
+    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120), mask);
+}
+
+// Metadata in the order of those operands, in which a lane has all of a row: even lanes row g, odd ones row g + 8.
+__device__ __forceinline__ uint2 reorder_metadata(uint2 m, const Reader& r) {
+    const u32 own = __byte_perm(m.x, m.y, r.own);
+    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, r.other), 1);
+    const bool odd = threadIdx.x & 1;
+    const u32 first = odd ? other : own, second = odd ? own : other;
+    const u32 low = (first & ~r.mask) | ((second << 4) & r.mask);
+    const u32 high = ((first >> 4) & ~r.mask) | (second & r.mask);
+    return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
+}
+#endif
 
 // What a block, or each of a cluster, computes next: some pieces of a tile, those of L after those of W.
 struct Segment { int tile, first, last; };
@@ -433,10 +467,9 @@ __device__ __forceinline__ void replace_metadata(u32& metadata, u32 word, u32 ze
     asm volatile("lop3.b32 %0, %1, %2, %0, 0x78;" : "+r"(metadata) : "r"(word), "r"(zero));
 }
 
-__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Pipeline& p, u32 zero, int tile, int lane,
-                                                 bool& first) {
-    p.wait_full();
-    const u32 data = p.data();
+__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Reader& r) {
+    r.at.wait_full();
+    const u32 offset = r.offset();
     uint4 codes[ROW_TILES];
 #if SPARSE
     uint2 words[ROW_TILES];
@@ -446,20 +479,20 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #endif
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        codes[m] = read_uint4(data + CODES_AT + (tile + 4 * m) * 512 + lane * 16);
+        codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
 #if SPARSE
-        words[m] = read_uint2(data + METADATA_AT + (tile + 4 * m) * 256 + lane * 8);
+        words[m] = read_uint2(r.metadata + offset + 4 * m * 256);
 #if BYTES_8
-        words[m] = reorder_metadata(words[m], lane);
+        words[m] = reorder_metadata(words[m], r);
 #endif
 #endif
 #if GROUP > 0
 #pragma unroll
         for (int j = 0; j < SCALE_GROUPS; ++j)
-            scales[m][j] = read_word(data + SCALES_AT + ((tile + 4 * m) * SCALE_GROUPS + j) * 32 + lane / 4 * 4);
+            scales[m][j] = read_word(r.scales + offset + (4 * m * SCALE_GROUPS + j) * 32);
 #endif
     }
-    const u64 box = describe(data);
+    const u64 box = describe(r.at.data());
     u32 of[2][BATCH][ROW_TILES][4];
 #pragma unroll
     for (int batch = 0; batch < PRODUCTS / BATCH; ++batch) {
@@ -467,7 +500,7 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #if SPARSE
         const int word = 2 * batch * BATCH / PRODUCTS;
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) replace_metadata(metadata[set][m], word ? words[m].y : words[m].x, zero);
+        for (int m = 0; m < ROW_TILES; ++m) replace_metadata(metadata[set][m], word ? words[m].y : words[m].x, r.zero);
 #endif
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
@@ -475,7 +508,7 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
 #if BYTES_8
-                decode_operand(of[set][i][m], word_of(codes[m], 2 * j), word_of(codes[m], 2 * j + 1));
+                decode_operand(of[set][i][m], word_of(codes[m], 2 * j), word_of(codes[m], 2 * j + 1), r.mask);
 #else
                 decode_word(of[set][i][m], word_of(codes[m], j));
 #endif
@@ -489,38 +522,37 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
         for (int i = 0; i < BATCH; ++i) {
             const int j = batch * BATCH + i;
             // A product reads 64 bytes of a token if W is 2:4, else 32.
-            const int offset = SPARSE ? j / 2 * BOX_BYTES + j % 2 * 64 : j * 32;
+            const int inside = SPARSE ? j / 2 * BOX_BYTES + j % 2 * 64 : j * 32;
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
 #if SPARSE && BYTES_8
-                multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[set][m]);
+                multiply<0>(sum[m], of[set][i][m], box + inside / 16, metadata[set][m]);
 #elif SPARSE
-                if (j & 1) multiply<1>(sum[m], of[set][i][m], box + offset / 16, metadata[set][m]);
-                else multiply<0>(sum[m], of[set][i][m], box + offset / 16, metadata[set][m]);
+                if (j & 1) multiply<1>(sum[m], of[set][i][m], box + inside / 16, metadata[set][m]);
+                else multiply<0>(sum[m], of[set][i][m], box + inside / 16, metadata[set][m]);
 #else
-                multiply(sum[m], of[set][i][m], box + offset / 16);
+                multiply(sum[m], of[set][i][m], box + inside / 16);
 #endif
             }
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (batch == 0) p.release_previous(first);
+        if (batch == 0) r.release_previous();
     }
-    first = false;
-    p.advance();
+    r.at.advance();
 }
 
-__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pipeline& p, int tile, int lane, bool& first) {
-    p.wait_full();
-    const u32 data = p.data();
+__device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Reader& r) {
+    r.at.wait_full();
+    const u32 offset = r.offset();
     uint4 codes[ROW_TILES];
     u32 scales[ROW_TILES];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        codes[m] = read_uint4(data + CODES_AT + (tile + 4 * m) * 512 + lane * 16);
-        scales[m] = read_word(data + SCALES_AT + (tile + 4 * m) * 32 + lane / 4 * 4);
+        codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
+        scales[m] = read_word(r.scales + offset + 4 * m * 32);
     }
-    const u64 box = describe(data);
+    const u64 box = describe(r.at.data());
     u32 of[2][LEFT_BATCH][ROW_TILES][4];
 #pragma unroll
     for (int batch = 0; batch < 4 / LEFT_BATCH; ++batch) {
@@ -541,10 +573,9 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Pip
             for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box + (batch * LEFT_BATCH + i) * 2);
         wgmma_commit();
         wgmma_wait<1>();
-        if (batch == 0) p.release_previous(first);
+        if (batch == 0) r.release_previous();
     }
-    first = false;
-    p.advance();
+    r.at.advance();
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
@@ -602,12 +633,13 @@ __device__ __forceinline__ void add_part(const float4* from, float (&sum)[ROW_TI
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 slots = (shared_address(shared) + 1023) & ~1023u;
+    const u32 slots = shared_address(shared);
     Pipeline pipeline{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
 
     if (threadIdx.x == 0) {
+        barrier_init(shared_address(barriers + 2 * STAGES), WARPGROUPS * MULTICAST);
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(pipeline.full + 8 * i, 1);
             barrier_init(pipeline.empty + 8 * i, WARPGROUPS * MULTICAST);
@@ -637,7 +669,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
     const int own_tile = group * 4 * ROW_TILES + warp % 4;
     const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * 128;
     const Output output{a, staged};
-    bool first = true;
+    Reader reader(pipeline, shared_address(barriers + 2 * STAGES), own_tile, a.zero);
     u32 metadata[2][ROW_TILES] = {};
     const Work work(a);
     for (int i = 0;; ++i) {
@@ -658,8 +690,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
             }
         Sum products[ROW_TILES][SUMS] = {};
 #pragma unroll 1
-        for (int unit = s.first; unit < min(s.last, a.units); ++unit)
-            multiply_weights(products, metadata, pipeline, a.zero, own_tile, lane, first);
+        for (int left = min(s.last, a.units) - s.first; left > 0; --left)
+            multiply_weights(products, metadata, reader);
         wgmma_wait<0>();
 #if ACTIVATION == 8
         float sum[ROW_TILES][SUMS];
@@ -686,13 +718,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #endif
 #if ADAPTERS
 #pragma unroll 1
-        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, units); ++unit) multiply_left(sum, pipeline, own_tile, lane, first);
+        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, units); ++unit) multiply_left(sum, reader);
         wgmma_wait<0>();
 #if MULTICAST > 1
         for (int unit = max(s.first - a.units, units); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
-            pipeline.wait_full();
-            pipeline.release_previous(first);
-            pipeline.advance();
+            reader.at.wait_full();
+            reader.release_previous();
+            reader.at.advance();
         }
 #endif
 #endif
