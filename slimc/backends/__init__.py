@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
-from slimc.backends.cuda import compose, decode, dense, hopper, layout, stored
+from slimc.backends.cuda import compose, decode, dense, hopper, layout, prefill, stored
 from slimc.backends.tuning import TIMINGS
 from slimc.runtime.select import Kernel, KernelTable
 
 __all__ = ["KERNELS", "LAYOUTS"]
 
-FRAGMENT_KERNELS: tuple[Kernel, ...] = (cusparselt.DECODED, hopper.HOPPER, decode.DECODE, dense.DENSE)
+FRAGMENT_KERNELS: tuple[Kernel, ...] = (
+    cusparselt.DECODED,
+    prefill.PREFILL,
+    hopper.HOPPER,
+    decode.DECODE,
+    dense.DENSE,
+)
 """Those that compute with fragments, best first as far as it is known without measuring."""
 
 COMPOSED = compose.composed(FRAGMENT_KERNELS)

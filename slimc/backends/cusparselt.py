@@ -34,6 +34,7 @@ from slimc.backends.cuda.stored import StoredAdapters, StoredMatrix, fill_up
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.backends.private_folder import PrivateFolder
 from slimc.errors import KernelError
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight
@@ -137,7 +138,7 @@ def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedL
     weight = PackedWeight(spec.weight, values.clone(), metadata_pattern(words, spec.rows, spec.columns))
     copied = {name: tensor.clone() for name, tensor in named.items() if name != "compressed"}
     left, right = (_factor(factor, prefix, copied) for factor, prefix in ((spec.left, "left_"), (spec.right, "right_")))
-    return PackedLinear(weight, left, right, copied.get("input_scale"))
+    return PackedLinear(weight, left, right, copied.get("input_scale"), spec.activation)
 
 
 def _factor(spec: WeightFormat | None, prefix: str, named: Mapping[str, Tensor]) -> PackedWeight | None:
@@ -150,7 +151,7 @@ def run(x: Tensor, layer: SparseLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
     flat = x.reshape(-1, layer.format.columns)
     inputs = flat if layer.input_scale is None else flat * layer.input_scale
-    y = _product(layer.compressed, inputs, bias)
+    y = _product(layer.compressed, round_inputs(inputs, layer.format.activation), bias)
     if layer.adapters is not None:
         layer.adapters.add(y, flat)
     return y.view(*x.shape[:-1], layer.format.rows)
@@ -163,7 +164,7 @@ def run_decoded(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     compressed, values, metadata = _empty(spec.weight, layer.codes)
     expand_kept(layer, values)
     order_metadata(layer, metadata)
-    y = add_adapters(_product(compressed, flat, bias), flat, layer)
+    y = add_adapters(_product(compressed, round_inputs(flat, spec.activation), bias), flat, layer)
     return y.view(*x.shape[:-1], spec.rows)
 
 

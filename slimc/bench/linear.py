@@ -6,7 +6,8 @@
 slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v,
 or gate and up) keep the adapters of each. Every kernel of slimc's that accepts is measured, and ``slimc`` is the one
 that its selection takes: by expectations, or with ``--tuned`` by the times of this run, as after `slimc.tune`.
-A kernel that cannot stack layers computes one after another.
+A kernel that cannot stack layers computes one after another. With ``--activations`` the same layers are also measured
+with inputs that are rounded to 8 bits.
 
 Peers have no adapters; those that are installed are measured. Int4 with a scale every 128 columns: humming-kernels,
 gemlite, and torch's own `_weight_int4pack_mm` (tinygemm). 2:4 in 16 bits: cuSPARSELt, its best algorithm.
@@ -35,7 +36,7 @@ from torch import Tensor
 from slimc.backends import KERNELS, cusparselt
 from slimc.backends.cuda.layer import prepare as fragments
 from slimc.backends.cuda.layer import stack
-from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, KernelTable, choose
 
@@ -235,17 +236,19 @@ class Subject:
         self.copies = [first]
         for copy in range(1, copies(self.nbytes)):
             self.copies.append([random_layer(part, columns, 100 * copy + seed) for seed, part in enumerate(rows)])
-        self._states: dict[Callable[..., Any], list[list[Any]]] = {}
+        self._states: dict[tuple[Callable[..., Any], str | None], list[list[Any]]] = {}
         self.format = first[0].format if len(rows) == 1 else _stacked_format(first[0].format, sum(rows))
 
-    def calls(self, kernel: Kernel, x: Tensor) -> list[Call]:
-        """Return a call for each copy."""
-        if kernel.prepare not in self._states:
-            prepared = [[kernel.prepare(part) for part in parts] for parts in self.copies]
+    def calls(self, kernel: Kernel, x: Tensor, activation: str | None = None) -> list[Call]:
+        """Return a call for each copy, its inputs rounded if there is an ``activation``."""
+        key = kernel.prepare, activation
+        if key not in self._states:
+            copies = [[replace(part, activation=activation) for part in parts] for parts in self.copies]
+            prepared = [[kernel.prepare(part) for part in parts] for parts in copies]
             if kernel.prepare is fragments:
                 prepared = [[stack(parts)] if len(parts) > 1 else parts for parts in prepared]
-            self._states[kernel.prepare] = prepared
-        states = self._states[kernel.prepare]
+            self._states[key] = prepared
+        states = self._states[key]
         return [partial(lambda parts: [kernel.run(x, part, None) for part in parts], parts) for parts in states]
 
 
@@ -275,6 +278,7 @@ def measure(
     peers: Sequence[str],
     tuned: bool = False,
     only_expected: bool = False,
+    activations: Sequence[str] = (),
 ) -> list[Row]:
     """Measure one layer at every number of tokens; see `run`."""
     total = sum(rows)
@@ -308,6 +312,12 @@ def measure(
             "share_of_byte_limit": needed / bandwidth * 1e6 / ours,
             "over_cublas": row["cublas_us"] / ours,
         }
+        for kind in activations:
+            best, _ = choose(KERNELS, replace(subject.format, activation=kind), DTYPE, device, count)
+            taken = math.inf if best is None else _time(best.name, subject.calls, best, x, kind)
+            if best is not None and taken < math.inf:
+                row |= {f"{kind}_us": taken, f"{kind}_kernel": best.name}
+                row[f"{kind}_over_cublas"] = row["cublas_us"] / taken
         for name, made in others.items():
             if PEERS[name].fewest <= count <= PEERS[name].most:
                 taken = _time(name, _peer_calls, made, x)
@@ -347,18 +357,24 @@ def show(row: Row) -> str:
         f"{key[:-3]} {value:.1f}" for key, value in row.items() if key.endswith("_us") and key != "slimc_us"
     )
     over = "  ".join(f"{key[5:]} {value:.2f}x" for key, value in row.items() if key.startswith("over_"))
+    rounded = "".join(
+        f" | {row[f'{kind}_kernel']} with {kind} over cublas {row[f'{kind}_over_cublas']:.2f}x"
+        for kind in ACTIVATIONS
+        if f"{kind}_us" in row
+    )
     return (
         f"{row['model']:12} {row['layer']:8} {sum(row['rows']):6} x {row['columns']:5} {row['tokens']:5} tokens: "
         f"{times} | {row['kernel']} over {over} | {row['gigabytes_per_second']:.0f} GB/s, "
-        f"{100 * row['share_of_byte_limit']:.0f} % of the byte limit"
+        f"{100 * row['share_of_byte_limit']:.0f} % of the byte limit{rounded}"
     )
 
 
 def print_means(rows: Sequence[Row]) -> None:
     """Print, as a table, the mean ratios of each model over the layers as they are served, and the worst of them."""
-    names = [f"over_{name}" for name in ("cublas", "int4", *PEERS)]
+    names = {f"over_{name}": name for name in ("cublas", "int4", *PEERS)}
+    names |= {f"{kind}_over_cublas": f"{kind} inputs: cublas" for kind in ACTIVATIONS}
     present = [name for name in names if any(name in row for row in rows)]
-    print(f"\n| model | tokens | {' | '.join(name[5:] for name in present)} |\n|---|---|{'---|' * len(present)}")
+    print(f"\n| model | tokens | {' | '.join(names[name] for name in present)} |\n|---|---|{'---|' * len(present)}")
     served = [row for row in rows if row["layer"] in SERVED]
     for model, count in dict.fromkeys((row["model"], row["tokens"]) for row in served):
         of = [row for row in served if (row["model"], row["tokens"]) == (model, count)]
@@ -398,6 +414,7 @@ def run(
     peers: Sequence[str] = QUICK_PEERS,
     tuned: bool = False,
     only_expected: bool = False,
+    activations: Sequence[str] = (),
     save: Callable[[Row], None] = lambda _found: None,
 ) -> Row:
     """Measure the layers of models, print as it goes, and return every figure.
@@ -409,6 +426,7 @@ def run(
         peers: of `PEERS`.
         tuned: select by the times of this run, not by expectations.
         only_expected: of slimc's kernels, measure the one alone that is expected to be the best.
+        activations: of `ACTIVATIONS`, what inputs are rounded to for further measurements.
         save: takes the figures so far after every layer.
     """
     bandwidth = copy_bandwidth()
@@ -420,7 +438,16 @@ def run(
         for name, parts, columns in LAYERS[model]:
             if layers and name not in layers:
                 continue
-            made = measure(parts, columns, tokens, bandwidth, peers=peers, tuned=tuned, only_expected=only_expected)
+            made = measure(
+                parts,
+                columns,
+                tokens,
+                bandwidth,
+                peers=peers,
+                tuned=tuned,
+                only_expected=only_expected,
+                activations=activations,
+            )
             for row in made:
                 rows.append({"model": model, "layer": name, **row})
                 print(show(rows[-1]), flush=True)
@@ -441,6 +468,7 @@ def main() -> None:
     )
     parser.add_argument("--tuned", action="store_true", help="select by the times of this run")
     parser.add_argument("--chosen", action="store_true", help="of slimc's kernels only the expected one")
+    parser.add_argument("--activations", default="", help=f"round inputs too, to some of {', '.join(ACTIVATIONS)}")
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
     options = parser.parse_args()
@@ -456,6 +484,7 @@ def main() -> None:
         peers=[name for name in options.peers.split(",") if name],
         tuned=options.tuned,
         only_expected=options.chosen,
+        activations=[kind for kind in options.activations.split(",") if kind],
         save=save,
     )
     if options.plot:

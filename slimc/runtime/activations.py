@@ -16,7 +16,7 @@ from torch import Tensor
 from slimc.errors import FormatError
 from slimc.runtime.formats import ACTIVATIONS
 
-__all__ = ["ACTIVATION_NAMES", "LARGEST", "quantize_tokens", "refuses_codes", "round_tokens"]
+__all__ = ["ACTIVATION_NAMES", "LARGEST", "quantize_tokens", "refuses_codes", "round_inputs", "round_tokens"]
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """The code of the largest magnitude of a token. ``int8`` does not use -128, so that it is symmetric."""
@@ -58,6 +58,11 @@ def round_tokens(x: Tensor, kind: str) -> Tensor:
     """Return ``s * q`` of `quantize_tokens`, multiplied in float32 and rounded to the dtype of x."""
     codes, scale = quantize_tokens(x, kind)
     return (codes.float() * scale).to(x.dtype)
+
+
+def round_inputs(x: Tensor, activation: str | None) -> Tensor:
+    """Return what a layer multiplies by its weight: `round_tokens` of x, or x itself without an ``activation``."""
+    return x if activation is None else round_tokens(x, activation)
 
 
 def refuses_codes(bits: int | None, asymmetric: bool, kind: str) -> str | None:

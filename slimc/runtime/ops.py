@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimc.runtime.activations import ACTIVATION_NAMES, round_tokens
+from slimc.runtime.activations import ACTIVATION_NAMES, round_inputs, round_tokens
 from slimc.runtime.bits import stream_bytes
 from slimc.runtime.decode import dequantize
 from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
@@ -195,8 +195,9 @@ def _products(
     activation: str | None,
 ) -> Tensor:
     scaled = x if input_scale is None else x * input_scale.to(x.dtype)
-    rounded = scaled if activation is None else round_tokens(scaled, activation)
-    y = functional.linear(rounded, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = functional.linear(
+        round_inputs(scaled, activation), weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    )
     if left is not None and right is not None:
         y = y + low_rank(x, left, right)
     return y.contiguous()

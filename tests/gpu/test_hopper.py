@@ -73,7 +73,7 @@ def test_shapes_of_a_launch(
 def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:
     packed = random_layer(256, 640, 57)
     layer = SlimLinear(packed, kernels=KERNELS)
-    assert [choice.kernel for choice in layer.choices()][-1] is HOPPER
+    assert HOPPER in [choice.kernel for choice in layer.choices()]
     x = torch.randn(20 * 640 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(20, 640)
     check(packed, x, None, layer(x))
 

@@ -1,10 +1,10 @@
 """Layers that no single kernel takes, composed of products that one does.
 
-A layer is ``y = (x * input_scale) @ W^T + (x @ R^T) @ L^T + bias``. W, R and L are products of their own here, each
-by the best that there is for it: codes by a kernel (`slimc.backends.cuda.fit` writes them so that one takes them, and
-`slimc.backends.cuda.split` as sums of 4-bit codes), 16-bit values by cuBLAS. Adapters stay inside W's kernel where they
-fit there. As everywhere on a GPU the canonical tensors are not kept; only adapters of codes that no kernel takes are,
-beside their values.
+A layer is ``y = round(x * input_scale) @ W^T + (x @ R^T) @ L^T + bias``, where inputs are rounded if the layer says so.
+W, R and L are products of their own here, each by the best that there is for it: codes by a kernel
+(`slimc.backends.cuda.fit` writes them so that one takes them, and `slimc.backends.cuda.split` as sums of 4-bit codes),
+16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there. As everywhere on a GPU the canonical
+tensors are not kept; only adapters of codes that no kernel takes are, beside their values.
 
 What even that cannot hold is decoded once and multiplied densely (`decoded`), beside the canonical tensors.
 """
@@ -26,6 +26,7 @@ from slimc.backends.cuda.layer import FragmentLayer
 from slimc.backends.cuda.layer import prepare as prepare_fragments
 from slimc.backends.cuda.split import Split, split_of
 from slimc.errors import KernelError
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight
@@ -45,6 +46,7 @@ class Plan:
         left, right: the same of the adapters.
         fused: the adapters are inside W's kernel.
         split: how W is a sum, of which ``main`` is the low part.
+        activation: what the inputs of W are rounded to.
     """
 
     main: Fit | None
@@ -52,6 +54,7 @@ class Plan:
     right: Fit | None = None
     fused: bool = False
     split: Split | None = None
+    activation: str | None = None
 
     @property
     def high(self) -> Fit | None:
@@ -64,21 +67,26 @@ class Plan:
         if self.main is None:
             return None
         if self.fused and self.left is not None and self.right is not None:
-            return LinearFormat(self.main.format, self.left.format, self.right.format)
-        return LinearFormat(self.main.format)
+            return LinearFormat(self.main.format, self.left.format, self.right.format, activation=self.activation)
+        return LinearFormat(self.main.format, activation=self.activation)
+
+    @property
+    def high_format(self) -> LinearFormat | None:
+        """What the kernel of W's high part computes."""
+        return None if self.high is None else LinearFormat(self.high.format, activation=self.activation)
 
     def kernel_formats(self) -> list[LinearFormat]:
         """Return what the kernels of all parts compute."""
-        others = (self.high,) if self.fused else (self.high, self.left, self.right)
-        alone = [LinearFormat(fit.format) for fit in others if fit is not None]
-        return alone if self.main_format is None else [self.main_format, *alone]
+        factors = () if self.fused else (self.left, self.right)
+        alone = [LinearFormat(fit.format) for fit in factors if fit is not None]
+        return [form for form in (self.main_format, self.high_format) if form is not None] + alone
 
 
 @cache
 def plan_of(spec: LinearFormat) -> Plan | str:
     """Decide which product computes each part of a layer, or say why none can compute W."""
     if spec != _known(spec):
-        return "does nothing to inputs but scale them"
+        return "does nothing to inputs but scale and round them"
     split = split_of(spec.weight)
     if isinstance(split, str):
         return split
@@ -90,24 +98,25 @@ def plan_of(spec: LinearFormat) -> Plan | str:
             return fit
         main = fit
     if spec.left is None or spec.right is None:
-        return Plan(main, split=split)
+        return Plan(main, split=split, activation=spec.activation)
     # Inside the kernel adapters would read the scaled input.
     if main is not None and not spec.input_scaled:
         left, right = fit_of(spec.left, grouped=True), fit_of(spec.right, beside=main)
         if isinstance(left, Fit) and isinstance(right, Fit):
-            return Plan(main, left, right, fused=True, split=split)
+            return Plan(main, left, right, fused=True, split=split, activation=spec.activation)
     left, right = fit_of(spec.left), fit_of(spec.right)
     return Plan(
         main,
         left if isinstance(left, Fit) else None,
         replace(right, rows=_filled(spec.rank)) if isinstance(right, Fit) else None,
         split=split,
+        activation=spec.activation,
     )
 
 
 def _known(spec: LinearFormat) -> LinearFormat:
     """Return what of a format is computed here."""
-    return LinearFormat(spec.weight, spec.left, spec.right, spec.input_scaled)
+    return LinearFormat(spec.weight, spec.left, spec.right, spec.input_scaled, spec.activation)
 
 
 def _filled(rank: int) -> int:
@@ -137,11 +146,11 @@ class _Coded:
 class _Dense:
     """A product by cuBLAS."""
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+    def __init__(self, matrix: Tensor, activation: str | None = None) -> None:
+        self.matrix, self.activation = matrix, activation
 
     def run(self, x: Tensor, bias: Tensor | None, _kernels: Sequence[Kernel]) -> Tensor:
-        return functional.linear(x, self.matrix, bias)
+        return functional.linear(round_inputs(x, self.activation), self.matrix, bias)
 
 
 @dataclass
@@ -213,7 +222,7 @@ def assemble(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Compo
     plan = _plan(spec)
     layer = ComposedLayer(spec, plan, dict(named), _product("main_", plan.main, plan.main_format, spec, named))
     if plan.high is not None:
-        layer.high = _product("high_", plan.high, None, spec, named)
+        layer.high = _product("high_", plan.high, plan.high_format, spec, named)
     if plan.split is not None and plan.main is not None and plan.main_format is not None:
         low = layout.restore((plan.main_format,), _without("main_", named), 0).weight
         scale = _present(plan.main.undo(low).scale)
@@ -249,7 +258,7 @@ def restore(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Packed
         return weight
 
     weight = part("main_", plan.main, spec.weight, None if fitted is None else fitted.weight)
-    packed = PackedLinear(weight, input_scale=None if scale is None else _copied(scale))
+    packed = PackedLinear(weight, input_scale=None if scale is None else _copied(scale), activation=spec.activation)
     if spec.left is not None and spec.right is not None:
         packed.left = part("left_", plan.left, spec.left, None if fitted is None else fitted.left)
         packed.right = part("right_", plan.right, spec.right, None if fitted is None else fitted.right)
@@ -264,7 +273,7 @@ def run(x: Tensor, layer: ComposedLayer, bias: Tensor | None, kernels: Sequence[
     if layer.high is not None:
         y = y.add_(layer.high.run(scaled, None, kernels))
     if layer.offsets is not None and layer.plan.split is not None:
-        y = y.addmm_(layer.plan.split.sums(scaled), layer.offsets)
+        y = y.addmm_(layer.plan.split.sums(round_inputs(scaled, layer.plan.activation)), layer.offsets)
     if layer.left is not None and layer.right is not None:
         inner = layer.right.run(inputs, None, kernels)
         if isinstance(layer.left, _Dense):
@@ -306,7 +315,7 @@ def decoded(device_type: str = "cuda") -> Kernel:
             return f"runs on {device_type}, not on {device.type}"
         if dtype != spec.weight.dtype:
             return "would decode for inputs of the weight's dtype only"
-        if spec != _known(spec):
+        if spec != replace(_known(spec), activation=None):
             return "does nothing to inputs but scale them"
         if dtype.itemsize == 2 and isinstance(plan_of(spec), Plan):
             return "would keep 16 bits of every weight of a form that other kernels hold packed"
@@ -348,7 +357,7 @@ def _product(
         return _Coded(fit, layout.assemble((form or LinearFormat(fit.format),), own, 0))
     part = _present({"main_": spec.weight, "left_": spec.left, "right_": spec.right}[prefix])
     if part.bits is None:
-        return _Dense(own["values"])
+        return _Dense(own["values"], spec.activation if prefix == "main_" else None)
     return _Dense(_fill_ranks(prefix, spec.rank, PackedWeight(part, **own).decode()))
 
 

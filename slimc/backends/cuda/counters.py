@@ -16,10 +16,15 @@ class Counters:
 
     Two launches that may run at once must not share them. Launches of one stream run one after another; what is
     captured into a graph may be replayed beside anything, so each captured launch has counters of its own for good.
+
+    Args:
+        device: where they are.
+        count: counters of a launch.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, count: int = COUNTERS) -> None:
         self._device = device
+        self._count = count
         self._free: list[Tensor] = []
         self._by_stream: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []
@@ -30,7 +35,7 @@ class Counters:
         """Return the address of the counters for a launch on ``stream``, which may be capturing."""
         if torch.cuda.is_current_stream_capturing():
             # Zeros made while capturing are made again by every replay: right, but a node more in the graph.
-            taken = self._free.pop() if self._free else torch.zeros(COUNTERS, dtype=torch.int32, device=self._device)
+            taken = self._free.pop() if self._free else torch.zeros(self._count, dtype=torch.int32, device=self._device)
             self._kept.append(taken)
             return taken.data_ptr()
         found = self._by_stream.get(stream)
@@ -41,7 +46,7 @@ class Counters:
         return found.data_ptr()
 
     def _refill(self) -> None:
-        slots = torch.zeros(COUNTER_SLOTS, COUNTERS, dtype=torch.int32, device=self._device)
+        slots = torch.zeros(COUNTER_SLOTS, self._count, dtype=torch.int32, device=self._device)
         # Another stream may use them next.
         torch.cuda.current_stream(self._device).synchronize()
         self._free.extend(slots.unbind())

@@ -18,6 +18,7 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
 from slimc.errors import KernelError
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -108,7 +109,7 @@ def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     plan = layer.plans.get((KERNEL_NAME, tokens))
     if plan is None:
         plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens)
-    x = x.contiguous()
+    x = round_inputs(x.contiguous(), layer.format.activation)
     # The kernel reads 16 bytes at a time; a view may begin anywhere.
     return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
 
@@ -274,6 +275,8 @@ def _shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     if tokens > MAX_TOKENS:
         return f"is for {MAX_TOKENS} tokens at most"
+    if spec.activation is not None and spec.left is not None:
+        return "reads one input, but adapters read it as it came and the weight reads it rounded"
     return refuses(spec, dtype, device)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from slimc.backends.cuda.expand import expand_left, expand_right, expand_weight
 from slimc.backends.cuda.layer import FragmentLayer, prepare, refuses, stack_shared
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -26,10 +27,11 @@ def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     spec = layer.format
     flat = x.reshape(-1, spec.columns)
     weight = expand_weight(layer)
-    if layer.right is not None and len(flat) > _merging_pays(spec):
+    if layer.right is not None and spec.activation is None and len(flat) > _merging_pays(spec):
         y = functional.linear(flat, _merge(weight, layer), bias)
     else:
-        y = add_adapters(functional.linear(flat, weight, bias), flat, layer)
+        y = functional.linear(round_inputs(flat, spec.activation), weight, bias)
+        y = add_adapters(y, flat, layer)
     return y.view(*x.shape[:-1], spec.rows)
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda import driver
+from slimc.backends.cuda import decode, driver
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -144,11 +145,13 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     stream = torch.cuda.current_stream(x.device).cuda_stream
     y = x.new_empty(*x.shape[:-1], layer.format.rows)
     tokens = x.numel() // columns
+    # Ahead of both launches: the second waits for no other than the first.
+    rounded = round_inputs(x, layer.format.activation)
     t = None
     if plan.right is not None:
         t = x.new_empty(tokens, layer.ranks)
         _start(plan.right, x, columns, None, t, None, stream)
-    _start(plan.main, x, columns, t, y, bias, stream)
+    _start(plan.main, rounded, columns, t, y, bias, stream)
     return y
 
 
@@ -299,8 +302,10 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _toke
     return refuses(spec, dtype, device)
 
 
-def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
-    return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
+def _expects(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if tokens < FEWEST_TOKENS and decode.DECODE.accepts(spec, dtype, device, tokens) is None:
+        return f"is slower for fewer than {FEWEST_TOKENS} tokens"
+    return None
 
 
 HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, stack_shared, expects=_expects)

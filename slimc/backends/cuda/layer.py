@@ -181,8 +181,6 @@ def _refuses_format(spec: LinearFormat) -> str | None:
         return "needs a multiple of 8 columns"
     if spec.input_scaled:
         return "does not scale its input"
-    if spec.activation is not None:
-        return "does not round its input"
     for factor in (spec.left, spec.right):
         if factor is not None and (factor.bits, factor.group, factor.dtype) != (4, FACTOR_GROUP, weight.dtype):
             return "needs adapters of 4 bits in groups of 64"
@@ -211,7 +209,8 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     first = layers[0]
     weights = [one.format.weight for one in layers]
     forms = {(weight.columns, weight.group, weight.sparsity, weight.dtype) for weight in weights}
-    if len(forms) > 1 or len({one.right is None for one in layers}) > 1:
+    kinds = {(one.right is None, one.format.activation) for one in layers}
+    if len(forms) > 1 or len(kinds) > 1:
         raise KernelError("layers of different widths, groups, sparsities, dtypes or kinds cannot be stacked")
     if any(one.format.rows % STACKED_ROWS for one in layers[:-1]):
         raise KernelError(f"layers above others need a multiple of {STACKED_ROWS} rows to be stacked")
@@ -219,7 +218,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     weight = replace(first.format.weight, rows=rows, per_tensor=False)
     grouped = weight.group is not None
     stacked = FragmentLayer(
-        LinearFormat(weight),
+        LinearFormat(weight, activation=first.format.activation),
         codes=torch.cat([one.codes for one in layers]),
         metadata=None if first.metadata is None else torch.cat([_present(one.metadata) for one in layers]),
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from slimc.backends.cuda.layer import refuses_machine
 from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, unpacker, whole_pieces
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
@@ -89,7 +90,8 @@ def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:
     spec = layer.format
     flat = x.reshape(-1, spec.columns)
     scaled = flat if layer.input_scale is None else flat * layer.input_scale
-    y = functional.linear(scaled, layer.weight.dense()[:, : spec.columns], bias)
+    rounded = round_inputs(scaled, spec.activation)
+    y = functional.linear(rounded, layer.weight.dense()[:, : spec.columns], bias)
     if layer.adapters is not None:
         layer.adapters.add(y, flat)
     return y.view(*x.shape[:-1], spec.rows)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from slimc.backends.cuda import compiler, layer
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, _refuses_format, prepare, stack_shared
 from slimc.backends.cuda.layout import restore, tensors
+from slimc.runtime.activations import quantize_tokens
 from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
@@ -79,20 +82,41 @@ def part_of(layer: FragmentLayer, first_tile: int, rows: int) -> PackedLinear:
     own = WeightFormat(rows, weight.columns, 4, weight.group, sparsity=weight.sparsity, dtype=weight.dtype)
     shapes = ((rows, rank), (rank, weight.columns))
     factors = [WeightFormat(*shape, bits=4, group=64, dtype=weight.dtype) for shape in shapes if rank]
-    return restore((LinearFormat(own, *factors),), named, 0)
+    return restore((LinearFormat(own, *factors, activation=layer.format.activation),), named, 0)
 
 
 def compute(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     """Compute y in float64 of what a `FragmentLayer` holds, tile by tile as its ranges of ranks say."""
-    parts = []
-    for tile in range(layer.row_tiles):
-        rows = min(16, layer.format.rows - 16 * tile)
-        if layer.format.left is not None or layer.rank_range is None:
-            parts = [restore((layer.format,), tensors(layer), 0).decode()]
-            break
-        parts.append(part_of(layer, tile, rows).decode())
-    y = x.double() @ torch.cat(parts).double().T
+    if layer.format.left is not None or layer.rank_range is None:
+        parts = [restore((layer.format,), tensors(layer), 0)]
+    else:
+        tiles = range(layer.row_tiles)
+        parts = [part_of(layer, tile, min(16, layer.format.rows - 16 * tile)) for tile in tiles]
+    y = torch.cat([product(x, part) for part in parts], -1)
     return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def product(x: Tensor, packed: PackedLinear) -> Tensor:
+    """Compute y in float64; the weight reads codes as they are, without a rounding of ``s * q`` to the dtype of x."""
+    inputs = x.double()
+    if packed.activation is not None:
+        codes, scale = quantize_tokens(x, packed.activation)
+        inputs = codes.double() * scale.double()
+    y = inputs @ packed.weight.decode().double().T
+    if packed.left is not None and packed.right is not None:
+        y += x.double() @ packed.right.decode().double().T @ packed.left.decode().double().T
+    return y
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Pretends that there is a GPU, of a capability that a test may change."""
+    card = SimpleNamespace(capability=(9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: card.capability)
+    layer._refuses_toolchain.cache_clear()
+    monkeypatch.setattr(compiler, "version", lambda: "13.0")
+    yield card
+    layer._refuses_toolchain.cache_clear()
 
 
 @pytest.fixture(scope="session")

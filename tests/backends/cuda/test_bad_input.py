@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +14,13 @@ import torch
 from torch import Tensor
 
 from slimc.backends import FRAGMENT_KERNELS, KERNELS, private_folder, reference
-from slimc.backends.cuda import cache, compiler, decode, dense, driver, hopper, layer
+from slimc.backends.cuda import cache, compiler, decode, dense, driver, hopper, layer, prefill
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.select import Choice, choices
 
 GPU = torch.device("cuda", 0)
 SPEC = LinearFormat(WeightFormat(256, 640, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16))
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Pretends that there is a GPU, of a capability that a test may change."""
-    card = SimpleNamespace(capability=(9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: card.capability)
-    layer._refuses_toolchain.cache_clear()
-    monkeypatch.setattr(compiler, "version", lambda: "13.0")
-    yield card
-    layer._refuses_toolchain.cache_clear()
 
 
 def chosen(dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
@@ -68,7 +56,7 @@ def test_inputs_of_another_dtype_are_left_to_the_reference(gpu: SimpleNamespace,
     assert "one 16-bit dtype" in chosen(dtype)[0].refusals["cuda-decode"]
 
 
-@pytest.mark.parametrize("module", [decode, hopper], ids=["decode", "hopper"])
+@pytest.mark.parametrize("module", [decode, hopper, prefill], ids=["decode", "hopper", "prefill"])
 @pytest.mark.parametrize("view", ["misaligned", "strided", "transposed", "plain"])
 def test_inputs_reach_a_kernel_dense_and_aligned(
     make_packed: Any, monkeypatch: pytest.MonkeyPatch, module: Any, view: str

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from slimc.backends.cuda import compiler
+from slimc.backends.cuda import compiler, prefill
 from slimc.backends.cuda.hopper import LaunchShape
 from slimc.backends.cuda.layer import source
 from slimc.errors import KernelError
@@ -127,3 +127,43 @@ def test_the_kernel_that_expands_fragments_compiles(
     defines = {"BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group}
     cubin = compiler.compile_source(source("expand.cu"), name="expand", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
+
+
+PREFILL_FORMS = [
+    *(prefill.Form(bool(sparse), group, bool(adapters), None) for sparse, group, adapters in FORMS),
+    *(
+        prefill.Form(sparse, 0, adapters, activation)
+        for sparse, adapters in ((True, True), (False, False))
+        for activation in ("int8", "float8_e4m3fn")
+    ),
+]
+PREFILL_SHAPES = [prefill.LaunchShape(128, 2, 1), prefill.LaunchShape(128, 1, 1), prefill.LaunchShape(64, 1, 2)]
+
+
+@pytest.mark.parametrize("form", PREFILL_FORMS, ids=str)
+@pytest.mark.parametrize("shape", PREFILL_SHAPES, ids=str)
+def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
+    shape: prefill.LaunchShape, form: prefill.Form, caplog: pytest.LogCaptureFixture
+) -> None:
+    defines = prefill.defines(form, shape, bfloat16=True)
+    with caplog.at_level(logging.DEBUG, compiler.__name__):
+        cubin = compiler.compile_source(source("prefill.cu"), name="prefill_linear", arch="sm_90a", defines=defines)
+    assert cubin.startswith(b"\x7fELF")
+    assert "serialized" not in caplog.text
+
+
+@pytest.mark.parametrize("form", PREFILL_FORMS, ids=str)
+@pytest.mark.parametrize("shape", PREFILL_SHAPES, ids=str)
+def test_the_slots_of_the_kernel_for_many_tokens_fit(shape: prefill.LaunchShape, form: prefill.Form) -> None:
+    assert form.stages(shape) >= 3
+    assert shape.blocks * (form.shared_bytes(shape) + 2 * form.stages(shape) * 8 + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("sparse", [0, 1])
+@pytest.mark.parametrize("bfloat16", [0, 1])
+def test_rounding_of_activations_compiles(bfloat16: int, sparse: int, activation: prefill.Activation) -> None:
+    defines = {
+        "BFLOAT16": bfloat16, "ARCH": 90, "SPARSE": sparse, "ACTIVATION": prefill.ACTIVATION_CODES[activation],
+    }  # fmt: skip
+    compiler.compile_source(source("quantize.cu"), name="quantize_tokens", arch="sm_90a", defines=defines)

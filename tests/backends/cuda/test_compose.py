@@ -16,7 +16,7 @@ from slimc.backends.cuda.compose import COMPOSED, composed, decoded, plan_of
 from slimc.backends.cuda.fit import Fit, fit_of
 from slimc.backends.cuda.split import Split, split_of
 from slimc.backends.reference import DECODE
-from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
@@ -28,12 +28,13 @@ def weight(rows: int = 48, columns: int = 320, bits: int | None = 4, **form: Any
     return WeightFormat(rows, columns, bits, dtype=BF16, **form)
 
 
-def linear(main: WeightFormat, rank: int = 0, *, scaled: bool = False, **form: Any) -> LinearFormat:
+def linear(
+    main: WeightFormat, rank: int = 0, *, scaled: bool = False, activation: str | None = None, **form: Any
+) -> LinearFormat:
     form = {"bits": 4, "group": 64} | form
     shapes = ((main.rows, rank), (rank, main.columns))
-    return LinearFormat(
-        main, *(WeightFormat(*shape, dtype=BF16, **form) for shape in shapes if rank), input_scaled=scaled
-    )
+    factors = [WeightFormat(*shape, dtype=BF16, **form) for shape in shapes if rank]
+    return LinearFormat(main, *factors, input_scaled=scaled, activation=activation)
 
 
 PLAIN = {"bits": None, "group": None}
@@ -121,6 +122,26 @@ def test_composed_forms(name: str, fill: Any, check: Any, table: tuple[Kernel, .
     restored = layer.packed.tensors()
     assert restored.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in restored.items())
+
+
+ROUNDED_FORMS = ("scaled inputs", "16-bit adapters", "16-bit weight", "asymmetric 8 bits", "3 bits", "one row")
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("name", ROUNDED_FORMS)
+def test_composed_forms_with_rounded_inputs(
+    name: str, kind: str, fill: Any, rounded_product: Any, table: tuple[Kernel, ...]
+) -> None:
+    spec = replace(COMPOSED_FORMS[name], activation=kind)
+    packed = canonical(fill(spec))
+    bias = torch.randn(spec.rows).to(BF16)
+    layer = SlimLinear(packed, bias, kernels=table)
+    assert [choice.kernel for choice in layer.choices()] == [table[1]]
+    assert layer.packed.format == spec
+    for tokens in (1, 5):
+        x = torch.randn(tokens, spec.columns).to(BF16)
+        ideal, bound = rounded_product(packed, x, bias)
+        assert bool(((layer(x).double() - ideal).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("name", DENSE_FORMS)
@@ -211,9 +232,11 @@ def test_a_layer_that_does_more_to_its_input_is_refused(cpu_kernels: tuple[Kerne
         rounded: bool = True
 
     spec = Rounded(weight(bits=8), input_scaled=True)
-    for kernel in (composed(cpu_kernels, "cpu"), decoded("cpu")):
-        refusal = kernel.accepts(spec, BF16, torch.device("cpu"), 1)
-        assert refusal == "does nothing to inputs but scale them"
+    cpu = torch.device("cpu")
+    refusal = composed(cpu_kernels, "cpu").accepts(spec, BF16, cpu, 1)
+    assert refusal == "does nothing to inputs but scale and round them"
+    for one in (spec, linear(weight(sparsity=NM(1, 4)), activation="int8")):
+        assert decoded("cpu").accepts(one, BF16, cpu, 1) == "does nothing to inputs but scale them"
 
 
 @given(

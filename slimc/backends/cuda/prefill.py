@@ -1,0 +1,470 @@
+"""``cuda-prefill``: a 4-bit linear layer with its adapters for many tokens, on Hopper's tensor cores (``prefill.cu``).
+
+With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
+runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``); adapters read x as
+it came. Sums are taken in an order fixed by the shape of the launch, so results are the same from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda import driver
+from slimc.backends.cuda.counters import Counters
+from slimc.backends.cuda.fragments import TILE_ROWS
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.errors import KernelError
+from slimc.runtime.activations import round_inputs
+from slimc.runtime.formats import LinearFormat
+from slimc.runtime.select import Kernel
+
+__all__ = ["PREFILL", "Activation", "Form", "LaunchShape", "Plan", "defines", "launch", "make_plan"]
+
+Activation = Literal["int8", "float8_e4m3fn"]
+
+KERNEL_NAME = "prefill_linear"
+QUANTIZER_NAME = "quantize_tokens"
+
+FEWEST_TOKENS = 129
+"""Below, kernels that read each weight once for all tokens take less time."""
+
+ACTIVATION_CODES: dict[Activation | None, int] = {None: 16, "int8": 8, "float8_e4m3fn": 80}
+"""What the sources call the types of activations."""
+
+BOX_BYTES = 128
+"""Bytes of a token that the copy engine brings at a time."""
+
+QUANTIZER_THREADS = 256
+UNIT_CODE_BYTES = 512
+UNIT_METADATA_BYTES = 256
+SCALE_WORDS_BYTES = 32
+"""Bytes of 16 rows in a piece: codes, metadata, and scales of a group."""
+
+SHARED_BYTES = 228 << 10
+"""Shared memory of a multiprocessor."""
+
+RESERVED_BYTES = 2 << 10
+"""What the system and the kernel's own variables take of it, a block."""
+
+ALIGNMENT = 1024
+MOST_STAGES = 8
+SHARING_COST = 5
+"""Pieces that a block could multiply in the time that it takes to share tiles with others."""
+
+ADDING_COST = 2
+"""Pieces that it could multiply in the time that it takes to add another's sums."""
+
+QUANTIZED_COLUMNS = 32
+"""A rounded row is a multiple of this: within so many columns their order changes."""
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, driver.TensorMap) for name in (
+            "x_map", "t_map", "y_map", "codes_map", "metadata_map", "scale_map", "left_map", "left_scale_map",
+        )),
+        *((name, ctypes.c_void_p) for name in (
+            "y", "scale", "bias", "rank_range", "token_scale", "parts", "ready",
+        )),
+        *((name, ctypes.c_uint) for name in (
+            "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
+            "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse", "wait_first", "zero",
+        )),
+        ("padding", ctypes.c_uint * 4),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How a launch divides the work; see the head of ``prefill.cu``.
+
+    Attributes:
+        tokens: of a tile.
+        row_tiles: tiles of 64 rows that a warpgroup holds at once.
+        warpgroups: that multiply.
+        blocks: blocks that a multiprocessor holds at once.
+        share: whether blocks divide tiles among them where whole ones would leave some idle.
+        multicast: blocks of a cluster, of neighbouring rows, that bring activations for each other.
+        outputs: tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out.
+    """
+
+    tokens: int
+    warpgroups: int
+    row_tiles: int
+    blocks: int = 1
+    outputs: int = 64
+    share: bool = True
+    multicast: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.warpgroups * self.row_tiles
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warpgroup has pieces brought."""
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def output_bytes(self) -> int:
+        """Shared memory for results on their way out."""
+        return self.warpgroups * self.outputs * BOX_BYTES
+
+    def divide(self, tiles: int, pieces: int, processors: int) -> tuple[int, int]:
+        """Return how many clusters to launch for tiles of so many pieces, and how many of the tiles they share.
+
+        What is left over after whole tiles is shared together with one more for each block: so a tile has few shares,
+        whose sums it costs time to add.
+        """
+        blocks = processors * self.blocks // self.multicast
+        rest = tiles % blocks
+        if not self.share or (blocks - rest) % blocks * pieces <= SHARING_COST * blocks:
+            return min(tiles, blocks), 0
+        if tiles < blocks:
+            # More shares of a tile are done sooner and take longer to add: best at the root.
+            return min(blocks, tiles * max(1, math.isqrt(pieces // ADDING_COST))), tiles
+        return blocks, blocks + rest
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for, beside the shape of its launch.
+
+    Attributes:
+        sparse: whether W is 2:4.
+        group: columns of W that share a scale, 0 for all of a row.
+        adapters: whether there are t and L.
+        activation: what x is rounded to.
+    """
+
+    sparse: bool
+    group: int
+    adapters: bool
+    activation: Activation | None
+
+    @property
+    def columns(self) -> int:
+        """Columns of a piece."""
+        return 128 if self.sparse else 64
+
+    @property
+    def scale_groups(self) -> int:
+        """Groups of W, with a scale each, in a piece."""
+        return max(1, self.columns // self.group) if self.group else 0
+
+    def slot_bytes(self, shape: LaunchShape) -> int:
+        """Bytes of a piece in shared memory: activations, codes, metadata and scales."""
+        boxes = 2 if self.sparse and self.activation is None else 1
+        groups = max(self.scale_groups, int(self.adapters))
+        unit = UNIT_CODE_BYTES + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
+        return _round_up(boxes * shape.tokens * BOX_BYTES + shape.rows // TILE_ROWS * unit, ALIGNMENT)
+
+    def stages(self, shape: LaunchShape) -> int:
+        """Pieces in shared memory, as many as fit."""
+        room = SHARED_BYTES // shape.blocks - RESERVED_BYTES - shape.output_bytes - ALIGNMENT
+        return min(room // self.slot_bytes(shape), MOST_STAGES)
+
+    def shared_bytes(self, shape: LaunchShape) -> int:
+        """Dynamic shared memory of a block."""
+        return self.stages(shape) * self.slot_bytes(shape) + shape.output_bytes + ALIGNMENT
+
+
+@dataclass
+class _Launch:
+    """One launch, ready but for its pointers."""
+
+    arguments: _Arguments
+    launcher: driver.Launcher
+    shape: LaunchShape
+    form: Form
+    grid: int
+    ready: Counters | None
+
+
+@dataclass
+class _Quantizer:
+    launcher: driver.Launcher
+    columns: int
+
+
+@dataclass
+class Plan:
+    """The launches of a layer for one number of tokens.
+
+    Attributes:
+        main: computes y.
+        right: computes t if there are adapters.
+        quantizer: rounds x if activations have 8 bits.
+    """
+
+    main: _Launch
+    right: _Launch | None
+    quantizer: _Quantizer | None
+
+
+def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Compute y [..., rows] from x [..., columns]."""
+    tokens = x.numel() // layer.format.columns
+    plan = layer.plans.get((KERNEL_NAME, tokens))
+    if plan is None:
+        plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens, _multiplied(layer.format))
+    x = x.contiguous()
+    # The copy engine reads 16 bytes at a time; a view may begin anywhere.
+    return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
+
+
+def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Run the launches of a plan on the current stream.
+
+    Args:
+        plan: for this layer, dtype and number of tokens.
+        x: [..., columns], contiguous, beginning at a multiple of 16 bytes.
+        layer: the weight.
+        bias: [rows] or ``None``.
+
+    Returns:
+        y [..., rows] of the dtype of x.
+    """
+    columns = layer.format.columns
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    y = x.new_empty(*x.shape[:-1], layer.format.rows)
+    tokens = x.numel() // columns
+    if plan.quantizer is None:
+        read, scales = round_inputs(x, layer.format.activation), None
+    else:
+        read, scales = _quantize(plan.quantizer, x, tokens, columns, plan.main.shape.tokens, stream)
+    t = parts_of_t = None
+    if plan.right is not None:
+        t = x.new_empty(tokens, layer.ranks)
+        parts_of_t = _start(plan.right, x, columns, None, t, None, None, stream)
+    _start(plan.main, read, columns if scales is None else read.shape[1], t, y, bias, scales, stream)
+    del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
+    return y
+
+
+def _quantize(
+    quantizer: _Quantizer, x: Tensor, tokens: int, columns: int, tile: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    rounded = torch.empty(tokens, quantizer.columns, dtype=torch.uint8, device=x.device)
+    # A tile reads the scales of all its tokens, those that do not exist too.
+    scales = torch.empty(_round_up(tokens, tile), dtype=torch.float32, device=x.device)
+    quantizer.launcher(
+        x.data_ptr(),
+        rounded.data_ptr(),
+        scales.data_ptr(),
+        columns,
+        quantizer.columns,
+        grid=(tokens, 1, 1),
+        block=(QUANTIZER_THREADS, 1, 1),
+        stream=stream,
+        programmatic=True,
+    )
+    return rounded, scales
+
+
+def _start(
+    step: _Launch,
+    x: Tensor,
+    columns: int,
+    t: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    stream: int,
+) -> Tensor | None:
+    """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
+    # Another thread may launch the same plan.
+    arguments = _Arguments.from_buffer_copy(step.arguments)
+    tokens, box = arguments.tokens, step.shape.tokens
+    size = 2 if scales is None else 1
+    own = box // step.shape.multicast
+    driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, own, BOX_BYTES // size, size)
+    if t is not None:
+        driver.encode_tensor_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2)
+    if arguments.rows % 8 == 0:
+        driver.encode_tensor_map(
+            arguments.y_map, y.data_ptr(), tokens, arguments.rows, step.shape.outputs, BOX_BYTES // 2
+        )
+    arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
+    parts = None
+    if step.ready is not None:
+        parts = torch.empty(step.grid * step.shape.rows * box, dtype=torch.float32, device=x.device)
+        arguments.parts, arguments.ready = parts.data_ptr(), step.ready.of_launch(stream)
+    step.launcher(
+        arguments,
+        grid=(step.grid, 1, 1),
+        block=(step.shape.threads, 1, 1),
+        shared_bytes=step.form.shared_bytes(step.shape),
+        stream=stream,
+        programmatic=True,
+        cluster=step.shape.multicast,
+    )
+    return parts
+
+
+def make_plan(
+    layer: FragmentLayer,
+    dtype: torch.dtype,
+    tokens: int,
+    activation: Activation | None = None,
+    shape: LaunchShape | None = None,
+    right_shape: LaunchShape | None = None,
+) -> Plan:
+    """Decide the shape of the launches for ``tokens``, and compile their kernels if that was not done yet.
+
+    ``shape`` and ``right_shape`` overrule the choice, to measure others.
+
+    Raises:
+        KernelError: activations have 8 bits and W has groups, or a kernel cannot be compiled or loaded.
+    """
+    spec, device_index = layer.format, layer.codes.get_device()
+    group = spec.weight.group or 0
+    if activation is not None and group:
+        raise KernelError(f"sums of 8-bit products cannot have a scale every {group} columns; use 16-bit activations")
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    form = Form(layer.metadata is not None, group, layer.right is not None, activation)
+    main = _plan_launch(
+        _Arguments(
+            scale=pointer(layer.scale),
+            rank_range=pointer(layer.rank_range),
+            tokens=tokens,
+            rows=spec.rows,
+            row_tiles=layer.row_tiles,
+            units=layer.codes.shape[1],
+            row_scale=int(not group and not spec.weight.per_tensor),
+            left_units=layer.left_units,
+            wait_first=int(layer.right is None),
+        ),
+        {
+            "codes_map": (layer.codes, 1),
+            "metadata_map": (layer.metadata, 1),
+            "scale_map": (layer.scale if group else None, form.scale_groups),
+            "left_map": (layer.left, 1),
+            "left_scale_map": (layer.left_scale, 1),
+        },
+        shape or LaunchShape(128, 4, 1),
+        form,
+        dtype,
+        device_index,
+        processors,
+    )
+    right = None
+    if layer.right is not None:
+        right = _plan_launch(
+            _Arguments(
+                tokens=tokens,
+                rows=layer.ranks,
+                row_tiles=layer.ranks // TILE_ROWS,
+                units=layer.right.shape[1],
+                wait_first=1,
+            ),
+            {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
+            right_shape or LaunchShape(128, 2, 1),
+            Form(False, FACTOR_GROUP, False, None),
+            dtype,
+            device_index,
+            processors,
+        )
+    quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index)
+    return Plan(main, right, quantizer)
+
+
+def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int | str]:
+    """Return the macros that ``prefill.cu`` is compiled with."""
+    return {
+        "BFLOAT16": int(bfloat16),
+        "ARCH": 90,
+        "SPARSE": int(form.sparse),
+        "GROUP": form.group,
+        "ADAPTERS": int(form.adapters),
+        "ACTIVATION": ACTIVATION_CODES[form.activation],
+        "TOKENS": shape.tokens,
+        "WARPGROUPS": shape.warpgroups,
+        "ROW_TILES": shape.row_tiles,
+        "STAGES": form.stages(shape),
+        "BLOCKS": shape.blocks,
+        "MULTICAST": shape.multicast,
+        "OUTPUTS": shape.outputs,
+    }
+
+
+def _plan_launch(
+    arguments: _Arguments,
+    tensors: Mapping[str, tuple[Tensor | None, int]],
+    shape: LaunchShape,
+    form: Form,
+    dtype: torch.dtype,
+    device_index: int,
+    processors: int,
+) -> _Launch:
+    """Complete ``arguments`` with maps of tensors, words [row tiles, units, ...], and the units of their boxes."""
+    for name, (tensor, units) in tensors.items():
+        if tensor is not None:
+            words = tensor[0, 0].numel()
+            driver.encode_tensor_map(
+                getattr(arguments, name),
+                tensor.data_ptr(),
+                tensor.shape[0],
+                tensor.shape[1] * words,
+                shape.rows // TILE_ROWS,
+                units * words,
+                4,
+            )
+    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
+    arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
+    module = driver.load(
+        source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
+    )
+    function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
+    tiles = arguments.token_tiles * arguments.row_blocks
+    pieces = arguments.units + arguments.left_units
+    clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors)
+    arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
+    arguments.inverse = -(-(1 << 32) // pieces)
+    grid = clusters * shape.multicast
+    ready = Counters(torch.device("cuda", device_index), shape.warpgroups * grid) if arguments.shared_tiles else None
+    return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
+
+
+def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
+    defines = {
+        "BFLOAT16": int(dtype == torch.bfloat16),
+        "ARCH": 90,
+        "SPARSE": int(form.sparse),
+        "ACTIVATION": ACTIVATION_CODES[form.activation],
+    }
+    function = driver.load(source("quantize.cu"), QUANTIZER_NAME, device_index, defines).function(QUANTIZER_NAME)
+    kinds = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 2
+    return _Quantizer(function.prepare(kinds), _round_up(columns, QUANTIZED_COLUMNS))
+
+
+def _round_up(number: int, to: int) -> int:
+    return -(-number // to) * to
+
+
+def _multiplied(spec: LinearFormat) -> Activation | None:
+    """Return what of 8 bits the tensor cores multiply; with groups they multiply the rounded numbers in 16."""
+    return cast("Activation | None", spec.activation) if spec.weight.group is None else None
+
+
+def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return refuses(spec, dtype, device)
+
+
+def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
+    return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
+
+
+PREFILL = Kernel("cuda-prefill", _accepts, prepare, run, stack_shared, expects=_expects)

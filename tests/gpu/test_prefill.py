@@ -1,0 +1,187 @@
+"""The kernel for many tokens on Hopper, against the product with the decoded weight in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.backends import KERNELS
+from slimc.backends.cuda.layer import prepare, stack
+from slimc.backends.cuda.prefill import PREFILL, Activation, LaunchShape, launch, make_plan
+from slimc.errors import KernelError
+from slimc.runtime.activations import quantize_tokens
+from slimc.runtime.modules import SlimLinear
+from slimc.runtime.packing import PackedLinear
+
+
+def run(
+    packed: PackedLinear,
+    x: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    shape: LaunchShape | None = None,
+    right_shape: LaunchShape | None = None,
+) -> Tensor:
+    """Run three times, into memory that holds NaN before, and return the result, which must not change."""
+    layer = prepare(packed)
+    plan = make_plan(layer, x.dtype, len(x), activation, shape, right_shape)
+    results = []
+    for _ in range(3):
+        poison = torch.full((len(x), packed.format.rows), float("nan"), dtype=x.dtype, device=x.device)
+        del poison
+        results.append(launch(plan, x, layer, bias))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    return results[0]
+
+
+def rounded(x: Tensor, activation: Activation) -> Tensor:
+    """Return what is left of x when it is rounded to 8 bits, in float64."""
+    codes, scale = quantize_tokens(x, activation)
+    return codes.double() * scale.double()
+
+
+def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, activation: Activation) -> None:
+    """Each result must be as near to the product with rounded activations as its roundings allow.
+
+    Sums of int8 products are exact. The tensor cores add products of float8 to 13 bits below the largest of a sum.
+    """
+    unit = torch.finfo(x.dtype).eps / 2
+    weight, kept = packed.weight.decode().double(), rounded(x, activation)
+    exact, size = kept @ weight.T, kept.abs() @ weight.abs().T
+    bound = (2**-20 if activation == "int8" else 2**-12) * size
+    if packed.left is not None and packed.right is not None:
+        left, right = packed.left.decode().double(), packed.right.decode().double()
+        exact += x.double() @ right.T @ left.T
+        bound += (2 * unit + 2**-20) * (x.double().abs() @ right.abs().T @ left.abs().T)
+    if bias is not None:
+        exact += bias.double()
+    assert bool(((y.double() - exact).abs() <= bound + 1.01 * unit * exact.abs()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 129, 191, 192, 193, 256, 257, 300, 2048])
+def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
+    packed = random_layer(256, 640, 57, dtype=dtype)
+    x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
+    check(packed, x, bias, run(packed, x, bias))
+
+
+TAILS = [
+    (16, 128, 0), (1, 8, 0), (17, 136, 1), (1000, 4088, 57), (4096, 4096, 409), (4096, 11008, 409), (24000, 1024, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), TAILS)
+@pytest.mark.parametrize("tokens", [130, 2048])
+def test_tails_of_rows_columns_and_ranks(
+    random_layer: Any, check: Any, rows: int, columns: int, rank: int, tokens: int
+) -> None:
+    packed = random_layer(rows, columns, rank)
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
+def test_scales_and_forms(random_layer: Any, check: Any, group: int | None, per_tensor: bool, sparse: bool) -> None:
+    packed = random_layer(160, 1344, 130, group=group, per_tensor=per_tensor, sparse=sparse)
+    x = torch.randn(256, 1344, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x))
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("rows", "columns", "rank"), TAILS)
+@pytest.mark.parametrize("tokens", [130, 2048])
+def test_activations_of_8_bits(
+    random_layer: Any, rows: int, columns: int, rank: int, tokens: int, activation: Activation
+) -> None:
+    packed = random_layer(rows, columns, rank)
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    check_8_bits(packed, x, None, run(packed, x, None, activation), activation)
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("per_tensor", "sparse"), [(True, False), (False, True)])
+def test_forms_with_activations_of_8_bits(
+    random_layer: Any, dtype: torch.dtype, per_tensor: bool, sparse: bool, activation: Activation
+) -> None:
+    packed = random_layer(160, 1352, 130, dtype=dtype, per_tensor=per_tensor, sparse=sparse)
+    x = torch.randn(257, 1352, dtype=dtype, device="cuda")
+    x[5] = 0
+    bias = torch.randn(160, dtype=dtype, device="cuda")
+    check_8_bits(packed, x, bias, run(packed, x, bias, activation), activation)
+
+
+def test_groups_and_activations_of_8_bits_are_refused(random_layer: Any) -> None:
+    layer = prepare(random_layer(160, 1344, 0, group=64))
+    with pytest.raises(KernelError, match="scale every 64 columns"):
+        make_plan(layer, torch.bfloat16, 256, "int8")
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130), (0, 0)])
+def test_stacked_layers_keep_their_own_adapters(
+    random_layer: Any, check: Any, ranks: tuple[int, int], activation: Activation | None
+) -> None:
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
+    layer = stack([prepare(part) for part in parts])
+    x, bias = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((200, 640), (812,)))
+    y = launch(make_plan(layer, x.dtype, 200, activation), x, layer, bias)
+    for part, rows in zip(parts, (slice(512), slice(512, 812)), strict=True):
+        if activation is None:
+            check(part, x, bias[rows], y[:, rows])
+        else:
+            check_8_bits(part, x, bias[rows], y[:, rows], activation)
+
+
+SHAPES = [
+    LaunchShape(128, 2, 1, share=False),
+    LaunchShape(128, 2, 1, multicast=2),
+    LaunchShape(128, 2, 1, outputs=2),
+    LaunchShape(128, 1, 1),
+    LaunchShape(64, 1, 2),
+]
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("rows", "tokens"), [(1111, 300), (4600, 2048)])
+def test_shapes_of_a_launch(
+    random_layer: Any, check: Any, rows: int, tokens: int, shape: LaunchShape, activation: Activation | None
+) -> None:
+    packed = random_layer(rows, 1344, 130)
+    x = torch.randn(tokens, 1344, dtype=torch.bfloat16, device="cuda")
+    y = run(packed, x, None, activation, shape, shape)
+    if activation is None:
+        check(packed, x, None, y)
+    else:
+        check_8_bits(packed, x, None, y, activation)
+
+
+def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:
+    packed = random_layer(256, 640, 57)
+    layer = SlimLinear(packed, kernels=KERNELS)
+    assert PREFILL in [choice.kernel for choice in layer.choices()]
+    x = torch.randn(200 * 640 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(200, 640)
+    check(packed, x, None, layer(x))
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+def test_a_captured_graph_replays_the_same_result(random_layer: Any, activation: Activation | None) -> None:
+    layer = prepare(random_layer(2048, 2048, 204))
+    x = torch.randn(400, 2048, dtype=torch.bfloat16, device="cuda")
+    plan = make_plan(layer, x.dtype, 400, activation)
+    expected = launch(plan, x, layer, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            captured = launch(plan, x, layer, None)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
