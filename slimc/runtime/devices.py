@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from slimc.errors import InputError
+from slimc.runtime.modules import SlimLinear
 
 
 def default_device() -> torch.device:
@@ -39,13 +40,24 @@ def usable_device(name: str | torch.device) -> torch.device:
         raise InputError(f"the device '{name}' cannot be used ({reason}); 'cpu' always can") from error
 
 
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices on which the modules of ``model`` compute, each once, in the order of the modules."""
+    found: dict[torch.device, None] = {}
+    for module in model.modules():
+        if isinstance(module, SlimLinear):
+            found[module.device] = None
+        else:
+            tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            found |= {tensor.device: None for tensor in tensors}
+    return list(found)
+
+
 def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
     """Return a copy of ``model`` on ``device``, made without a second one where it is, or itself if it is there."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if all(tensor.device == device for tensor in tensors):
+    if set(devices_of(model)) <= {device}:
         return model
     memo: dict[int, object] = {}
-    for tensor in tensors:
+    for tensor in (*model.parameters(), *model.buffers()):
         moved = tensor.detach().to(device)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if is_parameter else moved

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from slimc.errors import InputError, NumericsError
 from slimc.progress import Progress, SilentProgress
+from slimc.runtime.devices import devices_of
 from slimc.runtime.positions import check_positions
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter or buffer of ``model`` (the CPU if it has neither)."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+    """Return the device on which the first module of ``model`` computes (the CPU if it has no tensors)."""
+    devices = devices_of(model)
+    return devices[0] if devices else torch.device("cpu")
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -122,6 +122,11 @@ class SlimLinear(nn.Module):
         return {name: tensor for name, tensor in named if tensor is not None}
 
     @property
+    def device(self) -> torch.device:
+        """Where this layer computes; its packed tensors may wait in main memory."""
+        return self._device
+
+    @property
     def _away(self) -> bool:
         """Whether the packed tensors are in main memory and the layer is not."""
         return "_device" in self.__dict__ and self.values.device != self._device

@@ -50,7 +50,9 @@ def test_they_come_back_where_they_are_needed(layer: SlimLinear, x: torch.Tensor
     inputs = x.clone().requires_grad_()
     layer(inputs).sum().backward()
     assert inputs.grad.shape == x.shape
-    for other in (copy.deepcopy(layer), copy_to(layer, torch.device("cpu")).to("cuda"), layer.cpu().cuda()):
+    elsewhere = copy_to(layer, torch.device("cpu"))
+    assert elsewhere is not layer
+    for other in (copy.deepcopy(layer), elsewhere.cuda(), layer.cpu().cuda()):
         assert other.values.is_cuda
         assert torch.equal(other(x), expected)
         assert not other.values.is_cuda
@@ -64,6 +66,7 @@ def test_they_come_back_where_they_are_needed(layer: SlimLinear, x: torch.Tensor
 
 
 def test_a_copy_on_the_cpu_computes_there(layer: SlimLinear, x: torch.Tensor) -> None:
+    assert copy_to(layer, torch.device("cuda:0")) is layer
     twin = copy_to(layer, torch.device("cpu"))
     assert all(not tensor.is_cuda for tensor in twin.buffers())
     torch.testing.assert_close(twin(x.cpu()), layer(x).cpu(), rtol=0.05, atol=0.05)
