@@ -58,7 +58,7 @@ def test_they_come_back_where_they_are_needed(layer: SlimLinear, x: torch.Tensor
         assert not other.values.is_cuda
     layer.scale = layer.scale * 2
     assert layer.values.is_cuda
-    torch.testing.assert_close(layer(x), apply_packed(x, layer.packed), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(layer(x), apply_packed(x, layer.packed), rtol=0.05, atol=0.05)
     layer.load_state_dict(copy.deepcopy(layer).state_dict())
     assert layer.values.is_cuda
     layer.to("meta")
