@@ -350,7 +350,8 @@ def show(row: Row) -> str:
     return (
         f"{row['model']:12} {row['layer']:8} {sum(row['rows']):6} x {row['columns']:5} {row['tokens']:5} tokens: "
         f"{times} | {row['kernel']} over {over} | {row['gigabytes_per_second']:.0f} GB/s, "
-        f"{100 * row['share_of_copy']:.0f} % of a copy, {100 * row.get('share_of_byte_limit', math.nan):.0f} % of the limit"
+        f"{100 * row['share_of_copy']:.0f} % of a copy, "
+        f"{100 * row.get('share_of_byte_limit', math.nan):.0f} % of the byte limit"
     )
 
 
