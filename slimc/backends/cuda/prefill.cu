@@ -281,7 +281,7 @@ __device__ __forceinline__ u32 kept(u32 v) {
 // A thread's view of the pieces that it multiplies.
 struct Reader {
     Pipeline at;
-    u32 codes, metadata, scales;  // where this thread's words of the first slot are
+    u32 codes, metadata, scales, left_scales;  // where this thread's words of the first slot are
     u32 releases;                 // the barrier that says that the piece before has been multiplied
     bool speaks;                  // whether this thread says so for its warpgroup
     u32 zero;                     // 0, which the compiler does not know
@@ -295,6 +295,7 @@ struct Reader {
         codes = kept(at.slots + CODES_AT + tile * 512 + lane * 16);
         metadata = kept(at.slots + METADATA_AT + tile * 256 + lane * 8);
         scales = kept(at.slots + SCALES_AT + tile * 32 * SCALE_GROUPS + lane / 4 * 4);
+        left_scales = SCALE_GROUPS == 1 ? scales : kept(at.slots + SCALES_AT + tile * 32 + lane / 4 * 4);
         releases = nobody;
         speaks = kept(threadIdx.x % 128) < (MULTICAST > 1 ? MULTICAST : 1);
 #if BYTES_8
@@ -550,7 +551,7 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Rea
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
         codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
-        scales[m] = read_word(r.scales + offset + 4 * m * 32);
+        scales[m] = read_word(r.left_scales + offset + 4 * m * 32);
     }
     const u64 box = describe(r.at.data());
     u32 of[2][LEFT_BATCH][ROW_TILES][4];
