@@ -139,11 +139,12 @@ def test_stacked_layers_keep_their_own_adapters(
 
 
 SHAPES = [
-    LaunchShape(128, 2, 1, share=False),
-    LaunchShape(128, 2, 1, multicast=2),
-    LaunchShape(128, 2, 1, outputs=2),
-    LaunchShape(128, 1, 1),
-    LaunchShape(64, 1, 2),
+    LaunchShape(128, 4, 1, share=False),
+    LaunchShape(128, 4, 1, multicast=2),
+    LaunchShape(128, 4, 1, outputs=128),
+    LaunchShape(128, 2, 2),
+    LaunchShape(128, 2, 1),
+    LaunchShape(64, 2, 1, 2),
 ]
 
 

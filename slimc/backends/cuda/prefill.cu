@@ -85,10 +85,11 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrive at the barrier of the same place in another block of the cluster.
+// Arrive at the barrier of the same place in another block of the cluster: without a release at the cluster's scope, which
+// would be a fence for the whole device. What was read here is read; nothing was written.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int block) {
     asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(block) : "memory");
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(block) : "memory");
 }
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -280,12 +281,12 @@ __device__ __forceinline__ u32 kept(u32 v) {
 // A thread's view of the pieces that it multiplies.
 struct Reader {
     Pipeline at;
-    u32 codes, metadata, scales;  // where this thread's words of the first slot are
+    u32 codes, metadata, scales, left_scales;  // where this thread's words of the first slot are
     u32 releases;                 // the barrier that says that the piece before has been multiplied
     bool speaks;                  // whether this thread says so for its warpgroup
     u32 zero;                     // 0, which the compiler does not know
 #if BYTES_8
-    u32 mask, own, other;         // of decoding
+    u32 mask, own;                // of decoding
 #endif
 
     // `nobody` is a barrier at which none waits: before the first piece there is none to release.
@@ -294,12 +295,12 @@ struct Reader {
         codes = kept(at.slots + CODES_AT + tile * 512 + lane * 16);
         metadata = kept(at.slots + METADATA_AT + tile * 256 + lane * 8);
         scales = kept(at.slots + SCALES_AT + tile * 32 * SCALE_GROUPS + lane / 4 * 4);
+        left_scales = SCALE_GROUPS == 1 ? scales : kept(at.slots + SCALES_AT + tile * 32 + lane / 4 * 4);
         releases = nobody;
         speaks = kept(threadIdx.x % 128) < (MULTICAST > 1 ? MULTICAST : 1);
 #if BYTES_8
         mask = kept(0xf0f0f0f0);
         own = kept(lane & 1 ? 0x7632 : 0x5410);
-        other = kept(lane & 1 ? 0x5410 : 0x7632);
 #endif
     }
 
@@ -352,7 +353,7 @@ __device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 secon
 // Metadata in the order of those operands, in which a lane has all of a row: even lanes row g, odd ones row g + 8.
 __device__ __forceinline__ uint2 reorder_metadata(uint2 m, const Reader& r) {
     const u32 own = __byte_perm(m.x, m.y, r.own);
-    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, r.other), 1);
+    const u32 other = __shfl_xor_sync(0xffffffff, __byte_perm(m.x, m.y, r.own ^ 0x2222), 1);
     const bool odd = threadIdx.x & 1;
     const u32 first = odd ? other : own, second = odd ? own : other;
     const u32 low = (first & ~r.mask) | ((second << 4) & r.mask);
@@ -550,7 +551,7 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Rea
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
         codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
-        scales[m] = read_word(r.scales + offset + 4 * m * 32);
+        scales[m] = read_word(r.left_scales + offset + 4 * m * 32);
     }
     const u64 box = describe(r.at.data());
     u32 of[2][LEFT_BATCH][ROW_TILES][4];
@@ -619,15 +620,28 @@ __device__ __forceinline__ void write_part(float4* to, const float (&sum)[ROW_TI
         to[i / 4 * 128 * WARPGROUPS] = make_float4(sum[i / SUMS][i % SUMS], sum[i / SUMS][i % SUMS + 1], sum[i / SUMS][i % SUMS + 2], sum[i / SUMS][i % SUMS + 3]);
 }
 
+__device__ __forceinline__ float4 load_part(const float4* from) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void add_part(const float4* from, float (&sum)[ROW_TILES][SUMS]) {
+    // Several loads are under way at once: one after another they would take as long as a tile.
+    constexpr int LOADS = WARPGROUPS == 4 ? 4 : 8;
 #pragma unroll
-    for (int i = 0; i < ROW_TILES * SUMS; i += 4) {
-        float4 v;
-        asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from + i / 4 * 128 * WARPGROUPS) : "memory");
-        add_in_place(sum[i / SUMS][i % SUMS], v.x);
-        add_in_place(sum[i / SUMS][i % SUMS + 1], v.y);
-        add_in_place(sum[i / SUMS][i % SUMS + 2], v.z);
-        add_in_place(sum[i / SUMS][i % SUMS + 3], v.w);
+    for (int first = 0; first < ROW_TILES * SUMS / 4; first += LOADS) {
+        float4 v[LOADS];
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) v[i] = load_part(from + (first + i) * 128 * WARPGROUPS);
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            const int at = 4 * (first + i), m = at / SUMS;
+            add_in_place(sum[m][at % SUMS], v[i].x);
+            add_in_place(sum[m][at % SUMS + 1], v[i].y);
+            add_in_place(sum[m][at % SUMS + 2], v[i].z);
+            add_in_place(sum[m][at % SUMS + 3], v[i].w);
+        }
     }
 }
 
@@ -679,6 +693,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #if ADAPTERS
         const int units = uniform(ranks_of(a, block_tile).y);
 #endif
+        Sum products[ROW_TILES][SUMS] = {};
+#pragma unroll 1
+        for (int left = min(s.last, a.units) - s.first; left > 0; --left)
+            multiply_weights(products, metadata, reader);
+        // While the last products run: these would cost registers before.
         float scale[ROW_TILES][2], bias[ROW_TILES][2];
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
@@ -688,10 +707,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
                 if (GROUP == 0) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
                 bias[m][half] = a.bias ? to_float(a.bias[min(row, a.rows - 1)]) : 0.f;
             }
-        Sum products[ROW_TILES][SUMS] = {};
-#pragma unroll 1
-        for (int left = min(s.last, a.units) - s.first; left > 0; --left)
-            multiply_weights(products, metadata, reader);
         wgmma_wait<0>();
 #if ACTIVATION == 8
         float sum[ROW_TILES][SUMS];

@@ -55,7 +55,7 @@ RESERVED_BYTES = 2 << 10
 
 ALIGNMENT = 1024
 MOST_STAGES = 8
-SHARING_COST = 5
+SHARING_COST = 12
 """Pieces that a block could multiply in the time that it takes to share tiles with others."""
 
 ADDING_COST = 2

@@ -137,7 +137,12 @@ PREFILL_FORMS = [
         for activation in ("int8", "float8_e4m3fn")
     ),
 ]
-PREFILL_SHAPES = [prefill.LaunchShape(128, 2, 1), prefill.LaunchShape(128, 1, 1), prefill.LaunchShape(64, 1, 2)]
+PREFILL_SHAPES = [
+    prefill.LaunchShape(128, 4, 1),
+    prefill.LaunchShape(128, 2, 2),
+    prefill.LaunchShape(128, 2, 1),
+    prefill.LaunchShape(64, 2, 1, 2),
+]
 
 
 @pytest.mark.parametrize("form", PREFILL_FORMS, ids=str)
