@@ -1,4 +1,4 @@
-"""The public functions: ``compile``, ``save``, ``load``, ``report``, ``explain``."""
+"""The public functions: ``compile``, ``save``, ``load``, ``report``, ``explain``, ``tune``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from slimc import recipes
-from slimc.backends import KERNELS, hf
+from slimc.backends import KERNELS, hf, tuning
 from slimc.calibration import (
     calibration_batches,
     count_tokens,
@@ -269,6 +269,37 @@ def explain(model: nn.Module) -> Explanation:
     """
     report(model)
     return modules.explain(model)
+
+
+def tune(
+    model: nn.Module,
+    *,
+    tokens: Iterable[int] = tuning.TOKENS,
+    dtype: torch.dtype | None = None,
+    again: bool = False,
+) -> Explanation:
+    """Time the kernels on this machine's GPU for every form of layer in ``model``, and choose by it from then on.
+
+    The times are kept on disk (in ``SLIMC_CACHE_DIR``, ``$XDG_CACHE_HOME/slimc`` or ``~/.cache/slimc``) for the card,
+    its driver and these kernels, so that later processes choose by them without measuring. Without them layers choose
+    by what was measured on one card while slimc was written. A graph that was captured before keeps its kernels.
+
+    Args:
+        model: what :func:`compile` or :func:`load` returned. Layers that are on no GPU are left as they are.
+        tokens: numbers of tokens a call to measure, each rounded up to a power of two.
+        dtype: of the layers' inputs; by default that of the model's weights.
+        again: measure what is known already, too.
+
+    Returns:
+        What :func:`explain` returns then.
+
+    Raises:
+        InputError: the model is not one that slimc compressed, or a number of tokens is not positive.
+        KernelError: a CUDA graph is being captured.
+    """
+    report(model)
+    tuning.tune(model, tokens=tokens, dtype=dtype, again=again)
+    return modules.explain(model, dtype)
 
 
 def report(model: nn.Module) -> Report:

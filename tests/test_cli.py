@@ -49,7 +49,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"slimc {slimc.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["bench", "compress", "eval", "generate", "inspect", "recipes"])
+@pytest.mark.parametrize("command", ["bench", "compress", "eval", "generate", "inspect", "recipes", "tune"])
 def test_help_teaches_by_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -592,3 +592,20 @@ def test_bench_runs_both_and_writes_the_figures(tmp_path: Path, monkeypatch: pyt
     assert asked == [(["llama-3-8b"], [1, 16]), (["llama-3-8b"], [4])]
     assert json.loads((tmp_path / "new" / "linear.json").read_text()) == {"rows": ["layers"]}
     assert json.loads((tmp_path / "new" / "generate.json").read_text()) == {"rows": ["models"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- tune
+
+
+def test_tune_shows_the_choices(compressed: tuple[Path, Result]) -> None:
+    result = invoke("tune", compressed[0], "--device", "cpu")
+    assert result.exit_code == 0
+    assert "on CUDA GPUs only" in result.stderr
+    assert "model.layers.0.mlp.down_proj" in result.stdout
+    assert "decode" in result.stdout
+
+
+def test_tune_wants_a_compressed_folder(tiny_llama_folder: Path) -> None:
+    result = invoke("tune", tiny_llama_folder)
+    assert result.exit_code == 2
+    assert "is no folder that slimc wrote" in result.stderr

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from slimc.backends import cpu, reference
-from slimc.backends.cuda import compose, decode, hopper, layout
-from slimc.runtime.select import Kernel
+from slimc.backends import cpu, cusparselt, reference
+from slimc.backends.cuda import compose, decode, dense, hopper, layout, stored
+from slimc.backends.tuning import TIMINGS
+from slimc.runtime.select import Kernel, KernelTable
 
 __all__ = ["KERNELS", "LAYOUTS"]
 
-FRAGMENT_KERNELS: tuple[Kernel, ...] = (hopper.HOPPER, decode.DECODE)
+FRAGMENT_KERNELS: tuple[Kernel, ...] = (cusparselt.DECODED, hopper.HOPPER, decode.DECODE, dense.DENSE)
 """Those that compute with fragments, best first."""
 
 COMPOSED = compose.composed(FRAGMENT_KERNELS)
 
-KERNELS: tuple[Kernel, ...] = (*cpu.KERNELS, *FRAGMENT_KERNELS, COMPOSED, compose.DECODED, *reference.KERNELS)
-"""The kernel table, best first; the last accepts everything."""
+KERNELS = KernelTable(
+    (
+        *cpu.KERNELS,
+        *FRAGMENT_KERNELS,
+        cusparselt.CUSPARSELT,
+        COMPOSED,
+        compose.DECODED,
+        stored.STORED,
+        *reference.KERNELS,
+    ),
+    TIMINGS,
+    __name__,
+)
+"""The kernel table, best first as far as it is known without measuring; the last accepts everything."""
 
 LAYOUTS = (layout.FRAGMENTS, compose.COMPOSED)
 """The layouts that take the place of the canonical tensors where their kernels are the best."""

@@ -1,14 +1,19 @@
-"""Linear layers of Llama models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's int4.
+"""Linear layers of Llama models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's kernels.
 
     slimc bench linear [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [--json FOLDER]
 
 slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v,
-or gate and up) keep the adapters of each. Peers are int4 with a scale every 128 columns and have no adapters; those
-that are installed are measured: humming-kernels, and torch's own `_weight_int4pack_mm`.
+or gate and up) keep the adapters of each. Every kernel of slimc's that accepts is measured, and ``slimc`` is the one
+that its selection takes: by expectations, or with ``--tuned`` by the times of this run, as after `slimc.tune`.
+A kernel that cannot stack layers computes one after another.
+
+Peers have no adapters; those that are installed are measured. Int4 with a scale every 128 columns: humming-kernels,
+gemlite, and torch's own `_weight_int4pack_mm` (tinygemm). 2:4 in 16 bits: cuSPARSELt, its best algorithm.
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call. All columns of a
-row are taken one after another in the same process.
+row are taken one after another in the same process. Bytes are those of the packed layer, of x and of y; the byte limit
+is the time that these take at the bandwidth of a large copy on the same card.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +31,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda import decode, hopper
-from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
+from slimc.backends import KERNELS, cusparselt
+from slimc.backends.cuda.layer import prepare as fragments
+from slimc.backends.cuda.layer import stack
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
-from slimc.runtime.packing import PackedLinear
+from slimc.runtime.packing import PackedLinear, PackedWeight
+from slimc.runtime.select import Kernel, KernelTable, choose
 
 COLD_BYTES = 150e6
 REPLAYS = 15
 RANK = 0.1
 INT4_BITS = 4.125
+SPARSE_16_BITS = 9
+DTYPE = torch.bfloat16
 
 LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
     "llama-2-7b": [
@@ -72,16 +82,26 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
 SHOWN = ("llama-2-7b", "llama-2-70b")
 """The models that are measured unless others are asked for."""
 
-MEAN_OVER = ("qkv", "o", "gate_up", "down")
-"""The layers as they are served."""
+SERVED = ("qkv", "o", "gate_up", "down")
+"""The layers as they are served: means are taken over these."""
+
+Call = Callable[[], object]
+Layer = Callable[[Tensor], object]
+Row = dict[str, Any]
 
 
-def random_layer(rows: int, columns: int, seed: int) -> FragmentLayer:
-    """Return a layer of random codes in the kernels' form."""
+def random_masks(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return the bit mask of a random 2:4 pattern, uint8 [rows, columns / 8]."""
+    masks = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8, device="cuda")
+    nibbles = masks[torch.randint(6, (rows, columns // 8, 2), generator=generator, device="cuda")]
+    return nibbles[..., 0] | (nibbles[..., 1] << 4)
+
+
+def random_layer(rows: int, columns: int, seed: int) -> PackedLinear:
+    """Return a layer of random codes."""
     rank = int(RANK * min(rows, columns))
-    dtype = torch.bfloat16
-    weight = WeightFormat(rows, columns, bits=4, per_tensor=True, sparsity=NM(2, 4), dtype=dtype)
-    factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns))]
+    weight = WeightFormat(rows, columns, bits=4, per_tensor=True, sparsity=NM(2, 4), dtype=DTYPE)
+    factors = [WeightFormat(*shape, bits=4, group=64, dtype=DTYPE) for shape in ((rows, rank), (rank, columns))]
     spec = LinearFormat(weight, factors[0], factors[1])
     generator = torch.Generator("cuda").manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -90,10 +110,8 @@ def random_layer(rows: int, columns: int, seed: int) -> FragmentLayer:
             tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cuda")
         else:
             tensors[name] = ((torch.rand(shape, generator=generator, device="cuda") + 0.5) * 0.01).to(kind)
-    masks = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8, device="cuda")
-    nibbles = masks[torch.randint(6, (rows, columns // 8, 2), generator=generator, device="cuda")]
-    tensors["pattern"] = nibbles[..., 0] | (nibbles[..., 1] << 4)
-    return prepare(PackedLinear.assemble(spec, tensors))
+    tensors["pattern"] = random_masks(rows, columns, generator)
+    return PackedLinear.assemble(spec, tensors)
 
 
 def copies(nbytes: float) -> int:
@@ -101,16 +119,16 @@ def copies(nbytes: float) -> int:
     return max(2, math.ceil(COLD_BYTES / nbytes))
 
 
-def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
+def microseconds(calls: Sequence[Call]) -> float:
     """Return the median time of a call, all of them replayed from one graph."""
-    for call in calls[:2]:
+    for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = [call() for call in calls]
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -119,7 +137,7 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
     del results
-    return float(statistics.median(times))
+    return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
@@ -129,90 +147,192 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / microseconds([lambda: target.copy_(source)] * 4) * 1e6
 
 
-def humming(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+# --------------------------------------------------------------------------------------------------------------- peers
+
+
+def humming(rows: int, columns: int) -> Layer:
     """Return humming's int4 layer."""
     from humming.layer import HummingLayer
 
     config = {"dtype": "int4", "group_size": 128}
-    layer: Any = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).cuda()
-    layer.load_from_unquantized(torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda"))
+    layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=DTYPE).cuda()
+    layer.load_from_unquantized(torch.randn(rows, columns, dtype=DTYPE, device="cuda"))
     layer.transform()
     return layer  # type: ignore[no-any-return]
 
 
-def tinygemm(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+def gemlite(rows: int, columns: int) -> Layer:
+    """Return gemlite's int4 layer; shapes that its own table for the card lacks are tuned by it at their first call."""
+    from gemlite.helper import A16Wn  # type: ignore[import-not-found]
+
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(rows * columns // 128, 1, dtype=DTYPE, device="cuda")
+    make = A16Wn(device="cuda:0", dtype=DTYPE).from_weights
+    return make(codes, scales, torch.full_like(scales, 8), W_nbits=4, group_size=128)  # type: ignore[no-any-return]
+
+
+def tinygemm(rows: int, columns: int) -> Layer:
     """Return torch's int4 product."""
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-    scales = torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16, device="cuda")
+    scales = torch.rand(columns // 128, rows, 2, dtype=DTYPE, device="cuda")
     return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales)
 
 
-PEERS = {"humming": (humming, 4096), "tinygemm": (tinygemm, 64)}
-"""How to make each peer's layer, and the most tokens it is measured at."""
+def sparse_16(rows: int, columns: int) -> Layer:
+    """Return cuSPARSELt's product with a 2:4 weight of 16 bits."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+    spec = WeightFormat(rows, columns, sparsity=NM(2, 4), dtype=DTYPE)
+    values = torch.randn(rows, columns // 2, dtype=DTYPE, device="cuda")
+    packed = PackedWeight(spec, values, random_masks(rows, columns, generator))
+    layer = cusparselt.prepare(PackedLinear(packed))
+    return lambda x: cusparselt.run(x, layer, None)
 
 
-def launches(layer: FragmentLayer, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Return slimc's kernels that compute this number of tokens."""
-    found: dict[str, Callable[[], Tensor]] = {}
-    tokens = len(x)
-    if tokens <= decode.MAX_TOKENS:
-        plan = decode.make_plan(layer, x.dtype, tokens)
-        found["cuda-decode"] = lambda: decode.launch(plan, x, layer, None)
-    if torch.cuda.get_device_capability()[0] == 9:
-        hopper_plan = hopper.make_plan(layer, x.dtype, tokens)
-        found["cuda-hopper"] = lambda: hopper.launch(hopper_plan, x, layer, None)
-    return found
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's kernel: how to make a layer, bits a weight, the numbers of tokens it is for."""
+
+    make: Callable[[int, int], Layer]
+    bits: float
+    fewest: int
+    most: int
 
 
-def chosen(tokens: int) -> str:
-    """Return the kernel that a layer takes for this number of tokens."""
-    return "cuda-hopper" if tokens >= hopper.FEWEST_TOKENS else "cuda-decode"
+PEERS = {
+    "humming": Peer(humming, INT4_BITS, 1, 1 << 14),
+    "tinygemm": Peer(tinygemm, INT4_BITS, 1, 64),
+    "gemlite": Peer(gemlite, INT4_BITS, 1, 1 << 14),
+    "cusparselt-16bit": Peer(sparse_16, SPARSE_16_BITS, 128, 1 << 14),
+}
+INT4_PEERS = ("humming", "tinygemm", "gemlite")
+QUICK_PEERS = ("humming", "tinygemm", "cusparselt-16bit")
+"""Without gemlite, which tunes itself for a minute or so at every shape that is new to it."""
+
+
+def peer_layers(names: Sequence[str], rows: int, columns: int) -> dict[str, list[Layer]]:
+    """Return copies of each peer's layer, of those peers that work here."""
+    made = {}
+    for name in names:
+        peer = PEERS[name]
+        try:
+            made[name] = [peer.make(rows, columns) for _ in range(copies(peer.bits / 8 * rows * columns))]
+        except Exception as error:
+            print(f"# {name} is not measured: {type(error).__name__}: {str(error)[:200]}")
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------------- slimc's
+
+
+class Subject:
+    """Copies of a layer, or of several that read one input, in the form of each kernel."""
+
+    def __init__(self, rows: tuple[int, ...], columns: int) -> None:
+        first = [random_layer(part, columns, seed) for seed, part in enumerate(rows)]
+        self.nbytes = sum(part.format.nbytes() for part in first)
+        self.copies = [first]
+        for copy in range(1, copies(self.nbytes)):
+            self.copies.append([random_layer(part, columns, 100 * copy + seed) for seed, part in enumerate(rows)])
+        self._states: dict[Callable[..., Any], list[list[Any]]] = {}
+        self.format = first[0].format if len(rows) == 1 else _stacked_format(first[0].format, sum(rows))
+
+    def calls(self, kernel: Kernel, x: Tensor) -> list[Call]:
+        """Return a call for each copy."""
+        if kernel.prepare not in self._states:
+            prepared = [[kernel.prepare(part) for part in parts] for parts in self.copies]
+            if kernel.prepare is fragments:
+                prepared = [[stack(parts)] if len(parts) > 1 else parts for parts in prepared]
+            self._states[kernel.prepare] = prepared
+        states = self._states[kernel.prepare]
+        return [partial(lambda parts: [kernel.run(x, part, None) for part in parts], parts) for parts in states]
+
+
+def _stacked_format(spec: LinearFormat, rows: int) -> LinearFormat:
+    """Return the form of a stack, as far as kernels ask for it: all rows, and the adapters of one layer."""
+    left = None if spec.left is None else replace(spec.left, rows=rows)
+    return LinearFormat(replace(spec.weight, rows=rows), left, spec.right)
+
+
+class MeasuredHere:
+    """The times of one row, for a selection that goes by them."""
+
+    def __init__(self, tokens: int, times: Mapping[str, float]) -> None:
+        self._times = {1 << (tokens - 1).bit_length(): times}
+
+    def of(self, _spec: LinearFormat, _dtype: torch.dtype, _device: torch.device) -> Mapping[int, Mapping[str, float]]:
+        """Return what was measured."""
+        return self._times
 
 
 def measure(
-    rows: tuple[int, ...], columns: int, tokens: Sequence[int], bandwidth: float, peer_names: Sequence[str]
-) -> list[dict[str, object]]:
+    rows: tuple[int, ...],
+    columns: int,
+    tokens: Sequence[int],
+    bandwidth: float,
+    names: Sequence[str],
+    *,
+    tuned: bool = False,
+    chosen: bool = False,
+) -> list[Row]:
     """Measure one layer at every number of tokens."""
     total = sum(rows)
-    dense = [
-        torch.randn(total, columns, dtype=torch.bfloat16, device="cuda") * 0.02
-        for _ in range(copies(2 * total * columns))
-    ]
-    first = [random_layer(part, columns, seed) for seed, part in enumerate(rows)]
-    layers = [stack(first) if len(rows) > 1 else first[0]]
-    for copy in range(1, copies(layers[0].nbytes)):
-        parts = [random_layer(part, columns, 100 * copy + seed) for seed, part in enumerate(rows)]
-        layers.append(stack(parts) if len(rows) > 1 else parts[0])
-    peers = {}
-    for name in peer_names:
-        make, most = PEERS[name]
-        try:
-            made = [make(total, columns) for _ in range(copies(INT4_BITS / 8 * total * columns))]
-        except Exception as error:
-            print(f"# {name} is not measured: {type(error).__name__}: {str(error)[:120]}")
-            continue
-        peers[name] = made, most
+    dense = [torch.randn(total, columns, dtype=DTYPE, device="cuda") for _ in range(copies(2 * total * columns))]
+    subject = Subject(rows, columns)
+    peers = peer_layers(names, total, columns)
+    device = torch.device("cuda", torch.cuda.current_device())
     results = []
     for count in tokens:
-        x = torch.randn(count, columns, dtype=torch.bfloat16, device="cuda")
-        row: dict[str, object] = {"rows": rows, "columns": columns, "tokens": count}
-        bf16 = row["cublas_us"] = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
-        for name in launches(layers[0], x):
-            row[f"{name}_us"] = microseconds([launches(layer, x)[name] for layer in layers])
-        ours = float(row[f"{chosen(count)}_us"])  # type: ignore[arg-type]
-        row |= {"kernel": chosen(count), "slimc_us": ours, "over_cublas": bf16 / ours}
-        row["gigabytes_per_second"] = layers[0].nbytes / ours / 1e3
-        row["share_of_copy"] = layers[0].nbytes / ours * 1e6 / bandwidth
-        for name, (made, most) in peers.items():
-            if count <= most:
-                try:
-                    row[f"{name}_us"] = microseconds([partial(layer, x) for layer in made])
-                    row[f"over_{name}"] = float(row[f"{name}_us"]) / ours  # type: ignore[arg-type]
-                except Exception as error:
-                    print(f"# {name} at {count} tokens: {type(error).__name__}: {str(error)[:120]}")
+        x = torch.randn(count, columns, dtype=DTYPE, device=device)
+        row: Row = {"rows": rows, "columns": columns, "tokens": count}
+        row["cublas_us"] = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
+        expected, _ = choose(KERNELS, subject.format, DTYPE, device, count)
+        times: dict[str, float] = {}
+        for kernel in KERNELS:
+            wanted = kernel is expected or (kernel.timed and not chosen)
+            if wanted and kernel.accepts(subject.format, DTYPE, device, count) is None:
+                times[kernel.name] = _time(kernel.name, subject.calls, kernel, x)
+        table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
+        taken_kernel, refusals = choose(table, subject.format, DTYPE, device, count)
+        if taken_kernel is None or times[taken_kernel.name] == math.inf:
+            print(f"# no kernel of slimc's for {count} tokens: {refusals}")
+            continue
+        ours = times[taken_kernel.name]
+        needed = subject.nbytes + x.nbytes + count * total * DTYPE.itemsize
+        row |= {f"{name}_us": taken for name, taken in times.items() if taken < math.inf}
+        row |= {
+            "kernel": taken_kernel.name,
+            "slimc_us": ours,
+            "gigabytes_per_second": needed / ours / 1e3,
+            "share_of_byte_limit": needed / bandwidth * 1e6 / ours,
+            "over_cublas": row["cublas_us"] / ours,
+        }
+        for name, made in peers.items():
+            if PEERS[name].fewest <= count <= PEERS[name].most:
+                taken = _time(name, _peer_calls, made, x)
+                if taken < math.inf:
+                    row |= {f"{name}_us": taken, f"over_{name}": taken / ours}
+        int4 = [row[f"over_{name}"] for name in INT4_PEERS if f"over_{name}" in row]
+        if int4:
+            row["over_int4"] = min(int4)
         results.append(row)
     return results
+
+
+def _peer_calls(layers: Sequence[Layer], x: Tensor) -> list[Call]:
+    return [partial(layer, x) for layer in layers]
+
+
+def _time(name: str, calls: Callable[..., Sequence[Call]], *subject: Any) -> float:
+    """Return the time of one of the calls that are made of the subject, or infinity if they fail."""
+    try:
+        return microseconds(calls(*subject))
+    except Exception as error:
+        print(f"# {name}: {type(error).__name__}: {str(error)[:200]}")
+        return math.inf
+
+
+# -------------------------------------------------------------------------------------------------------------- showing
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -220,29 +340,52 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def print_means(rows: Sequence[dict[str, object]], tokens: Sequence[int]) -> None:
-    """Print the mean ratios of each model over the layers as they are served."""
-    for model in dict.fromkeys(str(row["model"]) for row in rows):
-        for count in tokens:
-            of = [row for row in rows if (row["model"], row["tokens"]) == (model, count) and row["layer"] in MEAN_OVER]
-            keys = [key for key in of[0] if key.startswith("over_") and all(key in row for row in of)]
-            means = (f"{key[5:]} {geometric_mean([float(row[key]) for row in of]):.2f}x" for key in keys)  # type: ignore[arg-type]
-            print(f"{model} at {count} tokens, geometric mean over {', '.join(means)}")
+def show(row: Row) -> str:
+    """Return one row as a line."""
+    times = "  ".join(
+        f"{key[:-3]} {value:.1f}" for key, value in row.items() if key.endswith("_us") and key != "slimc_us"
+    )
+    over = "  ".join(f"{key[5:]} {value:.2f}x" for key, value in row.items() if key.startswith("over_"))
+    return (
+        f"{row['model']:12} {row['layer']:8} {sum(row['rows']):6} x {row['columns']:5} {row['tokens']:5} tokens: "
+        f"{times} | {row['kernel']} over {over} | {row['gigabytes_per_second']:.0f} GB/s, "
+        f"{100 * row['share_of_byte_limit']:.0f} % of the byte limit"
+    )
 
 
-def plot(rows: Sequence[dict[str, object]], to: Path) -> None:
-    """Draw the ratio over cuBLAS by tokens, a line a layer."""
+def print_means(rows: Sequence[Row]) -> None:
+    """Print, as a table, the mean ratios of each model over the layers as they are served, and the worst of them."""
+    names = [f"over_{name}" for name in ("cublas", "int4", *PEERS)]
+    present = [name for name in names if any(name in row for row in rows)]
+    print(f"\n| model | tokens | {' | '.join(name[5:] for name in present)} |\n|---|---|{'---|' * len(present)}")
+    served = [row for row in rows if row["layer"] in SERVED]
+    for model, count in dict.fromkeys((row["model"], row["tokens"]) for row in served):
+        of = [row for row in served if (row["model"], row["tokens"]) == (model, count)]
+        cells = []
+        for name in present:
+            values = [row[name] for row in of if name in row]
+            whole = len(values) == len(of)
+            cells.append(f"{geometric_mean(values):.2f}x (from {min(values):.2f}x)" if whole else "")
+        print(f"| {model} | {count} | {' | '.join(cells)} |")
+
+
+def plot(rows: Sequence[Row], to: Path) -> None:
+    """Draw the ratio over cuBLAS by tokens, a line a layer, and that of the int4 peers as dashes."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5))
-    for key in dict.fromkeys((row["model"], row["layer"]) for row in rows):
-        of = [row for row in rows if (row["model"], row["layer"]) == key]
-        axes.plot(
-            [row["tokens"] for row in of], [row["over_cublas"] for row in of], marker="o", label=" ".join(map(str, key))
-        )
-    axes.axhline(1, color="grey", linewidth=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as cuBLAS in bf16")
-    axes.legend(fontsize="x-small")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False, sharey=True)
+    for axis, model in zip(axes[0], models, strict=True):
+        for index, layer in enumerate(dict.fromkeys(row["layer"] for row in rows if row["model"] == model)):
+            of = [row for row in rows if (row["model"], row["layer"]) == (model, layer)]
+            counts, colour = [row["tokens"] for row in of], f"C{index}"
+            axis.plot(counts, [row["over_cublas"] for row in of], marker="o", label=layer, color=colour)
+            best = [row["over_cublas"] / row["over_int4"] if "over_int4" in row else math.nan for row in of]
+            axis.plot(counts, best, linestyle="--", linewidth=1, color=colour)
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set(xscale="log", xlabel="tokens", title=f"{model} (dashed: the best int4 without adapters)")
+        axis.legend(fontsize="small")
+    axes[0][0].set(ylabel="times as fast as cuBLAS in bf16")
     figure.savefig(to, bbox_inches="tight")
 
 
@@ -251,29 +394,33 @@ def run(
     tokens: Sequence[int],
     *,
     layers: Sequence[str] = (),
-    peers: Sequence[str] = tuple(PEERS),
+    peers: Sequence[str] = QUICK_PEERS,
+    tuned: bool = False,
+    chosen: bool = False,
 ) -> dict[str, Any]:
-    """Measure the layers of models, all or those named, print as it goes, and return every figure."""
+    """Measure the layers of models, print as it goes, and return every figure.
+
+    Args:
+        models: of `LAYERS`.
+        tokens: numbers of tokens a call.
+        layers: only those of these names, or all.
+        peers: other people's kernels.
+        tuned: select by the times of this run.
+        chosen: of slimc's kernels only the one that is expected to be best.
+    """
     bandwidth = copy_bandwidth()
     card = torch.cuda.get_device_name()
     print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for model in models:
         for name, parts, columns in LAYERS[model]:
             if layers and name not in layers:
                 continue
-            for row in measure(parts, columns, tokens, bandwidth, peers):
+            for row in measure(parts, columns, tokens, bandwidth, peers, tuned=tuned, chosen=chosen):
                 rows.append({"model": model, "layer": name, **row})
-                shown = "  ".join(
-                    f"{key[:-3]} {value:.1f}" for key, value in row.items() if key.endswith("_us") and key != "slimc_us"
-                )
-                over = "  ".join(f"{key[5:]} {value:.2f}x" for key, value in row.items() if key.startswith("over_"))
-                print(
-                    f"{model:12} {name:8} {sum(parts):6} x {columns:5} {row['tokens']:5} tokens: {shown} | {over}",
-                    flush=True,
-                )
+                print(show(rows[-1]), flush=True)
             torch.cuda.empty_cache()
-    print_means(rows, tokens)
+    print_means(rows)
     return {"card": card, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": rows}
 
 
@@ -283,7 +430,13 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
-    parser.add_argument("--peers", default=",".join(PEERS), help="other people's kernels; empty for none")
+    parser.add_argument(
+        "--peers", default=",".join(QUICK_PEERS), help=f"other people's kernels, of {', '.join(PEERS)}; empty for none"
+    )
+    parser.add_argument("--tuned", action="store_true", help="select by the times of this run")
+    parser.add_argument(
+        "--chosen", action="store_true", help="of slimc's kernels only the one that is expected to be best"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
     options = parser.parse_args()
@@ -292,6 +445,8 @@ def main() -> None:
         [int(count) for count in options.tokens.split(",")],
         layers=options.layers.split(",") if options.layers else (),
         peers=options.peers.split(",") if options.peers else (),
+        tuned=options.tuned,
+        chosen=options.chosen,
     )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -11,6 +11,7 @@ from slimc.cli.compressing import compress
 from slimc.cli.inspection import inspect
 from slimc.cli.running import evaluate, generate
 from slimc.cli.showing import recipes
+from slimc.cli.tuning import tune
 
 __all__ = ["app", "main"]
 
@@ -20,3 +21,4 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(recipes)
 app.command()(bench)
+app.command()(tune)

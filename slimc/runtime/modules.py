@@ -28,7 +28,7 @@ from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, Resident, layout_of
 from slimc.runtime.packing import PackedLinear, check_specs
 from slimc.runtime.prepared import PreparedLayer, derive
-from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, choices, choose
+from slimc.runtime.select import LARGEST_EXPLAINED, Choice, Explanation, Kernel, KernelTable, choices, choose
 
 __all__ = ["SlimLinear", "explain", "use_kernels"]
 
@@ -236,14 +236,14 @@ class SlimLinear(nn.Module):
         self._non_persistent_buffers_set.difference_update(old)
 
     @property
-    def usable_kernels(self) -> Sequence[Kernel]:
+    def usable_kernels(self) -> KernelTable:
         """The kernels that may be chosen for what the layer holds, which is that of the best from now on."""
         self._settle()
         usable = [kernel for kernel in self._kernels if kernel.prepare not in self._not_undone]
-        if self._resident is None:
-            return usable
-        lasting = tuple(kernel for kernel in usable if not kernel.transient)
-        return [_last_resort(kernel, lasting) if kernel.transient else kernel for kernel in usable]
+        if self._resident is not None:
+            lasting = tuple(kernel for kernel in usable if not kernel.transient)
+            usable = [_last_resort(kernel, lasting) if kernel.transient else kernel for kernel in usable]
+        return KernelTable(usable, self._kernels.timings)
 
     @property
     def holds_canonical(self) -> bool:
@@ -421,9 +421,18 @@ class SlimLinear(nn.Module):
     def use_kernels(self, kernels: Sequence[Kernel]) -> None:
         """Choose from this table from now on, and hold what its kernels on this device want."""
         with _changing:
-            self._kernels = tuple(kernels)
+            self._kernels = kernels if isinstance(kernels, KernelTable) else KernelTable(kernels)
             self._forget_kernels()
             self._settle()
+
+    @property
+    def kernels(self) -> KernelTable:
+        """The table that kernels are chosen from."""
+        return self._kernels
+
+    def choose_again(self) -> None:
+        """Choose kernels anew from the next call on, because more is known of their times."""
+        self._prepared.choose_again()
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:
         """Return which kernel runs at which token counts for inputs of ``dtype`` (default: the weight's)."""

@@ -2,14 +2,19 @@
 
 The table comes from the backends; this module only knows how to choose. The choice depends on what is fixed for a
 layer (its format, device and dtype) and on the number of tokens, which is rounded up to a power of two, so that
-thresholds in a kernel's ``accepts`` should be powers of two.
+thresholds in a kernel's ``accepts`` and ``expects`` should be powers of two.
+
+Where the kernels that accept were timed on this device, the fastest is chosen. Elsewhere it is the first in the table
+that is expected to be fast. Choosing never measures anything, so it may happen while a CUDA graph is captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +22,26 @@ from torch import Tensor
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear
 
-__all__ = ["Choice", "Explanation", "Kernel", "choices", "choose", "token_bucket"]
+__all__ = [
+    "LARGEST_TIMED",
+    "Choice",
+    "Explanation",
+    "Kernel",
+    "KernelTable",
+    "Timings",
+    "choices",
+    "choose",
+    "token_bucket",
+]
 
 LARGEST_EXPLAINED = 1 << 14
 """Token counts above this choose like this one in `choices`."""
+
+LARGEST_TIMED = 1 << 12
+"""Token counts above this go by the times at this one: more of the same takes as much longer everywhere."""
+
+
+Case = tuple[LinearFormat, torch.dtype, torch.device, int]
 
 
 @dataclass(frozen=True)
@@ -28,15 +49,18 @@ class Kernel:
     """One way to compute a compressed linear layer.
 
     Attributes:
-        name: Shown to people.
+        name: Shown to people, and the name under which times are kept.
         accepts: Given the format, the dtype of x, the device and the number of tokens: None if the kernel can
-            compute this case and is worth it, else the reason for people.
+            compute this case, else the reason for people.
         prepare: Derives from the canonical tensors what ``run`` needs; called once a layer and device, also for
             several kernels that share it. The state must be a function of the packed bytes alone.
         run: Computes y [tokens, rows] from x [..., columns], the state and the bias.
         stack: Given the states of layers that read the same input, returns a state with all their rows in that order,
             and for each layer a state in place of its own, so that all share one memory; raises `KernelError` if they
             do not fit each other. None if the kernel runs one layer at a time.
+        expects: What is known of the speed without measuring, of a case that is accepted: None if the kernel is
+            expected to be the best from here on in the table, else why it is not. Times overrule it.
+        timed: Whether it competes with others by time; a kernel of last resort does not.
         transient: the state is little more than the canonical tensors themselves, so that it is not kept where a
             layout has taken their place.
     """
@@ -46,12 +70,59 @@ class Kernel:
     prepare: Callable[[PackedLinear], Any]
     run: Callable[[Tensor, Any, Tensor | None], Tensor]
     stack: Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None = None
+    expects: Callable[[LinearFormat, torch.dtype, torch.device, int], str | None] | None = None
+    timed: bool = True
     transient: bool = False
+
+
+class Timings(Protocol):
+    """What is known of the speed of kernels on the devices of this machine."""
+
+    def of(self, spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> Mapping[int, Mapping[str, float]]:
+        """Return microseconds a call, by number of tokens and name of the kernel; infinite if it failed."""
+        ...
+
+
+class KernelTable(tuple[Kernel, ...]):
+    """Kernels, best first as far as it can be told beforehand, with what is known of their times.
+
+    Args:
+        kernels: in their order.
+        timings: of the kernels on this machine.
+        origin: the module in which the table is called ``KERNELS``, if it is: there pickle finds it again. What a
+            kernel does need not be a function of a module, so that a table without is pickled only if all are.
+    """
+
+    timings: Timings | None
+    origin: str | None
+
+    def __new__(
+        cls, kernels: Iterable[Kernel] = (), timings: Timings | None = None, origin: str | None = None
+    ) -> KernelTable:
+        """Take the kernels in their order."""
+        table = super().__new__(cls, kernels)
+        table.timings, table.origin = timings, origin
+        return table
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> KernelTable:
+        """Share the table: it never changes, and the timings belong to the machine."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., KernelTable], tuple[Any, ...]]:
+        """Name the table, or keep the timings with the kernels."""
+        if self.origin is not None:
+            return _named_table, (self.origin,)
+        return KernelTable, (tuple(self), self.timings)
+
+
+def _named_table(origin: str) -> KernelTable:
+    table = import_module(origin).KERNELS
+    return table if isinstance(table, KernelTable) else KernelTable(table)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel for a range of token counts, and why the kernels before it in the table refused.
+    """The kernel for a range of token counts, and why other kernels were not chosen.
 
     ``kernel`` is None if all refused, which leaves the reference op; ``last_tokens`` None means no upper end.
     """
@@ -91,14 +162,53 @@ def token_bucket(tokens: int) -> int:
 def choose(
     kernels: Sequence[Kernel], spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> tuple[Kernel | None, dict[str, str]]:
-    """Return the first kernel that accepts, and the reasons of those before it."""
+    """Return the kernel for a case, and the reasons against those that come before it or were slower.
+
+    It is the fastest where a `KernelTable` knows times. Elsewhere it is the first that accepts and expects to be
+    fast, or failing that the first that accepts.
+    """
+    case = spec, dtype, device, token_bucket(tokens)
+    times = _times(kernels, case)
     refusals: dict[str, str] = {}
+    able: list[Kernel] = []
     for kernel in kernels:
-        reason = kernel.accepts(spec, dtype, device, token_bucket(tokens))
-        if reason is None:
-            return kernel, refusals
-        refusals[kernel.name] = reason
-    return None, refusals
+        reason = kernel.accepts(*case)
+        if reason is not None:
+            refusals[kernel.name] = reason
+            continue
+        able.append(kernel)
+        if not times:
+            reason = kernel.expects(*case) if kernel.expects else None
+            if reason is None:
+                return kernel, refusals
+            refusals[kernel.name] = reason
+    timed = [kernel for kernel in able if times.get(kernel.name, math.inf) < math.inf]
+    if timed:
+        best = min(timed, key=lambda kernel: times[kernel.name])
+        refusals |= {
+            kernel.name: _slower(kernel, best, times) for kernel in able if kernel.timed and kernel is not best
+        }
+        return best, {kernel.name: refusals[kernel.name] for kernel in kernels if kernel.name in refusals}
+    if able:
+        refusals.pop(able[0].name, None)
+    return (able[0] if able else None), refusals
+
+
+def _times(kernels: Sequence[Kernel], case: Case) -> Mapping[str, float]:
+    """Return what is known for a case, by name of the kernel."""
+    if not isinstance(kernels, KernelTable) or kernels.timings is None:
+        return {}
+    spec, dtype, device, tokens = case
+    return kernels.timings.of(spec, dtype, device).get(min(tokens, LARGEST_TIMED), {})
+
+
+def _slower(kernel: Kernel, best: Kernel, times: Mapping[str, float]) -> str:
+    taken = times.get(kernel.name)
+    if taken is None:
+        return f"was not timed here, unlike {best.name}"
+    if taken == math.inf:
+        return "failed when it was timed here"
+    return f"slower than {best.name} here: {taken:.3g} us against {times[best.name]:.3g} us"
 
 
 def choices(kernels: Sequence[Kernel], spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> list[Choice]:

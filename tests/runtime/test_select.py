@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 
 from slimc.runtime.packing import LinearFormat, WeightFormat
-from slimc.runtime.select import Kernel, choices, choose, token_bucket
+from slimc.runtime.select import Kernel, KernelTable, choices, choose, token_bucket
 
 FORM = LinearFormat(WeightFormat(8, 8, bits=4))
 CPU = torch.device("cpu")
@@ -42,3 +45,28 @@ def test_choices_tell_ranges_and_reasons() -> None:
         "1 token: one",
         "2 tokens or more: slim::linear (one: too many tokens)",
     ]
+
+
+def test_the_first_that_expects_to_be_fast_is_chosen() -> None:
+    doubts = replace(ANY, name="doubts", expects=lambda form, dtype, device, tokens: "slow" if tokens > 2 else None)
+    assert choose((doubts, ANY), FORM, torch.float32, CPU, 2) == (doubts, {})
+    assert choose((doubts, ANY), FORM, torch.float32, CPU, 3) == (ANY, {"doubts": "slow"})
+    assert choose((doubts, FEW), FORM, torch.float32, CPU, 9) == (doubts, {"few": "too many tokens"})
+
+
+class Known:
+    """Times as a backend may know them."""
+
+    def of(self, spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> dict[int, dict[str, float]]:
+        return {8: {"few": 31.0, "any": 26.0}, 16: {"few": 1.0, "any": 26.0}, 1 << 12: {"any": math.inf}}
+
+
+def test_times_overrule_order_and_expectations_but_not_refusals() -> None:
+    table = KernelTable((FEW, ANY), Known())
+    assert choose(table, FORM, torch.float32, CPU, 4) == (FEW, {})
+    assert choose(table, FORM, torch.float32, CPU, 5) == (ANY, {"few": "slower than any here: 31 us against 26 us"})
+    assert choose(table, FORM, torch.float32, CPU, 16) == (ANY, {"few": "too many tokens"})
+
+
+def test_if_all_failed_the_order_decides() -> None:
+    assert choose(KernelTable((ANY,), Known()), FORM, torch.float32, CPU, 1 << 13) == (ANY, {})

@@ -293,12 +293,14 @@ def _share_columns(work: int, blocks: int, most: int) -> int:
     return cluster
 
 
-def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if tokens < FEWEST_TOKENS:
-        return f"is for {FEWEST_TOKENS} tokens or more"
+def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
     return refuses(spec, dtype, device)
 
 
-HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, stack_shared)
+def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
+    return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
+
+
+HOPPER = Kernel("cuda-hopper", _accepts, prepare, run, stack_shared, expects=_expects)

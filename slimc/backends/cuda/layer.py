@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "pointer",
     "prepare",
     "refuses",
+    "refuses_machine",
     "source",
     "stack",
     "stack_shared",
@@ -52,6 +53,7 @@ class FragmentLayer:
         rank_range: int32 [row tiles, 2], the first rank that a tile of L reads, and how many units of 64.
         counters: for kernels that hand out work.
         plans: launches decided so far, by whatever a kernel distinguishes them.
+        sizes: rows and ranks, with their padding, of each layer of a stack; empty if it is one layer.
     """
 
     format: LinearFormat
@@ -65,6 +67,13 @@ class FragmentLayer:
     rank_range: Tensor | None = None
     counters: Counters | None = None
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[slice, slice]]:
+        """The rows and the ranks of each layer of a stack."""
+        rows, ranks = zip(*(self.sizes or ((self.format.rows, self.ranks),)), strict=True)
+        return list(zip(_slices(rows), _slices(ranks), strict=True))
 
     @property
     def row_tiles(self) -> int:
@@ -135,14 +144,19 @@ def _weight_scale(scale: Tensor, spec: WeightFormat) -> Tensor:
 
 
 def refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Say why the kernels of this package cannot compute a layer, or return ``None``."""
+    """Say why the kernels that read fragments cannot compute a layer, or return ``None``."""
+    return refuses_machine(spec, dtype, device) or _refuses_format(spec)
+
+
+def refuses_machine(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Say why no kernel of this package can run on a device, or return ``None``."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, not {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or more"
     if dtype not in (torch.bfloat16, torch.float16) or dtype != spec.weight.dtype:
         return "needs activations and scales of one 16-bit dtype"
-    return _refuses_format(spec) or _refuses_toolchain()
+    return _refuses_toolchain()
 
 
 @cache
@@ -207,6 +221,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         codes=torch.cat([one.codes for one in layers]),
         metadata=None if first.metadata is None else torch.cat([_present(one.metadata) for one in layers]),
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
+        sizes=tuple((one.format.rows, one.ranks) for one in layers),
     )
     if first.right is None:
         _settle(first.codes.device)
@@ -252,6 +267,10 @@ def stack_shared(layers: Sequence[FragmentLayer]) -> tuple[FragmentLayer, list[F
         tile, row, rank = tiles.stop, rows.stop, rank + one.ranks
     _settle(stacked.codes.device)
     return stacked, parts
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
 def _present(tensor: Tensor | None) -> Tensor:

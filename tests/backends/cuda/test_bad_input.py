@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends import FRAGMENT_KERNELS, KERNELS, reference
-from slimc.backends.cuda import cache, compiler, decode, driver, hopper, layer
+from slimc.backends import FRAGMENT_KERNELS, KERNELS, private_folder, reference
+from slimc.backends.cuda import cache, compiler, decode, dense, driver, hopper, layer
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
-from slimc.runtime.select import Choice, choices
+from slimc.runtime.select import Choice, KernelTable, choices
 
 GPU = torch.device("cuda", 0)
 SPEC = LinearFormat(WeightFormat(256, 640, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16))
@@ -36,14 +36,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def chosen(dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
-    return choices(KERNELS, SPEC, dtype, GPU)
+    return choices(KernelTable(KERNELS), SPEC, dtype, GPU)
 
 
 def test_what_each_generation_of_gpu_runs(gpu: SimpleNamespace) -> None:
     assert all(choice.kernel in FRAGMENT_KERNELS for choice in chosen())
     gpu.capability = (8, 0)
     assert chosen()[0].kernel is decode.DECODE
-    assert chosen()[-1].kernel is reference.DECODE
+    assert chosen()[-1].kernel is dense.DENSE
     gpu.capability = (7, 5)
     assert all(choice.kernel is reference.DECODE for choice in chosen())
     assert "needs a GPU of compute capability 8.0 or more" in str(chosen()[0])
@@ -115,11 +115,11 @@ def test_a_read_only_cache_costs_only_time(
     compiled: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, what: str
 ) -> None:
     if what == "file":
-        monkeypatch.setattr(cache._Folder, "_create", read_only)
+        monkeypatch.setattr(private_folder, "_create", read_only)
     else:
-        monkeypatch.setattr(cache, "_make_private", read_only)
-    cache._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, cache.__name__):
+        monkeypatch.setattr(private_folder, "_make_private", read_only)
+    private_folder._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, private_folder.__name__):
         for _ in range(2):
             assert cache.cached_cubin("s", name="k", arch="sm_90a", defines={}, driver="13.0") == b"cubin"
     assert compiled == ["s"]

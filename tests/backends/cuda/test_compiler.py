@@ -93,3 +93,37 @@ def test_the_kernel_for_hopper_compiles_and_its_products_overlap(
 def test_the_blocks_of_a_shape_fit_on_a_multiprocessor(shape: LaunchShape) -> None:
     assert shape.stages >= 2
     assert shape.blocks * (shape.shared_bytes + 2 * shape.stages * 8 + 1024) <= 228 << 10
+
+
+UNPACKED = [
+    (4, 0, 4), (4, 0, 1), (4, 1, 1), (4, 2, 2), (4, 2, 1), (3, 0, 1), (3, 2, 1), (8, 0, 4), (7, 1, 1), (0, 1, 1),
+    (0, 2, 1),
+]  # fmt: skip
+"""Bits of a code, which columns are kept, and bytes that are loaded at once."""
+
+
+@pytest.mark.parametrize(("bits", "kept", "load"), UNPACKED)
+@pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
+def test_the_kernel_that_decodes_compiles(
+    arch: str, number: int, bfloat16: int, bits: int, kept: int, load: int
+) -> None:
+    defines = {
+        "BFLOAT16": bfloat16, "ARCH": number, "BITS": bits, "KEPT": kept, "SCALES": bfloat16, "ASYMMETRIC": bfloat16,
+        "LOAD_BYTES": load, "TAIL": int(load == 1), "ROWS": 4,
+    }  # fmt: skip
+    cubin = compiler.compile_source(source("unpack.cu"), name="unpack_weight", arch=arch, defines=defines)
+    assert cubin.startswith(b"\x7fELF")
+
+
+EXPANDED = [(0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 64), (1, 128, 0)]
+"""Whether zeros are placed, columns of 64 codes, and columns that share a scale."""
+
+
+@pytest.mark.parametrize(("place", "unit", "group"), EXPANDED)
+@pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
+def test_the_kernel_that_expands_fragments_compiles(
+    arch: str, number: int, bfloat16: int, place: int, unit: int, group: int
+) -> None:
+    defines = {"BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group}
+    cubin = compiler.compile_source(source("expand.cu"), name="expand", arch=arch, defines=defines)
+    assert cubin.startswith(b"\x7fELF")
