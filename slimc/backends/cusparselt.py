@@ -15,6 +15,7 @@ on disk; during the capture of a CUDA graph, where nothing can be timed, what is
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -46,6 +47,8 @@ TOKEN_MULTIPLE = 8
 
 FEWEST_DECODED = 4096
 """Below, decoding takes longer than the library saves over ``cuda-hopper``."""
+
+log = logging.getLogger(__name__)
 
 # These bindings are private, so a release may lack one; then the kernel refuses every case.
 _multiply: Any = getattr(torch, "_cslt_sparse_mm", None)
@@ -149,7 +152,11 @@ def _algorithm(compressed: Tensor, inputs: Tensor) -> int:
     if tokens not in known:
         if torch.cuda.is_current_stream_capturing():
             return known[min(known, key=lambda other: abs(other.bit_length() - tokens.bit_length()))] if known else 0
-        known[tokens] = int(_search(compressed, inputs, None, None, None, True)[0])
+        try:
+            known[tokens] = int(_search(compressed, inputs, None, None, None, True)[0])
+        except RuntimeError as error:
+            log.info("cuSPARSELt finds no best algorithm for %s: %s", tuple(compressed.shape), error)
+            return 0
         _FOLDER.write(key, json.dumps(known).encode())
     return known[tokens]
 

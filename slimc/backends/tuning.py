@@ -190,7 +190,7 @@ def _time(kernel: Kernel, layer: SlimLinear, x: Tensor, states: dict[Callable[..
 
 def describe(device: torch.device) -> str | None:
     """Return what decides the speed of kernels on a device, or None if nothing is measured there."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)
     card = properties.name, properties.multi_processor_count, properties.L2_cache_size

@@ -12,8 +12,9 @@ gemlite, and torch's own `_weight_int4pack_mm` (tinygemm). 2:4 in 16 bits: cuSPA
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call. All columns of a
-row are taken one after another in the same process. Bytes are those of the packed layer, of x and of y; the byte limit
-is the time that these take at the bandwidth of a large copy on the same card.
+row are taken one after another in the same process. Bytes are those of the packed layer, of x and of y; beside the
+bandwidth of a large copy on the same card, which reads and writes, stands the byte limit: what the memory's clock and
+width would allow.
 """
 
 from __future__ import annotations
@@ -145,6 +146,14 @@ def copy_bandwidth() -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / microseconds([lambda: target.copy_(source)] * 4) * 1e6
+
+
+def peak_bandwidth() -> float | None:
+    """Return bytes a second that the memory can move at its clock and width, if PyTorch tells them."""
+    properties = torch.cuda.get_device_properties()
+    clock, width = getattr(properties, "memory_clock_rate", None), getattr(properties, "memory_bus_width", None)
+    # In kHz and bits; two transfers a clock.
+    return 2e3 * clock * width / 8 if clock and width else None
 
 
 # --------------------------------------------------------------------------------------------------------------- peers
@@ -280,7 +289,7 @@ def measure(
     dense = [torch.randn(total, columns, dtype=DTYPE, device="cuda") for _ in range(copies(2 * total * columns))]
     subject = Subject(rows, columns)
     peers = peer_layers(names, total, columns)
-    device = torch.device("cuda", torch.cuda.current_device())
+    device, peak = torch.device("cuda", torch.cuda.current_device()), peak_bandwidth()
     results = []
     for count in tokens:
         x = torch.randn(count, columns, dtype=DTYPE, device=device)
@@ -304,9 +313,11 @@ def measure(
             "kernel": taken_kernel.name,
             "slimc_us": ours,
             "gigabytes_per_second": needed / ours / 1e3,
-            "share_of_byte_limit": needed / bandwidth * 1e6 / ours,
+            "share_of_copy": needed / ours * 1e6 / bandwidth,
             "over_cublas": row["cublas_us"] / ours,
         }
+        if peak is not None:
+            row["share_of_byte_limit"] = needed / ours * 1e6 / peak
         for name, made in peers.items():
             if PEERS[name].fewest <= count <= PEERS[name].most:
                 taken = _time(name, _peer_calls, made, x)
@@ -349,7 +360,8 @@ def show(row: Row) -> str:
     return (
         f"{row['model']:12} {row['layer']:8} {sum(row['rows']):6} x {row['columns']:5} {row['tokens']:5} tokens: "
         f"{times} | {row['kernel']} over {over} | {row['gigabytes_per_second']:.0f} GB/s, "
-        f"{100 * row['share_of_byte_limit']:.0f} % of the byte limit"
+        f"{100 * row['share_of_copy']:.0f} % of a copy, "
+        f"{100 * row.get('share_of_byte_limit', math.nan):.0f} % of the byte limit"
     )
 
 
