@@ -185,7 +185,8 @@ class SlimLinear(nn.Module):
         """Hold the layout of the kernels of this device if there is one, else what is held already."""
         with _changing:
             layout = self._wanted_layout()
-            if self._resident is not None and self._resident.layout is not layout:
+            # What a captured graph reads stays where it is.
+            if self._resident is not None and self._resident.layout is not layout and not self._prepared.captured:
                 self.hold_canonical()
             if self._resident is not None or layout is None or layout.prepare in self._not_undone:
                 return
@@ -432,9 +433,9 @@ class SlimLinear(nn.Module):
         return self._kernels
 
     def choose_again(self) -> None:
-        """Choose kernels anew from the next call on, because more is known of their times."""
+        """Choose kernels anew, because more is known of their times; graphs that were captured keep theirs."""
         with _changing:
-            self._forget_kernels()
+            self._prepared.choose_again()
             self._settle()
 
     def choices(self, dtype: torch.dtype | None = None) -> list[Choice]:

@@ -155,6 +155,12 @@ class PreparedLayer:
             self._states[kernel.prepare] = state
             self._plans.clear()
 
+    def choose_again(self) -> None:
+        """Choose kernels anew from the next call on; graphs that were captured keep theirs."""
+        self._plans.clear()
+        for siblings in self._siblings:
+            siblings.choose_again()
+
     def _table(self) -> Sequence[Kernel]:
         return self._living_owner().usable_kernels
 
@@ -214,6 +220,10 @@ class SiblingLayers:
     def complete(self) -> bool:
         """Whether all of the layers are still there, unchanged."""
         return all(handle.data_ptr() in _layers for handle in self._handles)
+
+    def choose_again(self) -> None:
+        """Choose kernels anew from the next call on."""
+        self._plans.clear()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the results [..., rows of all] for x [..., columns], at least one token; biases are left out."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimc.backends import COMPOSED, KERNELS
 from slimc.backends.cuda.compose import DECODED
+from slimc.backends.cuda.stored import STORED
 from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
@@ -43,9 +44,10 @@ COMPOSED_FORMS = {
 }
 DENSE_FORMS = {
     "2:4 8 bits": linear(bits=8, sparsity=NM(2, 4)),
-    "2:4 16 bit": linear(bits=None, sparsity=NM(2, 4)),
+    "2:4 16 bit": linear(columns=704, bits=None, sparsity=NM(2, 4)),
     "unstructured": linear(sparsity=Unstructured(), nonzeros=ROWS * COLUMNS // 2),
 }
+DECODED_ONCE = linear(group=12)
 
 
 def fill(spec: LinearFormat) -> PackedLinear:
@@ -94,8 +96,14 @@ def test_composed_forms(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 100])
 @pytest.mark.parametrize("name", DENSE_FORMS)
-def test_forms_that_are_decoded_once(name: str, tokens: int) -> None:
-    compute_and_check(DENSE_FORMS[name], tokens, KERNELS, DECODED)
+def test_forms_that_are_decoded_at_every_call(name: str, tokens: int) -> None:
+    layer = compute_and_check(DENSE_FORMS[name], tokens, KERNELS, STORED)
+    assert layer.holds_canonical
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_form_that_is_decoded_once(tokens: int) -> None:
+    compute_and_check(DECODED_ONCE, tokens, KERNELS, DECODED)
 
 
 def test_a_composed_layer_is_captured() -> None:

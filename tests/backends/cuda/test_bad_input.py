@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from slimc.backends import FRAGMENT_KERNELS, KERNELS, private_folder, reference
-from slimc.backends.cuda import cache, compiler, decode, dense, driver, hopper, layer, prefill
+from slimc.backends.cuda import cache, compiler, compose, decode, dense, driver, hopper, layer, prefill, stored
 from slimc.errors import KernelError
-from slimc.runtime.formats import NM, LinearFormat, WeightFormat
-from slimc.runtime.select import Choice, choices
+from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.select import Choice, KernelTable, choices, choose
 
 GPU = torch.device("cuda", 0)
 SPEC = LinearFormat(WeightFormat(256, 640, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16))
 
 
 def chosen(dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
-    return choices(KERNELS, SPEC, dtype, GPU)
+    return choices(KernelTable(KERNELS), SPEC, dtype, GPU)
 
 
 def test_what_each_generation_of_gpu_runs(gpu: SimpleNamespace) -> None:
@@ -35,6 +35,18 @@ def test_what_each_generation_of_gpu_runs(gpu: SimpleNamespace) -> None:
     gpu.capability = (7, 5)
     assert all(choice.kernel is reference.DECODE for choice in chosen())
     assert "needs a GPU of compute capability 8.0 or more" in str(chosen()[0])
+
+
+def test_forms_that_no_layout_holds(gpu: SimpleNamespace) -> None:
+    def last(**form: Any) -> Any:
+        spec = LinearFormat(WeightFormat(256, 640, **({"dtype": torch.bfloat16} | form)))
+        return choose(KernelTable(KERNELS), spec, spec.weight.dtype, GPU, 1)[0]
+
+    # Decoded for the call as long as that can be compiled: dense weights beside packed ones would only take memory.
+    assert last(bits=8, sparsity=NM(2, 4)) is stored.STORED
+    assert last(bits=4, sparsity=Unstructured(), nonzeros=7000) is stored.STORED
+    assert last(bits=4, group=12) is compose.DECODED
+    assert last(bits=4, dtype=torch.float32) is compose.DECODED
 
 
 def test_without_a_compiler_the_weight_is_decoded_and_explain_says_so(
