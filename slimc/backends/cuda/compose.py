@@ -6,8 +6,8 @@ W, R and L are products of their own here, each by the best that there is for it
 16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there. As everywhere on a GPU the canonical
 tensors are not kept; only adapters of codes that no kernel takes are, beside their values.
 
-What even that cannot hold is decoded for each call (`slimc.backends.cuda.stored`), and what that cannot decode, once and
-for all (`decoded`), beside the canonical tensors.
+What even that cannot hold is decoded for each call (`slimc.backends.cuda.stored`), and what that cannot decode, once
+and for all (`decoded`), beside the canonical tensors.
 """
 
 from __future__ import annotations
