@@ -30,6 +30,7 @@ __all__ = [
     "TensorMap",
     "device_arch",
     "driver_version",
+    "encode_matrix_map",
     "encode_tensor_map",
     "load",
     "target_arch",
@@ -89,39 +90,36 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
-TENSOR_MAP_TYPES = {1: 0, 2: 1, 4: 2}
+TENSOR_MAP_16_BIT = 1
 TENSOR_MAP_SWIZZLE_128_BYTES = 3
 TENSOR_MAP_PROMOTE_128_BYTES = 2
 
 
-def encode_tensor_map(
-    into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int, element_bytes: int = 2
-) -> None:
-    """Describe a matrix, row after row, for copies of boxes; outside of it the engine reads zeros and writes nothing.
+def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> None:
+    """Describe a matrix of 16-bit elements, row after row, for copies of boxes; outside of it the engine reads zeros.
 
     Args:
         into: what is filled.
         address: of the matrix, a multiple of 16.
         rows: of the matrix.
-        columns: of the matrix; a row is a multiple of 16 bytes.
+        columns: of the matrix, a multiple of 8.
         box_rows: of a box, at most 256.
-        box_columns: of a box: rows of 128 bytes, whose pieces of 16 bytes are swizzled over 8 rows.
-        element_bytes: 1 or 2; or 4, for rows of a box that have any multiple of 16 bytes and stay in order.
+        box_columns: of a box, 64: rows of 128 bytes, whose pieces of 16 bytes are swizzled over 8 rows.
 
     Raises:
         KernelError: the driver refuses the map.
     """
     status = _library().cuTensorMapEncodeTiled(
         ctypes.byref(into),
-        TENSOR_MAP_TYPES[element_bytes],
+        TENSOR_MAP_16_BIT,
         2,
         address,
         (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(element_bytes * columns),
+        (ctypes.c_uint64 * 1)(2 * columns),
         (ctypes.c_uint32 * 2)(box_columns, box_rows),
         _ONES,
         0,
-        TENSOR_MAP_SWIZZLE_128_BYTES if element_bytes < 4 else 0,
+        TENSOR_MAP_SWIZZLE_128_BYTES,
         TENSOR_MAP_PROMOTE_128_BYTES,
         0,
     )
@@ -365,6 +363,43 @@ class Launcher:
             f"{shared} of at most {function.shared_bytes} bytes of dynamic shared memory, {function.registers} "
             f"registers, cluster {cluster}{flags})"
         )
+
+
+def encode_matrix_map(
+    into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int, element_bytes: int
+) -> None:
+    """Describe a matrix of elements of any size, row after row, for copies of boxes.
+
+    Outside of it the engine reads zeros and writes nothing.
+
+    Args:
+        into: what is filled.
+        address: of the matrix, a multiple of 16.
+        rows: of the matrix.
+        columns: of the matrix; a row is a multiple of 16 bytes.
+        box_rows: of a box, at most 256.
+        box_columns: of a box, at most 256. Elements of 1 or 2 bytes make up rows of 128 bytes, whose pieces of 16 bytes
+            are swizzled over 8 rows; those of 4 bytes lie in order, in any multiple of 16 bytes.
+        element_bytes: 1, 2 or 4.
+
+    Raises:
+        KernelError: the driver refuses the map.
+    """
+    status = _library().cuTensorMapEncodeTiled(
+        ctypes.byref(into),
+        {1: 0, 2: TENSOR_MAP_16_BIT, 4: 2}[element_bytes],
+        2,
+        address,
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(element_bytes * columns),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        _ONES,
+        0,
+        TENSOR_MAP_SWIZZLE_128_BYTES if element_bytes < 4 else 0,
+        TENSOR_MAP_PROMOTE_128_BYTES,
+        0,
+    )
+    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
 
 
 _modules: dict[tuple[Any, ...], Module] = {}

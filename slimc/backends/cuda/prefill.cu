@@ -2,10 +2,9 @@
 //
 // The weight is the left operand of `wgmma`, or `wgmma.sp` if it is 2:4, and comes from registers; activations are the
 // right operand, from shared memory. A block stays on its multiprocessor and computes one tile of results after
-// another: one warp has the copy engine bring pieces of activations and of the weight, as it is stored, into a ring of
-// slots, across tiles; two warpgroups turn codes into numbers while their products before run. What bounds it is shared
-// memory: a sparse product reads its right operand as fast as that allows, so a tile has as many rows as registers can
-// sum, and each copy of activations serves them all.
+// another: one thread has the copy engine bring pieces of activations and of the weight, as it is stored, into a ring of
+// slots, across tiles; the warpgroups turn codes into numbers while their products before run. Tiles that would leave
+// some multiprocessors idle are divided among blocks by columns, and their sums added in a fixed order.
 // t = x @ R^T, the small product, is this kernel's own result in a launch before: W is under way while that runs.
 //
 // Compiled with -D, besides those of common.cuh:
@@ -13,7 +12,7 @@
 //   GROUP      columns of W that share a scale, 0: all of a row
 //   ADAPTERS   1: with t and L
 //   ACTIVATION 16: of the type that common.cuh is compiled for; 8: int8, 80: float8 e4m3, both with a scale a token
-//   TOKENS     of a tile: 64, 128, 160 or 192
+//   TOKENS     of a tile: 64 or 128
 //   WARPGROUPS that multiply
 //   ROW_TILES  tiles of 64 rows that a warpgroup holds at once
 //   STAGES     slots in shared memory
@@ -167,29 +166,17 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define LIST32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LIST64 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define LIST80 LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define LIST96 LIST80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
 #if TOKENS == 64
 #define OUT(t) OUT32(t, 0)
 #define WGMMA_OUT LIST32
 #define WGMMA_A "{%32,%33,%34,%35}, %36"
 #define WGMMA_SP ", %37, %38"
-#elif TOKENS == 128
+#else
 #define OUT(t) OUT64(t)
 #define WGMMA_OUT LIST64
 #define WGMMA_A "{%64,%65,%66,%67}, %68"
 #define WGMMA_SP ", %69, %70"
-#elif TOKENS == 160
-#define OUT(t) OUT64(t), OUT16(t, 64)
-#define WGMMA_OUT LIST80
-#define WGMMA_A "{%80,%81,%82,%83}, %84"
-#define WGMMA_SP ", %85, %86"
-#else
-#define OUT(t) OUT64(t), OUT32(t, 64)
-#define WGMMA_OUT LIST96
-#define WGMMA_A "{%96,%97,%98,%99}, %100"
-#define WGMMA_SP ", %101, %102"
 #endif
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
@@ -459,8 +446,8 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
 // which holds the operands of half a piece.
 #define PRODUCTS (BYTES_8 ? 2 : 4)  // of a piece
-#define BATCH (TOKENS > 160 ? 1 : PRODUCTS / 2)
-#define LEFT_BATCH (TOKENS > 160 || WARPGROUPS == 4 ? 1 : 2)
+#define BATCH (PRODUCTS / 2)
+#define LEFT_BATCH (WARPGROUPS == 4 ? 1 : 2)  // registers are scarcer there
 
 // The assembler does not know how long a product reads its metadata, and puts other things into the register: this one
 // word takes the place of another that stays alive until then. (Straight from a load it would let no products overlap.)
@@ -496,12 +483,11 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
     const u64 box = describe(r.at.data());
     u32 of[2][BATCH][ROW_TILES][4];
 #pragma unroll
-    for (int batch = 0; batch < PRODUCTS / BATCH; ++batch) {
-        const int set = batch & 1;
+    for (int batch = 0; batch < 2; ++batch) {
+        const int set = batch;
 #if SPARSE
-        const int word = 2 * batch * BATCH / PRODUCTS;
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m) replace_metadata(metadata[set][m], word ? words[m].y : words[m].x, r.zero);
+        for (int m = 0; m < ROW_TILES; ++m) replace_metadata(metadata[set][m], set ? words[m].y : words[m].x, r.zero);
 #endif
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {

@@ -288,12 +288,12 @@ def _start(
     tokens, box = arguments.tokens, step.shape.tokens
     size = 2 if scales is None else 1
     own = box // step.shape.multicast
-    driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, own, BOX_BYTES // size, size)
+    driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, own, BOX_BYTES // size, size)
     if t is not None:
-        driver.encode_tensor_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2)
+        driver.encode_matrix_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2, 2)
     if arguments.rows % 8 == 0:
-        driver.encode_tensor_map(
-            arguments.y_map, y.data_ptr(), tokens, arguments.rows, step.shape.outputs, BOX_BYTES // 2
+        driver.encode_matrix_map(
+            arguments.y_map, y.data_ptr(), tokens, arguments.rows, step.shape.outputs, BOX_BYTES // 2, 2
         )
     arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
     parts = None
@@ -411,7 +411,7 @@ def _plan_launch(
     for name, (tensor, units) in tensors.items():
         if tensor is not None:
             words = tensor[0, 0].numel()
-            driver.encode_tensor_map(
+            driver.encode_matrix_map(
                 getattr(arguments, name),
                 tensor.data_ptr(),
                 tensor.shape[0],
