@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import cycle
+
 import torch
 from torch import Tensor
 
@@ -9,19 +12,22 @@ __all__ = ["Counters"]
 
 COUNTER_SLOTS = 64
 COUNTERS = 4
+TURNS = 16
+"""Launches of a stream until counters are used again; no more of them are resident at once."""
 
 
 class Counters:
     """Counters by which the blocks of a launch hand out work: zeros before it, and zeros again after it.
 
-    Two launches that may run at once must not share them. Launches of one stream run one after another; what is
-    captured into a graph may be replayed beside anything, so each captured launch has counters of its own for good.
+    Two launches that may run at once must not share them. Launches of one stream overlap with few of those before
+    them, so they take turns at a number of counters; what is captured into a graph may be replayed beside anything, so
+    each captured launch has counters of its own for good.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[Tensor] = []
-        self._by_stream: dict[int, Tensor] = {}
+        self._by_stream: dict[int, Iterator[Tensor]] = {}
         self._kept: list[Tensor] = []
         if device.type == "cuda":
             self._refill()
@@ -33,12 +39,12 @@ class Counters:
             taken = self._free.pop() if self._free else torch.zeros(COUNTERS, dtype=torch.int32, device=self._device)
             self._kept.append(taken)
             return taken.data_ptr()
-        found = self._by_stream.get(stream)
-        if found is None:
-            if len(self._free) < COUNTER_SLOTS // 2:
+        turns = self._by_stream.get(stream)
+        if turns is None:
+            while len(self._free) < COUNTER_SLOTS // 2 + TURNS:
                 self._refill()
-            found = self._by_stream[stream] = self._free.pop()
-        return found.data_ptr()
+            turns = self._by_stream[stream] = cycle([self._free.pop() for _ in range(TURNS)])
+        return next(turns).data_ptr()
 
     def _refill(self) -> None:
         slots = torch.zeros(COUNTER_SLOTS, COUNTERS, dtype=torch.int32, device=self._device)

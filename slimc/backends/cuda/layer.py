@@ -28,6 +28,21 @@ STACKED_ROWS = 256
 """A block of rows, of any kernel, must not read the ranks of two layers."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """One layer of a stack.
+
+    Attributes:
+        first_row: of its rows among those of the stack.
+        first_rank: of its ranks among those of the stack.
+        rank_units: units of 64 ranks that its rows read.
+    """
+
+    first_row: int
+    first_rank: int
+    rank_units: int
+
+
 @dataclass
 class FragmentLayer:
     """A layer in the order of the tensor cores, as `slimc.backends.cuda.fragments` puts it.
@@ -40,7 +55,8 @@ class FragmentLayer:
         right, left: codes of the factors, their rank padded to a multiple of 64.
         right_scale, left_scale: words of their groups of 64 columns.
         rank_range: int32 [row tiles, 2], the first rank that a tile of L reads, and how many units of 64.
-        counters: for kernels that hand out work.
+        members: the layers of a stack, or the one that this is.
+        counters: for kernels whose blocks tell each other something.
         plans: launches decided so far, by whatever a kernel distinguishes them.
     """
 
@@ -53,6 +69,7 @@ class FragmentLayer:
     left: Tensor | None = None
     left_scale: Tensor | None = None
     rank_range: Tensor | None = None
+    members: tuple[Member, ...] = (Member(0, 0, 0),)
     counters: Counters | None = None
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -99,6 +116,7 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         layer.left = code_words(packed.left.values)
         layer.left_scale = scale_words(packed.left.scale)  # type: ignore[arg-type]
         layer.rank_range = _rank_range(layer, 0)
+        layer.members = (Member(0, 0, layer.left_units),)
         layer.counters = Counters(weight.values.device)
     _settle(weight.values.device)
     return layer
@@ -164,8 +182,9 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 @cache
 def source(name: str) -> str:
-    """Return the source of a kernel, with what all of them share ahead of it."""
-    return "\n".join((files("slimc.backends.cuda") / part).read_text("utf-8") for part in ("common.cuh", name))
+    """Return the source of a kernel, with what it shares with others ahead of it."""
+    parts = ("common.cuh", "hopper.cuh", name) if name == "stream.cu" else ("common.cuh", name)
+    return "\n".join((files("slimc.backends.cuda") / part).read_text("utf-8") for part in parts)
 
 
 def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
@@ -202,6 +221,10 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     stacked.left = torch.cat([_fill_units(_present(one.left), units) for one in layers])
     stacked.left_scale = torch.cat([_fill_units(_present(one.left_scale), units) for one in layers])
     stacked.rank_range = torch.cat([_rank_range(one, start) for one, start in zip(layers, starts, strict=False)])
+    rows_before = accumulate((one.format.rows for one in layers), initial=0)
+    stacked.members = tuple(
+        Member(row, start, one.left_units) for one, row, start in zip(layers, rows_before, starts, strict=False)
+    )
     stacked.counters = Counters(first.codes.device)
     _settle(first.codes.device)
     return stacked

@@ -1,0 +1,342 @@
+"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 128 tokens (``stream.cu``).
+
+With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
+so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the
+shape of the launch, so results are the same from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda import driver
+from slimc.backends.cuda.fragments import TILE_ROWS
+from slimc.backends.cuda.layer import FACTOR_GROUP, STACKED_ROWS, FragmentLayer, pointer, prepare, refuses, source
+from slimc.errors import KernelError
+from slimc.runtime.formats import LinearFormat
+from slimc.runtime.select import Kernel
+
+__all__ = ["STREAM", "LaunchShape", "launch", "make_plan"]
+
+KERNEL_NAME = "stream_linear"
+
+MAX_TOKENS = 128
+
+STEP_COLUMNS = 128
+"""Columns of activations and weights in a slot of the ring."""
+
+BOX_COLUMNS = 64
+MEMBERS = 8
+"""Layers of a stack, at most."""
+
+SHARED_BYTES = 228 << 10
+"""Shared memory of a multiprocessor."""
+
+RESERVED_BYTES = 2 << 10
+"""What the system and the kernel's own variables take of it, a block."""
+
+ALIGNMENT = 1024
+SMALLEST_TOKEN_TILE = 8
+LARGEST_TOKEN_TILE = 128
+LARGEST_CLUSTER = 8
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, driver.TensorMap) for name in (
+            "x_map", "t_map", "codes_map", "metadata_map", "scale_map", "left_map", "left_scale_map",
+        )),
+        *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags")),
+        *((name, ctypes.c_int) for name in (
+            "tokens", "rows", "row_scale", "steps", "token_tiles", "zero", "members",
+        )),
+        *((name, ctypes.c_int * MEMBERS) for name in ("first_row", "first_rank", "rank_units")),
+        ("padding", ctypes.c_int * 9),  # a structure with tensor maps is a multiple of 64 bytes
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the kernel must know of a weight when it is compiled.
+
+    Attributes:
+        sparse: 2:4, or dense.
+        group: columns that share a scale, 0 for all of a row.
+        adapters: with t and L.
+        dtype: of activations, scales and results.
+    """
+
+    sparse: bool
+    group: int
+    adapters: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How a launch divides the work; see the head of ``stream.cu``.
+
+    Attributes:
+        tokens: of a block.
+        row_tiles: tiles of 64 rows that a warpgroup holds at once.
+        row_groups: warpgroups with rows of their own.
+        column_groups: warpgroups that share the columns of the same rows.
+        cluster: blocks that share the columns.
+        blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
+        stages: slots of the ring, at most; as many as fit if 0.
+    """
+
+    tokens: int
+    row_tiles: int
+    row_groups: int
+    column_groups: int
+    cluster: int
+    blocks: int
+    stages: int = 0
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows of a block."""
+        return 4 * self.row_tiles * self.row_groups
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return TILE_ROWS * self.tiles
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: warpgroups that multiply, and a warp that brings what they read."""
+        return 128 * self.row_groups * self.column_groups + 32
+
+    def slot_bytes(self, form: Form) -> int:
+        """Bytes of a slot: activations, codes, metadata, scales."""
+        activations = self.tokens * STEP_COLUMNS * 2
+        weights = self.tiles * (512 + 256 if form.sparse else 1024)
+        scales = self.tiles * 32 * (STEP_COLUMNS // form.group) if form.group else 0
+        return -(-(activations + weights + scales) // ALIGNMENT) * ALIGNMENT
+
+    def stages_of(self, form: Form) -> int:
+        """Slots of the ring."""
+        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
+        fitting = max(room // self.slot_bytes(form), 0)
+        return min(fitting, self.stages) if self.stages else fitting
+
+    def fits(self, form: Form) -> bool:
+        """Whether warpgroups can wait for a slot each while they hold another, and the ring takes their sums at the end."""
+        stages = self.stages_of(form)
+        sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
+        return stages > self.column_groups and stages * self.slot_bytes(form) >= sums
+
+    def shared_bytes(self, form: Form) -> int:
+        """Dynamic shared memory of a block: the ring, sums that are sent to it, and results."""
+        return self.stages_of(form) * self.slot_bytes(form) + self._output_bytes
+
+    @property
+    def _output_bytes(self) -> int:
+        pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
+        sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
+        return sums + 1024 * self.row_groups * self.column_groups + ALIGNMENT
+
+
+@dataclass
+class _Launch:
+    """One launch, ready but for its pointers."""
+
+    arguments: _Arguments
+    launcher: driver.Launcher
+    shape: LaunchShape
+    shared_bytes: int
+    grid: int
+
+
+@dataclass
+class Plan:
+    """The launches of a layer for one number of tokens; ``right`` computes t if there are adapters."""
+
+    main: _Launch
+    right: _Launch | None
+
+
+def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Compute y [..., rows] from x [..., columns]."""
+    tokens = x.numel() // layer.format.columns
+    plan = layer.plans.get((KERNEL_NAME, tokens))
+    if plan is None:
+        plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens)
+    x = x.contiguous()
+    # The copy engine reads 16 bytes at a time; a view may begin anywhere.
+    return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
+
+
+def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Run the launches of a plan on the current stream."""
+    columns = layer.format.columns
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    y = x.new_empty(*x.shape[:-1], layer.format.rows)
+    if plan.right is None or layer.counters is None:
+        _start(plan.main, x, columns, None, y, bias, None, stream)
+        return y
+    t = x.new_empty(x.numel() // columns, layer.ranks)
+    flags = layer.counters.of_launch(stream)
+    _start(plan.right, x, columns, None, t, None, flags, stream)
+    _start(plan.main, x, columns, t, y, bias, flags, stream)
+    return y
+
+
+def _start(
+    step: _Launch,
+    x: Tensor,
+    columns: int,
+    t: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    flags: int | None,
+    stream: int,
+) -> None:
+    # Another thread may launch the same plan.
+    arguments = _Arguments.from_buffer_copy(step.arguments)
+    driver.encode_tensor_map(
+        arguments.x_map, x.data_ptr(), arguments.tokens, columns, step.shape.tokens, BOX_COLUMNS
+    )
+    if t is not None:
+        driver.encode_tensor_map(
+            arguments.t_map, t.data_ptr(), arguments.tokens, t.shape[1], step.shape.tokens, BOX_COLUMNS
+        )
+    arguments.y, arguments.bias, arguments.flags = y.data_ptr(), pointer(bias), flags
+    step.launcher(
+        arguments,
+        grid=(step.grid, 1, 1),
+        block=(step.shape.threads, 1, 1),
+        shared_bytes=step.shared_bytes,
+        stream=stream,
+        programmatic=True,
+        cluster=step.shape.cluster,
+    )
+
+
+def make_plan(
+    layer: FragmentLayer,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: LaunchShape | None = None,
+    right_shape: LaunchShape | None = None,
+) -> Plan:
+    """Decide the shape of the launches for ``tokens``, and compile their kernels if that was not done yet.
+
+    ``shape`` and ``right_shape`` overrule the choice, to measure others.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+    """
+    spec, device_index = layer.format, layer.codes.get_device()
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    steps = -(-spec.columns // STEP_COLUMNS)
+    form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype)
+    shape = shape or _shape(spec.rows, tokens, processors)
+    arguments = _Arguments(
+        scale=None if form.group else pointer(layer.scale),
+        tokens=tokens,
+        rows=spec.rows,
+        row_scale=int(not spec.weight.per_tensor),
+        steps=steps,
+        members=len(layer.members),
+    )
+    for index, member in enumerate(layer.members):
+        arguments.first_row[index] = member.first_row
+        arguments.first_rank[index] = member.first_rank
+        arguments.rank_units[index] = member.rank_units
+    _describe_weight(arguments, form, shape, layer.codes, layer.metadata, layer.scale)
+    if layer.left is not None and layer.left_scale is not None:
+        driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, 1, 128))
+        driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, 1, 8))
+    main = _plan_launch(arguments, shape, form, device_index)
+    if layer.right is None or layer.right_scale is None:
+        return Plan(main, None)
+    form = Form(False, FACTOR_GROUP, False, dtype)
+    shape = right_shape or _right_shape(layer.ranks, tokens, processors)
+    arguments = _Arguments(tokens=tokens, rows=layer.ranks, steps=steps)
+    _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
+    return Plan(main, _plan_launch(arguments, shape, form, device_index))
+
+
+def _describe_weight(
+    arguments: _Arguments, form: Form, shape: LaunchShape, codes: Tensor, metadata: Tensor | None, scale: Tensor
+) -> None:
+    driver.encode_word_map(arguments.codes_map, codes.flatten(2), (shape.tiles, 1 if form.sparse else 2, 128))
+    if metadata is not None:
+        driver.encode_word_map(arguments.metadata_map, metadata.flatten(2), (shape.tiles, 1, 64))
+    if form.group:
+        driver.encode_word_map(arguments.scale_map, scale, (shape.tiles, STEP_COLUMNS // form.group, 8))
+
+
+def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, device_index: int) -> _Launch:
+    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
+    if not shape.fits(form):
+        raise KernelError(f"{shape} leaves too little shared memory for the ring of a {form}")
+    module = driver.load(source("stream.cu"), KERNEL_NAME, device_index, defines_of(shape, form))
+    shared_bytes = shape.shared_bytes(form)
+    function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
+    grid = -(-arguments.rows // shape.rows) * arguments.token_tiles * shape.cluster
+    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid)
+
+
+def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
+    """Return what the kernel is compiled with."""
+    return {
+        "BFLOAT16": int(form.dtype == torch.bfloat16),
+        "ARCH": 90,
+        "SPARSE": int(form.sparse),
+        "GROUP": form.group,
+        "ADAPTERS": int(form.adapters),
+        "TOKENS": shape.tokens,
+        "ROW_TILES": shape.row_tiles,
+        "ROW_GROUPS": shape.row_groups,
+        "COLUMN_GROUPS": shape.column_groups,
+        "STAGES": shape.stages_of(form),
+        "CLUSTER": shape.cluster,
+        "BLOCKS": shape.blocks,
+    }
+
+
+def _token_tile(tokens: int) -> int:
+    return min(LARGEST_TOKEN_TILE, max(SMALLEST_TOKEN_TILE, 1 << (tokens - 1).bit_length()))
+
+
+def _shape(rows: int, tokens: int, processors: int) -> LaunchShape:
+    """Choose the shape of a layer's launch: about one block a multiprocessor, and room for the launches around it."""
+    tile = _token_tile(tokens)
+    cluster = _share_columns(-(-rows // 128), processors, LARGEST_CLUSTER)
+    return LaunchShape(tile, 1, 2, 2, cluster, 2 if tile <= 32 else 1)
+
+
+def _right_shape(ranks: int, tokens: int, processors: int) -> LaunchShape:
+    """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns."""
+    tile = min(_token_tile(tokens), 64)
+    cluster = _share_columns(-(-ranks // 64) * -(-tokens // tile), processors, LARGEST_CLUSTER)
+    return LaunchShape(tile, 1, 1, 3, cluster, 3 if tile <= 16 else 2)
+
+
+def _share_columns(work: int, blocks: int, most: int) -> int:
+    """Return how many blocks share the columns: a power of two, so that there are no more than ``blocks``."""
+    cluster = 1
+    while 2 * cluster <= most and 2 * cluster * work <= blocks:
+        cluster *= 2
+    return cluster
+
+
+def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if tokens > MAX_TOKENS:
+        return f"is for {MAX_TOKENS} tokens at most"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return refuses(spec, dtype, device)
+
+
+STREAM = Kernel("cuda-stream", _accepts, prepare, run)
