@@ -129,6 +129,39 @@ def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, bo
     _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
 
 
+def encode_piece_map(
+    into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_pieces: int
+) -> None:
+    """Describe a matrix as `encode_tensor_map` does, for boxes of several pieces of 64 columns, one after another.
+
+    Args:
+        into: what is filled.
+        address: of the matrix, a multiple of 16.
+        rows: of the matrix.
+        columns: of the matrix, a multiple of 64.
+        box_rows: of a box, at most 256.
+        box_pieces: of 64 columns in a box; each lies as a box of `encode_tensor_map` would.
+
+    Raises:
+        KernelError: the driver refuses the map.
+    """
+    status = _library().cuTensorMapEncodeTiled(
+        ctypes.byref(into),
+        TENSOR_MAP_16_BIT,
+        3,
+        address,
+        (ctypes.c_uint64 * 3)(64, rows, columns // 64),
+        (ctypes.c_uint64 * 2)(2 * columns, 128),
+        (ctypes.c_uint32 * 3)(64, box_rows, box_pieces),
+        _ONES,
+        0,
+        TENSOR_MAP_SWIZZLE_128_BYTES,
+        TENSOR_MAP_PROMOTE_128_BYTES,
+        0,
+    )
+    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_pieces} pieces")
+
+
 def encode_word_map(into: TensorMap, tensor: Tensor, box: tuple[int, int, int]) -> None:
     """Describe 32-bit words [a, b, c], contiguous, for copies of boxes as they lie; outside of it the engine reads zeros.
 

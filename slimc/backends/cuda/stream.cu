@@ -18,6 +18,7 @@
 //   ROW_TILES      tiles of 64 rows that a warpgroup holds at once
 //   ROW_GROUPS     warpgroups with rows of their own
 //   COLUMN_GROUPS  warpgroups that share the columns of the same rows
+//   STEP           columns of a slot: 128 or 256
 //   STAGES         slots of the ring
 //   CLUSTER        blocks that share the columns
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
@@ -25,24 +26,25 @@
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
 #define THREADS (CONSUMERS + 32)  // one more warp brings what they read
-#define STEP 128        // columns of a slot
-#define LEFT_STEP 64    // ranks of a slot
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
-#define UNITS (SPARSE ? 1 : 2)                    // of codes in a slot
+#define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
+#define UNITS (STEP / UNIT)                       // of W in a slot
+#define LEFT_UNITS (STEP / 128)                   // of L in a slot, 64 ranks each
 
 #define BOX_BYTES (TOKENS * 128)  // 64 columns of activations
-#define CODES_AT (2 * BOX_BYTES)
+#define BOXES (STEP / 64)
+#define CODES_AT (BOXES * BOX_BYTES)
 #define CODE_BYTES (BLOCK_TILES * UNITS * 512)
 #define METADATA_AT (CODES_AT + CODE_BYTES)
-#define METADATA_BYTES (SPARSE ? BLOCK_TILES * 256 : 0)
+#define METADATA_BYTES (SPARSE ? BLOCK_TILES * UNITS * 256 : 0)
 #define SCALES_AT (METADATA_AT + METADATA_BYTES)
 #define GROUPS (GROUP > 0 ? STEP / GROUP : 0)
 #define SCALE_BYTES (BLOCK_TILES * GROUPS * 32)
 #define SLOT_BYTES ((SCALES_AT + SCALE_BYTES + 1023) / 1024 * 1024)
 
-#define LEFT_CODE_BYTES (BLOCK_TILES * 512)
+#define LEFT_CODE_BYTES (BLOCK_TILES * LEFT_UNITS * 512)
 #define LEFT_SCALES_AT (CODES_AT + LEFT_CODE_BYTES)
-#define LEFT_SCALE_BYTES (BLOCK_TILES * 32)
+#define LEFT_SCALE_BYTES (BLOCK_TILES * LEFT_UNITS * 32)
 
 #define PIECES (ROW_TILES * (TOKENS / 8))  // of sums, each of 64 rows a row group by 8 tokens
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
@@ -50,8 +52,9 @@
 #define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
 
 struct Arguments {
-    TensorMap x_map;           // activations [tokens, columns], in boxes of TOKENS x 64
-    TensorMap t_map;           // t [tokens, ranks], likewise
+    TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
+                               // [tokens][columns], in boxes of TOKENS x 64, if there are other than whole pieces of 64
+    TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x TOKENS x 64
     TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128
     TensorMap metadata_map;    // [row tiles][units][64 words], if SPARSE
     TensorMap scale_map;       // [row tiles][groups][8 words], if GROUP
@@ -63,6 +66,7 @@ struct Arguments {
     u32* flags;                // x may be read, blocks that know; both zero between launches. Null without adapters
     int tokens;
     int rows;
+    int whole;                 // 1: columns are a multiple of 64
     int row_scale;             // 1: a scale a row, 0: one for all
     int steps;                 // slots of W
     int token_tiles;           // tokens / TOKENS, rounded up
@@ -103,25 +107,30 @@ struct Source {
             barrier_expect(barrier, CODES_AT + CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
             load_box(to, &a.codes_map, barrier, 0, step * UNITS, tile);
 #if SPARSE
-            load_box(ring.data() + METADATA_AT, &a.metadata_map, barrier, 0, step, tile);
+            load_box(ring.data() + METADATA_AT, &a.metadata_map, barrier, 0, step * UNITS, tile);
 #endif
 #if GROUP > 0
             load_box(ring.data() + SCALES_AT, &a.scale_map, barrier, 0, step * GROUPS, tile);
 #endif
         } else {
-            barrier_expect(barrier, BOX_BYTES + LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
-            load_box(to, &a.left_map, barrier, 0, step - a.steps, tile);
-            load_box(ring.data() + LEFT_SCALES_AT, &a.left_scale_map, barrier, 0, step - a.steps, tile);
+            barrier_expect(barrier, LEFT_UNITS * BOX_BYTES + LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
+            load_box(to, &a.left_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
+            load_box(ring.data() + LEFT_SCALES_AT, &a.left_scale_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
         }
     }
 
     __device__ __forceinline__ void bring_x(const Ring& ring, int step) const {
-        load_box(ring.data(), &a.x_map, ring.arrived(), step * STEP, token);
-        load_box(ring.data() + BOX_BYTES, &a.x_map, ring.arrived(), step * STEP + 64, token);
+        if (a.whole) {
+            load_box(ring.data(), &a.x_map, ring.arrived(), 0, token, step * BOXES);
+        } else {
+#pragma unroll
+            for (int i = 0; i < BOXES; ++i)
+                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), step * STEP + i * 64, token);
+        }
     }
 
     __device__ __forceinline__ void bring_t(const Ring& ring, int step) const {
-        load_box(ring.data(), &a.t_map, ring.arrived(), first_rank + (step - a.steps) * LEFT_STEP, token);
+        load_box(ring.data(), &a.t_map, ring.arrived(), 0, token, first_rank / 64 + (step - a.steps) * LEFT_UNITS);
     }
 
     // Weights go ahead of activations as far as the ring reaches.
@@ -233,28 +242,29 @@ struct Multiplier {
 
     __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS]) {
         u32 of[2][BATCH][ROW_TILES][4];
+        uint4 codes[UNITS][ROW_TILES];
 #if SPARSE
         u32 indices[2][BATCH][ROW_TILES];
-        uint2 metadata[ROW_TILES];
+        uint2 metadata[UNITS][ROW_TILES];
 #endif
-        uint4 codes[ROW_TILES][UNITS];
 #if GROUP > 0
-        u32 scales[ROW_TILES][GROUPS];
+        u32 scales[GROUPS][ROW_TILES];
 #endif
         ring.wait_full();
         const u32 data = ring.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int u = 0; u < UNITS; ++u)
-                codes[m][u] = load_shared_words(data + CODES_AT + (place(m) * UNITS + u) * 512 + lane * 16);
+            for (int u = 0; u < UNITS; ++u) {
+                codes[u][m] = load_shared_words(data + CODES_AT + (place(m) * UNITS + u) * 512 + lane * 16);
 #if SPARSE
-            metadata[m] = load_shared_pair(data + METADATA_AT + place(m) * 256 + lane * 8);
+                metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
 #endif
+            }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g)
-                scales[m][g] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
+                scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
 #endif
         }
 #pragma unroll
@@ -262,24 +272,24 @@ struct Multiplier {
             const int set = batch & 1;
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
-                const int j = batch * BATCH + i;
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(codes[m][j / 4], j % 4));
+                    decode_word(of[set][i][m], word_of(codes[u][m], j));
 #if SPARSE
                     // Straight from a load the assembler would let no two products overlap.
-                    indices[set][i][m] = (j < 2 ? metadata[m].x : metadata[m].y) ^ zero;
+                    indices[set][i][m] = (j < 2 ? metadata[u][m].x : metadata[u][m].y) ^ zero;
 #endif
 #if GROUP > 0
-                    apply_scales(of[set][i][m], scales[m][j * (SPARSE ? 32 : 16) / GROUP]);
+                    apply_scales(of[set][i][m], scales[(u * UNIT + j * (UNIT / 4)) / GROUP][m]);
 #endif
                 }
             }
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
-                const int j = batch * BATCH + i;
-                const u64 box = describe(data + (SPARSE ? (j / 2) * BOX_BYTES + (j % 2) * 64 : (j / 4) * BOX_BYTES + (j % 4) * 32));
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4, column = u * UNIT + j * (UNIT / 4);
+                const u64 box = describe(data + column / 64 * BOX_BYTES + column % 64 * 2);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
 #if SPARSE
@@ -298,30 +308,35 @@ struct Multiplier {
 #if ADAPTERS
     __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
         u32 of[2][BATCH][ROW_TILES][4];
-        uint4 codes[ROW_TILES];
-        u32 scales[ROW_TILES];
+        uint4 codes[LEFT_UNITS][ROW_TILES];
+        u32 scales[LEFT_UNITS][ROW_TILES];
         ring.wait_full();
         const u32 data = ring.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
-            codes[m] = load_shared_words(data + CODES_AT + place(m) * 512 + lane * 16);
-            scales[m] = load_shared_word(data + LEFT_SCALES_AT + (place(m) * 8 + lane / 4) * 4);
+#pragma unroll
+            for (int u = 0; u < LEFT_UNITS; ++u) {
+                codes[u][m] = load_shared_words(data + CODES_AT + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
+                scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
+            }
         }
 #pragma unroll
-        for (int batch = 0; batch < 4 / BATCH; ++batch) {
+        for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
             const int set = batch & 1;
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(codes[m], batch * BATCH + i));
-                    apply_scales(of[set][i][m], scales[m]);
+                    decode_word(of[set][i][m], word_of(codes[u][m], j));
+                    apply_scales(of[set][i][m], scales[u][m]);
                 }
             }
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
-                const u64 box = describe(data + (batch * BATCH + i) * 32);
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
+                const u64 box = describe(data + u * BOX_BYTES + j * 32);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
@@ -411,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     int member = 0;
     if (ADAPTERS)
         while (member + 1 < a.members && block_tile * 16 >= a.first_row[member + 1]) ++member;
-    const int total = a.steps + (ADAPTERS ? a.rank_units[member] : 0);
+    const int total = a.steps + (ADAPTERS ? (a.rank_units[member] + LEFT_UNITS - 1) / LEFT_UNITS : 0);
     const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
     const u32 sums = slots + STAGES * SLOT_BYTES, staged = sums + SUM_BYTES;
@@ -440,6 +455,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         if (lane == 0) Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0}.run(ring);
 #if CLUSTER > 1
         __syncwarp();
+        cluster_wait();
+        cluster_arrive();
         cluster_wait();
 #endif
         return;
@@ -515,12 +532,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
             deliver(m * (TOKENS / 8) + b, make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
 #endif
 #if CLUSTER > 1
-    if (column_group >= own) return;
-    barrier_wait(arrived, 0);
+    // No block leaves before what it has sent is there.
+    if (column_group < own) barrier_wait(arrived, 0);
+    __syncwarp();
+    cluster_arrive();
     for (int i = column_group; i < own; i += COLUMN_GROUPS) {
         const int piece = share * OWN_PIECES + i;
         output.write(add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES), first_row + piece / (TOKENS / 8) * 64,
                      token + piece % (TOKENS / 8) * 8, warp % 4, lane);
     }
+    cluster_wait();
 #endif
 }

@@ -26,9 +26,6 @@ KERNEL_NAME = "stream_linear"
 
 MAX_TOKENS = 128
 
-STEP_COLUMNS = 128
-"""Columns of activations and weights in a slot of the ring."""
-
 BOX_COLUMNS = 64
 MEMBERS = 8
 """Layers of a stack, at most."""
@@ -54,10 +51,10 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags")),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "row_scale", "steps", "token_tiles", "zero", "members",
+            "tokens", "rows", "whole", "row_scale", "steps", "token_tiles", "zero", "members",
         )),
         *((name, ctypes.c_int * MEMBERS) for name in ("first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 9),  # a structure with tensor maps is a multiple of 64 bytes
+        ("padding", ctypes.c_int * 8),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -89,7 +86,8 @@ class LaunchShape:
         column_groups: warpgroups that share the columns of the same rows.
         cluster: blocks that share the columns.
         blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
-        stages: slots of the ring, at most; as many as fit if 0.
+        step: columns of a slot of the ring, 128 or 256.
+        stages: slots of the ring; as many as fit beside the other blocks if 0.
     """
 
     tokens: int
@@ -98,6 +96,7 @@ class LaunchShape:
     column_groups: int
     cluster: int
     blocks: int
+    step: int
     stages: int = 0
 
     @property
@@ -111,28 +110,33 @@ class LaunchShape:
         return TILE_ROWS * self.tiles
 
     @property
+    def left_units(self) -> int:
+        """Units of L in a slot, 64 ranks each."""
+        return self.step // 128
+
+    @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and a warp that brings what they read."""
         return 128 * self.row_groups * self.column_groups + 32
 
     def slot_bytes(self, form: Form) -> int:
         """Bytes of a slot: activations, codes, metadata, scales."""
-        activations = self.tokens * STEP_COLUMNS * 2
-        weights = self.tiles * (512 + 256 if form.sparse else 1024)
-        scales = self.tiles * 32 * (STEP_COLUMNS // form.group) if form.group else 0
+        activations = self.tokens * self.step * 2
+        weights = self.rows * self.step * 3 // 8 if form.sparse else self.rows * self.step // 2
+        scales = self.rows * 2 * (self.step // form.group) if form.group else 0
         return -(-(activations + weights + scales) // ALIGNMENT) * ALIGNMENT
 
     def stages_of(self, form: Form) -> int:
         """Slots of the ring."""
         room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
-        fitting = max(room // self.slot_bytes(form), 0)
-        return min(fitting, self.stages) if self.stages else fitting
+        return self.stages or max(room // self.slot_bytes(form), 0)
 
     def fits(self, form: Form) -> bool:
         """Whether warpgroups can wait for a slot each while they hold another, and the ring takes their sums at the end."""
         stages = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
-        return stages > self.column_groups and stages * self.slot_bytes(form) >= sums
+        fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
+        return fits and stages > self.column_groups and stages * self.slot_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: the ring, sums that are sent to it, and results."""
@@ -202,13 +206,14 @@ def _start(
 ) -> None:
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
-    driver.encode_tensor_map(
-        arguments.x_map, x.data_ptr(), arguments.tokens, columns, step.shape.tokens, BOX_COLUMNS
-    )
+    shape, tokens = step.shape, arguments.tokens
+    if arguments.whole:
+        boxes = shape.step // BOX_COLUMNS
+        driver.encode_piece_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, boxes)
+    else:
+        driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
     if t is not None:
-        driver.encode_tensor_map(
-            arguments.t_map, t.data_ptr(), arguments.tokens, t.shape[1], step.shape.tokens, BOX_COLUMNS
-        )
+        driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.tokens, shape.left_units)
     arguments.y, arguments.bias, arguments.flags = y.data_ptr(), pointer(bias), flags
     step.launcher(
         arguments,
@@ -237,15 +242,16 @@ def make_plan(
     """
     spec, device_index = layer.format, layer.codes.get_device()
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-    steps = -(-spec.columns // STEP_COLUMNS)
+    whole = int(spec.columns % BOX_COLUMNS == 0)
     form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype)
     shape = shape or _shape(spec.rows, tokens, processors)
     arguments = _Arguments(
         scale=None if form.group else pointer(layer.scale),
         tokens=tokens,
         rows=spec.rows,
+        whole=whole,
         row_scale=int(not spec.weight.per_tensor),
-        steps=steps,
+        steps=-(-spec.columns // shape.step),
         members=len(layer.members),
     )
     for index, member in enumerate(layer.members):
@@ -254,14 +260,14 @@ def make_plan(
         arguments.rank_units[index] = member.rank_units
     _describe_weight(arguments, form, shape, layer.codes, layer.metadata, layer.scale)
     if layer.left is not None and layer.left_scale is not None:
-        driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, 1, 128))
-        driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, 1, 8))
+        driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, shape.left_units, 128))
+        driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, shape.left_units, 8))
     main = _plan_launch(arguments, shape, form, device_index)
     if layer.right is None or layer.right_scale is None:
         return Plan(main, None)
     form = Form(False, FACTOR_GROUP, False, dtype)
     shape = right_shape or _right_shape(layer.ranks, tokens, processors)
-    arguments = _Arguments(tokens=tokens, rows=layer.ranks, steps=steps)
+    arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
     _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
     return Plan(main, _plan_launch(arguments, shape, form, device_index))
 
@@ -269,11 +275,12 @@ def make_plan(
 def _describe_weight(
     arguments: _Arguments, form: Form, shape: LaunchShape, codes: Tensor, metadata: Tensor | None, scale: Tensor
 ) -> None:
-    driver.encode_word_map(arguments.codes_map, codes.flatten(2), (shape.tiles, 1 if form.sparse else 2, 128))
+    units = shape.step // (128 if form.sparse else 64)
+    driver.encode_word_map(arguments.codes_map, codes.flatten(2), (shape.tiles, units, 128))
     if metadata is not None:
-        driver.encode_word_map(arguments.metadata_map, metadata.flatten(2), (shape.tiles, 1, 64))
+        driver.encode_word_map(arguments.metadata_map, metadata.flatten(2), (shape.tiles, units, 64))
     if form.group:
-        driver.encode_word_map(arguments.scale_map, scale, (shape.tiles, STEP_COLUMNS // form.group, 8))
+        driver.encode_word_map(arguments.scale_map, scale, (shape.tiles, shape.step // form.group, 8))
 
 
 def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, device_index: int) -> _Launch:
@@ -299,6 +306,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "ROW_TILES": shape.row_tiles,
         "ROW_GROUPS": shape.row_groups,
         "COLUMN_GROUPS": shape.column_groups,
+        "STEP": shape.step,
         "STAGES": shape.stages_of(form),
         "CLUSTER": shape.cluster,
         "BLOCKS": shape.blocks,
@@ -313,14 +321,14 @@ def _shape(rows: int, tokens: int, processors: int) -> LaunchShape:
     """Choose the shape of a layer's launch: about one block a multiprocessor, and room for the launches around it."""
     tile = _token_tile(tokens)
     cluster = _share_columns(-(-rows // 128), processors, LARGEST_CLUSTER)
-    return LaunchShape(tile, 1, 2, 2, cluster, 2 if tile <= 32 else 1)
+    return LaunchShape(tile, 1, 2, 2, cluster, 2 if tile <= 32 else 1, 256 if tile <= 16 else 128)
 
 
 def _right_shape(ranks: int, tokens: int, processors: int) -> LaunchShape:
     """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns."""
     tile = min(_token_tile(tokens), 64)
     cluster = _share_columns(-(-ranks // 64) * -(-tokens // tile), processors, LARGEST_CLUSTER)
-    return LaunchShape(tile, 1, 1, 3, cluster, 3 if tile <= 16 else 2)
+    return LaunchShape(tile, 1, 1, 2, cluster, 3 if tile <= 16 else 2, 256 if tile <= 16 else 128)
 
 
 def _share_columns(work: int, blocks: int, most: int) -> int:
