@@ -13,8 +13,9 @@ __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
 __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void barrier_arrive_if(bool condition, u32 barrier) {
+    asm volatile("{\n.reg .pred arrives;\nsetp.ne.u32 arrives, %0, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%1];\n}"
+                 ::"r"((u32)condition), "r"(barrier) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"

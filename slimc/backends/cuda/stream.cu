@@ -91,9 +91,6 @@ struct Ring {
     __device__ __forceinline__ u32 arrived() const { return full + 8 * slot; }
     __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * slot, parity); }
     __device__ __forceinline__ void wait_empty() const { barrier_wait(empty + 8 * slot, parity ^ 1); }
-    __device__ __forceinline__ void release(int which) const {
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * which);
-    }
 };
 
 // What a block brings: slots of W from `begin` on, then slots of L to `end`.
@@ -215,8 +212,8 @@ __device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
-// from one slot to the next, which takes an even number of them.
-#define BATCH (ROW_TILES > 2 || BLOCKS > 2 ? 1 : 2)  // products of a tile in a set
+// from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
+#define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (TOKENS == 128 && THREADS > 512) ? 1 : 2)
 
 // One warpgroup's part of the product.
 struct Multiplier {
@@ -232,7 +229,8 @@ struct Multiplier {
     __device__ __forceinline__ void end_batch(bool first_of_slot) {
         wgmma_commit();
         wgmma_wait<1>();
-        if (first_of_slot && previous >= 0) ring.release(previous);
+        // Without a branch: products on both sides of one would run one after another.
+        if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, ring.empty + 8 * previous);
     }
 
     __device__ __forceinline__ void next_slot() {
