@@ -129,9 +129,7 @@ def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, bo
     _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
 
 
-def encode_piece_map(
-    into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_pieces: int
-) -> None:
+def encode_piece_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_pieces: int) -> None:
     """Describe a matrix as `encode_tensor_map` does, for boxes of several pieces of 64 columns, one after another.
 
     Args:
@@ -163,7 +161,7 @@ def encode_piece_map(
 
 
 def encode_word_map(into: TensorMap, tensor: Tensor, box: tuple[int, int, int]) -> None:
-    """Describe 32-bit words [a, b, c], contiguous, for copies of boxes as they lie; outside of it the engine reads zeros.
+    """Describe 32-bit words [a, b, c], contiguous, for copies of boxes as they lie; outside the engine reads zeros.
 
     Args:
         into: what is filled.

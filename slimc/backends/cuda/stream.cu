@@ -496,7 +496,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     wait_for_sums(sum);
 #endif
 
+#if CLUSTER > 1 || COLUMN_GROUPS > 1
     const int thread = row_group * 128 + threadIdx.x % 128;
+#endif
     const u32 room = staged + (column_group * ROW_GROUPS + row_group) * 1024;
     const Output output{a, room, shared + (room - shared_address(shared)), 1 + column_group * ROW_GROUPS + row_group};
     // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda import driver
-from slimc.backends.cuda.fragments import TILE_ROWS
-from slimc.backends.cuda.layer import FACTOR_GROUP, STACKED_ROWS, FragmentLayer, pointer, prepare, refuses, source
+from slimc.backends.cuda import driver, shapes
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source
+from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
-__all__ = ["STREAM", "LaunchShape", "launch", "make_plan"]
+__all__ = ["STREAM", "defines_of", "launch", "make_plan"]
 
 KERNEL_NAME = "stream_linear"
 
@@ -29,17 +29,6 @@ MAX_TOKENS = 128
 BOX_COLUMNS = 64
 MEMBERS = 8
 """Layers of a stack, at most."""
-
-SHARED_BYTES = 228 << 10
-"""Shared memory of a multiprocessor."""
-
-RESERVED_BYTES = 2 << 10
-"""What the system and the kernel's own variables take of it, a block."""
-
-ALIGNMENT = 1024
-SMALLEST_TOKEN_TILE = 8
-LARGEST_TOKEN_TILE = 128
-LARGEST_CLUSTER = 8
 
 
 class _Arguments(ctypes.Structure):
@@ -56,97 +45,6 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int * MEMBERS) for name in ("first_row", "first_rank", "rank_units")),
         ("padding", ctypes.c_int * 8),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Form:
-    """What the kernel must know of a weight when it is compiled.
-
-    Attributes:
-        sparse: 2:4, or dense.
-        group: columns that share a scale, 0 for all of a row.
-        adapters: with t and L.
-        dtype: of activations, scales and results.
-    """
-
-    sparse: bool
-    group: int
-    adapters: bool
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """How a launch divides the work; see the head of ``stream.cu``.
-
-    Attributes:
-        tokens: of a block.
-        row_tiles: tiles of 64 rows that a warpgroup holds at once.
-        row_groups: warpgroups with rows of their own.
-        column_groups: warpgroups that share the columns of the same rows.
-        cluster: blocks that share the columns.
-        blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
-        step: columns of a slot of the ring, 128 or 256.
-        stages: slots of the ring; as many as fit beside the other blocks if 0.
-    """
-
-    tokens: int
-    row_tiles: int
-    row_groups: int
-    column_groups: int
-    cluster: int
-    blocks: int
-    step: int
-    stages: int = 0
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of 16 rows of a block."""
-        return 4 * self.row_tiles * self.row_groups
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        return TILE_ROWS * self.tiles
-
-    @property
-    def left_units(self) -> int:
-        """Units of L in a slot, 64 ranks each."""
-        return self.step // 128
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block: warpgroups that multiply, and a warp that brings what they read."""
-        return 128 * self.row_groups * self.column_groups + 32
-
-    def slot_bytes(self, form: Form) -> int:
-        """Bytes of a slot: activations, codes, metadata, scales."""
-        activations = self.tokens * self.step * 2
-        weights = self.rows * self.step * 3 // 8 if form.sparse else self.rows * self.step // 2
-        scales = self.rows * 2 * (self.step // form.group) if form.group else 0
-        return -(-(activations + weights + scales) // ALIGNMENT) * ALIGNMENT
-
-    def stages_of(self, form: Form) -> int:
-        """Slots of the ring."""
-        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
-        return self.stages or max(room // self.slot_bytes(form), 0)
-
-    def fits(self, form: Form) -> bool:
-        """Whether warpgroups can wait for a slot each while they hold another, and the ring takes their sums at the end."""
-        stages = self.stages_of(form)
-        sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
-        fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
-        return fits and stages > self.column_groups and stages * self.slot_bytes(form) >= sums
-
-    def shared_bytes(self, form: Form) -> int:
-        """Dynamic shared memory of a block: the ring, sums that are sent to it, and results."""
-        return self.stages_of(form) * self.slot_bytes(form) + self._output_bytes
-
-    @property
-    def _output_bytes(self) -> int:
-        pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
-        sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
-        return sums + 1024 * self.row_groups * self.column_groups + ALIGNMENT
 
 
 @dataclass
@@ -244,7 +142,8 @@ def make_plan(
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     whole = int(spec.columns % BOX_COLUMNS == 0)
     form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype)
-    shape = shape or _shape(spec.rows, tokens, processors)
+    starts = [member.first_row for member in layer.members[1:]]
+    shape = shape or shapes.of_layer(spec.rows, spec.columns, tokens, form, starts, processors)
     arguments = _Arguments(
         scale=None if form.group else pointer(layer.scale),
         tokens=tokens,
@@ -266,7 +165,7 @@ def make_plan(
     if layer.right is None or layer.right_scale is None:
         return Plan(main, None)
     form = Form(False, FACTOR_GROUP, False, dtype)
-    shape = right_shape or _right_shape(layer.ranks, tokens, processors)
+    shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors)
     arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
     _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
     return Plan(main, _plan_launch(arguments, shape, form, device_index))
@@ -295,7 +194,7 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, device_i
 
 
 def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
-    """Return what the kernel is compiled with."""
+    """Return what the kernel of a shape and a form is compiled with."""
     return {
         "BFLOAT16": int(form.dtype == torch.bfloat16),
         "ARCH": 90,
@@ -311,32 +210,6 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "CLUSTER": shape.cluster,
         "BLOCKS": shape.blocks,
     }
-
-
-def _token_tile(tokens: int) -> int:
-    return min(LARGEST_TOKEN_TILE, max(SMALLEST_TOKEN_TILE, 1 << (tokens - 1).bit_length()))
-
-
-def _shape(rows: int, tokens: int, processors: int) -> LaunchShape:
-    """Choose the shape of a layer's launch: about one block a multiprocessor, and room for the launches around it."""
-    tile = _token_tile(tokens)
-    cluster = _share_columns(-(-rows // 128), processors, LARGEST_CLUSTER)
-    return LaunchShape(tile, 1, 2, 2, cluster, 2 if tile <= 32 else 1, 256 if tile <= 16 else 128)
-
-
-def _right_shape(ranks: int, tokens: int, processors: int) -> LaunchShape:
-    """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns."""
-    tile = min(_token_tile(tokens), 64)
-    cluster = _share_columns(-(-ranks // 64) * -(-tokens // tile), processors, LARGEST_CLUSTER)
-    return LaunchShape(tile, 1, 1, 2, cluster, 3 if tile <= 16 else 2, 256 if tile <= 16 else 128)
-
-
-def _share_columns(work: int, blocks: int, most: int) -> int:
-    """Return how many blocks share the columns: a power of two, so that there are no more than ``blocks``."""
-    cluster = 1
-    while 2 * cluster <= most and 2 * cluster * work <= blocks:
-        cluster *= 2
-    return cluster
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
