@@ -2,8 +2,8 @@
 
     python benchmarks/stream_shapes.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,32,64,128] [--json FILE]
 
-Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, calls of a CUDA graph, median): first every
-shape of the layer's launch with one shape of the launch for t, then the best of them with every shape of that one.
+Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, calls of a CUDA graph, median): first
+every shape of the layer's launch with one shape of the launch for t, then the best of them with every shape of that one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How the launches of ``stream.cu`` divide their work: shapes that were measured, and a rule for other layers.
 
 ``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
-(``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and columns
-if they suit it; else the one of `CANDIDATES` that fills the device best.
+(``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
+columns, if they suit it; else the one of `CANDIDATES` that fills the device best.
 """
 
 from __future__ import annotations
