@@ -105,6 +105,10 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
     return v;
 }
 
+__device__ __forceinline__ void store_release(u32* p, u32 v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ void wait_for_previous_launch() {
 #if ARCH >= 90
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import cycle
+
 import torch
 from torch import Tensor
 
@@ -9,13 +12,16 @@ __all__ = ["Counters"]
 
 COUNTER_SLOTS = 64
 COUNTERS = 4
+TURNS = 16
+"""Launches of a stream until counters are used again; no more of them are resident at once."""
 
 
 class Counters:
     """Counters by which the blocks of a launch hand out work: zeros before it, and zeros again after it.
 
-    Two launches that may run at once must not share them. Launches of one stream run one after another; what is
-    captured into a graph may be replayed beside anything, so each captured launch has counters of its own for good.
+    Two launches that may run at once must not share them. Launches of one stream overlap with few of those before
+    them, so they take turns at a number of counters; what is captured into a graph may be replayed beside anything, so
+    each captured launch has counters of its own for good.
 
     Args:
         device: where they are.
@@ -26,8 +32,7 @@ class Counters:
         self._device = device
         self._count = count
         self._free: list[Tensor] = []
-        self._by_stream: dict[int, Tensor] = {}
-        self._kept: list[Tensor] = []
+        self._by_stream: dict[int, Iterator[Tensor]] = {}
         if device.type == "cuda":
             self._refill()
 
@@ -36,17 +41,21 @@ class Counters:
         if torch.cuda.is_current_stream_capturing():
             # Zeros made while capturing are made again by every replay: right, but a node more in the graph.
             taken = self._free.pop() if self._free else torch.zeros(self._count, dtype=torch.int32, device=self._device)
-            self._kept.append(taken)
+            _captured.append(taken)
             return taken.data_ptr()
-        found = self._by_stream.get(stream)
-        if found is None:
-            if len(self._free) < COUNTER_SLOTS // 2:
+        turns = self._by_stream.get(stream)
+        if turns is None:
+            while len(self._free) < COUNTER_SLOTS // 2 + TURNS:
                 self._refill()
-            found = self._by_stream[stream] = self._free.pop()
-        return found.data_ptr()
+            turns = self._by_stream[stream] = cycle([self._free.pop() for _ in range(TURNS)])
+        return next(turns).data_ptr()
 
     def _refill(self) -> None:
         slots = torch.zeros(COUNTER_SLOTS, self._count, dtype=torch.int32, device=self._device)
         # Another stream may use them next.
         torch.cuda.current_stream(self._device).synchronize()
         self._free.extend(slots.unbind())
+
+
+_captured: list[Tensor] = []
+"""What graphs may still use when the layer that they were captured from is gone."""

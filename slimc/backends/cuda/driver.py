@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slimc.backends.cuda.cache import cached_cubin
 from slimc.backends.cuda.compiler import NO_DEFINES
@@ -91,8 +92,11 @@ class TensorMap(ctypes.Structure):
 
 
 TENSOR_MAP_16_BIT = 1
+TENSOR_MAP_32_BIT = 2
+TENSOR_MAP_NO_SWIZZLE = 0
 TENSOR_MAP_SWIZZLE_128_BYTES = 3
 TENSOR_MAP_PROMOTE_128_BYTES = 2
+TENSOR_MAP_PROMOTE_256_BYTES = 3
 
 
 def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> None:
@@ -126,7 +130,67 @@ def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, bo
     _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
 
 
-_ONES = (ctypes.c_uint32 * 2)(1, 1)
+def encode_piece_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_pieces: int) -> None:
+    """Describe a matrix as `encode_tensor_map` does, for boxes of several pieces of 64 columns, one after another.
+
+    Args:
+        into: what is filled.
+        address: of the matrix, a multiple of 16.
+        rows: of the matrix.
+        columns: of the matrix, a multiple of 64.
+        box_rows: of a box, at most 256.
+        box_pieces: of 64 columns in a box; each lies as a box of `encode_tensor_map` would.
+
+    Raises:
+        KernelError: the driver refuses the map.
+    """
+    status = _library().cuTensorMapEncodeTiled(
+        ctypes.byref(into),
+        TENSOR_MAP_16_BIT,
+        3,
+        address,
+        (ctypes.c_uint64 * 3)(64, rows, columns // 64),
+        (ctypes.c_uint64 * 2)(2 * columns, 128),
+        (ctypes.c_uint32 * 3)(64, box_rows, box_pieces),
+        _ONES,
+        0,
+        TENSOR_MAP_SWIZZLE_128_BYTES,
+        TENSOR_MAP_PROMOTE_128_BYTES,
+        0,
+    )
+    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_pieces} pieces")
+
+
+def encode_word_map(into: TensorMap, tensor: Tensor, box: tuple[int, int, int]) -> None:
+    """Describe 32-bit words [a, b, c], contiguous, for copies of boxes as they lie; outside the engine reads zeros.
+
+    Args:
+        into: what is filled.
+        tensor: int32, three axes, the last of a multiple of 4 words.
+        box: sizes of a box, each at most 256.
+
+    Raises:
+        KernelError: the driver refuses the map.
+    """
+    a, b, c = tensor.shape
+    status = _library().cuTensorMapEncodeTiled(
+        ctypes.byref(into),
+        TENSOR_MAP_32_BIT,
+        3,
+        tensor.data_ptr(),
+        (ctypes.c_uint64 * 3)(c, b, a),
+        (ctypes.c_uint64 * 2)(4 * c, 4 * b * c),
+        (ctypes.c_uint32 * 3)(*reversed(box)),
+        _ONES,
+        0,
+        TENSOR_MAP_NO_SWIZZLE,
+        TENSOR_MAP_PROMOTE_256_BYTES,
+        0,
+    )
+    _check(status, f"describing words [{a}, {b}, {c}] for boxes of {list(box)}")
+
+
+_ONES = (ctypes.c_uint32 * 3)(1, 1, 1)
 
 
 class Module:

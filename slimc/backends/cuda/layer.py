@@ -35,6 +35,9 @@ __all__ = [
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
 
+HEADERS = {"stream.cu": ("hopper.cuh",)}
+"""What the source of a kernel needs besides what all of them share."""
+
 STACKED_ROWS = 256
 """A block of rows, of any kernel, must not read the ranks of two layers."""
 
@@ -194,8 +197,9 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 @cache
 def source(name: str) -> str:
-    """Return the source of a kernel, with what all of them share ahead of it."""
-    return "\n".join((files("slimc.backends.cuda") / part).read_text("utf-8") for part in ("common.cuh", name))
+    """Return the source of a kernel, with what it shares with others ahead of it."""
+    parts = ("common.cuh", *HEADERS.get(name, ()), name)
+    return "\n".join((files("slimc.backends.cuda") / part).read_text("utf-8") for part in parts)
 
 
 def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:

@@ -1,0 +1,297 @@
+"""How the launches of ``stream.cu`` divide their work: shapes that were measured, and a rule for other layers.
+
+``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
+(``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
+columns, if they suit it; else the one of `CANDIDATES` that fills the device best.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from importlib.resources import files
+
+import torch
+
+from slimc.backends.cuda.fragments import TILE_ROWS
+from slimc.errors import KernelError
+
+__all__ = [
+    "CANDIDATES",
+    "RIGHT_CANDIDATES",
+    "Form",
+    "LaunchShape",
+    "Measured",
+    "of_layer",
+    "of_right",
+    "suiting",
+    "token_tile",
+]
+
+SHARED_BYTES = 228 << 10
+"""Shared memory of a multiprocessor."""
+
+RESERVED_BYTES = 2 << 10
+"""What the system and the kernel's own variables take of it, a block."""
+
+ALIGNMENT = 1024
+TOKEN_TILES = (8, 16, 32, 64, 128)
+CLUSTERS = (1, 2, 4, 8)
+NEAR = 2.0
+"""A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the kernel must know of a weight when it is compiled.
+
+    Attributes:
+        sparse: 2:4, or dense.
+        group: columns that share a scale, 0 for all of a row.
+        adapters: with t and L.
+        dtype: of activations, scales and results.
+    """
+
+    sparse: bool
+    group: int
+    adapters: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How a launch divides the work; see the head of ``stream.cu``.
+
+    Attributes:
+        tokens: of a block.
+        row_tiles: tiles of 64 rows that a warpgroup holds at once.
+        row_groups: warpgroups with rows of their own.
+        column_groups: warpgroups that share the columns of the same rows.
+        cluster: blocks that share the columns.
+        blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
+        step: columns of a slot of the ring, 128 or 256.
+        stages: slots of the ring; as many as fit beside the other blocks if 0.
+    """
+
+    tokens: int
+    row_tiles: int
+    row_groups: int
+    column_groups: int
+    cluster: int
+    blocks: int
+    step: int
+    stages: int = 0
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows of a block."""
+        return 4 * self.row_tiles * self.row_groups
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return TILE_ROWS * self.tiles
+
+    @property
+    def left_units(self) -> int:
+        """Units of L in a slot, 64 ranks each."""
+        return self.step // 128
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: warpgroups that multiply, and a warp that brings what they read."""
+        return 128 * self.row_groups * self.column_groups + 32
+
+    def slot_bytes(self, form: Form) -> int:
+        """Bytes of a slot: activations, codes, metadata, scales."""
+        activations = self.tokens * self.step * 2
+        weights = self.rows * self.step * 3 // 8 if form.sparse else self.rows * self.step // 2
+        scales = self.rows * 2 * (self.step // form.group) if form.group else 0
+        return -(-(activations + weights + scales) // ALIGNMENT) * ALIGNMENT
+
+    def stages_of(self, form: Form) -> int:
+        """Slots of the ring."""
+        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
+        return self.stages or max(room // self.slot_bytes(form), 0)
+
+    def fits(self, form: Form) -> bool:
+        """Whether warpgroups can wait for a slot while they hold another, and the ring takes their sums at the end."""
+        stages = self.stages_of(form)
+        sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
+        fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
+        return fits and stages > self.column_groups and stages * self.slot_bytes(form) >= sums
+
+    def shared_bytes(self, form: Form) -> int:
+        """Dynamic shared memory of a block: the ring, sums that are sent to it, and results."""
+        return self.stages_of(form) * self.slot_bytes(form) + self._output_bytes
+
+    @property
+    def _output_bytes(self) -> int:
+        pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
+        sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
+        return sums + 1024 * self.row_groups * self.column_groups + ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one layer.
+
+    Attributes:
+        rows: of the layer (with those it is stacked with), or ranks of all its factors.
+        columns: of the layer.
+        shape: that took the least time.
+    """
+
+    rows: int
+    columns: int
+    shape: LaunchShape
+
+
+def token_tile(tokens: int) -> int:
+    """Return the tokens of a block: the least tile that holds ``tokens``, or the largest."""
+    return next((tile for tile in TOKEN_TILES if tile >= tokens), TOKEN_TILES[-1])
+
+
+def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[int], processors: int) -> LaunchShape:
+    """Choose the shape of a layer's launch.
+
+    Args:
+        rows: of the layer, or of all layers of a stack.
+        columns: of the layer.
+        tokens: of the call.
+        form: of the weight.
+        starts: first rows of the members of a stack but the first; no block may hold rows of two.
+        processors: multiprocessors of the device.
+
+    Raises:
+        KernelError: no shape suits the layer.
+    """
+    return _choose("layers", CANDIDATES, rows, columns, token_tile(tokens), form, starts, processors)
+
+
+def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int) -> LaunchShape:
+    """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns.
+
+    Raises:
+        KernelError: no shape suits the factor.
+    """
+    tile = min(token_tile(tokens), 64)
+    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tile, form, (), processors)
+
+
+def suiting(
+    candidates: dict[int, list[LaunchShape]], tile: int, form: Form, starts: Sequence[int]
+) -> Iterator[LaunchShape]:
+    """Yield the candidates, with every number of blocks that share columns, that a layer can be launched with."""
+    for candidate in candidates[tile]:
+        for cluster in CLUSTERS:
+            shape = replace(candidate, cluster=cluster)
+            if shape.fits(form) and all(start % shape.rows == 0 for start in starts):
+                yield shape
+
+
+def blocks_of(shape: LaunchShape, rows: int) -> int:
+    """Return how many blocks a launch has for one tile of tokens."""
+    return -(-rows // shape.rows) * shape.cluster
+
+
+def _choose(
+    table: str,
+    candidates: dict[int, list[LaunchShape]],
+    rows: int,
+    columns: int,
+    tile: int,
+    form: Form,
+    starts: Sequence[int],
+    processors: int,
+) -> LaunchShape:
+    measured = [one for one in _measured()[table] if one.shape.tokens == tile]
+    for one in sorted(measured, key=lambda one: _distance(one, rows, columns)):
+        if _distance(one, rows, columns) > math.log2(NEAR):
+            break
+        if one.shape.fits(form) and all(start % one.shape.rows == 0 for start in starts):
+            return one.shape
+    possible = list(suiting(candidates, tile, form, starts))
+    if not possible:
+        raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
+    # Blocks of a second wave begin late; too few leave multiprocessors idle.
+    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows) / (1.25 * processors))))
+
+
+def _distance(one: Measured, rows: int, columns: int) -> float:
+    return abs(math.log2(one.rows / rows)) + abs(math.log2(one.columns / columns))
+
+
+@cache
+def _measured() -> dict[str, list[Measured]]:
+    text = (files("slimc.backends.cuda") / "stream_shapes.json").read_text("utf-8")
+    return {
+        table: [Measured(one["rows"], one["columns"], LaunchShape(**one["shape"])) for one in entries]
+        for table, entries in json.loads(text)["measured"].items()
+    }
+
+
+def _of(tile: int, *rest: tuple[int, int, int, int, int, int]) -> list[LaunchShape]:
+    """Return shapes from row tiles, row groups, column groups, blocks, columns of a slot, and slots."""
+    return [
+        LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages)
+        for row_tiles, row_groups, column_groups, blocks, step, stages in rest
+    ]
+
+
+CANDIDATES = {
+    8: _of(
+        8,
+        (1, 2, 1, 2, 256, 0),
+        (1, 2, 1, 3, 256, 0),
+        (1, 1, 4, 2, 256, 0),
+        (1, 1, 3, 3, 128, 0),
+        (2, 2, 1, 2, 128, 0),
+        (1, 2, 2, 2, 256, 0),
+        (1, 2, 2, 2, 128, 0),
+        (1, 4, 1, 2, 128, 0),
+    ),
+    16: _of(
+        16,
+        (1, 2, 1, 2, 256, 0),
+        (1, 2, 1, 3, 128, 0),
+        (1, 1, 2, 2, 256, 0),
+        (1, 2, 2, 2, 128, 0),
+        (1, 1, 4, 2, 128, 0),
+        (2, 2, 1, 2, 128, 0),
+        (1, 4, 1, 2, 128, 0),
+    ),
+    32: _of(32, (1, 2, 1, 2, 128, 0), (2, 2, 1, 2, 128, 0), (1, 1, 2, 2, 128, 0), (1, 2, 1, 2, 256, 0)),
+    64: _of(
+        64,
+        (1, 2, 1, 2, 128, 4),
+        (1, 2, 1, 2, 128, 3),
+        (1, 2, 1, 2, 128, 5),
+        (1, 2, 2, 1, 128, 6),
+        (2, 2, 1, 1, 128, 4),
+        (1, 4, 1, 1, 128, 5),
+        (1, 1, 4, 1, 128, 8),
+    ),
+    128: _of(128, (1, 2, 1, 1, 128, 4), (1, 2, 1, 1, 128, 3)),
+}
+"""Shapes worth measuring, by the tokens of a block, those that suit most layers first.
+
+Left out are those for which the assembler finds too few registers and runs products one after another.
+"""
+
+RIGHT_CANDIDATES = {
+    8: _of(8, (1, 1, 2, 3, 256, 0), (1, 1, 4, 2, 128, 0), (1, 1, 3, 3, 128, 0)),
+    16: _of(16, (1, 1, 2, 3, 256, 0), (1, 1, 3, 3, 128, 0), (1, 1, 2, 3, 128, 0)),
+    32: _of(32, (1, 1, 2, 2, 128, 4), (1, 1, 2, 2, 128, 3), (1, 2, 1, 2, 128, 3)),
+    64: _of(64, (1, 1, 2, 2, 128, 3), (1, 1, 2, 2, 128, 4), (1, 2, 1, 2, 128, 2), (1, 2, 1, 2, 128, 3)),
+}
+"""The same for the launch that computes t."""
+
+
+def as_entry(rows: int, columns: int, shape: LaunchShape) -> dict[str, object]:
+    """Return an entry of the file of measured shapes."""
+    names = ("tokens", "row_tiles", "row_groups", "column_groups", "cluster", "blocks", "step", "stages")
+    return {"rows": rows, "columns": columns, "shape": dict(zip(names, astuple(shape), strict=True))}

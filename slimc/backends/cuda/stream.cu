@@ -1,0 +1,546 @@
+// y = scale * (x @ W^T) + t @ L^T + bias on Hopper, for up to 128 tokens: as fast as the weight comes from memory.
+//
+// The copy engine brings weights to shared memory in the order of their use, in a ring of slots, together with the
+// activations that meet them. Weights do not depend on the launch before: a block fills its ring while that still runs,
+// so that memory is busy between launches too. Warps take their codes from the ring, turn them into numbers in
+// registers, and multiply by activations with `wgmma`, or `wgmma.sp` if the weight is 2:4.
+//
+// A block computes 64 * ROW_TILES * ROW_GROUPS rows of TOKENS tokens, or a cluster of blocks does, each of which takes its
+// share of the columns; in a block, COLUMN_GROUPS warpgroups take turns at the slots. Each sends its sums to the block that
+// writes them, which adds them up in a fixed order.
+// t = x @ R^T, the small product, is this kernel's own result in a launch before. That one says when x may be read
+// (`flags`): W is multiplied while t is still under way, and only L waits for it.
+//
+// Compiled with -D, besides those of common.cuh and hopper.cuh:
+//   SPARSE     1: W is 2:4; 0: W is dense
+//   GROUP      columns of W that share a scale, 0: all of a row
+//   ADAPTERS   1: with t and L
+//   ROW_TILES      tiles of 64 rows that a warpgroup holds at once
+//   ROW_GROUPS     warpgroups with rows of their own
+//   COLUMN_GROUPS  warpgroups that share the columns of the same rows
+//   STEP           columns of a slot: 128 or 256
+//   STAGES         slots of the ring
+//   CLUSTER        blocks that share the columns
+//   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
+
+#define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
+#define MEMBERS 8  // of a stack, at most
+#define THREADS (CONSUMERS + 32)  // one more warp brings what they read
+#define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
+#define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
+#define UNITS (STEP / UNIT)                       // of W in a slot
+#define LEFT_UNITS (STEP / 128)                   // of L in a slot, 64 ranks each
+
+#define BOX_BYTES (TOKENS * 128)  // 64 columns of activations
+#define BOXES (STEP / 64)
+#define CODES_AT (BOXES * BOX_BYTES)
+#define CODE_BYTES (BLOCK_TILES * UNITS * 512)
+#define METADATA_AT (CODES_AT + CODE_BYTES)
+#define METADATA_BYTES (SPARSE ? BLOCK_TILES * UNITS * 256 : 0)
+#define SCALES_AT (METADATA_AT + METADATA_BYTES)
+#define GROUPS (GROUP > 0 ? STEP / GROUP : 0)
+#define SCALE_BYTES (BLOCK_TILES * GROUPS * 32)
+#define SLOT_BYTES ((SCALES_AT + SCALE_BYTES + 1023) / 1024 * 1024)
+
+#define LEFT_CODE_BYTES (BLOCK_TILES * LEFT_UNITS * 512)
+#define LEFT_SCALES_AT (CODES_AT + LEFT_CODE_BYTES)
+#define LEFT_SCALE_BYTES (BLOCK_TILES * LEFT_UNITS * 32)
+
+#define PIECES (ROW_TILES * (TOKENS / 8))  // of sums, each of 64 rows a row group by 8 tokens
+#define PIECE_BYTES (128 * ROW_GROUPS * 16)
+#define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
+#define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
+
+struct Arguments {
+    TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
+                               // [tokens][columns], in boxes of TOKENS x 64, if there are other than whole pieces of 64
+    TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x TOKENS x 64
+    TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128
+    TensorMap metadata_map;    // [row tiles][units][64 words], if SPARSE
+    TensorMap scale_map;       // [row tiles][groups][8 words], if GROUP
+    TensorMap left_map;        // [row tiles][left units][128 words]
+    TensorMap left_scale_map;  // [row tiles][left units][8 words]
+    u16* y;                    // [tokens, rows]
+    const u16* scale;          // [1] or [rows], unless GROUP
+    const u16* bias;           // [rows] or null
+    u32* flags;                // x may be read, blocks that know; both zero between launches. Null without adapters
+    int tokens;
+    int rows;
+    int whole;                 // 1: columns are a multiple of 64
+    int row_scale;             // 1: a scale a row, 0: one for all
+    int steps;                 // slots of W
+    int token_tiles;           // tokens / TOKENS, rounded up
+    u32 zero;                  // 0, which the compiler does not know
+    int members;               // of the stack
+    int first_row[MEMBERS];    // of each member of the stack
+    int first_rank[MEMBERS];   // that its L reads
+    int rank_units[MEMBERS];   // of 64, that it reads
+};
+
+// ------------------------------------------------------------------------------------------------------------ ring
+
+struct Ring {
+    u32 slots, full, empty;
+    int slot, parity;
+
+    __device__ __forceinline__ void advance(int by) {
+        slot += by;
+        if (slot >= STAGES) slot -= STAGES, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 data() const { return slots + slot * SLOT_BYTES; }
+    __device__ __forceinline__ u32 arrived() const { return full + 8 * slot; }
+    __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * slot, parity); }
+    __device__ __forceinline__ void wait_empty() const { barrier_wait(empty + 8 * slot, parity ^ 1); }
+};
+
+// What a block brings: slots of W from `begin` on, then slots of L to `end`.
+struct Source {
+    const Arguments& a;
+    int tile, token, begin, end, first_rank;
+
+    __device__ __forceinline__ void bring_weights(const Ring& ring, int step) const {
+        const u32 to = ring.data() + CODES_AT, barrier = ring.arrived();
+        if (!ADAPTERS || step < a.steps) {
+            barrier_expect(barrier, CODES_AT + CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
+            load_box(to, &a.codes_map, barrier, 0, step * UNITS, tile);
+#if SPARSE
+            load_box(ring.data() + METADATA_AT, &a.metadata_map, barrier, 0, step * UNITS, tile);
+#endif
+#if GROUP > 0
+            load_box(ring.data() + SCALES_AT, &a.scale_map, barrier, 0, step * GROUPS, tile);
+#endif
+        } else {
+            barrier_expect(barrier, LEFT_UNITS * BOX_BYTES + LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
+            load_box(to, &a.left_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
+            load_box(ring.data() + LEFT_SCALES_AT, &a.left_scale_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
+        }
+    }
+
+    __device__ __forceinline__ void bring_x(const Ring& ring, int step) const {
+        if (a.whole) {
+            load_box(ring.data(), &a.x_map, ring.arrived(), 0, token, step * BOXES);
+        } else {
+#pragma unroll
+            for (int i = 0; i < BOXES; ++i)
+                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), step * STEP + i * 64, token);
+        }
+    }
+
+    __device__ __forceinline__ void bring_t(const Ring& ring, int step) const {
+        load_box(ring.data(), &a.t_map, ring.arrived(), 0, token, first_rank / 64 + (step - a.steps) * LEFT_UNITS);
+    }
+
+    // Weights go ahead of activations as far as the ring reaches.
+    __device__ __forceinline__ void run(Ring ring) const {
+        prefetch_map(&a.codes_map);
+        if (SPARSE) prefetch_map(&a.metadata_map);
+        if (GROUP > 0) prefetch_map(&a.scale_map);
+        prefetch_map(&a.x_map);
+        if (ADAPTERS) {
+            prefetch_map(&a.left_map);
+            prefetch_map(&a.left_scale_map);
+            prefetch_map(&a.t_map);
+        }
+        Ring ahead = ring;
+        int next = begin;
+        auto bring_next = [&]() {
+            if (next - begin >= STAGES) ahead.wait_empty();
+            bring_weights(ahead, next++);
+            ahead.advance(1);
+        };
+        while (next < min(end, begin + STAGES)) bring_next();
+#if ADAPTERS
+        while (load_acquire(a.flags) == 0) {}
+#else
+        wait_for_previous_launch();
+        if (a.flags && blockIdx.x == 0) store_release(a.flags, 1);
+#endif
+        asm volatile("fence.proxy.async.global;" ::: "memory");
+        const int middle = max(begin, min(end, a.steps));
+        int step = begin;
+        for (; step < middle; ++step, ring.advance(1)) {
+            if (step >= next) bring_next();
+            bring_x(ring, step);
+        }
+#if ADAPTERS
+        wait_for_previous_launch();
+        asm volatile("fence.proxy.async.global;" ::: "memory");
+        for (; step < end; ++step, ring.advance(1)) {
+            if (step >= next) bring_next();
+            bring_t(ring, step);
+        }
+        if (atomicAdd(a.flags + 1, 1) == gridDim.x - 1) a.flags[0] = a.flags[1] = 0;
+#endif
+    }
+};
+
+// --------------------------------------------------------------------------------------------------------- products
+
+__device__ __forceinline__ uint4 load_shared_words(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_shared_word(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ float4 load_shared_sums(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Numbers of rows g (registers 0 and 2) and g + 8 (1 and 3), times their scales.
+__device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
+    const u32 low = __byte_perm(scales, 0, 0x1010), high = __byte_perm(scales, 0, 0x3232);
+    v[0] = multiply_pair(v[0], low);
+    v[1] = multiply_pair(v[1], high);
+    v[2] = multiply_pair(v[2], low);
+    v[3] = multiply_pair(v[3], high);
+}
+
+// Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
+// from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
+#define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (TOKENS == 128 && THREADS > 512) ? 1 : 2)
+
+// One warpgroup's part of the product.
+struct Multiplier {
+    Ring ring;
+    int row_group, warp, lane;
+    int previous;  // slot whose products may still run, or -1
+    u32 zero;
+
+    // Place of the warp's tile `m` among the block's tiles of 16 rows.
+    __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
+
+    // All products but those of the last batch are done; so are those with the slot before.
+    __device__ __forceinline__ void end_batch(bool first_of_slot) {
+        wgmma_commit();
+        wgmma_wait<1>();
+        // Without a branch: products on both sides of one would run one after another.
+        if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, ring.empty + 8 * previous);
+    }
+
+    __device__ __forceinline__ void next_slot() {
+        previous = ring.slot;
+        ring.advance(COLUMN_GROUPS);
+    }
+
+    __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS]) {
+        u32 of[2][BATCH][ROW_TILES][4];
+        uint4 codes[UNITS][ROW_TILES];
+#if SPARSE
+        u32 indices[2][BATCH][ROW_TILES];
+        uint2 metadata[UNITS][ROW_TILES];
+#endif
+#if GROUP > 0
+        u32 scales[GROUPS][ROW_TILES];
+#endif
+        ring.wait_full();
+        const u32 data = ring.data();
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+            for (int u = 0; u < UNITS; ++u) {
+                codes[u][m] = load_shared_words(data + CODES_AT + (place(m) * UNITS + u) * 512 + lane * 16);
+#if SPARSE
+                metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
+#endif
+            }
+#if GROUP > 0
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g)
+                scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
+#endif
+        }
+#pragma unroll
+        for (int batch = 0; batch < 4 * UNITS / BATCH; ++batch) {
+            const int set = batch & 1;
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    decode_word(of[set][i][m], word_of(codes[u][m], j));
+#if SPARSE
+                    // Straight from a load the assembler would let no two products overlap.
+                    indices[set][i][m] = (j < 2 ? metadata[u][m].x : metadata[u][m].y) ^ zero;
+#endif
+#if GROUP > 0
+                    apply_scales(of[set][i][m], scales[(u * UNIT + j * (UNIT / 4)) / GROUP][m]);
+#endif
+                }
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4, column = u * UNIT + j * (UNIT / 4);
+                const u64 box = describe(data + column / 64 * BOX_BYTES + column % 64 * 2);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+#if SPARSE
+                    if (j & 1) wgmma_sparse<1>(sum[m], of[set][i][m], box, indices[set][i][m]);
+                    else wgmma_sparse<0>(sum[m], of[set][i][m], box, indices[set][i][m]);
+#else
+                    wgmma(sum[m], of[set][i][m], box);
+#endif
+                }
+            }
+            end_batch(batch == 0);
+        }
+        next_slot();
+    }
+
+#if ADAPTERS
+    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
+        u32 of[2][BATCH][ROW_TILES][4];
+        uint4 codes[LEFT_UNITS][ROW_TILES];
+        u32 scales[LEFT_UNITS][ROW_TILES];
+        ring.wait_full();
+        const u32 data = ring.data();
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+            for (int u = 0; u < LEFT_UNITS; ++u) {
+                codes[u][m] = load_shared_words(data + CODES_AT + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
+                scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
+            }
+        }
+#pragma unroll
+        for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
+            const int set = batch & 1;
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    decode_word(of[set][i][m], word_of(codes[u][m], j));
+                    apply_scales(of[set][i][m], scales[u][m]);
+                }
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
+                const u64 box = describe(data + u * BOX_BYTES + j * 32);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
+            }
+            end_batch(batch == 0);
+        }
+        next_slot();
+    }
+#endif
+};
+
+// Wait for all products. The compiler must not touch the sums before: it does not know that they are still written.
+__device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][SUMS]) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
+}
+
+// ----------------------------------------------------------------------------------------------------------- output
+
+// Send sums of a thread to the block that writes them.
+__device__ __forceinline__ void send_sums(u32 to, u32 barrier, int block, const float4& s) {
+    asm volatile("{\n.reg .b32 there, arrived;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 arrived, %1, %2;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [arrived];\n}"
+                 ::"r"(to), "r"(barrier), "r"(block), "r"(__float_as_uint(s.x)), "r"(__float_as_uint(s.y)), "r"(__float_as_uint(s.z)),
+                   "r"(__float_as_uint(s.w)) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_sums(u32 to, const float4& s) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(s.x), "f"(s.y), "f"(s.z), "f"(s.w) : "memory");
+}
+
+// What `count` sources have summed of one piece, in their order.
+__device__ __forceinline__ float4 add_up(u32 from, int count, u32 step) {
+    float4 s = load_shared_sums(from);
+    for (int i = 1; i < count; ++i) {
+        const float4 v = load_shared_sums(from + i * step);
+        s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w;
+    }
+    return s;
+}
+
+// 8 tokens of 64 rows at a time lie as fragments in the threads of a warpgroup; memory wants the rows of a token together.
+struct Output {
+    const Arguments& a;
+    u32 staged;            // this row group's room: 8 rows of 128 bytes, their 16 bytes in an order of their own
+    unsigned char* from;
+    int barrier;
+
+    __device__ __forceinline__ void write(const float4& s, int first_row, int first_token, int warp, int lane) const {
+        const int own_row = first_row + warp * 16 + lane / 4;
+        const float low = a.bias && own_row < a.rows ? to_float(a.bias[own_row]) : 0.f;
+        const float high = a.bias && own_row + 8 < a.rows ? to_float(a.bias[own_row + 8]) : 0.f;
+        const u32 first = from_float(s.x + low) | (u32)from_float(s.y + low) << 16;
+        const u32 second = from_float(s.z + high) | (u32)from_float(s.w + high) << 16;
+        const int place = lane & 7, half = 2 * warp + ((lane >> 3) & 1);
+        store_transposed(staged + place * 128 + ((half ^ place) << 4), first, second);
+        wait_named(barrier, 128);
+        const int thread = threadIdx.x % 128, at = thread / 8, piece = thread % 8;
+        const int token = first_token + at, row = first_row + 8 * piece;
+        if (thread < 64 && token < a.tokens && row < a.rows) {
+            const uint4 v = *(const uint4*)(from + at * 128 + ((piece ^ at) << 4));
+            u16* const to = a.y + (size_t)token * a.rows + row;
+            if (a.rows % 8 == 0) {
+                *(uint4*)to = v;
+            } else {
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int k = 0; k < 8; ++k)
+                    if (row + k < a.rows) to[k] = (u16)(words[k / 2] >> (16 * (k & 1)));
+            }
+        }
+        wait_named(barrier, 128);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int share = blockIdx.x % CLUSTER, work = blockIdx.x / CLUSTER;
+    const int block_tile = work / a.token_tiles * BLOCK_TILES, token = work % a.token_tiles * TOKENS;
+    // All rows of a block belong to one member of the stack.
+    int member = 0;
+    if (ADAPTERS)
+        while (member + 1 < a.members && block_tile * 16 >= a.first_row[member + 1]) ++member;
+    const int total = a.steps + (ADAPTERS ? (a.rank_units[member] + LEFT_UNITS - 1) / LEFT_UNITS : 0);
+    const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
+    const u32 slots = (shared_address(shared) + 1023) & ~1023u;
+    const u32 sums = slots + STAGES * SLOT_BYTES, staged = sums + SUM_BYTES;
+    const u32 arrived = shared_address(barriers + 2 * STAGES);
+    const Ring ring{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
+    const int own = max(0, min(PIECES - share * OWN_PIECES, OWN_PIECES));
+
+    if (threadIdx.x == 0) {
+        let_next_launch_begin();
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(ring.full + 8 * i, 1);
+            barrier_init(ring.empty + 8 * i, 4 * ROW_GROUPS);
+        }
+        barrier_init(arrived, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        if (CLUSTER > 1) barrier_expect(arrived, own * CLUSTER * PIECE_BYTES);
+    }
+    __syncthreads();
+#if CLUSTER > 1
+    // Sums may be sent to a block once its barrier is there.
+    cluster_arrive();
+#endif
+
+    if (warp == CONSUMERS / 32) {
+        if (lane == 0) Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0}.run(ring);
+#if CLUSTER > 1
+        __syncwarp();
+        cluster_wait();
+        cluster_arrive();
+        cluster_wait();
+#endif
+        return;
+    }
+
+    const int row_group = warp / 4 % ROW_GROUPS, column_group = warp / 4 / ROW_GROUPS;
+    const int first_row = block_tile * 16 + row_group * ROW_TILES * 64;
+#if GROUP == 0
+    // Asked for before they are needed: they come from device memory.
+    float scales[ROW_TILES][2];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const int row = first_row + m * 64 + warp % 4 * 16 + lane / 4;
+        scales[m][0] = to_float(a.scale[a.row_scale && row < a.rows ? row : 0]);
+        scales[m][1] = to_float(a.scale[a.row_scale && row + 8 < a.rows ? row + 8 : 0]);
+    }
+#endif
+    const int middle = max(begin, min(end, a.steps));
+    float sum[ROW_TILES][SUMS] = {};
+    Multiplier by{ring, row_group, warp % 4, lane, -1, a.zero};
+    by.ring.advance(column_group);
+    int step = begin + column_group;
+    for (; step < middle; step += COLUMN_GROUPS) by.multiply_weights(sum);
+    wait_for_sums(sum);
+#if GROUP == 0
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4) {
+            sum[m][i] *= scales[m][0];
+            sum[m][i + 1] *= scales[m][0];
+            sum[m][i + 2] *= scales[m][1];
+            sum[m][i + 3] *= scales[m][1];
+        }
+    }
+#endif
+#if ADAPTERS
+    for (; step < end; step += COLUMN_GROUPS) by.multiply_left(sum);
+    wait_for_sums(sum);
+#endif
+
+#if CLUSTER > 1 || COLUMN_GROUPS > 1
+    const int thread = row_group * 128 + threadIdx.x % 128;
+#endif
+    const u32 room = staged + (column_group * ROW_GROUPS + row_group) * 1024;
+    const Output output{a, room, shared + (room - shared_address(shared)), 1 + column_group * ROW_GROUPS + row_group};
+    // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
+    auto deliver = [&](int piece, const float4& s) {
+#if CLUSTER > 1
+        send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, s);
+#else
+        output.write(s, first_row + piece / (TOKENS / 8) * 64, token + piece % (TOKENS / 8) * 8, warp % 4, lane);
+#endif
+    };
+#if CLUSTER > 1
+    cluster_wait();
+#endif
+#if COLUMN_GROUPS > 1
+    // Where the ring was, once nobody reads it.
+    wait_named(15, CONSUMERS);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int b = 0; b < TOKENS / 8; ++b)
+            store_shared_sums(slots + (column_group * PIECES + m * (TOKENS / 8) + b) * PIECE_BYTES + thread * 16,
+                              make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
+    wait_named(15, CONSUMERS);
+    for (int piece = column_group; piece < PIECES; piece += COLUMN_GROUPS)
+        deliver(piece, add_up(slots + piece * PIECE_BYTES + thread * 16, COLUMN_GROUPS, PIECES * PIECE_BYTES));
+#else
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int b = 0; b < TOKENS / 8; ++b)
+            deliver(m * (TOKENS / 8) + b, make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
+#endif
+#if CLUSTER > 1
+    // No block leaves before what it has sent is there.
+    if (column_group < own) barrier_wait(arrived, 0);
+    __syncwarp();
+    cluster_arrive();
+    for (int i = column_group; i < own; i += COLUMN_GROUPS) {
+        const int piece = share * OWN_PIECES + i;
+        output.write(add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES), first_row + piece / (TOKENS / 8) * 64,
+                     token + piece % (TOKENS / 8) * 8, warp % 4, lane);
+    }
+    cluster_wait();
+#endif
+}

@@ -1,0 +1,226 @@
+"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 128 tokens (``stream.cu``).
+
+With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
+so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the
+shape of the launch, so results are the same from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimc.backends.cuda import driver, shapes
+from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.backends.cuda.shapes import Form, LaunchShape
+from slimc.errors import KernelError
+from slimc.runtime.activations import round_inputs
+from slimc.runtime.formats import LinearFormat
+from slimc.runtime.select import Kernel
+
+__all__ = ["STREAM", "defines_of", "launch", "make_plan"]
+
+KERNEL_NAME = "stream_linear"
+
+MAX_TOKENS = 128
+
+BOX_COLUMNS = 64
+MEMBERS = 8
+"""Layers of a stack, at most."""
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of the source."""
+
+    _fields_ = [
+        *((name, driver.TensorMap) for name in (
+            "x_map", "t_map", "codes_map", "metadata_map", "scale_map", "left_map", "left_scale_map",
+        )),
+        *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags")),
+        *((name, ctypes.c_int) for name in (
+            "tokens", "rows", "whole", "row_scale", "steps", "token_tiles", "zero", "members",
+        )),
+        *((name, ctypes.c_int * MEMBERS) for name in ("first_row", "first_rank", "rank_units")),
+        ("padding", ctypes.c_int * 8),  # a structure with tensor maps is a multiple of 64 bytes
+    ]  # fmt: skip
+
+
+@dataclass
+class _Launch:
+    """One launch, ready but for its pointers."""
+
+    arguments: _Arguments
+    launcher: driver.Launcher
+    shape: LaunchShape
+    shared_bytes: int
+    grid: int
+
+
+@dataclass
+class Plan:
+    """The launches of a layer for one number of tokens; ``right`` computes t if there are adapters."""
+
+    main: _Launch
+    right: _Launch | None
+
+
+def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Compute y [..., rows] from x [..., columns]."""
+    tokens = x.numel() // layer.format.columns
+    plan = layer.plans.get((KERNEL_NAME, tokens))
+    if plan is None:
+        plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens)
+    x = x.contiguous()
+    # The copy engine reads 16 bytes at a time; a view may begin anywhere.
+    return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
+
+
+def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
+    """Run the launches of a plan on the current stream."""
+    columns = layer.format.columns
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    y = x.new_empty(*x.shape[:-1], layer.format.rows)
+    # Adapters read x as it came.
+    rounded = round_inputs(x, layer.format.activation)
+    if plan.right is None or layer.counters is None:
+        _start(plan.main, rounded, columns, None, y, bias, None, stream)
+        return y
+    t = x.new_empty(x.numel() // columns, layer.ranks)
+    flags = layer.counters.of_launch(stream)
+    _start(plan.right, x, columns, None, t, None, flags, stream)
+    _start(plan.main, rounded, columns, t, y, bias, flags, stream)
+    return y
+
+
+def _start(
+    step: _Launch,
+    x: Tensor,
+    columns: int,
+    t: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    flags: int | None,
+    stream: int,
+) -> None:
+    # Another thread may launch the same plan.
+    arguments = _Arguments.from_buffer_copy(step.arguments)
+    shape, tokens = step.shape, arguments.tokens
+    if arguments.whole:
+        boxes = shape.step // BOX_COLUMNS
+        driver.encode_piece_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, boxes)
+    else:
+        driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
+    if t is not None:
+        driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.tokens, shape.left_units)
+    arguments.y, arguments.bias, arguments.flags = y.data_ptr(), pointer(bias), flags
+    step.launcher(
+        arguments,
+        grid=(step.grid, 1, 1),
+        block=(step.shape.threads, 1, 1),
+        shared_bytes=step.shared_bytes,
+        stream=stream,
+        programmatic=True,
+        cluster=step.shape.cluster,
+    )
+
+
+def make_plan(
+    layer: FragmentLayer,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: LaunchShape | None = None,
+    right_shape: LaunchShape | None = None,
+) -> Plan:
+    """Decide the shape of the launches for ``tokens``, and compile their kernels if that was not done yet.
+
+    ``shape`` and ``right_shape`` overrule the choice, to measure others.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+    """
+    spec, device_index = layer.format, layer.codes.get_device()
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    whole = int(spec.columns % BOX_COLUMNS == 0)
+    form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype)
+    starts = [rows.start for rows, _ in layer.parts[1:]]
+    shape = shape or shapes.of_layer(spec.rows, spec.columns, tokens, form, starts, processors)
+    arguments = _Arguments(
+        scale=None if form.group else pointer(layer.scale),
+        tokens=tokens,
+        rows=spec.rows,
+        whole=whole,
+        row_scale=int(not spec.weight.per_tensor),
+        steps=-(-spec.columns // shape.step),
+        members=len(layer.parts),
+    )
+    for index, (rows, ranks) in enumerate(layer.parts):
+        arguments.first_row[index] = rows.start
+        arguments.first_rank[index] = ranks.start
+        arguments.rank_units[index] = (ranks.stop - ranks.start) // FACTOR_GROUP
+    _describe_weight(arguments, form, shape, layer.codes, layer.metadata, layer.scale)
+    if layer.left is not None and layer.left_scale is not None:
+        driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, shape.left_units, 128))
+        driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, shape.left_units, 8))
+    main = _plan_launch(arguments, shape, form, device_index)
+    if layer.right is None or layer.right_scale is None:
+        return Plan(main, None)
+    form = Form(False, FACTOR_GROUP, False, dtype)
+    shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors)
+    arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
+    _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
+    return Plan(main, _plan_launch(arguments, shape, form, device_index))
+
+
+def _describe_weight(
+    arguments: _Arguments, form: Form, shape: LaunchShape, codes: Tensor, metadata: Tensor | None, scale: Tensor
+) -> None:
+    units = shape.step // (128 if form.sparse else 64)
+    driver.encode_word_map(arguments.codes_map, codes.flatten(2), (shape.tiles, units, 128))
+    if metadata is not None:
+        driver.encode_word_map(arguments.metadata_map, metadata.flatten(2), (shape.tiles, units, 64))
+    if form.group:
+        driver.encode_word_map(arguments.scale_map, scale, (shape.tiles, shape.step // form.group, 8))
+
+
+def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, device_index: int) -> _Launch:
+    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
+    if not shape.fits(form):
+        raise KernelError(f"{shape} leaves too little shared memory for the ring of a {form}")
+    module = driver.load(source("stream.cu"), KERNEL_NAME, device_index, defines_of(shape, form))
+    shared_bytes = shape.shared_bytes(form)
+    function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
+    grid = -(-arguments.rows // shape.rows) * arguments.token_tiles * shape.cluster
+    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid)
+
+
+def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
+    """Return what the kernel of a shape and a form is compiled with."""
+    return {
+        "BFLOAT16": int(form.dtype == torch.bfloat16),
+        "ARCH": 90,
+        "SPARSE": int(form.sparse),
+        "GROUP": form.group,
+        "ADAPTERS": int(form.adapters),
+        "TOKENS": shape.tokens,
+        "ROW_TILES": shape.row_tiles,
+        "ROW_GROUPS": shape.row_groups,
+        "COLUMN_GROUPS": shape.column_groups,
+        "STEP": shape.step,
+        "STAGES": shape.stages_of(form),
+        "CLUSTER": shape.cluster,
+        "BLOCKS": shape.blocks,
+    }
+
+
+def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if tokens > MAX_TOKENS:
+        return f"is for {MAX_TOKENS} tokens at most"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return refuses(spec, dtype, device)
+
+
+STREAM = Kernel("cuda-stream", _accepts, prepare, run, stack_shared)

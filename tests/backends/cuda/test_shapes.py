@@ -1,0 +1,91 @@
+"""Shapes of launches: what they take of a multiprocessor, and which one a layer gets."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from slimc.backends.cuda import compiler, shapes
+from slimc.backends.cuda.layer import source
+from slimc.backends.cuda.shapes import Form, LaunchShape
+from slimc.backends.cuda.stream import KERNEL_NAME, defines_of
+from slimc.errors import KernelError
+
+LAYER = Form(sparse=True, group=0, adapters=True, dtype=torch.bfloat16)
+FACTOR = Form(sparse=False, group=64, adapters=False, dtype=torch.bfloat16)
+PROCESSORS = 132
+
+
+def test_a_slot_holds_activations_codes_metadata_and_scales() -> None:
+    shape = LaunchShape(8, 1, 2, 1, cluster=1, blocks=2, step=256)
+    assert shape.rows == 128
+    # 8 tokens of 256 columns in 16 bits; 128 rows of 256 columns in 3 bits.
+    assert shape.slot_bytes(LAYER) == 8 * 256 * 2 + 128 * 256 * 3 // 8
+    # Dense codes, and 4 groups of 64 columns with a 16-bit scale a row; a multiple of 1024 bytes.
+    assert shape.slot_bytes(FACTOR) == 8 * 256 * 2 + 128 * 256 // 2 + 128 * 4 * 2
+
+
+@pytest.mark.parametrize("tile", shapes.TOKEN_TILES)
+def test_blocks_of_a_shape_fit_on_a_multiprocessor(tile: int) -> None:
+    possible = list(shapes.suiting(shapes.CANDIDATES, tile, LAYER, ()))
+    assert possible
+    for shape in possible:
+        assert shape.stages_of(LAYER) > shape.column_groups
+        blocks = 1 if shape.stages else shape.blocks
+        assert blocks * (shape.shared_bytes(LAYER) + 1024) <= shapes.SHARED_BYTES
+
+
+def test_a_ring_too_small_for_its_warpgroups_does_not_fit() -> None:
+    shape = LaunchShape(8, 1, 1, 4, cluster=1, blocks=2, step=128, stages=5)
+    assert shape.fits(LAYER)
+    assert not replace(shape, stages=4).fits(LAYER)
+    assert not replace(shape, stages=100).fits(LAYER)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40, 64, 128, 500])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (576, 576), (57344, 8192), (17, 136), (8192, 28672)])
+def test_every_layer_gets_a_shape_for_its_tokens(rows: int, columns: int, tokens: int) -> None:
+    shape = shapes.of_layer(rows, columns, tokens, LAYER, (), PROCESSORS)
+    assert shape.tokens == shapes.token_tile(tokens) >= min(tokens, 128)
+    assert shape.fits(LAYER)
+    right = shapes.of_right(64, columns, tokens, FACTOR, PROCESSORS)
+    assert right.tokens <= 64
+    assert right.fits(FACTOR)
+
+
+def test_no_block_holds_rows_of_two_layers() -> None:
+    starts = (256, 768)
+    for tile in shapes.TOKEN_TILES:
+        shape = shapes.of_layer(1024, 4096, tile, LAYER, starts, PROCESSORS)
+        assert all(start % shape.rows == 0 for start in starts)
+    with pytest.raises(KernelError, match="no launch suits 1024 rows"):
+        shapes.of_layer(1024, 4096, 1, LAYER, (8,), PROCESSORS)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize("form", [LAYER, FACTOR], ids=["layer", "factor"])
+def test_the_kernel_compiles_and_its_products_overlap(
+    form: Form, tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    if form is LAYER:
+        shape = shapes.of_layer(4096, 4096, tokens, form, (), PROCESSORS)
+    else:
+        shape = shapes.of_right(448, 4096, tokens, form, PROCESSORS)
+    with caplog.at_level(logging.DEBUG, compiler.__name__):
+        cubin = compiler.compile_source(
+            source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(shape, form)
+        )
+    assert cubin.startswith(b"\x7fELF")
+    assert "serialized" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("sparse", "group", "adapters"), [(True, 64, True), (True, 128, False), (False, 0, True)])
+def test_every_form_compiles(sparse: bool, group: int, adapters: bool, dtype: torch.dtype) -> None:
+    form = Form(sparse, group, adapters, dtype)
+    shape = shapes.of_layer(4096, 4096, 1, form, (), PROCESSORS)
+    defines = defines_of(shape, form)
+    assert compiler.compile_source(source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines)

@@ -1,0 +1,132 @@
+"""The kernel that streams weights on Hopper, against the product with the decoded weight in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.backends import KERNELS
+from slimc.backends.cuda import shapes
+from slimc.backends.cuda.layer import prepare, stack
+from slimc.backends.cuda.shapes import LaunchShape
+from slimc.backends.cuda.stream import STREAM, launch, make_plan
+from slimc.runtime.modules import SlimLinear
+from slimc.runtime.packing import PackedLinear
+
+
+def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None, shape: LaunchShape | None = None) -> Tensor:
+    """Run three times, into memory that holds NaN before, and return the result, which must not change."""
+    layer = prepare(packed)
+    plan = make_plan(layer, x.dtype, len(x), shape)
+    results = []
+    for _ in range(3):
+        poison = torch.full((len(x), packed.format.rows), float("nan"), dtype=x.dtype, device=x.device)
+        del poison
+        results.append(launch(plan, x, layer, bias))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 31, 33, 63, 64, 65, 127, 128, 129])
+def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
+    packed = random_layer(256, 640, 57, dtype=dtype)
+    x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
+    check(packed, x, bias, run(packed, x, bias))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"),
+    [(16, 128, 0), (1, 8, 0), (17, 136, 1), (1000, 4088, 57), (4096, 4096, 409), (4096, 11008, 409), (24000, 1024, 64)],
+)
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_tails_of_rows_columns_and_ranks(
+    random_layer: Any, check: Any, rows: int, columns: int, rank: int, tokens: int
+) -> None:
+    packed = random_layer(rows, columns, rank)
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
+@pytest.mark.parametrize("tokens", [5, 48, 128])
+def test_scales_and_forms(
+    random_layer: Any, check: Any, tokens: int, group: int | None, per_tensor: bool, sparse: bool
+) -> None:
+    packed = random_layer(160, 1344, 130, group=group, per_tensor=per_tensor, sparse=sparse)
+    x = torch.randn(tokens, 1344, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x))
+
+
+@pytest.mark.parametrize("tile", shapes.TOKEN_TILES)
+def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int) -> None:
+    packed = random_layer(600, 1344, 130)
+    form = shapes.Form(True, 0, True, torch.bfloat16)
+    x = torch.randn(tile - 3, 1344, dtype=torch.bfloat16, device="cuda")
+    for shape in shapes.suiting(shapes.CANDIDATES, tile, form, ()):
+        check(packed, x, None, run(packed, x, None, shape))
+
+
+def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:
+    packed = random_layer(256, 640, 57)
+    layer = SlimLinear(packed, kernels=KERNELS)
+    assert layer.choices()[0].kernel is STREAM
+    x = torch.randn(641, dtype=torch.bfloat16, device="cuda")[1:]
+    check(packed, x[None], None, layer(x[None]))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_layers_after_one_another_in_a_graph_do_not_meet(random_layer: Any, tokens: int) -> None:
+    layers = [prepare(random_layer(4096, 4096, 409 - one)) for one in range(3)]
+    x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda") / 64
+    plans = [make_plan(layer, x.dtype, tokens) for layer in layers]
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(8):
+            for layer, plan in zip(layers, plans, strict=True):
+                y = torch.nn.functional.normalize(launch(plan, y, layer, None).float()).to(x.dtype)
+        return y
+
+    expected = chain()
+    assert bool(expected.isfinite().all())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(20):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+def test_launches_back_to_back_give_the_same_results(random_layer: Any) -> None:
+    layers = [prepare(random_layer(4096, 4096, 409 - one)) for one in range(4)]
+    x = torch.randn(1, 4096, dtype=torch.bfloat16, device="cuda")
+    plans = [make_plan(layer, x.dtype, 1) for layer in layers]
+    expected = [launch(plan, x, layer, None) for layer, plan in zip(layers, plans, strict=True)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [launch(plan, x, layer, None) for layer, plan in zip(layers * 5, plans * 5, strict=True)]
+    for _ in range(50):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(captured, expected * 5, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130), (0, 0)])
+def test_stacked_layers_keep_their_own_adapters(
+    random_layer: Any, check: Any, ranks: tuple[int, int], tokens: int
+) -> None:
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
+    layer = stack([prepare(part) for part in parts])
+    x, bias = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((tokens, 640), (812,)))
+    y = launch(make_plan(layer, x.dtype, tokens), x, layer, bias)
+    check(parts[0], x, bias[:512], y[:, :512])
+    check(parts[1], x, bias[512:], y[:, 512:])
