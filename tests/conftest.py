@@ -63,6 +63,31 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, english: Path) -
     return folder
 
 
+def _composed_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return a layer's result of decoded matrices, and how far from it several products may be, both float64.
+
+    At most, the weight, the factors, t, either product, the bias added and their sum are rounded to the dtype of x.
+    """
+    unit = torch.finfo(x.dtype).eps / 2
+    x = x.double()
+    scaled = x if packed.input_scale is None else x * packed.input_scale.double()
+    weight = packed.weight.decode().double()
+    exact, size = scaled @ weight.T, 4 * scaled.abs() @ weight.abs().T
+    if packed.left is not None and packed.right is not None:
+        left, right = packed.left.decode().double(), packed.right.decode().double()
+        exact = exact + x @ right.T @ left.T
+        size = size + 6 * x.abs() @ right.abs().T @ left.abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + 2 * bias.double().abs()
+    return exact, unit * (2 * exact.abs() + size)
+
+
+@pytest.fixture(scope="session")
+def composed_product() -> Callable[..., tuple[Tensor, Tensor]]:
+    """``(packed, x, bias) -> exact, bound`` for layers that are computed by several products."""
+    return _composed_product
+
+
 def _unrounded(packed: PackedWeight) -> Tensor:
     """Decode a weight in float64, where no product of a code and a scale is rounded."""
     tensors = {name: t.double() if t.is_floating_point() else t for name, t in packed.tensors().items()}

@@ -66,44 +66,36 @@ def fill(spec: LinearFormat) -> PackedLinear:
     return PackedLinear.from_tensors(spec, {name: tensor.cuda() for name, tensor in named.items()})
 
 
-def compute_and_check(spec: LinearFormat, tokens: int, kernels: tuple[Any, ...], last: Any) -> SlimLinear:
+def compute_and_check(spec: LinearFormat, tokens: int, last: Any, product: Any) -> SlimLinear:
     packed = fill(spec)
     bias = torch.randn(ROWS, dtype=spec.weight.dtype, device="cuda")
-    layer = SlimLinear(packed, bias, kernels=kernels)
+    layer = SlimLinear(packed, bias, kernels=KERNELS)
     chosen = next(one for one in layer.choices() if one.last_tokens is None or tokens <= one.last_tokens)
     assert chosen.kernel is last
     x = torch.randn(tokens, spec.columns, dtype=spec.weight.dtype, device="cuda")
     y = layer(x)
-    unit = torch.finfo(x.dtype).eps / 2
-    x = x.double()
-    scaled = x if packed.input_scale is None else x * packed.input_scale.double()
-    weight = packed.weight.decode().double()
-    exact, size = scaled @ weight.T, 4 * scaled.abs() @ weight.abs().T
-    if packed.left is not None and packed.right is not None:
-        left, right = packed.left.decode().double(), packed.right.decode().double()
-        exact, size = exact + x @ right.T @ left.T, size + 6 * x.abs() @ right.abs().T @ left.abs().T
-    exact, size = exact + bias.double(), size + 2 * bias.double().abs()
-    assert bool(((y.double() - exact).abs() <= unit * (2 * exact.abs() + size)).all())
+    exact, bound = product(packed, x, bias)
+    assert bool(((y.double() - exact).abs() <= bound).all())
     return layer
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 100])
 @pytest.mark.parametrize("name", COMPOSED_FORMS)
-def test_composed_forms(name: str, tokens: int) -> None:
-    layer = compute_and_check(COMPOSED_FORMS[name], tokens, KERNELS, COMPOSED)
+def test_composed_forms(name: str, tokens: int, composed_product: Any) -> None:
+    layer = compute_and_check(COMPOSED_FORMS[name], tokens, COMPOSED, composed_product)
     assert all(name.startswith("resident_") for name, _ in layer.named_buffers())
 
 
 @pytest.mark.parametrize("tokens", [1, 100])
 @pytest.mark.parametrize("name", DENSE_FORMS)
-def test_forms_that_are_decoded_at_every_call(name: str, tokens: int) -> None:
-    layer = compute_and_check(DENSE_FORMS[name], tokens, KERNELS, STORED)
+def test_forms_that_are_decoded_at_every_call(name: str, tokens: int, composed_product: Any) -> None:
+    layer = compute_and_check(DENSE_FORMS[name], tokens, STORED, composed_product)
     assert layer.holds_canonical
 
 
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_a_form_that_is_decoded_once(tokens: int) -> None:
-    compute_and_check(DECODED_ONCE, tokens, KERNELS, DECODED)
+def test_a_form_that_is_decoded_once(tokens: int, composed_product: Any) -> None:
+    compute_and_check(DECODED_ONCE, tokens, DECODED, composed_product)
 
 
 def test_a_composed_layer_is_captured() -> None:

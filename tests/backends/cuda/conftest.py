@@ -131,29 +131,41 @@ def fill() -> Callable[..., PackedLinear]:
     return random_tensors
 
 
-def check_result(y: Tensor, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> None:
-    """Each result must be as near to that in float64 as its roundings allow.
+@pytest.fixture(scope="session")
+def check(composed_product: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    """Compares a result with the product in float64."""
 
-    At most, the weight, the factors, t, either product, the bias added and their sum are rounded to the dtype of x.
-    """
-    unit = torch.finfo(x.dtype).eps / 2
-    x = x.double()
-    scaled = x if packed.input_scale is None else x * packed.input_scale.double()
-    weight = packed.weight.decode().double()
-    exact, size = scaled @ weight.T, 4 * scaled.abs() @ weight.abs().T
-    if packed.left is not None and packed.right is not None:
-        left, right = packed.left.decode().double(), packed.right.decode().double()
-        exact = exact + x @ right.T @ left.T
-        size = size + 6 * x.abs() @ right.abs().T @ left.abs().T
-    if bias is not None:
-        exact, size = exact + bias.double(), size + 2 * bias.double().abs()
-    assert bool(((y.double() - exact).abs() <= unit * (2 * exact.abs() + size)).all())
+    def check_result(y: Tensor, x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> None:
+        exact, bound = composed_product(packed, x, bias)
+        assert bool(((y.double() - exact).abs() <= bound).all())
+
+    return check_result
+
+
+def matrix_of_fragments(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the dense matrix of fragments with groups of 64 columns, by the definition of their order."""
+    tiles, units = codes.shape[:2]
+    words = codes.view(tiles, units, 8, 4, 4)  # g, t, instruction
+    dense = torch.zeros(tiles, 16, units, 64)
+    rows = torch.arange(8)
+    for place in range(4):
+        for instruction in range(4):
+            word = words[:, :, :, place, instruction].long() & 0xFFFFFFFF
+            for register in range(4):
+                column = 16 * instruction + 8 * (register // 2) + 2 * place
+                for half in range(2):
+                    code = ((word >> (4 * register + 16 * half)) & 15) - 8
+                    dense[:, rows + 8 * (register % 2), :, column + half] = code.transpose(1, 2).float()
+    bits = torch.stack((scale & 0xFFFF, (scale >> 16) & 0xFFFF), dim=1).to(torch.int32)  # tile, half, group, g
+    numbers = bits.to(torch.int16).view(torch.bfloat16).float()
+    numbers = numbers.permute(0, 1, 3, 2).reshape(tiles, 16, units)
+    return (dense * numbers[..., None]).flatten(2).flatten(0, 1)
 
 
 @pytest.fixture(scope="session")
-def check() -> Callable[..., None]:
-    """Compares a result with the product in float64."""
-    return check_result
+def decode_fragments() -> Callable[..., Tensor]:
+    """Decodes 4-bit fragments with bfloat16 scales, independently of what wrote them."""
+    return matrix_of_fragments
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,44 +26,25 @@ def make(rows: int, rank: int, columns: int = 256, dtype: torch.dtype = torch.bf
     return prepare(PackedLinear.assemble(spec, tensors))
 
 
-def matrix(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return the dense matrix of fragments with groups of 64 columns, by the definition of the fragments' order."""
-    tiles, units = codes.shape[:2]
-    words = codes.view(tiles, units, 8, 4, 4)  # g, t, instruction
-    dense = torch.zeros(tiles, 16, units, 64)
-    rows = torch.arange(8)
-    for place in range(4):
-        for instruction in range(4):
-            word = words[:, :, :, place, instruction].long() & 0xFFFFFFFF
-            for register in range(4):
-                column = 16 * instruction + 8 * (register // 2) + 2 * place
-                for half in range(2):
-                    code = ((word >> (4 * register + 16 * half)) & 15) - 8
-                    dense[:, rows + 8 * (register % 2), :, column + half] = code.transpose(1, 2).float()
-    bits = torch.stack((scale & 0xFFFF, (scale >> 16) & 0xFFFF), dim=1).to(torch.int32)  # tile, half, group, g
-    numbers = bits.to(torch.int16).view(torch.bfloat16).float()
-    numbers = numbers.permute(0, 1, 3, 2).reshape(tiles, 16, units)
-    return (dense * numbers[..., None]).flatten(2).flatten(0, 1)
+@pytest.fixture
+def correction(decode_fragments: Callable[..., Tensor]) -> Callable[[FragmentLayer], Tensor]:
+    """Computes L @ R as the kernels do: each tile of L reads its ranks as ``rank_range`` says."""
 
+    def multiply(layer: FragmentLayer) -> Tensor:
+        assert layer.rank_range is not None
+        left, right = decode_fragments(layer.left, layer.left_scale), decode_fragments(layer.right, layer.right_scale)
+        parts = []
+        for tile, (start, units) in enumerate(layer.rank_range.tolist()):
+            width = units * FACTOR_GROUP
+            assert start + width <= layer.ranks
+            parts.append(left[16 * tile : 16 * tile + 16, :width] @ right[start : start + width])
+        return torch.cat(parts)
 
-def correction(layer: FragmentLayer) -> Tensor:
-    """Return L @ R as the kernels compute it: each tile of L reads its ranks as ``rank_range`` says."""
-    assert layer.left is not None
-    assert layer.left_scale is not None
-    assert layer.right is not None
-    assert layer.right_scale is not None
-    assert layer.rank_range is not None
-    left, right = matrix(layer.left, layer.left_scale), matrix(layer.right, layer.right_scale)
-    parts = []
-    for tile, (start, units) in enumerate(layer.rank_range.tolist()):
-        width = units * FACTOR_GROUP
-        assert start + width <= layer.ranks
-        parts.append(left[16 * tile : 16 * tile + 16, :width] @ right[start : start + width])
-    return torch.cat(parts)
+    return multiply
 
 
 @pytest.mark.parametrize("ranks", [(57, 57, 57), (130, 20, 64), (20, 130, 1), (1, 20, 130)])
-def test_each_layer_of_a_stack_keeps_its_own_adapters(ranks: tuple[int, ...]) -> None:
+def test_each_layer_of_a_stack_keeps_its_own_adapters(ranks: tuple[int, ...], correction: Any) -> None:
     layers = [make(rows, rank) for rows, rank in zip((512, 256, 100), ranks, strict=True)]
     stacked = stack(layers)
     assert stacked.format.rows == 868
@@ -69,7 +53,7 @@ def test_each_layer_of_a_stack_keeps_its_own_adapters(ranks: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("ranks", [(57, 57, 57), (130, 20, 64), (0, 0, 0)])
-def test_a_part_of_a_stack_is_the_layer_in_the_same_memory(ranks: tuple[int, ...]) -> None:
+def test_a_part_of_a_stack_is_the_layer_in_the_same_memory(ranks: tuple[int, ...], correction: Any) -> None:
     layers = [make(rows, rank) for rows, rank in zip((512, 256, 100), ranks, strict=True)]
     stacked, parts = stack_shared(layers)
     memory = stacked.codes.untyped_storage().data_ptr()
