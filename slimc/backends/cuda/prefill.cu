@@ -119,7 +119,6 @@ __device__ __forceinline__ void wait_until_set(const u32* p) {
     asm volatile("{\n.reg .pred unset;\n.reg .b32 v;\nagain:\nld.acquire.gpu.global.u32 v, [%0];\nsetp.eq.u32 unset, v, 0;\n"
                  "@unset bra again;\n}" ::"l"(p) : "memory");
 }
-__device__ __forceinline__ void store_release(u32* to, u32 v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

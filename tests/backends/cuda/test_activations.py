@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
-from slimc.backends.cuda import decode, dense, hopper, layer, prefill
+from slimc.backends.cuda import decode, dense, hopper, layer, prefill, stream
 from slimc.errors import KernelError
 from slimc.runtime.activations import round_tokens
 from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
@@ -33,16 +33,16 @@ def test_which_kernel_takes_them(gpu: SimpleNamespace, kind: str) -> None:
     def chosen(rank: int, tokens: int) -> Any:
         return choose(KERNELS, linear(kind, rank), BF16, GPU, tokens)[0]
 
-    assert [chosen(0, tokens) for tokens in (1, 16, 2048)] == [decode.DECODE, hopper.HOPPER, prefill.PREFILL]
+    assert [chosen(0, tokens) for tokens in (1, 16, 2048)] == [stream.STREAM, stream.STREAM, prefill.PREFILL]
+    assert [chosen(20, tokens) for tokens in (1, 16, 2048)] == [stream.STREAM, stream.STREAM, prefill.PREFILL]
     # One launch for few tokens would give adapters the rounded input.
-    assert [chosen(20, tokens) for tokens in (1, 16, 2048)] == [hopper.HOPPER, hopper.HOPPER, prefill.PREFILL]
     gpu.capability = (8, 0)
     assert [chosen(0, tokens) for tokens in (1, 64)] == [decode.DECODE, dense.DENSE]
     assert [chosen(20, tokens) for tokens in (1, 64)] == [dense.DENSE, dense.DENSE]
 
 
 @kinds
-@pytest.mark.parametrize("module", [hopper, prefill], ids=["hopper", "prefill"])
+@pytest.mark.parametrize("module", [hopper, prefill, stream], ids=["hopper", "prefill", "stream"])
 def test_adapters_read_the_input_as_it_came(
     make_packed: Any, monkeypatch: pytest.MonkeyPatch, module: Any, kind: str
 ) -> None:
