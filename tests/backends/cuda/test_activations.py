@@ -50,6 +50,7 @@ def test_adapters_read_the_input_as_it_came(
     monkeypatch.setattr(module, "_start", lambda step, x, *_: read.append((step, x)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=0))
     held = layer.prepare(replace(make_packed(256, 256, 20), activation=kind))
+    held.counters = SimpleNamespace(of_launch=lambda _stream: 0)  # type: ignore[assignment]
     x = torch.randn(3, 256).to(BF16)
     module.launch(SimpleNamespace(main="main", right="right", quantizer=None), x, held, None)
     (first, whole), (second, rounded) = read
