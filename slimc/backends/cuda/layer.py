@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,6 +42,21 @@ STACKED_ROWS = 256
 """A block of rows, of any kernel, must not read the ranks of two layers."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """One layer of a stack.
+
+    Attributes:
+        first_row: of its rows among those of the stack.
+        first_rank: of its ranks among those of the stack.
+        rank_units: units of 64 ranks that its rows read.
+    """
+
+    first_row: int
+    first_rank: int
+    rank_units: int
+
+
 @dataclass
 class FragmentLayer:
     """A layer in the order of the tensor cores, as `slimc.backends.cuda.fragments` puts it.
@@ -54,9 +69,9 @@ class FragmentLayer:
         right, left: codes of the factors, their rank padded to a multiple of 64.
         right_scale, left_scale: words of their groups of 64 columns.
         rank_range: int32 [row tiles, 2], the first rank that a tile of L reads, and how many units of 64.
+        members: the layers of a stack, or the one that this is.
         counters: for kernels that hand out work.
         plans: launches decided so far, by whatever a kernel distinguishes them.
-        sizes: rows and ranks, with their padding, of each layer of a stack; empty if it is one layer.
     """
 
     format: LinearFormat
@@ -68,15 +83,18 @@ class FragmentLayer:
     left: Tensor | None = None
     left_scale: Tensor | None = None
     rank_range: Tensor | None = None
+    members: tuple[Member, ...] = (Member(0, 0, 0),)
     counters: Counters | None = None
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def parts(self) -> list[tuple[slice, slice]]:
         """The rows and the ranks of each layer of a stack."""
-        rows, ranks = zip(*(self.sizes or ((self.format.rows, self.ranks),)), strict=True)
-        return list(zip(_slices(rows), _slices(ranks), strict=True))
+        ends = [*(member.first_row for member in self.members[1:]), self.format.rows]
+        return [
+            (slice(one.first_row, end), slice(one.first_rank, one.first_rank + FACTOR_GROUP * one.rank_units))
+            for one, end in zip(self.members, ends, strict=True)
+        ]
 
     @property
     def row_tiles(self) -> int:
@@ -127,6 +145,7 @@ def complete(layer: FragmentLayer) -> FragmentLayer:
     """Derive what follows from the tensors of a layer that is no stack: the ranks that it reads, and its counters."""
     if layer.right is not None:
         layer.rank_range = _rank_range(layer, 0)
+        layer.members = (Member(0, 0, layer.ranks // FACTOR_GROUP),)
         layer.counters = Counters(layer.codes.device)
     _settle(layer.codes.device)
     return layer
@@ -226,7 +245,6 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         codes=torch.cat([one.codes for one in layers]),
         metadata=None if first.metadata is None else torch.cat([_present(one.metadata) for one in layers]),
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
-        sizes=tuple((one.format.rows, one.ranks) for one in layers),
     )
     if first.right is None:
         _settle(first.codes.device)
@@ -238,13 +256,14 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     stacked.left = torch.cat([_fill_units(_present(one.left), units) for one in layers])
     stacked.left_scale = torch.cat([_fill_units(_present(one.left_scale), units) for one in layers])
     stacked.rank_range = torch.cat([_rank_range(one, start) for one, start in zip(layers, starts, strict=False)])
+    rows_before = accumulate((one.format.rows for one in layers), initial=0)
+    stacked.members = tuple(
+        Member(row, start, one.ranks // FACTOR_GROUP)
+        for one, row, start in zip(layers, rows_before, starts, strict=False)
+    )
     stacked.counters = Counters(first.codes.device)
     _settle(first.codes.device)
     return stacked
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
 def stack_shared(layers: Sequence[FragmentLayer]) -> tuple[FragmentLayer, list[FragmentLayer]]:

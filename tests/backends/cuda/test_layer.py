@@ -57,6 +57,10 @@ def test_a_part_of_a_stack_is_the_layer_in_the_same_memory(ranks: tuple[int, ...
     layers = [make(rows, rank) for rows, rank in zip((512, 256, 100), ranks, strict=True)]
     stacked, parts = stack_shared(layers)
     memory = stacked.codes.untyped_storage().data_ptr()
+    # Rows of L have room for as many ranks as the widest layer has, and each reads no more than its own.
+    for layer, one, (rows, own) in zip(layers, stack(parts).members, stack(parts).parts, strict=False):
+        assert FACTOR_GROUP * one.rank_units == layer.ranks == own.stop - own.start
+        assert rows.start == one.first_row
     for layer, part in zip(layers, parts, strict=True):
         assert part.codes.untyped_storage().data_ptr() == memory
         assert part.codes.is_contiguous()

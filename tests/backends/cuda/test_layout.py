@@ -8,6 +8,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from slimc.backends.cuda.layout import FRAGMENTS
 from slimc.runtime import calls
 from slimc.runtime.devices import copy_to
+from slimc.runtime.formats import ACTIVATIONS
 from slimc.runtime.modules import SlimLinear, use_kernels
 from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
@@ -323,6 +325,24 @@ def test_a_stack_of_a_stack_computes_what_its_layers_do(
         assert calls_made == [sum(rows)]
         for y, part in zip(joint.split(rows, dim=-1), parts, strict=False):
             check(y, x, part)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_a_stack_rounds_its_input_but_not_for_adapters(
+    make_packed: Make, cpu_kernels: Table, calls_made: list[int], rounded_product: Any, kind: str
+) -> None:
+    parts = [replace(part, activation=kind) for part in siblings(make_packed)]
+    model = attention(parts, cpu_kernels, bias=False)
+    x = torch.randn(3, 256).bfloat16()
+    layers = [model.q, model.k, model.v]
+    assert share(layers)
+    joint = calls.sibling_linears(x, [layer._handle for layer in layers], rows=868, columns=256)
+    assert calls_made == [868]
+    for layer, y, part in zip(layers, joint.split([512, 256, 100], dim=-1), parts, strict=True):
+        ideal, bound = rounded_product(part, x)
+        assert bool(((y.double() - ideal).abs() <= bound).all())
+        assert bool(((layer(x).double() - ideal).abs() <= bound).all())
+        assert layer.packed.format == part.format
 
 
 @pytest.mark.parametrize("stacked", [False, True])
