@@ -20,9 +20,11 @@ from torch import Tensor
 
 from slimc.backends.cuda import driver, shapes, stream
 from slimc.backends.cuda.cache import cached_cubin
+from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.layer import FragmentLayer, prepare, source, stack
 from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
+from slimc.errors import KernelError
 
 LAYER = Form(sparse=True, group=0, adapters=True, dtype=DTYPE)
 FACTOR = Form(sparse=False, group=64, adapters=False, dtype=DTYPE)
@@ -52,21 +54,22 @@ def right_candidates(ranks: int, tokens: int, processors: int) -> list[LaunchSha
     return [shape for shape in possible if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
 
 
-def compile_all(wanted: Iterable[tuple[LaunchShape, Form]]) -> None:
-    """Compile the kernels into the cache, many at a time."""
+def compiling(wanted: Iterable[LaunchShape], form: Form) -> list[LaunchShape]:
+    """Compile the kernels into the cache, many at a time; return the shapes that the assembler has registers for."""
 
-    def compile_one(shape: LaunchShape, form: Form) -> None:
-        cached_cubin(
-            source("stream.cu"),
-            name=stream.KERNEL_NAME,
-            arch="sm_90a",
-            defines=stream.defines_of(shape, form),
-            driver=driver.driver_version(),
-        )
+    def compiles(shape: LaunchShape) -> bool:
+        defines = stream.defines_of(shape, form)
+        name, version = stream.KERNEL_NAME, driver.driver_version()
+        try:
+            cached_cubin(source("stream.cu"), name=name, arch="sm_90a", defines=defines, driver=version)
+        except KernelError as error:
+            print(f"# {shape} is left out: {str(error)[-200:]}")
+            return False
+        return True
 
+    shapes_wanted = list(wanted)
     with ThreadPoolExecutor() as pool:
-        for job in [pool.submit(compile_one, *one) for one in set(wanted)]:
-            job.result()
+        return [shape for shape, able in zip(shapes_wanted, pool.map(compiles, shapes_wanted), strict=True) if able]
 
 
 def best_shapes(
@@ -76,14 +79,16 @@ def best_shapes(
     processors = torch.cuda.get_device_properties().multi_processor_count
     columns = layers[0].format.weight.columns
     x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda")
-    mains = candidates(rows, tokens, processors)
-    rights = right_candidates(layers[0].ranks, tokens, processors)
-    compile_all([*((shape, LAYER) for shape in mains), *((shape, FACTOR) for shape in rights)])
+    mains = compiling(candidates(rows, tokens, processors), LAYER)
+    rights = compiling(right_candidates(layers[0].ranks, tokens, processors), FACTOR)
 
     def time(main: LaunchShape, right: LaunchShape) -> float:
         def call(layer: FragmentLayer, plan: stream.Plan) -> Tensor:
             return stream.launch(plan, x, layer, None)
 
+        for layer in layers:
+            # Each captured launch takes counters for good; without any at hand the graph would have to make them.
+            layer.counters = Counters(layer.codes.device)
         return microseconds(
             [partial(call, layer, stream.make_plan(layer, DTYPE, tokens, main, right)) for layer in layers]
         )
