@@ -25,6 +25,7 @@ __all__ = [
     "Form",
     "LaunchShape",
     "Measured",
+    "measured",
     "of_layer",
     "of_right",
     "suiting",
@@ -40,6 +41,9 @@ RESERVED_BYTES = 2 << 10
 ALIGNMENT = 1024
 TOKEN_TILES = (8, 16, 32, 64, 128)
 CLUSTERS = (1, 2, 4, 8)
+FILLING = (0.85, 2.1, 1.2)
+"""Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
+
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
 
@@ -73,7 +77,7 @@ class LaunchShape:
         cluster: blocks that share the columns.
         blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
         step: columns of a slot of the ring, 128 or 256.
-        stages: slots of the ring; as many as fit beside the other blocks if 0.
+        stages: slots of the ring, at most; as many as fit beside the other blocks if 0.
     """
 
     tokens: int
@@ -113,16 +117,21 @@ class LaunchShape:
         return -(-(activations + weights + scales) // ALIGNMENT) * ALIGNMENT
 
     def stages_of(self, form: Form) -> int:
-        """Slots of the ring."""
+        """Slots of the ring: a multiple of the warpgroups that take turns at them.
+
+        So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
+        what has arrived, and the parity by which it waits does not tell one turn from the last but one.
+        """
         room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
-        return self.stages or max(room // self.slot_bytes(form), 0)
+        stages = self.stages or max(room // self.slot_bytes(form), 0)
+        return stages // self.column_groups * self.column_groups
 
     def fits(self, form: Form) -> bool:
         """Whether warpgroups can wait for a slot while they hold another, and the ring takes their sums at the end."""
         stages = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
-        return fits and stages > self.column_groups and stages * self.slot_bytes(form) >= sums
+        return fits and stages >= 2 * self.column_groups and stages * self.slot_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: the ring, sums that are sent to it, and results."""
@@ -208,8 +217,8 @@ def _choose(
     starts: Sequence[int],
     processors: int,
 ) -> LaunchShape:
-    measured = [one for one in _measured()[table] if one.shape.tokens == tile]
-    for one in sorted(measured, key=lambda one: _distance(one, rows, columns)):
+    of_this_tile = [one for one in measured()[table] if one.shape.tokens == tile]
+    for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
         if one.shape.fits(form) and all(start % one.shape.rows == 0 for start in starts):
@@ -218,7 +227,12 @@ def _choose(
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
     # Blocks of a second wave begin late; too few leave multiprocessors idle.
-    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows) / (1.25 * processors))))
+    fewest, most, wanted = (round(share * processors) for share in FILLING)
+    filling = [shape for shape in possible if fewest <= blocks_of(shape, rows) <= most]
+    if filling:
+        like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
+        return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows) - wanted))
+    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows) / wanted)))
 
 
 def _distance(one: Measured, rows: int, columns: int) -> float:
@@ -226,7 +240,8 @@ def _distance(one: Measured, rows: int, columns: int) -> float:
 
 
 @cache
-def _measured() -> dict[str, list[Measured]]:
+def measured() -> dict[str, list[Measured]]:
+    """Return the shapes that were measured, of ``layers`` and of ``factors`` (for the launch that computes t)."""
     text = (files("slimc.backends.cuda") / "stream_shapes.json").read_text("utf-8")
     return {
         table: [Measured(one["rows"], one["columns"], LaunchShape(**one["shape"])) for one in entries]
@@ -285,8 +300,8 @@ Left out are those for which the assembler finds too few registers and runs prod
 RIGHT_CANDIDATES = {
     8: _of(8, (1, 1, 2, 3, 256, 0), (1, 1, 4, 2, 128, 0), (1, 1, 3, 3, 128, 0)),
     16: _of(16, (1, 1, 2, 3, 256, 0), (1, 1, 3, 3, 128, 0), (1, 1, 2, 3, 128, 0)),
-    32: _of(32, (1, 1, 2, 2, 128, 4), (1, 1, 2, 2, 128, 3), (1, 2, 1, 2, 128, 3)),
-    64: _of(64, (1, 1, 2, 2, 128, 3), (1, 1, 2, 2, 128, 4), (1, 2, 1, 2, 128, 2), (1, 2, 1, 2, 128, 3)),
+    32: _of(32, (1, 2, 1, 2, 128, 3), (1, 1, 2, 2, 128, 4)),
+    64: _of(64, (1, 2, 1, 2, 128, 2), (1, 2, 1, 2, 128, 3), (1, 1, 2, 2, 128, 4)),
 }
 """The same for the launch that computes t."""
 

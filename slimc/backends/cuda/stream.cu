@@ -23,6 +23,9 @@
 //   CLUSTER        blocks that share the columns
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
+#if STAGES % COLUMN_GROUPS
+#error "a slot must always meet the same warpgroup: see LaunchShape.stages_of"
+#endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
 #define THREADS (CONSUMERS + 32)  // one more warp brings what they read

@@ -33,16 +33,35 @@ def test_blocks_of_a_shape_fit_on_a_multiprocessor(tile: int) -> None:
     possible = list(shapes.suiting(shapes.CANDIDATES, tile, LAYER, ()))
     assert possible
     for shape in possible:
-        assert shape.stages_of(LAYER) > shape.column_groups
+        assert shape.stages_of(LAYER) >= 2 * shape.column_groups
         blocks = 1 if shape.stages else shape.blocks
         assert blocks * (shape.shared_bytes(LAYER) + 1024) <= shapes.SHARED_BYTES
 
 
 def test_a_ring_too_small_for_its_warpgroups_does_not_fit() -> None:
-    shape = LaunchShape(8, 1, 1, 4, cluster=1, blocks=2, step=128, stages=5)
+    shape = LaunchShape(8, 1, 1, 4, cluster=1, blocks=2, step=128, stages=8)
     assert shape.fits(LAYER)
-    assert not replace(shape, stages=4).fits(LAYER)
+    assert not replace(shape, stages=7).fits(LAYER)
     assert not replace(shape, stages=100).fits(LAYER)
+
+
+@pytest.mark.parametrize("column_groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [128, 256])
+def test_a_slot_always_meets_the_same_warpgroup(column_groups: int, step: int) -> None:
+    for tokens in shapes.TOKEN_TILES:
+        for asked in range(12):
+            shape = LaunchShape(tokens, 1, 1, column_groups, cluster=1, blocks=2, step=step, stages=asked)
+            assert shape.stages_of(LAYER) % column_groups == 0
+            assert shape.stages_of(FACTOR) % column_groups == 0
+
+
+def test_measured_shapes_can_be_launched() -> None:
+    measured = shapes.measured()
+    assert measured["layers"]
+    assert all(one.shape.fits(LAYER) for one in measured["layers"])
+    assert all(one.shape.fits(FACTOR) for one in measured["factors"])
+    nearest = shapes.of_layer(4096, 4096, 1, LAYER, (), PROCESSORS)
+    assert nearest in [one.shape for one in measured["layers"] if (one.rows, one.columns) == (4096, 4096)]
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 40, 64, 128, 500])
