@@ -1,9 +1,4 @@
-// Hopper's own instructions: the copy engine, its barriers, clusters, and `wgmma` with its left operand in registers.
-//
-// Compiled with -D, besides those of common.cuh:
-//   TOKENS  columns of a product: 8, 16, 32, 64, 128
-
-#define SUMS (TOKENS / 2)  // of a thread, for 64 rows
+// Hopper's own instructions: the copy engine, its barriers, clusters, and what products of `wgmma` need around them.
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
@@ -12,6 +7,9 @@ __device__ __forceinline__ void barrier_init(u32 barrier, int count) {
 }
 __device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive_if(bool condition, u32 barrier) {
     asm volatile("{\n.reg .pred arrives;\nsetp.ne.u32 arrives, %0, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%1];\n}"
@@ -57,61 +55,20 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
-#define OUT4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define OUT8(i) OUT4(i), OUT4(i + 4)
-#define OUT16(i) OUT8(i), OUT8(i + 8)
-#define OUT32(i) OUT16(i), OUT16(i + 16)
-#define OUT64(i) OUT32(i), OUT32(i + 32)
-#define LIST4 "%0,%1,%2,%3"
-#define LIST8 LIST4 ",%4,%5,%6,%7"
-#define LIST16 LIST8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define LIST32 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define LIST64 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
-    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-
-#if TOKENS == 8
-#define OUT OUT4(0)
-#define WGMMA_OUT LIST4
-#define WGMMA_A "{%4,%5,%6,%7}, %8"
-#define WGMMA_SP ", %9, %10"
-#elif TOKENS == 16
-#define OUT OUT8(0)
-#define WGMMA_OUT LIST8
-#define WGMMA_A "{%8,%9,%10,%11}, %12"
-#define WGMMA_SP ", %13, %14"
-#elif TOKENS == 32
-#define OUT OUT16(0)
-#define WGMMA_OUT LIST16
-#define WGMMA_A "{%16,%17,%18,%19}, %20"
-#define WGMMA_SP ", %21, %22"
-#elif TOKENS == 64
-#define OUT OUT32(0)
-#define WGMMA_OUT LIST32
-#define WGMMA_A "{%32,%33,%34,%35}, %36"
-#define WGMMA_SP ", %37, %38"
-#else
-#define OUT OUT64(0)
-#define WGMMA_OUT LIST64
-#define WGMMA_A "{%64,%65,%66,%67}, %68"
-#define WGMMA_SP ", %69, %70"
-#endif
-#define TEXT2(x) #x
-#define TEXT(x) TEXT2(x)
-
-__device__ __forceinline__ void wgmma(float (&c)[SUMS], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A ", 1, 1, 1, 0;"
-                 : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+__device__ __forceinline__ uint4 load_shared_words(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
 }
 
-template <int SELECTOR>
-__device__ __forceinline__ void wgmma_sparse(float (&c)[SUMS], const u32 (&a)[4], u64 b, u32 metadata) {
-    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) "k32.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP
-                 ", 1, 1, 1, 0;"
-                 : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));
+__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
 }
 
-__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+__device__ __forceinline__ u32 load_shared_word(u32 address) {
     u32 v;
-    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
 }

@@ -179,39 +179,10 @@ struct Source {
 
 // --------------------------------------------------------------------------------------------------------- products
 
-__device__ __forceinline__ uint4 load_shared_words(u32 address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-    return v;
-}
-
-__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-    return v;
-}
-
-__device__ __forceinline__ u32 load_shared_word(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
 __device__ __forceinline__ float4 load_shared_sums(u32 address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
     return v;
-}
-
-__device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// Numbers of rows g (registers 0 and 2) and g + 8 (1 and 3), times their scales.
-__device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
-    const u32 low = __byte_perm(scales, 0, 0x1010), high = __byte_perm(scales, 0, 0x3232);
-    v[0] = multiply_pair(v[0], low);
-    v[1] = multiply_pair(v[1], high);
-    v[2] = multiply_pair(v[2], low);
-    v[3] = multiply_pair(v[3], high);
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
