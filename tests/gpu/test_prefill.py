@@ -50,7 +50,7 @@ def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor
     """Each result must be as near to the product with rounded activations as its roundings allow.
 
     Sums of int8 products are exact. Of float8 products the tensor cores keep about 13 bits below the largest of a sum;
-    codes, which are subnormal numbers there, may lie three bits lower. On an H100 that was up to 2^-7 of the magnitudes.
+    codes, which are subnormal numbers there, may lie three bits lower. An H100 lost up to 2^-7 of the magnitudes.
     """
     unit = torch.finfo(x.dtype).eps / 2
     weight, kept = packed.weight.decode().double(), rounded(x, activation)
