@@ -35,7 +35,11 @@ __all__ = [
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
 
-HEADERS = {"hopper.cu": ("hopper.cuh", "wgmma.cuh"), "stream.cu": ("hopper.cuh", "wgmma.cuh")}
+HEADERS = {
+    "hopper.cu": ("hopper.cuh", "wgmma.cuh"),
+    "prefill.cu": ("hopper.cuh",),
+    "stream.cu": ("hopper.cuh", "wgmma.cuh"),
+}
 """What the source of a kernel needs besides what all of them share."""
 
 STACKED_ROWS = 256

@@ -39,8 +39,6 @@
 #define SCALES_AT (METADATA_AT + (SPARSE ? TILES * 256 : 0))
 #define SLOT_BYTES ((SCALES_AT + (GROUP > 0 || ADAPTERS ? TILES * 32 * SCALE_GROUPS : 0) + 1023) / 1024 * 1024)
 
-struct alignas(64) TensorMap { u64 opaque[16]; };
-
 struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
     TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
@@ -75,15 +73,6 @@ struct Arguments {
 
 // ------------------------------------------------------------------------------------------------- instructions
 
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 // Arrive at the barrier of the same place in another block of the cluster: without a release at the cluster's scope, which
 // would be a fence for the whole device. What was read here is read; nothing was written.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int block) {
@@ -91,16 +80,8 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int block) {
                  "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(block) : "memory");
 }
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-                 ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token) : "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 
 __device__ __forceinline__ void load_box_everywhere(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
@@ -120,14 +101,6 @@ __device__ __forceinline__ void wait_until_set(const u32* p) {
                  "@unset bra again;\n}" ::"l"(p) : "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-__device__ __forceinline__ void wait_named(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ uint4 read_uint4(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
@@ -143,20 +116,6 @@ __device__ __forceinline__ u32 read_word(u32 address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
-
-__device__ __forceinline__ void store_transposed(u32 address, u32 low, u32 high) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
-}
-
-// Activations lie in rows of 128 bytes, swizzled over 8 of them: what the copy engine writes and wgmma reads.
-__device__ __forceinline__ u64 describe(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
 #define OUT4(t, i) t(c[i]), t(c[i + 1]), t(c[i + 2]), t(c[i + 3])
 #define OUT16(t, i) OUT4(t, i), OUT4(t, i + 4), OUT4(t, i + 8), OUT4(t, i + 12)

@@ -55,8 +55,12 @@ RESERVED_BYTES = 2 << 10
 
 ALIGNMENT = 1024
 MOST_STAGES = 8
-SHARING_COST = 12
+SHARING_COST = 16
+SHARING_COST_OF_LARGE_8_BIT_TILES = 40
 """Pieces that a block could multiply in the time that it takes to share tiles with others."""
+
+SMALLEST_IDLE_SHARE = 0.05
+"""Share of a launch's time that must be lost otherwise."""
 
 ADDING_COST = 2
 """Pieces that it could multiply in the time that it takes to add another's sums."""
@@ -120,20 +124,21 @@ class LaunchShape:
         """Shared memory for results on their way out."""
         return self.warpgroups * self.outputs * BOX_BYTES
 
-    def divide(self, tiles: int, pieces: int, processors: int) -> tuple[int, int]:
+    def divide(self, tiles: int, pieces: int, processors: int, cost: int) -> tuple[int, int]:
         """Return how many clusters to launch for tiles of so many pieces, and how many of the tiles they share.
 
-        What is left over after whole tiles is shared together with one more for each block: so a tile has few shares,
-        whose sums it costs time to add.
+        What is left over after whole tiles is shared together with one more for each cluster: so a tile has few shares,
+        whose sums it costs time to add. ``cost`` is that time, in pieces.
         """
-        blocks = processors * self.blocks // self.multicast
-        rest = tiles % blocks
-        if not self.share or (blocks - rest) % blocks * pieces <= SHARING_COST * blocks:
-            return min(tiles, blocks), 0
-        if tiles < blocks:
+        clusters = processors * self.blocks // self.multicast
+        rest = tiles % clusters
+        idle = -tiles % clusters
+        if not self.share or idle * pieces <= cost * clusters or idle <= SMALLEST_IDLE_SHARE * (tiles + idle):
+            return min(tiles, clusters), 0
+        if tiles < clusters:
             # More shares of a tile are done sooner and take longer to add: best at the root.
-            return min(blocks, tiles * max(1, math.isqrt(pieces // ADDING_COST))), tiles
-        return blocks, blocks + rest
+            return min(clusters, tiles * max(1, math.isqrt(pieces // ADDING_COST))), tiles
+        return clusters, clusters + rest
 
 
 @dataclass(frozen=True)
@@ -352,7 +357,7 @@ def make_plan(
             "left_map": (layer.left, 1),
             "left_scale_map": (layer.left_scale, 1),
         },
-        shape or LaunchShape(128, 4, 1),
+        shape or _shape(spec.rows, spec.columns, tokens, activation, processors),
         form,
         dtype,
         device_index,
@@ -369,7 +374,7 @@ def make_plan(
                 wait_first=1,
             ),
             {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
-            right_shape or LaunchShape(128, 2, 1),
+            right_shape or SMALL_TILES,
             Form(False, FACTOR_GROUP, False, None),
             dtype,
             device_index,
@@ -396,6 +401,24 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
         "MULTICAST": shape.multicast,
         "OUTPUTS": shape.outputs,
     }
+
+
+SMALL_TILES = LaunchShape(128, 2, 1)
+"""Of t, and where there are few tiles."""
+
+LARGE_LAYER = 8192
+"""Rows and columns from which on it pays that two blocks bring activations for each other."""
+
+
+def _shape(rows: int, columns: int, tokens: int, activation: Activation | None, processors: int) -> LaunchShape:
+    """Choose the shape of a layer's launch, as measured on an H100."""
+    tiles = -(-rows // 256) * -(-tokens // 128)
+    few = 2 * tiles <= processors and columns <= LARGE_LAYER if activation is None else 8 * tiles <= 5 * processors
+    if few:
+        return SMALL_TILES
+    if min(rows, columns) >= LARGE_LAYER:
+        return LaunchShape(128, 2, 2, outputs=128, multicast=2)
+    return LaunchShape(128, 4, 1) if activation is None else LaunchShape(128, 2, 2, outputs=128)
 
 
 def _plan_launch(
@@ -428,7 +451,9 @@ def _plan_launch(
     function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
-    clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors)
+    large = form.activation is not None and shape.rows > SMALL_TILES.rows
+    cost = SHARING_COST_OF_LARGE_8_BIT_TILES if large else SHARING_COST
+    clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors, cost)
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
     arguments.inverse = -(-(1 << 32) // pieces)
     grid = clusters * shape.multicast

@@ -139,7 +139,8 @@ PREFILL_FORMS = [
 ]
 PREFILL_SHAPES = [
     prefill.LaunchShape(128, 4, 1),
-    prefill.LaunchShape(128, 2, 2),
+    prefill.LaunchShape(128, 2, 2, outputs=128),
+    prefill.LaunchShape(128, 2, 2, outputs=128, multicast=2),
     prefill.LaunchShape(128, 2, 1),
     prefill.LaunchShape(64, 2, 1, 2),
 ]
