@@ -32,7 +32,8 @@ __all__ = [
     "device_arch",
     "driver_version",
     "encode_matrix_map",
-    "encode_tensor_map",
+    "encode_piece_map",
+    "encode_word_map",
     "load",
     "target_arch",
 ]
@@ -91,47 +92,39 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
-TENSOR_MAP_16_BIT = 1
-TENSOR_MAP_32_BIT = 2
-TENSOR_MAP_NO_SWIZZLE = 0
+TENSOR_MAP_KINDS = {1: 0, 2: 1, 4: 2}
+"""What the driver calls unsigned elements of so many bytes."""
+
 TENSOR_MAP_SWIZZLE_128_BYTES = 3
 TENSOR_MAP_PROMOTE_128_BYTES = 2
 TENSOR_MAP_PROMOTE_256_BYTES = 3
 
 
-def encode_tensor_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> None:
-    """Describe a matrix of 16-bit elements, row after row, for copies of boxes; outside of it the engine reads zeros.
+def encode_matrix_map(
+    into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int, element_bytes: int = 2
+) -> None:
+    """Describe a matrix of elements of any size, row after row, for copies of boxes.
+
+    Outside of it the engine reads zeros and writes nothing.
 
     Args:
         into: what is filled.
         address: of the matrix, a multiple of 16.
         rows: of the matrix.
-        columns: of the matrix, a multiple of 8.
+        columns: of the matrix; a row is a multiple of 16 bytes.
         box_rows: of a box, at most 256.
-        box_columns: of a box, 64: rows of 128 bytes, whose pieces of 16 bytes are swizzled over 8 rows.
+        box_columns: of a box, at most 256. Elements of 1 or 2 bytes make up rows of 128 bytes, whose pieces of 16 bytes
+            are swizzled over 8 rows; those of 4 bytes lie in order, in any multiple of 16 bytes.
+        element_bytes: 1, 2 or 4.
 
     Raises:
         KernelError: the driver refuses the map.
     """
-    status = _library().cuTensorMapEncodeTiled(
-        ctypes.byref(into),
-        TENSOR_MAP_16_BIT,
-        2,
-        address,
-        (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(2 * columns),
-        (ctypes.c_uint32 * 2)(box_columns, box_rows),
-        _ONES,
-        0,
-        TENSOR_MAP_SWIZZLE_128_BYTES,
-        TENSOR_MAP_PROMOTE_128_BYTES,
-        0,
-    )
-    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
+    _encode_map(into, address, element_bytes, (columns, rows), (element_bytes * columns,), (box_columns, box_rows))
 
 
 def encode_piece_map(into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_pieces: int) -> None:
-    """Describe a matrix as `encode_tensor_map` does, for boxes of several pieces of 64 columns, one after another.
+    """Describe a matrix of 16-bit elements for boxes of several pieces of 64 columns, one after another.
 
     Args:
         into: what is filled.
@@ -139,26 +132,12 @@ def encode_piece_map(into: TensorMap, address: int, rows: int, columns: int, box
         rows: of the matrix.
         columns: of the matrix, a multiple of 64.
         box_rows: of a box, at most 256.
-        box_pieces: of 64 columns in a box; each lies as a box of `encode_tensor_map` would.
+        box_pieces: of 64 columns in a box; each lies as a box of `encode_matrix_map` would.
 
     Raises:
         KernelError: the driver refuses the map.
     """
-    status = _library().cuTensorMapEncodeTiled(
-        ctypes.byref(into),
-        TENSOR_MAP_16_BIT,
-        3,
-        address,
-        (ctypes.c_uint64 * 3)(64, rows, columns // 64),
-        (ctypes.c_uint64 * 2)(2 * columns, 128),
-        (ctypes.c_uint32 * 3)(64, box_rows, box_pieces),
-        _ONES,
-        0,
-        TENSOR_MAP_SWIZZLE_128_BYTES,
-        TENSOR_MAP_PROMOTE_128_BYTES,
-        0,
-    )
-    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_pieces} pieces")
+    _encode_map(into, address, 2, (64, rows, columns // 64), (2 * columns, 128), (64, box_rows, box_pieces))
 
 
 def encode_word_map(into: TensorMap, tensor: Tensor, box: tuple[int, int, int]) -> None:
@@ -173,21 +152,34 @@ def encode_word_map(into: TensorMap, tensor: Tensor, box: tuple[int, int, int]) 
         KernelError: the driver refuses the map.
     """
     a, b, c = tensor.shape
+    _encode_map(into, tensor.data_ptr(), 4, (c, b, a), (4 * c, 4 * b * c), tuple(reversed(box)))
+
+
+def _encode_map(
+    into: TensorMap,
+    address: int,
+    element_bytes: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+) -> None:
+    """Fill a map; axes from the innermost on, strides in bytes from the second axis on. Words are not swizzled."""
+    axes, kind = len(sizes), TENSOR_MAP_KINDS[element_bytes]
     status = _library().cuTensorMapEncodeTiled(
         ctypes.byref(into),
-        TENSOR_MAP_32_BIT,
-        3,
-        tensor.data_ptr(),
-        (ctypes.c_uint64 * 3)(c, b, a),
-        (ctypes.c_uint64 * 2)(4 * c, 4 * b * c),
-        (ctypes.c_uint32 * 3)(*reversed(box)),
+        kind,
+        axes,
+        address,
+        (ctypes.c_uint64 * axes)(*sizes),
+        (ctypes.c_uint64 * (axes - 1))(*strides),
+        (ctypes.c_uint32 * axes)(*box),
         _ONES,
         0,
-        TENSOR_MAP_NO_SWIZZLE,
-        TENSOR_MAP_PROMOTE_256_BYTES,
+        0 if element_bytes == 4 else TENSOR_MAP_SWIZZLE_128_BYTES,
+        TENSOR_MAP_PROMOTE_256_BYTES if element_bytes == 4 else TENSOR_MAP_PROMOTE_128_BYTES,
         0,
     )
-    _check(status, f"describing words [{a}, {b}, {c}] for boxes of {list(box)}")
+    _check(status, f"describing a tensor of {list(sizes)} elements of {element_bytes} bytes for boxes of {list(box)}")
 
 
 _ONES = (ctypes.c_uint32 * 3)(1, 1, 1)
@@ -427,43 +419,6 @@ class Launcher:
             f"{shared} of at most {function.shared_bytes} bytes of dynamic shared memory, {function.registers} "
             f"registers, cluster {cluster}{flags})"
         )
-
-
-def encode_matrix_map(
-    into: TensorMap, address: int, rows: int, columns: int, box_rows: int, box_columns: int, element_bytes: int
-) -> None:
-    """Describe a matrix of elements of any size, row after row, for copies of boxes.
-
-    Outside of it the engine reads zeros and writes nothing.
-
-    Args:
-        into: what is filled.
-        address: of the matrix, a multiple of 16.
-        rows: of the matrix.
-        columns: of the matrix; a row is a multiple of 16 bytes.
-        box_rows: of a box, at most 256.
-        box_columns: of a box, at most 256. Elements of 1 or 2 bytes make up rows of 128 bytes, whose pieces of 16 bytes
-            are swizzled over 8 rows; those of 4 bytes lie in order, in any multiple of 16 bytes.
-        element_bytes: 1, 2 or 4.
-
-    Raises:
-        KernelError: the driver refuses the map.
-    """
-    status = _library().cuTensorMapEncodeTiled(
-        ctypes.byref(into),
-        {1: 0, 2: TENSOR_MAP_16_BIT, 4: 2}[element_bytes],
-        2,
-        address,
-        (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(element_bytes * columns),
-        (ctypes.c_uint32 * 2)(box_columns, box_rows),
-        _ONES,
-        0,
-        TENSOR_MAP_SWIZZLE_128_BYTES if element_bytes < 4 else 0,
-        TENSOR_MAP_PROMOTE_128_BYTES,
-        0,
-    )
-    _check(status, f"describing a matrix of {rows} x {columns} for boxes of {box_rows} x {box_columns}")
 
 
 _modules: dict[tuple[Any, ...], Module] = {}

@@ -161,9 +161,9 @@ def _start(
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
     box = step.shape.tokens // step.shape.multicast
-    driver.encode_tensor_map(arguments.x_map, x.data_ptr(), arguments.tokens, columns, box, BOX_COLUMNS)
+    driver.encode_matrix_map(arguments.x_map, x.data_ptr(), arguments.tokens, columns, box, BOX_COLUMNS)
     if t is not None:
-        driver.encode_tensor_map(arguments.t_map, t.data_ptr(), arguments.tokens, t.shape[1], box, BOX_COLUMNS)
+        driver.encode_matrix_map(arguments.t_map, t.data_ptr(), arguments.tokens, t.shape[1], box, BOX_COLUMNS)
     arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
     step.launcher(
         arguments,

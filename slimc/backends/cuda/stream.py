@@ -116,7 +116,7 @@ def _start(
         boxes = shape.step // BOX_COLUMNS
         driver.encode_piece_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, boxes)
     else:
-        driver.encode_tensor_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
+        driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
     if t is not None:
         driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.tokens, shape.left_units)
     arguments.y, arguments.bias, arguments.flags = y.data_ptr(), pointer(bias), flags
