@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends import KERNELS
+from slimc.bench import no_gpu
 from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
@@ -131,6 +132,8 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,128,2048")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if reason := no_gpu():
+        parser.exit(2, f"error: {reason}\n")
     tokens = [int(count) for count in options.tokens.split(",")]
     print(f"{torch.cuda.get_device_name()}, {options.rows} x {options.columns}")
     print(f"{'form':28} {'tokens':>6} {'kernel':16} {'us':>8} {'dense':>8} {'ratio':>6} {'stored':>9} {'held':>9}")

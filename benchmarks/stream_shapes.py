@@ -23,6 +23,7 @@ from slimc.backends.cuda.cache import cached_cubin
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.layer import FragmentLayer, prepare, source, stack
 from slimc.backends.cuda.shapes import Form, LaunchShape
+from slimc.bench import check_words, no_gpu
 from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
 from slimc.errors import KernelError
 
@@ -105,8 +106,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--tokens", default="1,16,32,64,128", help="one for each size of block that is wanted")
-    parser.add_argument("--json", type=Path, default=Path(shapes.__file__).with_name("stream_shapes.json"))
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path(shapes.__file__).with_name("stream_shapes.json"),
+        help="the file to replace, whole; by default the one that slimc chooses launch shapes by",
+    )
     options = parser.parse_args()
+    check_words(parser, "--models", options.models.split(","), LAYERS)
+    if reason := no_gpu():
+        parser.exit(2, f"error: {reason}\n")
     layers_found: list[dict[str, object]] = []
     factors_found: list[dict[str, object]] = []
     for model in options.models.split(","):

@@ -179,7 +179,7 @@ def _accepts_exact(spec: LinearFormat, dtype: torch.dtype, device: torch.device,
 def _refuses_exact_tokens(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     if tokens < FEWEST_INT8MM_TOKENS or _accepts_exact(spec, dtype, device, tokens) is not None:
         return None
-    return f"for {FEWEST_INT8MM_TOKENS} tokens and more products of int8 codes are faster"
+    return f"for more than {FEWEST_INT8MM_TOKENS // 2} tokens products of int8 codes are faster"
 
 
 def _refuses_release(*functions: Any) -> str | None:

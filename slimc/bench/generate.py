@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from slimc.backends import KERNELS
 from slimc.backends.dynamo import slim
 from slimc.backends.hf_library import transformers
+from slimc.bench import check_words, no_gpu
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
@@ -354,14 +355,20 @@ def run(
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--variants", default=";".join(VARIANTS), help=f"separated by semicolons, of {'; '.join(VARIANTS)}"
+    )
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer layers than the models have, to try things out")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
+    check_words(parser, "--models", options.models.split(","), MODELS)
+    check_words(parser, "--variants", options.variants.split(";"), VARIANTS)
+    if reason := no_gpu():
+        parser.exit(2, f"error: {reason}\n")
     run(
         options.models.split(","),
         options.variants.split(";"),

@@ -37,6 +37,7 @@ from torch import Tensor
 from slimc.backends import KERNELS, cusparselt
 from slimc.backends.cuda.layer import prepare as fragments
 from slimc.backends.cuda.layer import stack
+from slimc.bench import check_words, no_gpu
 from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, KernelTable, choose
@@ -469,12 +470,16 @@ def run(
     return found
 
 
+def _counts(text: str) -> list[int]:
+    return [int(count) for count in text.split(",")]
+
+
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
-    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,1024,2048")
+    parser.add_argument("--tokens", type=_counts, default="1,2,4,8,16,32,64,128,256,1024,2048")
     parser.add_argument(
         "--peers", default=",".join(QUICK_PEERS), help=f"other people's kernels, of {', '.join(PEERS)}; empty for none"
     )
@@ -484,6 +489,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
     options = parser.parse_args()
+    check_words(parser, "--models", options.models.split(","), LAYERS)
+    check_words(parser, "--peers", filter(None, options.peers.split(",")), PEERS)
+    check_words(parser, "--activations", filter(None, options.activations.split(",")), ACTIVATIONS)
+    if reason := no_gpu():
+        parser.exit(2, f"error: {reason}\n")
 
     def save(found: Row) -> None:
         if options.json:
@@ -491,7 +501,7 @@ def main() -> None:
 
     found = run(
         options.models.split(","),
-        [int(count) for count in options.tokens.split(",")],
+        options.tokens,
         layers=[name for name in options.layers.split(",") if name],
         peers=[name for name in options.peers.split(",") if name],
         tuned=options.tuned,

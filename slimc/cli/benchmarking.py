@@ -22,7 +22,10 @@ class Benchmark(StrEnum):
 
 
 def bench(
-    which: Annotated[Benchmark | None, typer.Argument(help="One of the two; both without.", show_default=False)] = None,
+    which: Annotated[
+        Benchmark | None,
+        typer.Argument(metavar="linear|generate", help="One of the two; both without.", show_default=False),
+    ] = None,
     models: Annotated[
         str | None,
         typer.Option(help="llama-2-7b, llama-3-8b; linear also llama-2-13b, llama-2-70b.", show_default=False),
@@ -55,7 +58,7 @@ def bench(
     names = _words(models)
     counts, sizes = _numbers(tokens, "--tokens"), _numbers(batches, "--batches")
 
-    from slimc.bench import generate, linear
+    from slimc.bench import generate, linear, no_gpu
 
     wanted = tuple(Benchmark) if which is None else (which,)
     known: dict[Benchmark, Collection[str]] = {Benchmark.LINEAR: linear.LAYERS, Benchmark.GENERATE: generate.MODELS}
@@ -66,24 +69,15 @@ def bench(
                 raise InputError(
                     f"{benchmark} has no model {name!r}{closest(name, known[benchmark])}; it has {choices}"
                 )
-    _require_gpu()
+    if reason := no_gpu():
+        raise InputError(reason)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     if Benchmark.LINEAR in wanted:
-        _write(output, "linear.json", linear.run(names or linear.SHOWN, counts))
+        linear.run(names or linear.SHOWN, counts, save=lambda found: _write(output, "linear.json", found))
     if Benchmark.GENERATE in wanted:
         generate.run(
             names or tuple(generate.MODELS), batches=sizes, save=lambda found: _write(output, "generate.json", found)
-        )
-
-
-def _require_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"slimc bench measures CUDA kernels, and PyTorch {torch.__version__} finds no CUDA GPU here; run it where "
-            "there is one (nvidia-smi shows it, and torch.cuda.is_available() is true)"
         )
 
 

@@ -39,7 +39,9 @@ class DType(StrEnum):
 
 
 def compress(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a .gguf file.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a .gguf file.", show_default=False)
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
     ],

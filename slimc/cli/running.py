@@ -21,7 +21,7 @@ _ANY_MODEL = "A folder that slimc wrote, a Hugging Face folder or id, or a .gguf
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help=_ANY_MODEL, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_ANY_MODEL, show_default=False)],
     text: Annotated[Path, typer.Option(metavar="FILE", help="The text to predict, UTF-8.", show_default=False)],
     windows: Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window.")] = 1024,
@@ -75,7 +75,7 @@ def _check_context(model: nn.Module, length: int) -> None:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help=_ANY_MODEL, show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_ANY_MODEL, show_default=False)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add, at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,

@@ -12,7 +12,9 @@ from slimc.cli.terminal import say, show
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A preset or a recipe file.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A preset or a recipe file.", show_default=False)
+    ] = None,
 ) -> None:
     """List the recipes that come with slimc, or print one as YAML.
 

@@ -13,7 +13,7 @@ from slimc.errors import InputError
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="A folder that slimc wrote.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A folder that slimc wrote.", show_default=False)],
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Time what is known already, too.")] = False,
 ) -> None:
@@ -36,5 +36,5 @@ def tune(
         raise InputError(f"{model} is no folder that slimc wrote; compress the model first, with 'slimc compress'")
     opened, _ = open_model(model, device=device)
     if not any(tensor.is_cuda for tensor in opened.state_dict().values()):
-        note("Kernels are timed on CUDA GPUs only; on this device the layers choose as follows.")
+        note("Nothing was timed: kernels are timed on CUDA GPUs only. On this device the layers choose as follows:")
     say(str(api.tune(opened, again=again)))

@@ -140,7 +140,10 @@ class Choice:
             tokens = f"{self.first_tokens} token{'s' if self.first_tokens > 1 else ''}"
         else:
             tokens = f"{self.first_tokens} to {self.last_tokens} tokens"
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals.items())
+        alike: dict[str, list[str]] = {}
+        for name, reason in self.refusals.items():
+            alike.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
         return f"{tokens}: {self.kernel.name if self.kernel else 'slim::linear'}{f' ({reasons})' if reasons else ''}"
 
 

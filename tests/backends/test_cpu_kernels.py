@@ -190,7 +190,7 @@ def test_the_table_takes_exact_products_where_they_are_faster() -> None:
     form = replace(linear(16, 64, 4, rank=5), activation="int8").format
     few, many, *_, most = choices(KERNELS, form, BF16, CPU)
     assert (few.kernel, few.last_tokens, many.kernel, many.last_tokens) == (INT4PACK, 8, INT8MM, INT8MM_TOKENS)
-    assert many.refusals == {"int4pack": "for 16 tokens and more products of int8 codes are faster"}
+    assert many.refusals == {"int4pack": "for more than 8 tokens products of int8 codes are faster"}
     assert most.kernel is DECODE
     assert most.refusals["int8mm"] == "for more than 256 tokens decoding the weight is faster"
     assert choices(KERNELS, form, torch.float32, CPU)[0].kernel is INT8MM

@@ -289,7 +289,7 @@ def composed(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
         if device.type != device_type:
-            return f"runs on {device_type}, not on {device.type}"
+            return f"needs a CUDA GPU, not {device.type}"
         plan = plan_of(spec)
         if isinstance(plan, str):
             return plan
@@ -313,7 +313,7 @@ def decoded(device_type: str = "cuda") -> Kernel:
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
         if device.type != device_type:
-            return f"runs on {device_type}, not on {device.type}"
+            return f"needs a CUDA GPU, not {device.type}"
         if dtype != spec.weight.dtype:
             return "would decode for inputs of the weight's dtype only"
         if spec != replace(_known(spec), activation=None):

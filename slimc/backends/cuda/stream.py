@@ -220,7 +220,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if tokens > MAX_TOKENS:
+    if device.type == "cuda" and tokens > MAX_TOKENS:
         return f"is for {MAX_TOKENS} tokens at most"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
