@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -101,6 +102,33 @@ def best_shapes(
     return times[best], *best
 
 
+class Found:
+    """Shapes by table, layer and tokens of a block: those that a file has, and what is measured."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, dict[tuple[object, ...], dict[str, object]]] = {"layers": {}, "factors": {}}
+        if path.exists():
+            for table, entries in json.loads(path.read_text())["measured"].items():
+                for entry in entries:
+                    self.add(table, entry)
+
+    def add(self, table: str, entry: dict[str, object]) -> None:
+        """Take a shape, in place of one of the same layer and tokens."""
+        shape = cast("dict[str, int]", entry["shape"])
+        self._entries[table][entry["rows"], entry["columns"], shape["tokens"]] = entry
+
+    def write(self) -> None:
+        """Write the file, an entry a line."""
+        tables = []
+        for table, entries in self._entries.items():
+            lines = ",\n".join(f"   {json.dumps(entry)}" for entry in entries.values())
+            tables.append(f'  "{table}": [\n{lines}\n  ]')
+        body = ",\n".join(tables)
+        card = torch.cuda.get_device_name()
+        self._path.write_text(f'{{\n "card": "{card}",\n "measured": {{\n{body}\n }}\n}}\n')
+
+
 def main() -> None:
     """Measure what the command line asks for, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,14 +138,14 @@ def main() -> None:
         "--json",
         type=Path,
         default=Path(shapes.__file__).with_name("stream_shapes.json"),
-        help="the file to replace, whole; by default the one that slimc chooses launch shapes by",
+        help="the file that takes the shapes, in place of those of the same layers and tokens; by default the one that "
+        "slimc chooses launch shapes by",
     )
     options = parser.parse_args()
     check_words(parser, "--models", options.models.split(","), LAYERS)
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
-    layers_found: list[dict[str, object]] = []
-    factors_found: list[dict[str, object]] = []
+    found = Found(options.json)
     for model in options.models.split(","):
         for name, rows, columns in LAYERS[model]:
             if name not in SERVED:
@@ -127,10 +155,10 @@ def main() -> None:
             for tokens in map(int, options.tokens.split(",")):
                 taken, main_shape, right_shape = best_shapes(layers, rows, tokens)
                 print(f"{model} {name} {tokens} tokens: {taken:.1f} us, {main_shape}, {right_shape}", flush=True)
-                layers_found.append(shapes.as_entry(sum(rows), columns, main_shape))
-                factors_found.append(shapes.as_entry(first.ranks, columns, right_shape))
+                found.add("layers", shapes.as_entry(sum(rows), columns, main_shape))
+                found.add("factors", shapes.as_entry(first.ranks, columns, right_shape))
             # An interrupted run has measured something too.
-            _write(options.json, layers_found, factors_found)
+            found.write()
             del first, layers
             torch.cuda.empty_cache()
 
@@ -138,16 +166,6 @@ def main() -> None:
 def _make(rows: tuple[int, ...], columns: int, copy: int) -> FragmentLayer:
     parts = [prepare(random_layer(part, columns, 100 * copy + seed)) for seed, part in enumerate(rows)]
     return stack(parts) if len(parts) > 1 else parts[0]
-
-
-def _write(to: Path, layers: list[dict[str, object]], factors: list[dict[str, object]]) -> None:
-    entries = {"layers": layers, "factors": factors}
-    lines = {
-        table: "[\n" + ",\n".join(f"   {json.dumps(entry)}" for entry in found) + "\n  ]"
-        for table, found in entries.items()
-    }
-    body = ",\n".join(f'  "{table}": {text}' for table, text in lines.items())
-    to.write_text(f'{{\n "card": "{torch.cuda.get_device_name()}",\n "measured": {{\n{body}\n }}\n}}\n')
 
 
 if __name__ == "__main__":

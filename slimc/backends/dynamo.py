@@ -113,6 +113,10 @@ def _handle(node: fx.Node) -> fx.Node:
     return handle
 
 
+MOST_SIBLINGS = 8
+"""Layers that are computed as one; of more that read one input, as many at a time."""
+
+
 def _siblings(layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """Return the layers that read one input, two or more of them, and may be computed where the first of them is."""
     readers: dict[Any, list[fx.Node]] = {}
@@ -123,7 +127,8 @@ def _siblings(layers: Sequence[fx.Node]) -> list[list[fx.Node]]:
         families = [[nodes[0]]]
         for node in nodes[1:]:
             # The input may have been written to since: Dynamo's graph is as the program was.
-            if any(_may_write(between) for between in _between(families[-1][-1], node)):
+            full = len(families[-1]) == MOST_SIBLINGS
+            if full or any(_may_write(between) for between in _between(families[-1][-1], node)):
                 families.append([])
             families[-1].append(node)
         found.extend(family for family in families if len(family) > 1)
@@ -187,7 +192,8 @@ def _merge(graph: fx.Graph, siblings: Sequence[fx.Node]) -> None:
                 # What follows was traced with a result of its own; Inductor makes no copy where it need not.
                 part = graph.call_method("contiguous", (part,))
             else:
-                part = graph.call_function(torch.add, (part, bias))
+                # A bias of another dtype must not change that of the result.
+                part = graph.call_function(torch.add, (part, graph.call_method("type_as", (bias, part))))
             node.replace_all_uses_with(part)
             start += count
     for node in siblings:

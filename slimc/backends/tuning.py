@@ -29,6 +29,7 @@ from slimc.backends.private_folder import PrivateFolder
 from slimc.errors import InputError, KernelError
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.modules import SlimLinear
+from slimc.runtime.prepared import usable_bias
 from slimc.runtime.select import LARGEST_TIMED, Kernel, KernelTable, token_bucket
 
 __all__ = ["TIMINGS", "TOKENS", "KernelTimings", "microseconds", "tune"]
@@ -181,7 +182,8 @@ def _time(kernel: Kernel, layer: SlimLinear, x: Tensor, states: dict[Callable[..
         if kernel.prepare not in states:
             states[kernel.prepare] = layer.derive(kernel)
         state = states[kernel.prepare]
-        return microseconds(lambda: kernel.run(x, state, layer.bias), x.device)
+        bias = None if layer.bias is None else usable_bias(layer.bias, x, layer.out_features)
+        return microseconds(lambda: kernel.run(x, state, bias), x.device)
     except (KernelError, RuntimeError) as error:
         # Not least there may be too little memory for it.
         log.info("%s failed at %d tokens of %s: %s", kernel.name, len(x), layer.format.describe(), error)

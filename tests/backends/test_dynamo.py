@@ -129,6 +129,26 @@ def test_layers_of_one_input_become_one_call(graphs: list[fx.Graph], x: Tensor) 
     assert count(graphs[0], calls.prepared_linear) == 1
 
 
+def test_of_many_layers_of_one_input_some_at_a_time_become_one_call(graphs: list[fx.Graph], x: Tensor) -> None:
+    layers = nn.ModuleList(make_layer(32, seed=seed) for seed in range(dynamo.MOST_SIBLINGS + 3))
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+
+    assert torch.equal(torch.compile(run, backend=slim, fullgraph=True)(x), run(x))
+    assert count(graphs[0], calls.sibling_linears) == 2
+    assert count(graphs[0], calls.prepared_linear) == 0
+
+
+def test_a_bias_of_another_dtype_leaves_the_dtype_of_the_result(graphs: list[fx.Graph], x: Tensor) -> None:
+    model = Attention()
+    model.k.bias = nn.Parameter(model.k.bias.float(), requires_grad=False)
+    y = torch.compile(model, backend=slim, fullgraph=True)(x)
+    assert count(graphs[0], calls.sibling_linears) == 1
+    assert y.dtype == x.dtype
+    assert torch.equal(y, model(x))
+
+
 def test_parts_look_like_results_of_their_own(graphs: list[fx.Graph], x: Tensor) -> None:
     def strides(model: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
         return model.q(x).view(-1), model.k(x).view(-1)

@@ -8,12 +8,16 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from slimc.runtime.prepared import derive
+
 __all__ = ["Counters"]
 
-COUNTER_SLOTS = 64
 COUNTERS = 4
 TURNS = 16
-"""Launches of a stream until counters are used again; no more of them are resident at once."""
+"""Launches of a stream until counters are used again."""
+
+FEWEST_SLOTS, MOST_SLOTS, SLOT_BYTES = 2 * TURNS, 1024, 64 << 10
+"""Launches that counters are made for at a time: as many as fit in some memory, within bounds."""
 
 
 class Counters:
@@ -44,17 +48,20 @@ class Counters:
             _captured.append(taken)
             return taken.data_ptr()
         turns = self._by_stream.get(stream)
+        if len(self._free) < FEWEST_SLOTS // 2:
+            # Graphs that are captured next take some for good.
+            self._refill()
         if turns is None:
-            while len(self._free) < COUNTER_SLOTS // 2 + TURNS:
-                self._refill()
             turns = self._by_stream[stream] = cycle([self._free.pop() for _ in range(TURNS)])
         return next(turns).data_ptr()
 
     def _refill(self) -> None:
-        slots = torch.zeros(COUNTER_SLOTS, self._count, dtype=torch.int32, device=self._device)
-        # Another stream may use them next.
-        torch.cuda.current_stream(self._device).synchronize()
-        self._free.extend(slots.unbind())
+        slots = max(FEWEST_SLOTS, min(SLOT_BYTES // (4 * self._count), MOST_SLOTS))
+
+        def make() -> Tensor:
+            return torch.zeros(slots, self._count, dtype=torch.int32, device=self._device)
+
+        self._free.extend(derive(self._device, make).unbind())
 
 
 _captured: list[Tensor] = []

@@ -42,6 +42,9 @@ HEADERS = {
 }
 """What the source of a kernel needs besides what all of them share."""
 
+MOST_STACKED = 8
+"""Layers of a stack: a launch is told where each begins."""
+
 STACKED_ROWS = 256
 """A block of rows, of any kernel, must not read the ranks of two layers."""
 
@@ -233,6 +236,8 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     Raises:
         KernelError: the layers do not fit each other, or one does not end with a tile.
     """
+    if len(layers) > MOST_STACKED:
+        raise KernelError(f"at most {MOST_STACKED} layers can be stacked, not {len(layers)}")
     first = layers[0]
     weights = [one.format.weight for one in layers]
     forms = {(weight.columns, weight.group, weight.sparsity, weight.dtype) for weight in weights}

@@ -360,7 +360,7 @@ def make_plan(
         shape or _shape(spec.rows, spec.columns, tokens, activation, processors),
         form,
         dtype,
-        device_index,
+        layer,
         processors,
     )
     right = None
@@ -377,7 +377,7 @@ def make_plan(
             right_shape or SMALL_TILES,
             Form(False, FACTOR_GROUP, False, None),
             dtype,
-            device_index,
+            layer,
             processors,
         )
     quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index)
@@ -427,10 +427,11 @@ def _plan_launch(
     shape: LaunchShape,
     form: Form,
     dtype: torch.dtype,
-    device_index: int,
+    layer: FragmentLayer,
     processors: int,
 ) -> _Launch:
     """Complete ``arguments`` with maps of tensors, words [row tiles, units, ...], and the units of their boxes."""
+    device_index = layer.codes.get_device()
     for name, (tensor, units) in tensors.items():
         if tensor is not None:
             words = tensor[0, 0].numel()
@@ -457,8 +458,17 @@ def _plan_launch(
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
     arguments.inverse = -(-(1 << 32) // pieces)
     grid = clusters * shape.multicast
-    ready = Counters(torch.device("cuda", device_index), shape.warpgroups * grid) if arguments.shared_tiles else None
+    ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
     return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
+
+
+def _ready(layer: FragmentLayer, count: int) -> Counters:
+    """Return the flags of launches that share tiles: one set for a layer, whatever the number of tokens."""
+    key = (KERNEL_NAME, "ready", count)
+    if key not in layer.plans:
+        layer.plans[key] = Counters(layer.codes.device, count)
+    found: Counters = layer.plans[key]
+    return found
 
 
 def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:

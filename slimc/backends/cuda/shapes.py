@@ -123,7 +123,8 @@ class LaunchShape:
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
         room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
-        stages = self.stages or max(room // self.slot_bytes(form), 0)
+        fitting = max(room // self.slot_bytes(form), 0)
+        stages = min(self.stages or fitting, fitting)
         return stages // self.column_groups * self.column_groups
 
     def fits(self, form: Form) -> bool:

@@ -66,7 +66,7 @@ struct Arguments {
     u16* y;                    // [tokens, rows]
     const u16* scale;          // [1] or [rows], unless GROUP
     const u16* bias;           // [rows] or null
-    u32* flags;                // x may be read, blocks that know; both zero between launches. Null without adapters
+    u32* flags;                // the mark of launches whose x may be read, and blocks that know; null without adapters
     int tokens;
     int rows;
     int whole;                 // 1: columns are a multiple of 64
@@ -74,6 +74,7 @@ struct Arguments {
     int steps;                 // slots of W
     int token_tiles;           // tokens / TOKENS, rounded up
     u32 zero;                  // 0, which the compiler does not know
+    u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
     int members;               // of the stack
     int first_row[MEMBERS];    // of each member of the stack
     int first_rank[MEMBERS];   // that its L reads
@@ -153,10 +154,10 @@ struct Source {
         };
         while (next < min(end, begin + STAGES)) bring_next();
 #if ADAPTERS
-        while (load_acquire(a.flags) == 0) {}
+        while (load_acquire(a.flags) != a.mark) {}
 #else
         wait_for_previous_launch();
-        if (a.flags && blockIdx.x == 0) store_release(a.flags, 1);
+        if (a.flags && blockIdx.x == 0) store_release(a.flags, a.mark);
 #endif
         asm volatile("fence.proxy.async.global;" ::: "memory");
         const int middle = max(begin, min(end, a.steps));

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from slimc.backends.cuda import driver, shapes
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.backends.cuda.layer import (
+    FACTOR_GROUP,
+    MOST_STACKED,
+    FragmentLayer,
+    pointer,
+    prepare,
+    refuses,
+    source,
+    stack_shared,
+)
 from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.errors import KernelError
 from slimc.runtime.activations import round_inputs
@@ -32,8 +42,8 @@ FASTEST_TOKENS = 64
 
 
 BOX_COLUMNS = 64
-MEMBERS = 8
-"""Layers of a stack, at most."""
+_MARKS = cycle(range(1 << 16, 1 << 31))
+"""Numbers of launches: larger than any count that other kernels keep in the same place."""
 
 
 class _Arguments(ctypes.Structure):
@@ -45,10 +55,10 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags")),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "whole", "row_scale", "steps", "token_tiles", "zero", "members",
+            "tokens", "rows", "whole", "row_scale", "steps", "token_tiles", "zero", "mark", "members",
         )),
-        *((name, ctypes.c_int * MEMBERS) for name in ("first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 8),  # a structure with tensor maps is a multiple of 64 bytes
+        *((name, ctypes.c_int * MOST_STACKED) for name in ("first_row", "first_rank", "rank_units")),
+        ("padding", ctypes.c_int * 7),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -93,7 +103,7 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
         _start(plan.main, rounded, columns, None, y, bias, None, stream)
         return y
     t = x.new_empty(x.numel() // columns, layer.ranks)
-    flags = layer.counters.of_launch(stream)
+    flags = layer.counters.of_launch(stream), next(_MARKS)
     _start(plan.right, x, columns, None, t, None, flags, stream)
     _start(plan.main, rounded, columns, t, y, bias, flags, stream)
     return y
@@ -106,7 +116,7 @@ def _start(
     t: Tensor | None,
     y: Tensor,
     bias: Tensor | None,
-    flags: int | None,
+    flags: tuple[int, int] | None,
     stream: int,
 ) -> None:
     # Another thread may launch the same plan.
@@ -119,7 +129,9 @@ def _start(
         driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
     if t is not None:
         driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.tokens, shape.left_units)
-    arguments.y, arguments.bias, arguments.flags = y.data_ptr(), pointer(bias), flags
+    arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
+    if flags is not None:
+        arguments.flags, arguments.mark = flags
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, prepare, stack, stack_shared
+from slimc.backends.cuda.layer import FACTOR_GROUP, MOST_STACKED, FragmentLayer, prepare, stack, stack_shared
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
@@ -91,3 +91,10 @@ def test_scales_and_codes_lie_one_layer_after_another() -> None:
 def test_layers_that_do_not_fit(layers: list[tuple[int, int, int]], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         stack([make(*sizes) for sizes in layers])
+
+
+def test_no_more_layers_are_stacked_than_a_launch_can_be_told_of() -> None:
+    layers = [make(256, 20) for _ in range(MOST_STACKED + 1)]
+    assert len(stack(layers[:-1]).members) == MOST_STACKED
+    with pytest.raises(KernelError, match=f"at most {MOST_STACKED} layers can be stacked, not {MOST_STACKED + 1}"):
+        stack(layers)

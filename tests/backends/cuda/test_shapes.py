@@ -34,15 +34,16 @@ def test_blocks_of_a_shape_fit_on_a_multiprocessor(tile: int) -> None:
     assert possible
     for shape in possible:
         assert shape.stages_of(LAYER) >= 2 * shape.column_groups
-        blocks = 1 if shape.stages else shape.blocks
-        assert blocks * (shape.shared_bytes(LAYER) + 1024) <= shapes.SHARED_BYTES
+        assert shape.blocks * (shape.shared_bytes(LAYER) + 1024) <= shapes.SHARED_BYTES
 
 
 def test_a_ring_too_small_for_its_warpgroups_does_not_fit() -> None:
     shape = LaunchShape(8, 1, 1, 4, cluster=1, blocks=2, step=128, stages=8)
     assert shape.fits(LAYER)
     assert not replace(shape, stages=7).fits(LAYER)
-    assert not replace(shape, stages=100).fits(LAYER)
+    fitting = replace(shape, stages=0).stages_of(LAYER)
+    assert replace(shape, stages=100).stages_of(LAYER) == fitting
+    assert not replace(shape, tokens=128).fits(LAYER)
 
 
 @pytest.mark.parametrize("column_groups", [1, 2, 3, 4])
