@@ -284,12 +284,17 @@ def run(x: Tensor, layer: ComposedLayer, bias: Tensor | None, kernels: Sequence[
     return y.view(*x.shape[:-1], layer.format.rows)
 
 
+def _elsewhere(device_type: str, device: torch.device) -> str:
+    wanted = "a CUDA GPU" if device_type == "cuda" else f"a {device_type} device"
+    return f"needs {wanted}, not {device.type}"
+
+
 def composed(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
     """Make the kernel that composes layers of products by ``kernels`` and by the device's dense product."""
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
         if device.type != device_type:
-            return f"needs a CUDA GPU, not {device.type}"
+            return _elsewhere(device_type, device)
         plan = plan_of(spec)
         if isinstance(plan, str):
             return plan
@@ -313,7 +318,7 @@ def decoded(device_type: str = "cuda") -> Kernel:
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
         if device.type != device_type:
-            return f"needs a CUDA GPU, not {device.type}"
+            return _elsewhere(device_type, device)
         if dtype != spec.weight.dtype:
             return "would decode for inputs of the weight's dtype only"
         if spec != replace(_known(spec), activation=None):

@@ -213,10 +213,12 @@ def test_other_inputs_and_devices_are_refused(cpu_kernels: tuple[Kernel, ...]) -
     cpu, meta = torch.device("cpu"), torch.device("meta")
     one = composed(cpu_kernels, "cpu")
     dense = decoded("cpu")
-    assert one.accepts(spec, BF16, meta, 1) == "runs on cpu, not on meta"
+    assert composed(cpu_kernels).accepts(spec, BF16, cpu, 1) == "needs a CUDA GPU, not cpu"
+    assert one.accepts(spec, BF16, meta, 1) == "needs a cpu device, not meta"
     assert one.accepts(spec, torch.float32, cpu, 1) == "needs activations and scales of one 16-bit dtype"
     assert dense.accepts(spec, torch.float32, cpu, 1) == "would decode for inputs of the weight's dtype only"
-    assert dense.accepts(spec, BF16, meta, 1) == "runs on cpu, not on meta"
+    assert decoded().accepts(spec, BF16, cpu, 1) == "needs a CUDA GPU, not cpu"
+    assert dense.accepts(spec, BF16, meta, 1) == "needs a cpu device, not meta"
     assert "that other kernels hold packed" in str(dense.accepts(spec, BF16, cpu, 4096))
     # Kernels know 16-bit scales only.
     wide = LinearFormat(WeightFormat(48, 320, 4))
