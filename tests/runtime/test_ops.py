@@ -160,7 +160,7 @@ def test_one_message_in_eager_mode_and_under_a_fake(make_linear) -> None:
     assert message(3, good[3].to(torch.uint8)) == "scale must be floating point, not torch.uint8"
     assert message(3, None) == "bits 4 needs a scale"
     assert message(5, torch.ones(3)) == "input_scale must have shape (20,), not (3,)"
-    assert message(10, torch.ones(3)) == "bias must have shape (6,), not (3,)"
+    assert message(13, torch.ones(3)) == "bias must have shape (6,), not (3,)"
     assert message(6, None) == "rank 3 needs both of left_values and right_values"
     assert message(m=3) == "2:3 sparsity does not fit 20 columns"
     assert message(bits=9) == "bits must be 0 or 2 to 8, not 9"
@@ -174,7 +174,12 @@ def test_one_message_in_eager_mode_and_under_a_fake(make_linear) -> None:
 
 def test_the_table_documents_every_op() -> None:
     dequants = {"slim::dequant", "slim::dequant_nm", "slim::dequant_mask"}
-    assert set(OPS) == dequants | {"slim::round_activations", "slim::low_rank", "slim::linear"}
+    assert set(OPS) == dequants | {
+        "slim::round_activations",
+        "slim::low_rank",
+        "slim::sign_low_rank",
+        "slim::linear",
+    }
     assert all(op.doc for op in OPS.values())
     assert OPS["slim::dequant"].schema == (
         "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group) -> Tensor"
