@@ -108,8 +108,11 @@ class FuseSigns(Rule):
         factors = {"signs": Anything("signs"), "left": Anything("sign_left"), "right": Anything("sign_right")}
         signs = Call((slim.sign_low_rank.default,), {"x": Anything("x"), **factors})
         fused = Call((slim.linear.default,), {"x": Anything("x")}, name="linear")
-        operands = {"self": fused, "other": signs, "alpha": Anything("alpha")}
-        return Call((aten.add.Tensor,), operands, commutes=("self", "other"))
+        return Call(
+            (aten.add.Tensor,),
+            {"self": fused, "other": signs, "alpha": Anything("alpha")},
+            commutes=("self", "other"),
+        )
 
     def check(self, found: Match) -> None:
         """The parts must be constants, added once, to a linear that has none of its own."""

@@ -15,7 +15,7 @@ from slimc.passes.base import Pass
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """``y = slim.linear(x, values, pattern, scale, l, r, signs, bias)``: storage forms and adapters become one launch."""
+    """``y = slim.linear(x, values, pattern, scale, l, r, signs, bias)``: storage forms and all become one launch."""
 
     name: ClassVar[str] = "fuse"
 

@@ -351,7 +351,7 @@ class LinearFormat:
 
     def to_json(self) -> dict[str, Any]:
         """Return the format as plain JSON types; ``activation`` and ``binary`` are left out if there are none."""
-        record = {
+        record: dict[str, Any] = {
             "weight": self.weight.to_json(),
             "left": None if self.left is None else self.left.to_json(),
             "right": None if self.right is None else self.right.to_json(),

@@ -154,7 +154,7 @@ def low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def sign_low_rank(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``sum_k ((x * right[k]) @ B^T) * left[:, k]`` in x's dtype, with B = -1 where a bit of ``signs`` is set, else +1."""
+    """``sum_k ((x * right[k]) @ B^T) * left[:, k]`` in x's dtype; B is -1 where a bit of ``signs`` is set, else +1."""
     matrix = unpack_signs(signs, right.shape[1], x.dtype)
     pairs = zip(left.to(x.dtype).unbind(1), right.to(x.dtype).unbind(0), strict=True)
     terms = (functional.linear(x * row, matrix) * column for column, row in pairs)

@@ -1,7 +1,7 @@
 """SLaB (Li, Ma, Kang, arXiv 2604.04493): a weight as a sparse matrix plus signs with a magnitude of low rank.
 
-``W ~ S + L (.) B`` with B in {-1, +1}: the signs carry those of what S leaves, the low-rank L its magnitude. The paper's
-own text was not available here; what it leaves open is an option, and each says which reading is which.
+``W ~ S + L (.) B`` with B in {-1, +1}: the signs carry those of what S leaves, the low-rank L its magnitude. The text of
+the paper was not available here; where summaries of it leave a choice, it is an option.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def slab(
     """Decompose a weight by alternation, from ``L = 0`` on; the round that leaves the least error counts.
 
     Each round takes ``R = W - S``, then ``B = sign(R)`` (0 counts as positive), then L as the best approximation of
-    ``|R|`` of its rank, which for rank 1 is exact for the pair, because then L has no negative entry; and keeps in S the
-    entries of ``Y = W - L (.) B`` with the highest ``|Y_ij| * norms_j`` of each row, which remove all of the error there.
+    ``|R|`` of its rank, which for rank 1 is exact for the pair, because then L has no negative entry; and keeps in S
+    the entries of ``Y = W - L (.) B`` with the highest ``|Y_ij| * norms_j`` of each row, where no error is left then.
 
     Args:
         weight: ``[rows, columns]``.
