@@ -1,7 +1,7 @@
 """SLaB (Li, Ma, Kang, arXiv 2604.04493): a weight as a sparse matrix plus signs with a magnitude of low rank.
 
-``W ~ S + L (.) B`` with B in {-1, +1}: the signs carry those of what S leaves, the low-rank L its magnitude. The text of
-the paper was not available here; where summaries of it leave a choice, it is an option.
+``W ~ S + L (.) B`` with B in {-1, +1}: the signs carry those of what S leaves, the low-rank L its magnitude. The text
+of the paper was not available here; where summaries of it leave a choice, it is an option.
 """
 
 from __future__ import annotations
