@@ -128,7 +128,9 @@ def slab(
         weighting: ``"activations"`` approximates ``|R| diag(norms)``, so that L errs least where inputs are large;
             ``"none"`` approximates ``|R|`` itself.
         dtype: of the factors as they are stored: S makes good at its entries what their rounding changes.
-        stored: what becomes of S when it is stored, given Y and the mask; the rounds then work against that.
+        stored: what becomes of S when it is stored, given Y and the mask; the second half of the rounds works against
+            that. (From the start, rounding errors would settle the signs of what S keeps: a layer with heavy tails, 2:4
+            in groups of 4 bits, has an error of 0.149 so, 0.153 with codes in all rounds, 0.158 in none.)
 
     Raises:
         RecipeError: if the rank, ``keep``, the pattern or the number of rounds does not fit.
@@ -154,23 +156,21 @@ def slab(
     def choose(target: Tensor) -> Tensor:
         return _choose(target.abs() * scores, keep, pattern)
 
-    def store(target: Tensor, mask: Tensor) -> Tensor:
-        return (target if stored is None else stored(target, mask)) * mask
-
     errors: list[float] = []
     least = float("inf")
-    sparse = store(exact, choose(exact))
-    for _ in range(rounds):
+    exact_rounds = 0 if stored is None else rounds // 2
+    sparse = exact * choose(exact)
+    for finished in range(rounds):
         residual = exact - sparse
-        # Where S holds a weight exactly, its own sign lets the entry go should another be worth more; +1 for all of them
-        # would hold on to the negative ones. (2:4, 20 rounds, a layer with heavy tails: error 0.121, not 0.127.)
+        # Where S holds a weight exactly, its own sign lets the entry go should another be worth more; +1 for all of
+        # them would hold on to the negative ones. (2:4, 20 rounds, a layer with heavy tails: error 0.121, not 0.127.)
         negative = torch.where(residual == 0, exact < 0, residual < 0)
         left, right = solver.solve(residual.abs_())
         target = exact - _signed(left @ right, negative)
         mask = choose(target)
-        sparse = store(target, mask)
+        sparse = (target if stored is None or finished < exact_rounds else stored(target, mask)) * mask
         errors.append(float(torch.linalg.vector_norm((target - sparse) * scores, dtype=torch.float64)) / size)
-        if errors[-1] < least:
+        if finished >= exact_rounds and errors[-1] < least:
             least, best = errors[-1], (left, right, negative)
     left, right, negative = best
     left, right = _balanced(left, right)
