@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
+from slimc.backends.cpu_signs import INT4PACK_SIGNS
 from slimc.backends.cuda import compose, decode, dense, hopper, layout, prefill, stored, stream
 from slimc.backends.cuda.signs import SignProduct
 from slimc.backends.signed import signed, signed_layout
@@ -28,6 +29,7 @@ SIGNED_LAYOUTS = tuple(
 )
 
 SIGNED: tuple[Kernel, ...] = (
+    INT4PACK_SIGNS,
     signed("cuda-signs", FRAGMENT_KERNELS, SignProduct, SIGNED_LAYOUTS[0].prepare),
     signed("cusparselt-signs", (cusparselt.CUSPARSELT,), SignProduct, SIGNED_LAYOUTS[1].prepare),
     signed("cuda-composed-signs", (COMPOSED,), SignProduct, SIGNED_LAYOUTS[2].prepare),
