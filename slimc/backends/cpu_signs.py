@@ -1,6 +1,6 @@
 """Products with a matrix of signs on the CPU, by the kernel for 4-bit codes: signs are the codes of +1 and -1.
 
-PyTorch has no kernel for bits. Its int4 kernel reads four times as many, which is still a quarter of 16-bit numbers, and
+PyTorch has no kernel for bits. Its int4 kernel reads four times as many, a quarter of what 16-bit numbers take, and
 multiplies by a scale a row, which is the left factor. The signs stay as they are stored beside them.
 """
 
