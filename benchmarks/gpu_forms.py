@@ -1,6 +1,6 @@
 """What the plain forms of a layer cost on one GPU: each against the dense product in bfloat16.
 
-    python benchmarks/gpu_forms.py [--rows 4096] [--columns 4096] [--tokens 1,16,128,2048] [--forms NAME...] [--json FILE]
+    python benchmarks/gpu_forms.py [--rows 4096] [--columns 4096] [--tokens 1,16,128,2048] [--forms ...] [--json FILE]
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call, beside the kernel
