@@ -134,14 +134,18 @@ def test_signs_written_out_give_the_product(rank: int, columns: int) -> None:
     assert torch.allclose(SignProduct(binary).add(y.clone(), x), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 128])
+@pytest.mark.parametrize("tokens", [1, 7, 32])
 @pytest.mark.parametrize(("columns", "rank"), [(COLUMNS, 1), (40, 2)])
 def test_the_int4_kernel_computes_signs(tokens: int, columns: int, rank: int) -> None:
     codes = torch.randint(0, 16, (ROWS, columns), dtype=torch.uint8)
     weight = pack_weight(codes, bits=4, scale=torch.rand(ROWS, -(-columns // 32)).to(BF16), group=32)
     packed = PackedLinear(weight, binary=make_binary(rank, columns=columns))
     module = SlimLinear(packed, kernels=KERNELS)
-    assert module.choices()[0].kernel is INT4PACK_SIGNS
+    few, many = module.choices()
+    assert few.kernel is INT4PACK_SIGNS
+    assert many.kernel is not None
+    assert many.kernel.name == "decode"
+    assert "for more than 32 tokens decoding the weight and its signs is faster" in str(many)
     x = torch.randn(tokens, columns).to(BF16)
     dense, matrix = packed.weight.decode().double(), packed.binary.decode().double()
     exact = x.double() @ (dense + matrix).T
