@@ -1,6 +1,6 @@
 """What the plain forms of a layer cost on one GPU: each against the dense product in bfloat16.
 
-    python benchmarks/gpu_forms.py [--rows 4096] [--columns 4096] [--tokens 1,16,128,2048] [--json FILE]
+    python benchmarks/gpu_forms.py [--rows 4096] [--columns 4096] [--tokens 1,16,128,2048] [--forms ...] [--json FILE]
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call, beside the kernel
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from slimc.backends import KERNELS
 from slimc.bench import no_gpu
 from slimc.runtime.bits import pack_bits
-from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 
@@ -45,6 +46,12 @@ def formats(rows: int, columns: int) -> dict[str, LinearFormat]:
         return LinearFormat(main, *factors, input_scaled=scaled)
 
     sparse = {"sparsity": NM(2, 4), "per_tensor": True}
+    slab = {
+        "2:4 int4/64": form((), group=64, sparsity=NM(2, 4)),
+        "2:4 bf16 alone": form((), bits=None, sparsity=NM(2, 4)),
+        "44% bf16": form((), bits=None, sparsity=Unstructured(), nonzeros=int(0.437 * rows * columns)),
+    }
+    binary = BinaryFormat(rows, columns, 1, torch.bfloat16)
     return {
         "2:4 int4": form(**sparse),
         "int4/128": form(group=128),
@@ -59,6 +66,8 @@ def formats(rows: int, columns: int) -> dict[str, LinearFormat]:
         "2:4 int4, 8-bit adapters": form((8, 64), **sparse),
         "50% int4": form(sparsity=Unstructured(), nonzeros=rows * columns // 2, per_tensor=True),
         "bf16 + low-rank": form(bits=None),
+        **slab,
+        **{f"{name} + signs": replace(spec, binary=binary) for name, spec in slab.items()},
     }
 
 
@@ -73,6 +82,8 @@ def fill(spec: LinearFormat) -> PackedLinear:
     if spec.weight.sparsity is not None:
         kept = torch.zeros(spec.rows * spec.columns // 4, 4, dtype=torch.uint8, device="cuda")
         kept[:, 1::2] = 1
+        if spec.weight.nonzeros is not None:
+            kept.view(-1).fill_(0)[torch.randperm(kept.numel(), device="cuda")[: spec.weight.nonzeros]] = 1
         named["pattern"] = pack_bits(kept.view(spec.rows, spec.columns), 1)
     return PackedLinear.from_tensors(spec, named)
 
@@ -130,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--tokens", default="1,16,128,2048")
+    parser.add_argument("--forms", nargs="*", help="names of forms; all if left out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if reason := no_gpu():
@@ -138,7 +150,12 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, {options.rows} x {options.columns}")
     print(f"{'form':28} {'tokens':>6} {'kernel':16} {'us':>8} {'dense':>8} {'ratio':>6} {'stored':>9} {'held':>9}")
     results: list[dict[str, object]] = []
-    for name, spec in formats(options.rows, options.columns).items():
+    chosen = {
+        name: spec
+        for name, spec in formats(options.rows, options.columns).items()
+        if options.forms is None or name in options.forms
+    }
+    for name, spec in chosen.items():
         for row in measure(name, spec, tokens):
             results.append(row)
             print(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
+from slimc.backends.cpu_signs import INT4PACK_SIGNS
 from slimc.backends.cuda import compose, decode, dense, hopper, layout, prefill, stored, stream
+from slimc.backends.cuda.signs import SignProduct
+from slimc.backends.signed import signed, signed_layout
 from slimc.backends.tuning import TIMINGS
 from slimc.runtime.select import Kernel, KernelTable
 
@@ -21,6 +24,19 @@ FRAGMENT_KERNELS: tuple[Kernel, ...] = (
 
 COMPOSED = compose.composed(FRAGMENT_KERNELS)
 
+SIGNED_LAYOUTS = tuple(
+    signed_layout(one, SignProduct) for one in (layout.FRAGMENTS, cusparselt.LAYOUT, compose.COMPOSED)
+)
+
+SIGNED: tuple[Kernel, ...] = (
+    INT4PACK_SIGNS,
+    signed("cuda-signs", FRAGMENT_KERNELS, SignProduct, SIGNED_LAYOUTS[0].prepare),
+    signed("cusparselt-signs", (cusparselt.CUSPARSELT,), SignProduct, SIGNED_LAYOUTS[1].prepare),
+    signed("cuda-composed-signs", (COMPOSED,), SignProduct, SIGNED_LAYOUTS[2].prepare),
+    signed("cuda-stored-signs", (stored.STORED,), SignProduct),
+)
+"""Those for layers with a binary part, each by the kernels of the others that hold a layer in the same order."""
+
 KERNELS = KernelTable(
     (
         *cpu.KERNELS,
@@ -28,6 +44,7 @@ KERNELS = KernelTable(
         cusparselt.CUSPARSELT,
         COMPOSED,
         stored.STORED,
+        *SIGNED,
         compose.DECODED,
         *reference.KERNELS,
     ),
@@ -36,5 +53,5 @@ KERNELS = KernelTable(
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
 
-LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, compose.COMPOSED)
+LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, compose.COMPOSED, *SIGNED_LAYOUTS)
 """The layouts that take the place of the canonical tensors where their kernels are the best."""

@@ -31,7 +31,7 @@ def _run(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     return ops.OPS["slim::linear"].reference(x, *tensors, bias, **attributes)
 
 
-DECODE = Kernel("decode", _accepts, _prepare, _run, transient=True, timed=False)
+DECODE = Kernel("decode", _accepts, _prepare, _run, transient=True, timed=False, binary=True)
 """Decodes all of the weight in every call, which pays off once many tokens share it."""
 
 KERNELS = (DECODE,)

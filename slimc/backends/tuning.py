@@ -166,7 +166,7 @@ def _measure(layer: SlimLinear, kernels: KernelTable, dtype: torch.dtype, counts
             rivals = [
                 kernel
                 for kernel in kernels
-                if kernel.timed and kernel.accepts(layer.format, dtype, device, count) is None
+                if kernel.timed and kernel.refuses(layer.format, dtype, device, count) is None
             ]
             if len(rivals) < 2:
                 times[count] = {}

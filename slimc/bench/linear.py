@@ -305,7 +305,7 @@ def measure(
         times: dict[str, float] = {}
         for kernel in KERNELS:
             wanted = kernel is expected or (kernel.timed and not only_expected)
-            if wanted and kernel.accepts(subject.format, DTYPE, device, count) is None:
+            if wanted and kernel.refuses(subject.format, DTYPE, device, count) is None:
                 times[kernel.name] = _time(kernel.name, subject.calls, kernel, x)
         table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
         chosen, refusals = choose(table, subject.format, DTYPE, device, count)

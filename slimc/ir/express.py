@@ -2,7 +2,7 @@
 
     w = slim.dequant_nm(values, pattern, scale){bits=4, n=2, m=4}
     q = slim.round_activations(x){activation=1}
-    y = aten.linear(q, w, b) + slim.low_rank(x, l, r)
+    y = aten.linear(q, w, b) + slim.low_rank(x, l, r) + slim.sign_low_rank(x, signs, u, v)
 
 The product stays a product until ``fuse``; every stage runs in plain PyTorch.
 """
@@ -39,12 +39,16 @@ def express(program: Program, site: Site, packed: PackedLinear) -> None:
     first = site.uses[0].node
     with program.graph.inserting_before(first):
         weight = _decoded(program.graph, prefix, packed.weight, first)
-        left, right = _factors(program.graph, prefix, packed, first)
+        factors = _factors(program.graph, prefix, packed, first)
+        named = {} if packed.binary is None else packed.binary.tensors()
+        binary = [_get(program.graph, f"{prefix}{name}", tensor, first) for name, tensor in named.items()]
         scale = packed.input_scale
         scaling = None if scale is None else _get(program.graph, f"{prefix}input_scale", scale, first)
     rounding = 0 if packed.activation is None else ACTIVATIONS[packed.activation]
     for use in site.uses:
-        _rewrite_use(program.graph, use, weight, scaling, rounding, left, right)
+        corrections = [(slim.low_rank.default, factors)] if factors else []
+        corrections += [(slim.sign_low_rank.default, binary)] if binary else []
+        _rewrite_use(program.graph, use, weight, scaling, rounding, corrections)
     site.written = [node for node in program.graph.nodes if node not in before]
 
 
@@ -52,7 +56,8 @@ def _erase(program: Program, site: Site) -> None:
     """Put the captured operands back and remove what an earlier call wrote."""
     written = set(site.written)
     for use in site.uses:
-        for total in [node for node in use.node.users if node in written]:
+        total = _last_total(use.node, written)
+        if total is not use.node:
             total.replace_all_uses_with(use.node)
         activation = _activation(use)
         while activation in written:
@@ -63,6 +68,14 @@ def _erase(program: Program, site: Site) -> None:
         if node.op == "get_attr":
             _delete_buffer(program.module, str(node.target))
     site.written = []
+
+
+def _last_total(product: fx.Node, written: set[fx.Node]) -> fx.Node:
+    """Return the last of the sums that were written after a product, each of which adds to the one before."""
+    total = product
+    while sums := [user for user in total.users if user in written and user.target is aten.add.Tensor]:
+        total = sums[0]
+    return total
 
 
 def _register(module: fx.GraphModule, site: Site, packed: PackedLinear) -> str:
@@ -83,12 +96,13 @@ def _delete_buffer(module: fx.GraphModule, name: str) -> None:
     del module.get_submodule(path)._buffers[last]
 
 
-def _factors(
-    graph: fx.Graph, prefix: str, packed: PackedLinear, like: fx.Node
-) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
+def _factors(graph: fx.Graph, prefix: str, packed: PackedLinear, like: fx.Node) -> list[fx.Node]:
     if packed.left is None or packed.right is None:
-        return None, None
-    return _decoded(graph, f"{prefix}left_", packed.left, like), _decoded(graph, f"{prefix}right_", packed.right, like)
+        return []
+    return [
+        _decoded(graph, f"{prefix}left_", packed.left, like),
+        _decoded(graph, f"{prefix}right_", packed.right, like),
+    ]
 
 
 def _decoded(graph: fx.Graph, prefix: str, packed: PackedWeight, like: fx.Node) -> fx.Node:
@@ -116,9 +130,9 @@ def _rewrite_use(
     weight: fx.Node,
     scale: fx.Node | None,
     rounding: int,
-    left: fx.Node | None,
-    right: fx.Node | None,
+    corrections: list[tuple[Any, list[fx.Node]]],
 ) -> None:
+    """Let a product read the compressed weight, and add the corrections, ops with their operands besides x, to it."""
     product = use.node
     unscaled = _activation(use)
     operand, activation = weight, unscaled
@@ -134,15 +148,17 @@ def _rewrite_use(
             value = weight.meta.get("val")
             _describe(operand, product, None if value is None else value.t())
     _set_operands(use, activation, operand)
-    if left is None or right is None:
-        return
-    with graph.inserting_after(product):
-        correction = graph.call_function(slim.low_rank.default, (unscaled, left, right))
-        _describe(correction, product, product.meta.get("val"))
-    with graph.inserting_after(correction):
-        total = graph.call_function(aten.add.Tensor, (product, correction))
-        _describe(total, product, product.meta.get("val"))
-    product.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    total, own = product, set[fx.Node]()
+    for op, operands in corrections:
+        with graph.inserting_after(total):
+            correction = graph.call_function(op, (unscaled, *operands))
+            _describe(correction, product, product.meta.get("val"))
+        with graph.inserting_after(correction):
+            total = graph.call_function(aten.add.Tensor, (total, correction))
+            _describe(total, product, product.meta.get("val"))
+        own.add(total)
+    if total is not product:
+        product.replace_all_uses_with(total, delete_user_cb=lambda user: user not in own)
 
 
 def _activation(use: Use) -> fx.Node:

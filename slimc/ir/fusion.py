@@ -98,7 +98,39 @@ class FuseLowRank(Rule):
         return _fused(graph, found, {"rank": rank} | _factor("left", found["left"]) | _factor("right", found["right"]))
 
 
-FUSION_RULES: tuple[Rule, ...] = (FuseLowRank(), FuseLinear())
+class FuseSigns(Rule):
+    """``slim.linear(x, values, ...) + sign_low_rank(x, signs, u, v)  ->  slim.linear(x, values, ..., signs, u, v)``."""
+
+    near = 3
+
+    def pattern(self) -> Pattern:
+        """The sum of a fused linear and of a binary part that reads the same input."""
+        factors = {"signs": Anything("signs"), "left": Anything("sign_left"), "right": Anything("sign_right")}
+        signs = Call((slim.sign_low_rank.default,), {"x": Anything("x"), **factors})
+        fused = Call((slim.linear.default,), {"x": Anything("x")}, name="linear")
+        return Call(
+            (aten.add.Tensor,),
+            {"self": fused, "other": signs, "alpha": Anything("alpha")},
+            commutes=("self", "other"),
+        )
+
+    def check(self, found: Match) -> None:
+        """The parts must be constants, added once, to a linear that has none of its own."""
+        found.require(found["alpha"] == 1, f"the binary part is added {found['alpha']} times")
+        for name in ("signs", "sign_left", "sign_right"):
+            found.require(getattr(found[name], "op", None) == "get_attr", f"{name} is not a constant")
+        own = arguments(found["linear"])["signs"]
+        found.require(own is None, "the linear has a binary part already")
+
+    def rewrite(self, graph: fx.Graph, found: Match) -> fx.Node:
+        """One ``slim.linear`` with a binary part."""
+        given = arguments(found["linear"])
+        given |= {name: found[name] for name in ("signs", "sign_left", "sign_right")}
+        tensors = [given.pop(name) for name in ("x", *LINEAR_TENSORS, "bias")]
+        return graph.call_function(slim.linear.default, tuple(tensors), given)
+
+
+FUSION_RULES: tuple[Rule, ...] = (FuseLowRank(), FuseLinear(), FuseSigns())
 
 
 def _require_own_scale(found: Match) -> None:

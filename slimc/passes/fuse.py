@@ -15,15 +15,15 @@ from slimc.passes.base import Pass
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """``y = slim.linear(x, values, pattern, scale, l, r, bias)``: storage forms and adapters become one launch."""
+    """``y = slim.linear(x, values, pattern, scale, l, r, signs, bias)``: storage forms and all become one launch."""
 
     name: ClassVar[str] = "fuse"
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """There must be a compressed form to fuse, and nothing may change a weight afterwards."""
         names = [one.name for one in earlier]
-        if not {"quantize", "prune"} & set(names):
-            raise RecipeError("fuse has nothing to fuse: put quantize or prune before it.")
+        if not {"quantize", "prune", "decompose"} & set(names):
+            raise RecipeError("fuse has nothing to fuse: put quantize, prune or decompose before it.")
         if self.name in names:
             raise RecipeError("fuse appears twice; one is enough.")
 

@@ -221,12 +221,13 @@ def _parse_row(record: Any) -> SiteRow:
     shape = record["shape"]
     numbers = [record["bits"], record["weight_error"]]
     errors = [record[name] for name in ("base_output_error", "output_error", "held_out_error", "stream_error")]
+    errors.append(record["compression_ratio"])
     if not (
         all(isinstance(record[name], str) for name in ("name", "expression"))
         and isinstance(shape, list)
         and [type(side) for side in shape] == [int, int]
         and all(type(number) in (float, int) for number in numbers)
-        and (record["unrounded"] is None or isinstance(record["unrounded"], str))
+        and all(record[name] is None or isinstance(record[name], str) for name in ("unrounded", "fallback"))
         and all(error is None or type(error) in (float, int) for error in errors)
     ):
         raise FormatError("its report row has values of other types")

@@ -67,12 +67,13 @@ class LowRank(SitePass):
             raise RecipeError(
                 "low_rank appears twice: a site has one pair of adapters. Raise the rank of the first one instead."
             )
-        if not {"quantize", "prune"} & set(names):
-            raise RecipeError("low_rank has no error to correct: put quantize or prune before it.")
-        if self.rounds and any(one.options().get("method") == "sparsegpt" for one in earlier):
+        if not {"quantize", "prune", "decompose"} & set(names):
+            raise RecipeError("low_rank has no error to correct: put quantize, prune or decompose before it.")
+        options = [one.options() for one in earlier]
+        if self.rounds and any(one.get("method") == "sparsegpt" or one.get("feedback") for one in options):
             raise RecipeError(
                 f"low_rank: rounds={self.rounds} would store mask * (W - l r) in place of the weights that SparseGPT "
-                "corrected, which measures worse. Use rounds=0 with sparsegpt, or prune with wanda."
+                "corrected, which measures worse. Use rounds=0 with sparsegpt and feedback, or prune with wanda."
             )
 
     def check_site(self, name: str, shape: tuple[int, int]) -> None:
@@ -111,7 +112,7 @@ class LowRank(SitePass):
 
     def _express_residual(self, work: SiteWork) -> None:
         """Store what the adapters leave, on a fresh grid, in the mask that is there."""
-        residual = work.dense - work.correction()
+        residual = work.dense - work.correction() - work.binary_part()
         if work.input_scale is not None:
             residual = residual / work.input_scale
         work.base = residual if work.mask is None else residual * work.mask

@@ -19,6 +19,7 @@ from slimc.ir.verify import verify
 from slimc.passes.activations import Activations
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
+from slimc.passes.decompose import Decompose
 from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
 from slimc.passes.low_rank import LowRank
@@ -32,7 +33,9 @@ from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
 
-PASSES: Mapping[str, type[Pass]] = {one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Activations, Fuse)}
+PASSES: Mapping[str, type[Pass]] = {
+    one.name: one for one in (Calibrate, Quantize, Prune, Decompose, LowRank, Activations, Fuse)
+}
 """Every pass by its name in recipes."""
 
 
@@ -79,7 +82,7 @@ def check_order(passes: Sequence[Pass]) -> None:
                 f"{one.name} needs calibrate before it, for statistics of the activations. Put calibrate first."
             )
     if not any(isinstance(one, SitePass) and one.compresses for one in passes):
-        raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune.")
+        raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune nor decompose.")
 
 
 def _require_passes(passes: Sequence[object]) -> None:

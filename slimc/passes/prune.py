@@ -74,6 +74,11 @@ class Prune(SitePass):
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """A weight is pruned once, and before its adapters are solved."""
         names = [one.name for one in earlier]
+        if "decompose" in names:
+            raise RecipeError(
+                "prune comes after decompose, which has chosen what is kept. Remove prune, and give decompose the "
+                "pattern= or ratio= that you want."
+            )
         if self.name in names:
             raise RecipeError("prune appears twice: a weight has one mask. Remove one of the two.")
         if "low_rank" in names:

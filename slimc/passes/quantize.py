@@ -84,6 +84,11 @@ class Quantize(SitePass):
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """A weight is quantised once, and before its adapters are solved."""
         names = [one.name for one in earlier]
+        if "decompose" in names:
+            raise RecipeError(
+                "quantize comes after decompose, which stores its sparse part on a grid of its own. Remove quantize, "
+                "and give decompose bits= and group=."
+            )
         if self.name in names:
             raise RecipeError("quantize appears twice: a weight has one grid. Remove one of the two.")
         if "low_rank" in names:

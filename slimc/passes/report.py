@@ -20,7 +20,9 @@ class SiteRow:
     ``held_out_error`` is the output error on batches that nothing was fitted to, and ``stream_error`` is
     ``|X W'^T - X_dense W^T| / |X_dense W^T|``, which counts the errors of all earlier sites; ``None`` where no held-out
     batches and no dense stream were asked for. ``unrounded`` is why the pass ``activations`` left the inputs of this
-    site as they are; the errors count rounded inputs in.
+    site as they are; the errors count rounded inputs in. ``base_output_error`` leaves the signs of ``decompose`` out
+    too. ``compression_ratio`` is what the literature calls so, where a pass was asked for one: it does not count where
+    values are, unlike ``bits``. ``fallback`` is what a pass did in place of what it was asked for, and why.
     """
 
     name: str
@@ -33,6 +35,8 @@ class SiteRow:
     held_out_error: float | None = None
     stream_error: float | None = None
     unrounded: str | None = None
+    compression_ratio: float | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,18 +102,29 @@ class Report:
 UNROUNDED = "inputs not rounded"
 """The heading of the column of reasons."""
 
+PUBLISHED_RATIO = "published ratio"
+"""The heading of the column of compression ratios."""
+
+FALLBACK = "instead"
+"""The heading of the column that says what was done in place of what was asked for."""
+
 
 def table_of_sites(rows: Sequence[SiteRow]) -> list[list[str]]:
     """Return the headings and a line a site, as text; an error that was not measured is a dash."""
     held_out = any(row.held_out_error is not None for row in rows)
     unrounded = any(row.unrounded is not None for row in rows)
     headings = ["layer", "shape", "expression", "bits", "weight error", "output error", "without adapters"]
-    lines = [headings + ["held out"] * held_out + [UNROUNDED] * unrounded]
+    ratio = any(row.compression_ratio is not None for row in rows)
+    fallback = any(row.fallback is not None for row in rows)
+    more = ["held out"] * held_out + [UNROUNDED] * unrounded + [PUBLISHED_RATIO] * ratio + [FALLBACK] * fallback
+    lines = [headings + more]
     for row in rows:
         errors = [row.weight_error, row.output_error, row.base_output_error, *[row.held_out_error] * held_out]
         start = [printable(row.name), _shape(row.shape), printable(row.expression), f"{row.bits:.3f}"]
-        reason = [printable(row.unrounded or "-")] * unrounded
-        lines.append(start + ["-" if error is None else f"{error:.4f}" for error in errors] + reason)
+        notes = [printable(row.unrounded or "-")] * unrounded
+        notes += ["-" if row.compression_ratio is None else f"{row.compression_ratio:.4f}"] * ratio
+        notes += [printable(row.fallback or "-")] * fallback
+        lines.append(start + ["-" if error is None else f"{error:.4f}" for error in errors] + notes)
     return lines
 
 

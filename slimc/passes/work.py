@@ -13,7 +13,7 @@ from slimc.passes.report import SiteRow
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.statistics import InputStatistics
 from slimc.runtime.activations import refuses_codes, round_tokens
-from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Unstructured, pack_weight
+from slimc.runtime.packing import NM, PackedBinary, PackedLinear, PackedWeight, Unstructured, pack_signs, pack_weight
 
 Quantizer = Callable[[Tensor, Tensor | None], Quantized]
 """Puts a float32 ``[rows, columns]`` weight on a grid; the mask says which entries count."""
@@ -23,8 +23,9 @@ Quantizer = Callable[[Tensor, Tensor | None], Quantized]
 class SiteWork:
     """The working state of one site; every matrix is float32 ``[out_features, in_features]``.
 
-    The weight is expressed as ``base * input_scale + left @ right``, where ``base`` may read rounded inputs. ``base``
-    is what will be stored: on the grid of ``quantized`` if there is one, zero outside ``mask`` if there is one.
+    The weight is expressed as ``base * input_scale + left @ right``, plus a binary part if there is one, where ``base``
+    may read rounded inputs. ``base`` is what will be stored: on the grid of ``quantized`` if there is one, zero outside
+    ``mask`` if there is one.
 
     Attributes:
         name: of the site.
@@ -38,6 +39,10 @@ class SiteWork:
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
         activation: what the inputs of ``base`` shall be rounded to, one of `slimc.runtime.formats.ACTIVATIONS`.
+        binary: where a sign is negative, bool ``[rows, columns]``, and the factors of the magnitude of the signs,
+            float32 numbers that ``dtype`` can hold.
+        compression_ratio: as the literature counts it, where a pass was asked for one.
+        fallback: what a pass did in place of what it was asked for, and why.
     """
 
     name: str
@@ -54,6 +59,9 @@ class SiteWork:
     input_scale: Tensor | None = None
     adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
     activation: str | None = None
+    binary: tuple[Tensor, Tensor, Tensor] | None = None
+    compression_ratio: float | None = None
+    fallback: str | None = None
 
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
@@ -108,8 +116,17 @@ class SiteWork:
             self.base = self.base * self.mask
 
     def effective_base(self) -> Tensor:
-        """Return what the stored values amount to on the unscaled input."""
-        return self.base if self.input_scale is None else self.base * self.input_scale
+        """Return what the stored values and the signs amount to on the unscaled input."""
+        base = self.base if self.input_scale is None else self.base * self.input_scale
+        return base if self.binary is None else base + self.binary_part()
+
+    def binary_part(self) -> Tensor:
+        """Return the signs with their magnitude as they will be decoded, or zeros."""
+        if self.binary is None:
+            return torch.zeros_like(self.dense)
+        negative, left, right = self.binary
+        magnitude = left @ right
+        return torch.where(negative, -magnitude, magnitude)
 
     def correction(self) -> Tensor:
         """Return ``left @ right`` as it will be decoded, or zeros."""
@@ -127,6 +144,7 @@ class SiteWork:
             right=right,
             input_scale=None if self.input_scale is None else self.input_scale.to(self.dtype),
             activation=self.rounding,
+            binary=self._pack_binary(),
         )
 
     def row(self, packed: PackedLinear) -> SiteRow:
@@ -144,6 +162,8 @@ class SiteWork:
             held_out_error=self.output_error(decoded, self.held_out),
             stream_error=self._stream_error(decoded),
             unrounded=self.unrounded,
+            compression_ratio=self.compression_ratio,
+            fallback=self.fallback,
         )
 
     def _pack_base(self) -> PackedWeight:
@@ -157,6 +177,12 @@ class SiteWork:
             mask=self.mask,
             sparsity=self.sparsity,
         )
+
+    def _pack_binary(self) -> PackedBinary | None:
+        if self.binary is None:
+            return None
+        negative, left, right = self.binary
+        return PackedBinary(pack_signs(negative), left.to(self.dtype), right.to(self.dtype))
 
     def _pack_factor(self, factor: Tensor | Quantized) -> PackedWeight:
         if isinstance(factor, Quantized):

@@ -19,6 +19,11 @@ def unpack_mask(pattern: Tensor, columns: int) -> Tensor:
     return unpack_bits(pattern, 1, columns).view(torch.bool)
 
 
+def unpack_signs(signs: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of +1 and, where a bit is set, -1, [rows, columns]."""
+    return 1 - 2 * unpack_bits(signs, 1, columns).to(dtype)
+
+
 def scatter(stored: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
     """Put ``stored`` values, in row-major order, where ``mask`` [rows, columns] is set, and ``fill`` elsewhere.
 

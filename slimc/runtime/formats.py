@@ -2,7 +2,8 @@
 
 A weight of ``rows`` x ``columns`` is stored as codes of ``bits`` bits with scales, or (``bits`` None) as plain
 floating point values; with a sparsity only the kept positions are stored, beside a bit mask. A linear layer adds
-an optional pair of low-rank factors, an optional scale for each input column, and what its inputs are rounded to.
+an optional pair of low-rank factors, an optional scale for each input column, what its inputs are rounded to, and an
+optional binary part.
 Every format can be built from untrusted JSON: whatever is not a valid format raises `FormatError`.
 """
 
@@ -200,10 +201,6 @@ class WeightFormat:
     def from_json(cls, record: object) -> WeightFormat:
         """Build a format from untrusted JSON; raise `FormatError` on anything but the form of :meth:`to_json`."""
         entries = _entries(record, [field.name for field in fields(cls)], "weight format")
-        dtype = entries["dtype"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            hint = closest(dtype, DTYPES) if isinstance(dtype, str) else ""
-            raise FormatError(f"dtype of a weight format is {dtype!r}: use one of {', '.join(DTYPES)}{hint}")
         return cls(
             rows=_integer(entries, "rows"),
             columns=_integer(entries, "columns"),
@@ -213,8 +210,56 @@ class WeightFormat:
             asymmetric=_boolean(entries, "asymmetric"),
             sparsity=_parse_sparsity(entries["sparsity"]),
             nonzeros=_optional_integer(entries, "nonzeros"),
-            dtype=DTYPES[dtype],
+            dtype=_dtype(entries["dtype"], "weight"),
         )
+
+
+@dataclass(frozen=True)
+class BinaryFormat:
+    """The storage form of a binary part: one sign a weight, whose magnitude is a matrix of low rank.
+
+    Attributes:
+        rows: Output features.
+        columns: Input features.
+        rank: Of the magnitude, which is ``left @ right`` with ``left`` [rows, rank] and ``right`` [rank, columns].
+        dtype: Type of both factors.
+    """
+
+    rows: int
+    columns: int
+    rank: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        """Check that the rank and the dtype can be; raise `FormatError` otherwise."""
+        if not 0 < self.rank <= min(self.rows, self.columns):
+            raise FormatError(
+                f"the magnitude of a binary part of {self.rows} x {self.columns} cannot have the rank {self.rank}"
+            )
+        if self.dtype not in _DTYPE_NAMES:
+            raise FormatError(f"the magnitude of a binary part cannot be {self.dtype}: use one of {', '.join(DTYPES)}")
+
+    def tensor_specs(self) -> TensorSpecs:
+        """Return shape and dtype of every tensor of a `PackedBinary` of this format, in storage order."""
+        return {
+            "signs": ((self.rows, stream_bytes(self.columns, 1)), torch.uint8),
+            "sign_left": ((self.rows, self.rank), self.dtype),
+            "sign_right": ((self.rank, self.columns), self.dtype),
+        }
+
+    def describe(self) -> str:
+        """Return the format for people: ``signs x rank 1 bf16``."""
+        return f"signs x rank {self.rank} {_SHORT_NAMES[self.dtype]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what does not follow from the weight beside it, as plain JSON types."""
+        return {"rank": self.rank, "dtype": _DTYPE_NAMES[self.dtype]}
+
+    @classmethod
+    def from_json(cls, record: object, weight: WeightFormat) -> BinaryFormat:
+        """Build the format beside ``weight`` from untrusted JSON; raise `FormatError` on anything else."""
+        entries = _entries(record, ["rank", "dtype"], "binary format")
+        return cls(weight.rows, weight.columns, _integer(entries, "rank"), _dtype(entries["dtype"], "binary"))
 
 
 @dataclass(frozen=True)
@@ -223,7 +268,7 @@ class LinearFormat:
 
     ``left`` is [rows, rank] and ``right`` [rank, columns]; there are both or neither. ``activation`` is one of
     `ACTIVATIONS`, if what the weight is multiplied by is rounded token by token (`slimc.runtime.activations`); it
-    takes no space.
+    takes no space. ``binary`` adds a matrix of signs with a magnitude of low rank, if there is one.
     """
 
     weight: WeightFormat
@@ -231,13 +276,19 @@ class LinearFormat:
     right: WeightFormat | None = None
     input_scaled: bool = False
     activation: str | None = None
+    binary: BinaryFormat | None = None
 
     def __post_init__(self) -> None:
-        """Check that the adapters fit the weight and the activation is known; raise `FormatError` otherwise."""
+        """Check that all parts fit the weight and the activation is known; raise `FormatError` otherwise."""
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise FormatError(
                 f"inputs cannot be rounded to {self.activation!r}: use one of {', '.join(ACTIVATIONS)}"
                 f"{closest(str(self.activation), ACTIVATIONS)}"
+            )
+        if self.binary is not None and (self.binary.rows, self.binary.columns) != (self.rows, self.columns):
+            raise FormatError(
+                f"a binary part of {self.binary.rows} x {self.binary.columns} does not fit a weight of "
+                f"{self.rows} x {self.columns}"
             )
         if (self.left is None) != (self.right is None):
             raise FormatError("a low-rank correction needs both factors, left and right")
@@ -276,14 +327,14 @@ class LinearFormat:
         for prefix, factor in (("left", self.left), ("right", self.right)):
             if factor is not None:
                 specs |= {f"{prefix}_{name}": spec for name, spec in factor.tensor_specs().items()}
-        return specs
+        return specs if self.binary is None else specs | self.binary.tensor_specs()
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors together."""
         return specs_nbytes(self.tensor_specs())
 
     def bits_per_weight(self) -> float:
-        """Return all stored bits, adapters and input scale included, divided by rows times columns."""
+        """Return all stored bits, adapters, signs and input scale included, divided by rows times columns."""
         return 8 * self.nbytes() / (self.rows * self.columns)
 
     def describe(self) -> str:
@@ -296,29 +347,36 @@ class LinearFormat:
         if self.left is not None and self.right is not None:
             left, right = self.left.describe(), self.right.describe()
             text += f" + low-rank {self.rank} " + (left if left == right else f"{left} x {right}")
-        return text
+        return text if self.binary is None else f"{text} + {self.binary.describe()}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the format as plain JSON types; ``activation`` is left out if there is none."""
-        record = {
+        """Return the format as plain JSON types; ``activation`` and ``binary`` are left out if there are none."""
+        record: dict[str, Any] = {
             "weight": self.weight.to_json(),
             "left": None if self.left is None else self.left.to_json(),
             "right": None if self.right is None else self.right.to_json(),
             "input_scaled": self.input_scaled,
         }
-        return record if self.activation is None else record | {"activation": self.activation}
+        if self.activation is not None:
+            record["activation"] = self.activation
+        if self.binary is not None:
+            record["binary"] = self.binary.to_json()
+        return record
 
     @classmethod
     def from_json(cls, record: object) -> LinearFormat:
         """Build a format from untrusted JSON; raise `FormatError` on anything but the form of :meth:`to_json`."""
         names = [field.name for field in fields(cls)]
-        entries = _entries(record, names, "linear format", optional=("activation",))
+        entries = _entries(record, names, "linear format", optional=("activation", "binary"))
+        weight = WeightFormat.from_json(entries["weight"])
+        binary = entries.get("binary")
         return cls(
-            weight=WeightFormat.from_json(entries["weight"]),
+            weight=weight,
             left=None if entries["left"] is None else WeightFormat.from_json(entries["left"]),
             right=None if entries["right"] is None else WeightFormat.from_json(entries["right"]),
             input_scaled=_boolean(entries, "input_scaled"),
             activation=_optional_text(entries, "activation"),
+            binary=None if binary is None else BinaryFormat.from_json(binary, weight),
         )
 
 
@@ -350,6 +408,13 @@ def _integer(entries: dict[str, Any], name: str) -> int:
     if type(value) is not int:
         raise FormatError(f"{name} of a weight format must be an integer, not {value!r}")
     return value
+
+
+def _dtype(name: object, what: str) -> torch.dtype:
+    if not isinstance(name, str) or name not in DTYPES:
+        hint = closest(name, DTYPES) if isinstance(name, str) else ""
+        raise FormatError(f"dtype of a {what} format is {name!r}: use one of {', '.join(DTYPES)}{hint}")
+    return DTYPES[name]
 
 
 def _optional_integer(entries: dict[str, Any], name: str) -> int | None:

@@ -58,6 +58,8 @@ def _canonical(name: str) -> Any:
 class SlimLinear(nn.Module):
     """A linear layer ``y = (x * input_scale) @ W^T + (x @ right^T) @ left^T + bias`` over packed tensors.
 
+    A binary part, if there is one, is added to W (`slimc.runtime.packing.PackedBinary`).
+
     The packed tensors are buffers under the names of `PackedLinear.tensors`; the bias is a frozen Parameter. The
     ``state_dict`` holds the canonical bytes and nothing else. While the tensors of a layout take their place, reading
     one of them gives a copy that is made for the reader: assign to the attribute to change it.
@@ -77,6 +79,9 @@ class SlimLinear(nn.Module):
     left_scale = _canonical("left_scale")
     right_values = _canonical("right_values")
     right_scale = _canonical("right_scale")
+    signs = _canonical("signs")
+    sign_left = _canonical("sign_left")
+    sign_right = _canonical("sign_right")
     bias: nn.Parameter | None
     _made: dict[str, weakref.ref[Tensor]]
     _not_undone: set[Callable[..., Any]]
@@ -384,7 +389,11 @@ class SlimLinear(nn.Module):
             form = self.format
             left = None if form.left is None else follow(form.left, "left_")
             right = None if form.right is None else follow(form.right, "right_")
-            self._set_format(replace(form, weight=follow(form.weight), left=left, right=right))
+            magnitude = self._buffers["sign_left"]
+            binary = form.binary
+            if binary is not None and magnitude is not None:
+                binary = replace(binary, dtype=magnitude.dtype)
+            self._set_format(replace(form, weight=follow(form.weight), left=left, right=right, binary=binary))
         self._forget_kernels()
         self._settle()
         # A graph that is captured anew would find a layer without its kernels' forms.
@@ -472,7 +481,7 @@ def _last_resort(kernel: Kernel, others: tuple[Kernel, ...]) -> Kernel:
     """Return a kernel that reads canonical tensors, for where they are not kept: it refuses what others compute."""
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-        reason = kernel.accepts(spec, dtype, device, tokens)
+        reason = kernel.refuses(spec, dtype, device, tokens)
         if reason is not None:
             return reason
         other, _ = choose(others, spec, dtype, device, tokens)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from slimc.runtime.activations import ACTIVATION_NAMES, round_inputs, round_tokens
 from slimc.runtime.bits import stream_bytes
-from slimc.runtime.decode import dequantize
+from slimc.runtime.decode import dequantize, unpack_signs
 from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
@@ -103,7 +104,8 @@ def decoded_linear(packed: PackedLinear) -> Callable[[Tensor, Tensor | None], Te
     weight = packed.weight.decode()
     left = None if packed.left is None else packed.left.decode()
     right = None if packed.right is None else packed.right.decode()
-    return lambda x, bias: _products(x, weight, packed.input_scale, left, right, bias, packed.activation)
+    binary = None if packed.binary is None else tuple(packed.binary.tensors().values())
+    return lambda x, bias: _products(x, weight, packed.input_scale, left, right, binary, bias, packed.activation)
 
 
 def dequant(values: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, columns: int, group: int) -> Tensor:
@@ -151,6 +153,14 @@ def low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return functional.linear(functional.linear(x, right.to(x.dtype)), left.to(x.dtype)).contiguous()
 
 
+def sign_low_rank(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``sum_k ((x * right[k]) @ B^T) * left[:, k]`` in x's dtype; B is -1 where a bit of ``signs`` is set, else +1."""
+    matrix = unpack_signs(signs, right.shape[1], x.dtype)
+    pairs = zip(left.to(x.dtype).unbind(1), right.to(x.dtype).unbind(0), strict=True)
+    terms = (functional.linear(x * row, matrix) * column for column, row in pairs)
+    return reduce(torch.add, terms).contiguous()
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -162,6 +172,9 @@ def linear(
     left_scale: Tensor | None,
     right_values: Tensor | None,
     right_scale: Tensor | None,
+    signs: Tensor | None,
+    sign_left: Tensor | None,
+    sign_right: Tensor | None,
     bias: Tensor | None,
     *,
     bits: int,
@@ -176,13 +189,19 @@ def linear(
     right_group: int,
     activation: int,
 ) -> Tensor:
-    """``round_activations(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T``, each step rounded to x's dtype."""
+    """``round_activations(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T + sign_low_rank(x, ...)``.
+
+    Each step is rounded to x's dtype.
+    """
     weight = dequantize(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
     left = right = None
     if left_values is not None and right_values is not None:
         left = dequantize(left_values, None, left_scale, None, bits=left_bits, columns=rank, group=left_group)
         right = dequantize(right_values, None, right_scale, None, bits=right_bits, columns=columns, group=right_group)
-    return _products(x, weight, input_scale, left, right, bias, ACTIVATION_NAMES.get(activation))
+    binary = None
+    if signs is not None and sign_left is not None and sign_right is not None:
+        binary = signs, sign_left, sign_right
+    return _products(x, weight, input_scale, left, right, binary, bias, ACTIVATION_NAMES.get(activation))
 
 
 def _products(
@@ -191,6 +210,7 @@ def _products(
     input_scale: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
+    binary: tuple[Tensor, ...] | None,
     bias: Tensor | None,
     activation: str | None,
 ) -> Tensor:
@@ -200,12 +220,15 @@ def _products(
     )
     if left is not None and right is not None:
         y = y + low_rank(x, left, right)
+    if binary is not None:
+        y = y + sign_low_rank(x, *binary)
     return y.contiguous()
 
 
 LINEAR_TENSORS = (
     *("values", "pattern", "scale", "zero_point", "input_scale"),
     *("left_values", "left_scale", "right_values", "right_scale"),
+    *("signs", "sign_left", "sign_right"),
 )
 """The packed tensors among the inputs of ``slim::linear``, in order."""
 
@@ -287,6 +310,15 @@ def _infer_low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], left.shape[0]))
 
 
+def _infer_sign_low_rank(x: Tensor, signs: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    _require(left.dim() == 2 and right.dim() == 2, lambda: "left and right must be matrices")
+    rows, rank, columns = left.shape[0], left.shape[1], right.shape[1]
+    _expect_input(x, columns)
+    _require(rank > 0 and right.shape[0] == rank, lambda: f"left has the rank {rank}, right {right.shape[0]}")
+    _expect("signs", signs, (rows, stream_bytes(columns, 1)), torch.uint8)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
 def _infer_linear(
     x: Tensor,
     values: Tensor,
@@ -298,6 +330,9 @@ def _infer_linear(
     left_scale: Tensor | None,
     right_values: Tensor | None,
     right_scale: Tensor | None,
+    signs: Tensor | None,
+    sign_left: Tensor | None,
+    sign_right: Tensor | None,
     bias: Tensor | None,
     *,
     bits: int,
@@ -330,6 +365,13 @@ def _infer_linear(
         )
         _require(left == rows, lambda: f"left has {left} rows, the weight {rows}")
         _require(right == rank, lambda: f"right has {right} rows, the rank is {rank}")
+    _require(
+        len({part is None for part in (signs, sign_left, sign_right)}) == 1,
+        lambda: "signs, sign_left and sign_right belong together",
+    )
+    if signs is not None and sign_left is not None and sign_right is not None:
+        _infer_sign_low_rank(x, signs, sign_left, sign_right)
+        _require(sign_left.shape[0] == rows, lambda: f"sign_left has {sign_left.shape[0]} rows, the weight {rows}")
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -378,6 +420,32 @@ def _low_rank_gradients(
     )
 
 
+def _through_signs(gradient: Tensor, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``sum_k ((gradient * left[:, k]) @ B) * right[k]``."""
+    dtype = gradient.dtype
+    terms = [
+        (gradient * column) @ matrix * row
+        for column, row in zip(left.to(dtype).unbind(1), right.to(dtype).unbind(0), strict=True)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def _sign_low_rank_gradients(
+    gradient: Tensor, needed: tuple[bool, ...], x: Tensor, signs: Tensor, left: Tensor, right: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the factors; signs are frozen."""
+    matrix = unpack_signs(signs, right.shape[1], x.dtype)
+    rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+    to_left = [(rows * functional.linear(inputs * row, matrix)).sum(0) for row in right.to(x.dtype).unbind(0)]
+    to_right = [(inputs * ((rows * column) @ matrix)).sum(0) for column in left.to(x.dtype).unbind(1)]
+    return (
+        _through_signs(gradient, matrix, left, right) if needed[0] else None,
+        None,
+        torch.stack(to_left, 1).to(left.dtype) if needed[2] else None,
+        torch.stack(to_right, 0).to(right.dtype) if needed[3] else None,
+    )
+
+
 def _linear_gradients(
     gradient: Tensor,
     needed: tuple[bool, ...],
@@ -391,6 +459,9 @@ def _linear_gradients(
     left_scale: Tensor | None,
     right_values: Tensor | None,
     right_scale: Tensor | None,
+    signs: Tensor | None,
+    sign_left: Tensor | None,
+    sign_right: Tensor | None,
     bias: Tensor | None,
     *,
     bits: int,
@@ -419,7 +490,10 @@ def _linear_gradients(
                 right_values, None, right_scale, None, bits=right_bits, columns=columns, group=right_group
             )
             to_input = to_input + (gradient @ left.to(dtype)) @ right.to(dtype)
-    if needed[10] and bias is not None:
+        if signs is not None and sign_left is not None and sign_right is not None:
+            matrix = unpack_signs(signs, columns, dtype)
+            to_input = to_input + _through_signs(gradient, matrix, sign_left, sign_right)
+    if needed[len(LINEAR_TENSORS) + 1] and bias is not None:
         to_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype)
     return (to_input, *(None for _ in LINEAR_TENSORS), to_bias)
 
@@ -458,6 +532,14 @@ OPS: dict[str, Op] = {
             _round_gradients,
         ),
         Op("slim::low_rank", ("x", "left", "right"), (), low_rank, _infer_low_rank, _low_rank_gradients),
+        Op(
+            "slim::sign_low_rank",
+            ("x", "signs", "left", "right"),
+            (),
+            sign_low_rank,
+            _infer_sign_low_rank,
+            _sign_low_rank_gradients,
+        ),
         Op(
             "slim::linear",
             ("x", "values", *(f"{name}?" for name in LINEAR_TENSORS[1:]), "bias?"),

@@ -15,18 +15,21 @@ from torch import Tensor
 
 from slimc.errors import FormatError
 from slimc.runtime.bits import pack_bits, unpack_bits
-from slimc.runtime.decode import dequantize, expand_groups, scatter, stored_codes, unpack_mask
-from slimc.runtime.formats import NM, LinearFormat, Sparsity, TensorSpecs, Unstructured, WeightFormat
+from slimc.runtime.decode import dequantize, expand_groups, scatter, stored_codes, unpack_mask, unpack_signs
+from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Sparsity, TensorSpecs, Unstructured, WeightFormat
 
 __all__ = [
     "NM",
+    "BinaryFormat",
     "LinearFormat",
+    "PackedBinary",
     "PackedLinear",
     "PackedWeight",
     "Sparsity",
     "TensorSpecs",
     "Unstructured",
     "WeightFormat",
+    "pack_signs",
     "pack_weight",
 ]
 
@@ -174,12 +177,47 @@ def pack_weight(
 
 
 @dataclass
+class PackedBinary:
+    """A matrix of signs with a magnitude of low rank: ``(left @ right) (.) B`` with B in {-1, +1}.
+
+    Attributes:
+        signs: Bit mask of the entries that are -1, uint8 [rows, ceil(columns / 8)].
+        left: [rows, rank].
+        right: [rank, columns], in the dtype of ``left``.
+    """
+
+    signs: Tensor
+    left: Tensor
+    right: Tensor
+
+    @property
+    def format(self) -> BinaryFormat:
+        """The storage form; raises `FormatError` if it is none."""
+        return BinaryFormat(self.left.shape[0], self.right.shape[1], self.left.shape[1], self.left.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors under their flat names, in storage order."""
+        return {"signs": self.signs, "sign_left": self.left, "sign_right": self.right}
+
+    def decode(self) -> Tensor:
+        """Return the dense matrix [rows, columns] in float32."""
+        magnitude = self.left.float() @ self.right.float()
+        return magnitude.mul_(unpack_signs(self.signs, magnitude.shape[1], torch.float32))
+
+
+def pack_signs(negative: Tensor) -> Tensor:
+    """Pack a boolean matrix [rows, columns], True where an entry is -1, into uint8 [rows, ceil(columns / 8)]."""
+    return pack_bits(negative.to(torch.uint8), 1)
+
+
+@dataclass
 class PackedLinear:
     """A linear layer's weight in its storage form, without the bias.
 
     The layer computes ``y = (x * input_scale) @ decode(weight)^T + (x @ right^T) @ left^T``; the adapters read
     the unscaled input. With an ``activation`` the product with the weight reads ``x * input_scale`` rounded token by
-    token, the adapters still read x.
+    token, the adapters still read x. A binary part reads x as the adapters do: for each of its ranks it adds
+    ``((x * right) @ B^T) * left``.
 
     Attributes:
         weight: The matrix [rows, columns].
@@ -187,6 +225,7 @@ class PackedLinear:
         right: Right factor, [rank, columns], or None.
         input_scale: [columns] in the dtype of the weight, or None.
         activation: What the inputs of the weight are rounded to, one of `slimc.runtime.formats.ACTIVATIONS`, or None.
+        binary: Signs with a magnitude of low rank, added to the weight, or None.
     """
 
     weight: PackedWeight
@@ -194,6 +233,7 @@ class PackedLinear:
     right: PackedWeight | None = None
     input_scale: Tensor | None = None
     activation: str | None = None
+    binary: PackedBinary | None = None
 
     @property
     def format(self) -> LinearFormat:
@@ -204,6 +244,7 @@ class PackedLinear:
             None if self.right is None else self.right.format,
             self.input_scale is not None,
             self.activation,
+            None if self.binary is None else self.binary.format,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -214,7 +255,7 @@ class PackedLinear:
         for prefix, factor in (("left", self.left), ("right", self.right)):
             if factor is not None:
                 named |= {f"{prefix}_{name}": tensor for name, tensor in factor.tensors().items()}
-        return named
+        return named if self.binary is None else named | self.binary.tensors()
 
     @classmethod
     def from_tensors(cls, spec: LinearFormat, tensors: Mapping[str, Tensor]) -> PackedLinear:
@@ -222,6 +263,8 @@ class PackedLinear:
         check_specs(spec.tensor_specs(), tensors)
         packed = cls.assemble(spec, tensors)
         check_pattern(packed.weight)
+        if packed.binary is not None:
+            check_signs(packed.binary)
         return packed
 
     @classmethod
@@ -237,19 +280,20 @@ class PackedLinear:
             None if spec.right is None else part("right_", spec.right),
             tensors.get("input_scale"),
             spec.activation,
+            None if spec.binary is None else PackedBinary(*(tensors[name] for name in spec.binary.tensor_specs())),
         )
 
     def decode_base(self) -> Tensor:
-        """Return the effective weight without the adapters: ``decode(weight) * input_scale``, float32."""
+        """Return the effective weight without adapters and binary part: ``decode(weight) * input_scale``, float32."""
         base = self.weight.decode().float()
         return base if self.input_scale is None else base * self.input_scale.float()
 
     def decode(self) -> Tensor:
-        """Return the effective weight [rows, columns] in float32: input scale and adapters multiplied in."""
-        base = self.decode_base()
-        if self.left is None or self.right is None:
-            return base
-        return base + self.left.decode().float() @ self.right.decode().float()
+        """Return the effective weight [rows, columns] in float32: input scale, adapters and binary part included."""
+        whole = self.decode_base()
+        if self.left is not None and self.right is not None:
+            whole = whole + self.left.decode().float() @ self.right.decode().float()
+        return whole if self.binary is None else whole + self.binary.decode()
 
 
 def check_specs(specs: TensorSpecs, tensors: Mapping[str, Tensor]) -> None:
@@ -300,6 +344,15 @@ def _fill_groups(mask: Tensor, sparsity: NM) -> Tensor:
         )
     free = ~groups
     return (groups | (free & (free.cumsum(dim=-1) <= missing))).flatten(1)
+
+
+def check_signs(packed: PackedBinary) -> None:
+    """Raise `FormatError` if a sign is set beyond the columns."""
+    columns = packed.right.shape[1]
+    if packed.signs.is_meta or columns % 8 == 0:
+        return
+    if bool((packed.signs[:, -1] >> columns % 8).any()):
+        raise FormatError(f"the signs mark positions beyond the {columns} columns")
 
 
 def check_pattern(packed: PackedWeight) -> None:

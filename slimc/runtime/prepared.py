@@ -38,6 +38,7 @@ REFERENCE = Kernel(
     lambda packed: packed,
     lambda x, packed, bias: apply_packed(x, packed, bias),
     transient=True,
+    binary=True,
 )
 """The op itself, for a layer that no kernel of its table computes."""
 

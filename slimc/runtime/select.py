@@ -63,6 +63,7 @@ class Kernel:
         expects: What is known of the speed without measuring, of a case that is accepted: None if the kernel is
             expected to be the best from here on in the table, else why it is not. Times overrule it.
         timed: Whether it competes with others by time; a kernel of last resort does not.
+        binary: Whether it knows of binary parts; one that does not is never asked about a layer that has one.
     """
 
     name: str
@@ -73,6 +74,13 @@ class Kernel:
     transient: bool = False
     expects: Callable[[LinearFormat, torch.dtype, torch.device, int], str | None] | None = None
     timed: bool = True
+    binary: bool = False
+
+    def refuses(self, spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+        """Say why the kernel cannot compute a case, or return None if it can."""
+        if spec.binary is not None and not self.binary:
+            return f"does not compute the binary part ({spec.binary.describe()})"
+        return self.accepts(spec, dtype, device, tokens)
 
 
 class Timings(Protocol):
@@ -177,7 +185,7 @@ def choose(
     refusals: dict[str, str] = {}
     able: list[Kernel] = []
     for kernel in kernels:
-        reason = kernel.accepts(*case)
+        reason = kernel.refuses(*case)
         if reason is not None:
             refusals[kernel.name] = reason
             continue

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Unstructured, pack_weight
+from slimc.runtime.packing import (
+    NM,
+    PackedBinary,
+    PackedLinear,
+    PackedWeight,
+    Unstructured,
+    pack_signs,
+    pack_weight,
+)
 
 Packer = Callable[..., PackedLinear]
 
@@ -35,7 +43,7 @@ def _store(weight: Tensor, bits: int | None, sparsity: NM | Unstructured | None,
 def pack() -> Packer:
     """Return ``pack(weight, form)``.
 
-    A form is words out of int4, int4z, 16bit, 2:4, mask, scaled, rank16, rank4, int8in, fp8in.
+    A form is words out of int4, int4z, 16bit, 2:4, mask, scaled, rank16, rank4, int8in, fp8in, signs.
     """
 
     def packed(weight: Tensor, form: str = "int4") -> PackedLinear:
@@ -52,6 +60,12 @@ def pack() -> Packer:
         if "scaled" in words:
             scale = (1 + torch.rand(weight.shape[1], generator=generator)).to(weight.dtype)
         activation = "int8" if "int8in" in words else "float8_e4m3fn" if "fp8in" in words else None
-        return PackedLinear(base, left, right, scale, activation)
+        binary = None
+        if "signs" in words:
+            factors = (
+                torch.randn(sides, generator=generator) for sides in ((weight.shape[0], 2), (2, weight.shape[1]))
+            )
+            binary = PackedBinary(pack_signs(weight < 0), *(factor.to(weight.dtype) for factor in factors))
+        return PackedLinear(base, left, right, scale, activation, binary)
 
     return packed

@@ -33,6 +33,11 @@ FORMS = {
     "int4 2:4 scaled rank4": {
         *("slim.dequant_nm", "slim.dequant", "aten.mul.Tensor", "slim.low_rank", "aten.add.Tensor"),
     },
+    "16bit mask signs": {"slim.dequant_mask", "slim.sign_low_rank", "aten.add.Tensor"},
+    "int4 2:4 scaled rank16 int8in signs": {
+        *("slim.dequant_nm", "aten.mul.Tensor", "slim.round_activations", "slim.low_rank", "slim.sign_low_rank"),
+        "aten.add.Tensor",
+    },
     "int4 fp8in": {"slim.dequant", "slim.round_activations"},
     "int4 2:4 scaled rank4 int8in": {
         *("slim.dequant_nm", "slim.dequant", "aten.mul.Tensor", "slim.round_activations", "slim.low_rank"),
@@ -118,7 +123,7 @@ def test_a_second_call_changes_nothing(form: str, pack: Packer) -> None:
 
 def test_another_form_replaces_the_first_without_a_trace(pack: Packer) -> None:
     _, program, _ = captured(nn.Linear(16, 8))
-    express_all(program, pack, "int4 2:4 scaled rank4 int8in")
+    express_all(program, pack, "int4 2:4 scaled rank4 int8in signs")
     express_all(program, pack, "int4")
     _, fresh, _ = captured(nn.Linear(16, 8))
     express_all(fresh, pack, "int4")
@@ -134,7 +139,13 @@ def test_a_site_that_reads_another_one_directly_reads_it_with_its_adapters(
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)).eval()
     x = torch.randn(5, 16)
     program = capture(model, [((x,), {})])
-    for form in ("int4 scaled rank4 fp8in", "int4 rank16", "int4 scaled rank16", "int4 rank4 int8in"):
+    for form in (
+        "int4 scaled rank4 fp8in",
+        "int4 rank16 signs",
+        "int4 signs",
+        "int4 scaled rank4 int8in signs",
+        "int4",
+    ):
         for name in order:
             site = program.sites[name]
             express(program, site, pack(program.dense_weight(site), form))
@@ -146,7 +157,7 @@ def test_a_site_that_reads_another_one_directly_reads_it_with_its_adapters(
 
 @pytest.mark.parametrize(
     ("form", "decoded"),
-    [("int4", 1), ("int4 scaled rank4", 3), ("int4 2:4 scaled rank16", 1), ("int4 scaled rank16 int8in", 1)],
+    [("int4", 1), ("int4 scaled rank4", 3), ("int4 2:4 scaled rank16", 1), ("int4 rank16 int8in signs", 1)],
 )
 def test_a_weight_with_several_uses_is_decoded_once(form: str, decoded: int, pack: Packer) -> None:
     torch.manual_seed(0)
@@ -161,7 +172,7 @@ def test_a_weight_with_several_uses_is_decoded_once(form: str, decoded: int, pac
         with torch.no_grad():
             expected = install(model, program, inplace=False)(x)
             assert torch.equal(program.run(x), expected)
-    assert apply_rules(program, FUSION_RULES) == 3
+    assert apply_rules(program, FUSION_RULES) == (6 if "signs" in form else 3)
     verify(program)
     assert torch.equal(program.run(x), expected)
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from slimc.ir.capture import capture
 from slimc.ir.express import express
-from slimc.ir.fusion import FUSION_RULES, FuseLinear, FuseLowRank
+from slimc.ir.fusion import FUSION_RULES, FuseLinear, FuseLowRank, FuseSigns
 from slimc.ir.match import Anything, Call, Match, arguments
 from slimc.ir.program import Program
 from slimc.ir.rules import Rule, apply_rules, explain
@@ -60,12 +60,14 @@ def fused(program: Program, x: torch.Tensor, *, applications: int = 1) -> None:
     [
         *("int4", "int4z", "16bit 2:4", "int4 mask scaled", "int4 rank16", "int4 2:4 scaled rank4"),
         *("int4 int8in", "int4 rank16 fp8in", "int4 2:4 scaled rank4 int8in"),
+        *("16bit mask signs", "int4 2:4 scaled rank4 int8in signs"),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_site_becomes_one_op(form: str, bias: bool, pack: Packer, x: torch.Tensor) -> None:
     program = expressed(pack, x, form, bias=bias)
-    fused(program, x)
+    fused(program, x, applications=2 if "signs" in form else 1)
+    assert "slim.sign_low_rank" not in text(program)
     assert "slim.dequant" not in text(program)
     assert "slim.round" not in text(program)
     given = arguments(only(program, slim.linear.default))
@@ -153,6 +155,39 @@ def test_a_factor_that_is_computed_is_not_fused(pack: Packer, x: torch.Tensor) -
     after(program, adapters.args[2], aten.neg.default)
     assert reasons(program, FuseLowRank()) == {total.name: "the right factor is neither a constant nor its dequant"}
     fused(program, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda program, total: total.update_kwarg("alpha", 2), "the binary part is added 2 times"),
+        (
+            lambda program, total: after(program, only(program, slim.sign_low_rank.default).args[2], aten.neg.default),
+            "sign_left is not a constant",
+        ),
+    ],
+)
+def test_signs_that_are_not_the_storage_form_stay_outside(
+    change: Callable[..., Any], reason: str, pack: Packer, x: torch.Tensor
+) -> None:
+    program = expressed(pack, x, "int4 signs")
+    change(program, only(program, aten.add.Tensor))
+    program.module.recompile()
+    fused(program, x)
+    assert "slim.sign_low_rank" in text(program)
+    assert list(reasons(program, FuseSigns()).values()) == [reason]
+
+
+def test_a_second_binary_part_stays_outside(pack: Packer, x: torch.Tensor) -> None:
+    program = expressed(pack, x, "int4 signs")
+    signs, total = only(program, slim.sign_low_rank.default), only(program, aten.add.Tensor)
+    with program.graph.inserting_after(total):
+        again = program.graph.call_function(slim.sign_low_rank.default, signs.args)
+    again.meta["val"] = signs.meta["val"]
+    after(program, total, aten.add.Tensor, again)
+    program.module.recompile()
+    fused(program, x, applications=2)
+    assert list(reasons(program, FuseSigns()).values()) == ["the linear has a binary part already"]
 
 
 class Multiplies(nn.Module):

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slimc.errors import RecipeError
-from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize, check_order, from_config
+from slimc.passes import (
+    Activations,
+    Calibrate,
+    Decompose,
+    Fuse,
+    LowRank,
+    Pass,
+    Prune,
+    Quantize,
+    check_order,
+    from_config,
+)
 from slimc.passes.pipeline import select
 
 positive = st.integers(1, 4096)
@@ -46,7 +57,31 @@ low_ranks = st.builds(
 activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
 
 
-@given(calibrates | plain_quantizes | slim_quantizes | prunes | low_ranks | activations | st.just(Fuse()))
+decomposes = st.builds(
+    Decompose,
+    ratio=shares,
+    pattern=st.none() | patterns,
+    rank=st.integers(1, 9),
+    rounds=st.integers(1, 99),
+    weighting=st.sampled_from(["none", "activations"]),
+    bits=st.sampled_from([None, 2, 3, 4, 8]),
+    group=st.integers(2, 4096),
+    damping=shares,
+)
+filled = st.builds(Decompose, ratio=st.none(), pattern=patterns, feedback=st.booleans())
+
+
+@given(
+    decomposes
+    | filled
+    | calibrates
+    | plain_quantizes
+    | slim_quantizes
+    | prunes
+    | low_ranks
+    | activations
+    | st.just(Fuse())
+)
 def test_repr_recipe_line_and_json_are_one_grammar(one: Pass) -> None:
     assert eval(repr(one)) == one
     line = json.loads(json.dumps(one.to_config()))
@@ -107,6 +142,16 @@ REFUSED = [
     *((LowRank, "bits", value) for value in (1, 16, 4.0, "4", True)),
     *((LowRank, "group", value) for value in (0, 1, None, 64.0)),
     *((LowRank, "rounds", value) for value in (-1, 0.5, True, None)),
+    *((Decompose, "method", value) for value in ("wanda", None)),
+    *((Decompose, "ratio", value) for value in (0, 1, -0.5, 1.5, "0.5", True, None, float("nan"))),
+    *((Decompose, "pattern", value) for value in ("4:2", "2/4", 0.5, 2)),
+    *((Decompose, "rank", value) for value in (0, -1, 0.5, True, None)),
+    *((Decompose, "rounds", value) for value in (0, -1, 0.5, True, None)),
+    *((Decompose, "weighting", value) for value in ("gram", None)),
+    *((Decompose, "bits", value) for value in (1, 16, 4.0, "4", True)),
+    *((Decompose, "group", value) for value in (0, 1, None, 64.0)),
+    *((Decompose, "feedback", value) for value in (1, None, "yes")),
+    *((Decompose, "damping", value) for value in (0, -1, 2, float("nan"), "x", None)),
     *((Activations, "bits", value) for value in (4, 16, 8.0, "8", True, None)),
     *((Activations, "kind", value) for value in ("float8_e4m3fn", "int4", None, 8)),
 ]
@@ -128,19 +173,26 @@ def test_options_of_a_wrong_type_or_range_are_refused_by_name(kind: type[Pass], 
         ([Prune(method="magnitude"), Prune(method="magnitude")], "prune appears twice.*Remove one"),
         ([Quantize(), LowRank(method="svd"), Prune(method="magnitude")], "Put prune before low_rank"),
         ([Prune(method="magnitude"), LowRank(method="svd"), Quantize()], "Put quantize before low_rank"),
-        ([LowRank(method="svd")], "no error to correct: put quantize or prune before it"),
+        ([LowRank(method="svd")], "no error to correct: put quantize, prune or decompose before it"),
         ([Quantize(), LowRank(method="svd"), LowRank(method="svd")], "low_rank appears twice.*Raise the rank"),
-        ([Fuse()], "nothing to fuse: put quantize or prune before it"),
+        ([Fuse()], "nothing to fuse: put quantize, prune or decompose before it"),
         ([Quantize(), Fuse(), Prune(method="magnitude")], "'prune' comes after fuse.*Move fuse to the end"),
         ([Quantize(), Fuse(), Fuse()], "'fuse' comes after fuse"),
         ([Prune()], "^prune needs calibrate before it, for statistics of the activations. Put"),
         ([Quantize(), LowRank()], "Put calibrate first"),
         ([Quantize(activation_aware=True)], "Put calibrate first"),
-        ([Calibrate()], "compresses nothing: it has neither quantize nor prune"),
-        ([Calibrate(), Activations()], "compresses nothing: it has neither quantize nor prune"),
+        ([Calibrate()], "compresses nothing: it has neither quantize nor prune nor decompose"),
+        ([Calibrate(), Activations()], "compresses nothing: it has neither quantize nor prune nor decompose"),
+        ([Calibrate(), Decompose(), Decompose()], "decompose comes twice.*Remove the other"),
+        ([Calibrate(), Prune(), Decompose()], "decompose comes after prune.*pattern= and ratio="),
+        ([Calibrate(), Quantize(), Decompose()], "decompose comes after quantize.*bits="),
+        ([Calibrate(), Decompose(), Prune()], "prune comes after decompose.*Remove prune"),
+        ([Calibrate(), Decompose(), Quantize()], "quantize comes after decompose.*give decompose bits= and group="),
+        ([Calibrate(), Decompose(feedback=True), LowRank(rounds=1)], "rounds=1 would store.*Use rounds=0"),
+        ([Decompose()], "^decompose needs calibrate before it"),
         ([Quantize(), Activations(), Activations(kind="fp8")], "activations appears twice.*Remove one"),
         ([Quantize(), Fuse(), Activations()], "'activations' comes after fuse.*Move fuse to the end"),
-        ([Activations(), Fuse(), Quantize()], "nothing to fuse: put quantize or prune before it"),
+        ([Activations(), Fuse(), Quantize()], "nothing to fuse: put quantize, prune or decompose before it"),
         ([], "compresses nothing"),
         ([Quantize(), "fuse"], "Number 2 of the passes is 'fuse', which is not a pass"),
     ],
@@ -170,6 +222,11 @@ ORDERS = [
     for middle in MIDDLES
     for low_rank in ([], [LowRank(rank=2)], [Activations(), LowRank(rank=2)])
     for fuse in ([], [Fuse()])
+]
+ORDERS += [
+    [Calibrate(), Decompose(), LowRank(rank=2, rounds=2), Activations(), Fuse()],
+    [Calibrate(), Decompose(ratio=None, pattern="2:4", bits=4, group=8, feedback=True), LowRank(rank=2), Fuse()],
+    [Calibrate(), Activations(), Decompose(pattern="2:4", bits=4, group=8)],
 ]
 
 

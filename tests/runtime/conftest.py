@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Sparsity, pack_weight
+from slimc.runtime.packing import NM, PackedBinary, PackedLinear, PackedWeight, Sparsity, pack_signs, pack_weight
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,13 @@ def random_weight(
     )
 
 
+def random_binary(rows: int, columns: int, rank: int, dtype: torch.dtype) -> PackedBinary:
+    generator = torch.Generator().manual_seed(4)
+    negative = torch.rand(rows, columns, generator=generator) < 0.5
+    left, right = torch.rand(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    return PackedBinary(pack_signs(negative), left.to(dtype), right.to(dtype))
+
+
 @pytest.fixture(scope="session")
 def make_weight() -> Callable[..., PackedWeight]:
     return random_weight
@@ -73,6 +80,7 @@ def make_linear() -> Callable[..., PackedLinear]:
         rank: int = 0,
         adapter_bits: int | None = 4,
         scaled: bool = False,
+        signs: int = 0,
         **form,
     ) -> PackedLinear:
         dtype = form.get("dtype", torch.bfloat16)
@@ -82,6 +90,7 @@ def make_linear() -> Callable[..., PackedLinear]:
             random_weight(rows, rank, adapter_bits, group=group, dtype=dtype, seed=1) if rank else None,
             random_weight(rank, columns, adapter_bits, group=group, dtype=dtype, seed=2) if rank else None,
             (torch.rand(columns, generator=torch.Generator().manual_seed(3)) + 0.5).to(dtype) if scaled else None,
+            binary=random_binary(rows, columns, signs, dtype) if signs else None,
         )
 
     return build

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimc.errors import FormatError
-from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.formats import ACTIVATIONS, NM, BinaryFormat, LinearFormat, Unstructured, WeightFormat
 
 INT4 = WeightFormat(64, 128, bits=4, group=64, dtype=torch.bfloat16)
 
@@ -39,6 +39,36 @@ def test_json_round_trip(bits, group, per_tensor, asymmetric, sparsity, dtype) -
         rounded = replace(whole, activation=activation)
         assert LinearFormat.from_json(rounded.to_json()) == rounded
         assert rounded.nbytes() == whole.nbytes()
+    signed = replace(whole, binary=BinaryFormat(9, 576, 2, dtype))
+    assert LinearFormat.from_json(signed.to_json()) == signed
+    assert signed.nbytes() == whole.nbytes() + 9 * 72 + 2 * (9 + 576) * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("binary", "message"),
+    [
+        ([], "a binary format must be a JSON object, not list"),
+        ({"rank": 1}, "a binary format lacks dtype"),
+        ({"rank": 1, "dtype": "bfloat16", "rows": 64}, "unknown key 'rows' in a binary format"),
+        ({"rank": 1.0, "dtype": "bfloat16"}, "rank of a weight format must be an integer, not 1.0"),
+        ({"rank": 0, "dtype": "bfloat16"}, "64 x 128 cannot have the rank 0"),
+        ({"rank": 65, "dtype": "bfloat16"}, "64 x 128 cannot have the rank 65"),
+        ({"rank": 1, "dtype": "bfloat15"}, "dtype of a binary format is 'bfloat15'.*did you mean 'bfloat16'"),
+        ({"rank": 1, "dtype": 16}, "dtype of a binary format is 16: use one of"),
+    ],
+)
+def test_hostile_binary_parts_are_refused(binary: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        LinearFormat.from_json(LinearFormat(INT4).to_json() | {"binary": binary})
+
+
+def test_a_binary_part_must_fit() -> None:
+    with pytest.raises(FormatError, match="binary part of 64 x 64 does not fit a weight of 64 x 128"):
+        LinearFormat(INT4, binary=BinaryFormat(64, 64, 1, torch.bfloat16))
+    with pytest.raises(FormatError, match="magnitude of a binary part cannot be torch.int8"):
+        BinaryFormat(64, 64, 1, torch.int8)
+    words = LinearFormat(INT4, binary=BinaryFormat(64, 128, 1, torch.bfloat16)).describe()
+    assert words == "int4/64 + signs x rank 1 bf16"
 
 
 def test_formats_without_rounded_inputs_are_written_and_read_as_ever() -> None:
@@ -46,6 +76,7 @@ def test_formats_without_rounded_inputs_are_written_and_read_as_ever() -> None:
     assert list(record) == ["weight", "left", "right", "input_scaled"]
     assert LinearFormat.from_json(record).activation is None
     assert LinearFormat.from_json(record | {"activation": None}).activation is None
+    assert LinearFormat.from_json(record | {"binary": None}).binary is None
 
 
 @pytest.mark.parametrize(

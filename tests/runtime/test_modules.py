@@ -173,6 +173,35 @@ def test_rounded_inputs_survive_casts_copies_and_a_state_dict(packed: PackedLine
     assert torch.equal(layer.weight, layer.packed.decode())
 
 
+def test_signs_survive_casts_copies_and_a_state_dict(make_linear: Callable[..., PackedLinear], x: torch.Tensor) -> None:
+    packed = make_linear(6, 20, 4, rank=3, signs=2)
+    layer = SlimLinear(packed, BIAS)
+    assert list(layer.state_dict()) == ["bias", *packed.tensors()]
+    assert torch.equal(layer(x), apply_packed(x, packed, BIAS))
+    assert torch.equal(layer.weight, packed.decode().bfloat16())
+    empty = SlimLinear.empty(layer.format, bias=True)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    signs = layer.signs.clone()
+    assert layer.float().format.binary.dtype == torch.float32
+    assert torch.equal(layer.signs, signs)
+    assert torch.equal(layer(x.float()), apply_packed(x.float(), layer.packed, layer.bias))
+    layer.signs = ~signs
+    assert not torch.equal(layer.weight, packed.decode())
+
+
+def test_a_kernel_that_knows_no_signs_is_never_asked(make_linear: Callable[..., PackedLinear], x: torch.Tensor) -> None:
+    prepared: list[PackedLinear] = []
+    layer = SlimLinear(make_linear(6, 20, 4, signs=1), BIAS, kernels=[counting_kernel(prepared)])
+    with torch.no_grad():
+        assert torch.equal(layer(x), apply_packed(x, layer.packed, BIAS))
+    assert not prepared
+    (choice,) = layer.choices()
+    assert choice.kernel is None
+    assert choice.refusals == {"counting": "does not compute the binary part (signs x rank 1 bf16)"}
+
+
 class Block(nn.Module):
     """Two compressed layers around something else."""
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slimc.runtime.ops import LINEAR_TENSORS, OPS, apply_packed, linear_attributes, weight_attributes
+from slimc.runtime.ops import (
+    LINEAR_TENSORS,
+    OPS,
+    apply_packed,
+    decoded_linear,
+    linear_attributes,
+    weight_attributes,
+)
 from slimc.runtime.packing import NM, PackedLinear, Unstructured
 
 slim = torch.ops.slim
@@ -39,6 +47,34 @@ def test_linear_passes_opcheck(make_linear: Callable[..., PackedLinear], form: d
     x = torch.randn(2, 3, 20, dtype=dtype, requires_grad=True)
     inputs = arguments(packed, x, torch.randn(6, dtype=dtype))
     torch.library.opcheck(slim.linear.default, inputs, linear_attributes(packed.format))
+
+
+def test_a_binary_part_passes_opcheck(make_linear: Callable[..., PackedLinear]) -> None:
+    packed = make_linear(6, 20, 4, rank=3, signs=2, dtype=torch.float32)
+    x = torch.randn(2, 3, 20, requires_grad=True)
+    attributes = linear_attributes(packed.format)
+    torch.library.opcheck(slim.linear.default, arguments(packed, x, torch.randn(6)), attributes)
+    binary = packed.binary
+    torch.library.opcheck(slim.sign_low_rank.default, (x, binary.signs, binary.left, binary.right))
+    plain = replace(packed, binary=None)
+    parts = apply_packed(x, plain) + slim.sign_low_rank(x, binary.signs, binary.left, binary.right)
+    assert torch.equal(apply_packed(x, packed), parts)
+    assert torch.equal(decoded_linear(packed)(x, None), parts)
+
+
+def test_products_with_signs_are_those_with_the_decoded_matrix(make_linear: Callable[..., PackedLinear]) -> None:
+    binary = make_linear(6, 20, 4, signs=2, dtype=torch.float64).binary
+    x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    signs = torch.tensor([[1 - 2 * (int(byte) >> bit & 1) for byte in row for bit in range(8)] for row in binary.signs])
+    exact = (binary.left @ binary.right) * signs[:, :20]
+    y = slim.sign_low_rank(x, binary.signs, binary.left, binary.right)
+    # Float64 sums of 20 terms, in another order, and a decoded matrix in float32.
+    assert torch.allclose(y, x @ exact.T, rtol=0, atol=1e-12)
+    assert torch.allclose(binary.decode().double(), exact, rtol=1e-6, atol=1e-6)
+    left, right = (factor.clone().requires_grad_() for factor in (binary.left, binary.right))
+    assert torch.autograd.gradcheck(
+        lambda *given: slim.sign_low_rank(given[0], binary.signs, *given[1:]), (x, left, right)
+    )
 
 
 @pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
@@ -118,7 +154,7 @@ def test_low_rank_passes_opcheck_and_gradcheck() -> None:
 
 @forms
 def test_the_gradient_reaches_input_and_bias(make_linear, form: dict[str, Any]) -> None:
-    packed = make_linear(6, 20, rank=3, scaled=True, dtype=torch.float64, **form)
+    packed = make_linear(6, 20, rank=3, scaled=True, signs=2, dtype=torch.float64, **form)
     x = torch.randn(2, 20, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, bias: apply_packed(x, packed, bias), (x, bias))
@@ -135,7 +171,7 @@ def test_autocast_does_not_change_the_dtype(make_linear, autocast: torch.dtype) 
 
 
 def test_one_message_in_eager_mode_and_under_a_fake(make_linear) -> None:
-    packed = make_linear(6, 20, 4, rank=3, sparsity=NM(2, 4))
+    packed = make_linear(6, 20, 4, rank=3, signs=1, sparsity=NM(2, 4))
     good, attributes = arguments(packed, torch.randn(2, 20), None), linear_attributes(packed.format)
 
     def message(position: int | None = None, wrong: Tensor | None = None, **changes: int) -> str:
@@ -160,7 +196,11 @@ def test_one_message_in_eager_mode_and_under_a_fake(make_linear) -> None:
     assert message(3, good[3].to(torch.uint8)) == "scale must be floating point, not torch.uint8"
     assert message(3, None) == "bits 4 needs a scale"
     assert message(5, torch.ones(3)) == "input_scale must have shape (20,), not (3,)"
-    assert message(10, torch.ones(3)) == "bias must have shape (6,), not (3,)"
+    assert message(13, torch.ones(3)) == "bias must have shape (6,), not (3,)"
+    assert message(10, good[10][:, :2]) == "signs must have shape (6, 3), not (6, 2)"
+    assert message(10, None) == "signs, sign_left and sign_right belong together"
+    assert message(11, good[11][:, :0]) == "left has the rank 0, right 1"
+    assert message(12, good[12][:, :8]) == "x must be [..., 8], not (2, 20)"
     assert message(6, None) == "rank 3 needs both of left_values and right_values"
     assert message(m=3) == "2:3 sparsity does not fit 20 columns"
     assert message(bits=9) == "bits must be 0 or 2 to 8, not 9"
@@ -174,7 +214,12 @@ def test_one_message_in_eager_mode_and_under_a_fake(make_linear) -> None:
 
 def test_the_table_documents_every_op() -> None:
     dequants = {"slim::dequant", "slim::dequant_nm", "slim::dequant_mask"}
-    assert set(OPS) == dequants | {"slim::round_activations", "slim::low_rank", "slim::linear"}
+    assert set(OPS) == dequants | {
+        "slim::round_activations",
+        "slim::low_rank",
+        "slim::sign_low_rank",
+        "slim::linear",
+    }
     assert all(op.doc for op in OPS.values())
     assert OPS["slim::dequant"].schema == (
         "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group) -> Tensor"

@@ -136,6 +136,24 @@ def test_packing_does_not_depend_on_what_stands_at_pruned_positions() -> None:
     assert torch.equal(one.values, other.values)
 
 
+def test_signs_have_a_magnitude_and_padding_is_checked(make_linear) -> None:
+    packed = make_linear(4, 20, 4, rank=2, signs=2, dtype=torch.float32)
+    binary = packed.binary
+    bits = [[int(byte) >> bit & 1 for byte in row for bit in range(8)][:20] for row in binary.signs]
+    expected = (binary.left @ binary.right) * (1 - 2 * torch.tensor(bits))
+    assert torch.equal(binary.decode(), expected)
+    adapters = packed.left.decode() @ packed.right.decode()
+    assert torch.equal(packed.decode(), packed.decode_base() + adapters + expected)
+    assert PackedLinear.from_tensors(packed.format, packed.tensors()).format == packed.format
+    beyond = packed.tensors() | {"signs": binary.signs | 0x80}
+    with pytest.raises(FormatError, match="the signs mark positions beyond the 20 columns"):
+        PackedLinear.from_tensors(packed.format, beyond)
+    with pytest.raises(FormatError, match="lacks the tensor signs"):
+        PackedLinear.from_tensors(packed.format, {k: t for k, t in packed.tensors().items() if k != "signs"})
+    with pytest.raises(FormatError, match=r"sign_right is torch.float32 \(2, 16\), not torch.float32 \(2, 20\)"):
+        PackedLinear.from_tensors(packed.format, packed.tensors() | {"sign_right": binary.right[:, :16]})
+
+
 def test_packing_copies_what_it_stores() -> None:
     values = torch.ones(2, 4)
     packed = pack_weight(values, bits=None)

@@ -25,7 +25,7 @@ from slimc.passes.report import LeftRow, Report, SiteRow
 from slimc.runtime import files, storage, tensor_files
 from slimc.runtime.description import ModelRecord
 from slimc.runtime.modules import SlimLinear
-from slimc.runtime.packing import NM, PackedLinear, Unstructured, pack_weight
+from slimc.runtime.packing import NM, PackedBinary, PackedLinear, Unstructured, pack_weight
 from slimc.runtime.storage import load_folder, open_folder, save_folder
 
 RECORD = ModelRecord(kind="module", architecture="Net")
@@ -152,6 +152,21 @@ def test_rounded_inputs_come_back_and_cost_no_byte(saved: Path, tmp_path: Path) 
     assert not torch.equal(loaded(ids), small_net()(ids))
     for path in saved.glob("*.safetensors"):
         assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_signs_come_back_and_take_the_promised_bytes(tmp_path: Path) -> None:
+    net = small_net()
+    first = net.block[0].packed
+    signs = torch.randint(0, 256, (12, 1), dtype=torch.uint8)
+    binary = PackedBinary(signs, torch.rand(12, 1).bfloat16(), torch.rand(1, 8).bfloat16())
+    net.block[0] = SlimLinear(replace(first, binary=binary), net.block[0].bias)
+    folder = save(net, tmp_path / "net")
+    loaded, _ = load_folder(folder, model=Net())
+    ids = torch.arange(11)[None]
+    assert torch.equal(loaded(ids), net(ids))
+    assert loaded.block[0].format.nbytes() == first.format.nbytes() + 12 + 2 * (12 + 8)
+    stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert torch.equal(stored["block.0.signs"], signs)
 
 
 def test_a_folder_from_before_inputs_were_rounded_is_read(folder: Path) -> None:
@@ -515,6 +530,15 @@ def test_a_packed_pattern_that_keeps_too_much_is_refused(folder: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(FormatError, match=r"site 'block\.0'"):
         load_folder(folder, model=Net(), verify=False)
+
+
+def test_a_format_without_its_signs_is_refused(folder: Path) -> None:
+    path = folder / "slimc.json"
+    record = json.loads(path.read_text("utf-8"))
+    record["sites"][0]["format"]["binary"] = {"rank": 1, "dtype": "bfloat16"}
+    path.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(FormatError, match="signs"):
+        load_folder(folder, model=Net())
 
 
 def test_a_bias_of_another_length_is_refused(folder: Path) -> None:

@@ -321,13 +321,13 @@ def decoded(device_type: str = "cuda") -> Kernel:
             return _elsewhere(device_type, device)
         if dtype != spec.weight.dtype:
             return "would decode for inputs of the weight's dtype only"
-        if spec != replace(_known(spec), activation=None):
+        if spec != replace(_known(spec), activation=None, binary=spec.binary):
             return "does nothing to inputs but scale them"
-        if dtype.itemsize == 2 and isinstance(plan_of(spec), Plan):
+        if dtype.itemsize == 2 and isinstance(plan_of(replace(spec, binary=None)), Plan):
             return "would keep 16 bits of every weight of a form that other kernels hold packed"
         return None
 
-    return Kernel("cuda-decoded", accepts, _prepare_dense, _run_dense)
+    return Kernel("cuda-decoded", accepts, _prepare_dense, _run_dense, binary=True)
 
 
 def _prepare_dense(packed: PackedLinear) -> Tensor:

@@ -17,13 +17,18 @@ from slimc.passes.solvers.quantization import (
     quantize_slim,
     round_to_grid,
 )
+from slimc.passes.solvers.slab import Decomposition, compression_ratio, kept_in_row, kept_share, slab
 from slimc.passes.solvers.sparsegpt import sparsegpt
 
 __all__ = [
+    "Decomposition",
     "Group",
     "Quantized",
     "activation_aware_scales",
+    "compression_ratio",
     "important_channels",
+    "kept_in_row",
+    "kept_share",
     "magnitude_scores",
     "nm_mask",
     "plain_adapters",
@@ -32,6 +37,7 @@ __all__ = [
     "quantize_slim",
     "resolve_rank",
     "round_to_grid",
+    "slab",
     "slim_adapters",
     "sparsegpt",
     "truncated_svd",

@@ -104,7 +104,30 @@ def require_ratio(caller: str, ratio: float) -> None:
         raise RecipeError(f"{caller}: the sparsity ratio {ratio} is not valid; give a share to drop, 0 <= ratio < 1")
 
 
+SHORT_ROW = 8
+"""Rows up to this length are ranked by comparing all pairs: sorting so many takes longer."""
+
+
 def keep_highest(scores: Tensor, keep: int) -> Tensor:
-    """Return a mask of the ``keep`` highest entries of each row; a stable sort settles ties by position."""
+    """Return a mask of the ``keep`` highest entries of each row; the lower column is kept of equal ones."""
+    columns = scores.shape[1]
+    if columns <= SHORT_ROW:
+        return _highest_of_few(scores, keep)
+    if 0 < keep < columns:
+        mask = scores >= scores.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
+        if bool((mask.sum(1) == keep).all()):
+            return mask
+    # Only a stable sort settles ties by position.
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, True)
+
+
+def _highest_of_few(scores: Tensor, keep: int) -> Tensor:
+    by_column = scores.t().contiguous()
+    better = torch.zeros(by_column.shape, dtype=torch.uint8, device=scores.device)
+    for column in range(len(by_column)):
+        for earlier in range(column):
+            wins = by_column[earlier] >= by_column[column]
+            better[column] += wins
+            better[earlier] += ~wins
+    return (better < keep).t().contiguous()

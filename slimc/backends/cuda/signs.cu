@@ -1,0 +1,149 @@
+// The binary part of a layer for a few tokens: y += sum_k left[:, k] (.) (B (right[k] (.) x)), with B = +1 and -1.
+//
+// A sign becomes the sign bit of a one: two by a shift and one logical operation. A lane reads 32 signs of a row, bits of
+// one word, and the activations of the same 32 columns; the order of columns in a product of the tensor cores is free, so
+// column i and column i + 16 of a word go together, whose bits are 16 apart as two 16-bit numbers are.
+//
+// The warps of a block share the columns of 16 * ROW_TILES rows and add up in shared memory.
+//
+// Compiled with -D:
+//   BFLOAT16     1: activations, factors and results are bfloat16; 0: float16
+//   ARCH         compute capability, 80 or 90
+//   TOKEN_TILES  of 8 tokens, 1 or 2
+//   ROW_TILES    of 16 rows, 1 or 2
+
+#define WARPS 8
+#define WORD_COLUMNS 32
+#define CHUNK_WORDS 4  // of a warp at a time
+#define TOKENS (8 * TOKEN_TILES)
+#define ROWS (16 * ROW_TILES)
+#define SIGN_BITS 0x80008000u
+
+struct Arguments {
+    const u16* x;      // [tokens][columns]
+    const u32* signs;  // [rows][columns / 32], a set bit is -1
+    const u16* left;   // [rows][rank]
+    const u16* right;  // [rank][columns]
+    u16* y;            // [tokens][rows]
+    int rows;
+    int columns;       // a multiple of 32
+    int tokens;
+    int rank;
+};
+
+// Two ones with the signs of bits `first` and `first + 16`.
+__device__ __forceinline__ u32 signed_ones(u32 signs, int first) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(signs << (15 - first)), "r"(SIGN_BITS), "r"(ONES));
+    return v;
+}
+
+// Products rounded to 16 bits, as the input of B is defined. (An fma that adds -0: there is no other before Hopper.)
+__device__ __forceinline__ u32 product_pair(u32 a, u32 b) {
+    u32 v;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(SIGN_BITS));
+    return v;
+}
+
+// Columns i and i + 16 of 32: of pairs of neighbours, the low halves or the high ones.
+template <int HALF>
+__device__ __forceinline__ u32 together(u32 near, u32 far) {
+    u32 v;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(near), "r"(far), "n"(HALF ? 0x7632 : 0x5410));
+    return v;
+}
+
+// The 32 inputs of B that a token has in a word's columns; zeros where there is no token or no column.
+__device__ __forceinline__ void load_inputs(u32 (&inputs)[16], const Arguments& a, int token, int word, int k) {
+    const bool valid = token < a.tokens && word * WORD_COLUMNS < a.columns;
+    const uint4* x = (const uint4*)(a.x + (u64)token * a.columns + word * WORD_COLUMNS);
+    const uint4* right = (const uint4*)(a.right + (u64)k * a.columns + word * WORD_COLUMNS);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint4 values = valid ? __ldg(x + i) : uint4{0, 0, 0, 0};
+        const uint4 factors = valid ? __ldg(right + i) : uint4{0, 0, 0, 0};
+        inputs[4 * i] = product_pair(values.x, factors.x);
+        inputs[4 * i + 1] = product_pair(values.y, factors.y);
+        inputs[4 * i + 2] = product_pair(values.z, factors.z);
+        inputs[4 * i + 3] = product_pair(values.w, factors.w);
+    }
+}
+
+__device__ __forceinline__ u32 load_signs(const Arguments& a, int row, int word) {
+    const int words = a.columns / WORD_COLUMNS;
+    return row < a.rows && word < words ? __ldg(a.signs + (u64)row * words + word) : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) add_signs(const __grid_constant__ Arguments a) {
+    __shared__ float sums[WARPS][TOKENS][ROWS + 1];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int g = lane / 4, t = lane % 4;
+    const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
+    const int chunks = (a.columns / WORD_COLUMNS + CHUNK_WORDS - 1) / CHUNK_WORDS;
+
+    float totals[ROW_TILES][TOKEN_TILES][4] = {};
+    for (int k = 0; k < a.rank; ++k) {
+        float sum[ROW_TILES][TOKEN_TILES][4] = {};
+        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+            const int word = CHUNK_WORDS * chunk + t;
+            u32 signs[ROW_TILES][2];
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) {
+                signs[r][0] = load_signs(a, first_row + 16 * r + g, word);
+                signs[r][1] = load_signs(a, first_row + 16 * r + g + 8, word);
+            }
+            u32 inputs[TOKEN_TILES][16];
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n) load_inputs(inputs[n], a, first_token + 8 * n + g, word, k);
+#pragma unroll
+            for (int step = 0; step < 8; ++step) {
+                u32 b[TOKEN_TILES][2];
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; ++n) {
+                    b[n][0] = together<0>(inputs[n][step], inputs[n][step + 8]);
+                    b[n][1] = together<1>(inputs[n][step], inputs[n][step + 8]);
+                }
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r) {
+                    const u32 ones[4] = {
+                        signed_ones(signs[r][0], 2 * step), signed_ones(signs[r][1], 2 * step),
+                        signed_ones(signs[r][0], 2 * step + 1), signed_ones(signs[r][1], 2 * step + 1)};
+#pragma unroll
+                    for (int n = 0; n < TOKEN_TILES; ++n) multiply(sum[r][n], ones, b[n][0], b[n][1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first_row + 16 * r + 8 * half + g;
+                const float factor = row < a.rows ? to_float(__ldg(a.left + (u64)row * a.rank + k)) : 0;
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; ++n) {
+                    totals[r][n][2 * half] += factor * sum[r][n][2 * half];
+                    totals[r][n][2 * half + 1] += factor * sum[r][n][2 * half + 1];
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[warp][8 * n + 2 * t + i % 2][16 * r + 8 * (i / 2) + g] = totals[r][n][i];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < TOKENS * ROWS; i += 32 * WARPS) {
+        const int token = i / ROWS, row = i % ROWS;
+        if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += sums[w][token][row];
+        u16* const y = a.y + (u64)(first_token + token) * a.rows + first_row + row;
+        *y = from_float(to_float(*y) + sum);
+    }
+}
