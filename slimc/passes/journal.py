@@ -226,7 +226,7 @@ def _parse_row(record: Any) -> SiteRow:
         and isinstance(shape, list)
         and [type(side) for side in shape] == [int, int]
         and all(type(number) in (float, int) for number in numbers)
-        and (record["unrounded"] is None or isinstance(record["unrounded"], str))
+        and all(record[name] is None or isinstance(record[name], str) for name in ("unrounded", "fallback"))
         and all(error is None or type(error) in (float, int) for error in errors)
     ):
         raise FormatError("its report row has values of other types")

@@ -20,7 +20,8 @@ class SiteRow:
     ``held_out_error`` is the output error on batches that nothing was fitted to, and ``stream_error`` is
     ``|X W'^T - X_dense W^T| / |X_dense W^T|``, which counts the errors of all earlier sites; ``None`` where no held-out
     batches and no dense stream were asked for. ``unrounded`` is why the pass ``activations`` left the inputs of this
-    site as they are; the errors count rounded inputs in.
+    site as they are; the errors count rounded inputs in. ``fallback`` is what a pass did here in place of its method,
+    and why.
     """
 
     name: str
@@ -33,6 +34,7 @@ class SiteRow:
     held_out_error: float | None = None
     stream_error: float | None = None
     unrounded: str | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,19 +98,21 @@ class Report:
 
 
 UNROUNDED = "inputs not rounded"
-"""The heading of the column of reasons."""
+FALLBACK = "fell back"
+"""The headings of the columns of reasons."""
 
 
 def table_of_sites(rows: Sequence[SiteRow]) -> list[list[str]]:
     """Return the headings and a line a site, as text; an error that was not measured is a dash."""
     held_out = any(row.held_out_error is not None for row in rows)
     unrounded = any(row.unrounded is not None for row in rows)
+    fallback = any(row.fallback is not None for row in rows)
     headings = ["layer", "shape", "expression", "bits", "weight error", "output error", "without adapters"]
-    lines = [headings + ["held out"] * held_out + [UNROUNDED] * unrounded]
+    lines = [headings + ["held out"] * held_out + [UNROUNDED] * unrounded + [FALLBACK] * fallback]
     for row in rows:
         errors = [row.weight_error, row.output_error, row.base_output_error, *[row.held_out_error] * held_out]
         start = [printable(row.name), _shape(row.shape), printable(row.expression), f"{row.bits:.3f}"]
-        reason = [printable(row.unrounded or "-")] * unrounded
+        reason = [printable(row.unrounded or "-")] * unrounded + [printable(row.fallback or "-")] * fallback
         lines.append(start + ["-" if error is None else f"{error:.4f}" for error in errors] + reason)
     return lines
 

@@ -37,6 +37,7 @@ class SiteWork:
         siblings: brings the dense weights of all sites that read the same input, this one too, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
+        fallback: what a pass did in place of its method, and why; ``None`` if no pass had to.
         activation: what the inputs of ``base`` shall be rounded to, one of `slimc.runtime.formats.ACTIVATIONS`.
     """
 
@@ -53,6 +54,7 @@ class SiteWork:
     held_out: InputStatistics | None = None
     input_scale: Tensor | None = None
     adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
+    fallback: str | None = None
     activation: str | None = None
 
     def __post_init__(self) -> None:
@@ -144,6 +146,7 @@ class SiteWork:
             held_out_error=self.output_error(decoded, self.held_out),
             stream_error=self._stream_error(decoded),
             unrounded=self.unrounded,
+            fallback=self.fallback,
         )
 
     def _pack_base(self) -> PackedWeight:

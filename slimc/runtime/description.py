@@ -44,6 +44,7 @@ class _SiteRow(_Record):
     held_out_error: float | None = None
     stream_error: float | None = None
     unrounded: str | None = None
+    fallback: str | None = None
 
 
 class _LeftRow(_Record):
