@@ -25,7 +25,7 @@ import torch
 
 import slimc
 from slimc.backends import hf
-from slimc.passes import Calibrate, Fuse, Pass, Quantize
+from slimc.passes import AllocateBits, Calibrate, Fuse, Pass, Quantize
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
@@ -35,6 +35,12 @@ GROUP = 64
 def gptq(bits: int, **options: Any) -> list[Pass]:
     """Return the recipe of GPTQ with ``options``."""
     return [CALIBRATE, Quantize("gptq", bits, GROUP, **options), Fuse()]
+
+
+def slim_llm(bits: float, objective: str, **options: Any) -> list[Pass]:
+    """Return the recipe of GPTQ with ``options`` on widths that are chosen by ``objective``."""
+    allocation = AllocateBits(bits, GROUP, objective, widest=4 if bits < 4 else 8)
+    return [CALIBRATE, allocation, Quantize("gptq", **options), Fuse()]
 
 
 def rows() -> dict[str, list[Pass]]:
@@ -48,6 +54,13 @@ def rows() -> dict[str, list[Pass]]:
         for preset in ("paper", "reference", "output"):
             found[f"gptq sqc-{preset} w{bits}"] = gptq(bits, calibrate="sqc", preset=preset)
         best = {"calibrate": "sqc", "preset": "output"}
+        found[f"sba w{bits}"] = slim_llm(bits, "kl")
+        found[f"slim-llm paper w{bits}"] = slim_llm(bits, "kl", calibrate="sqc", preset="paper")
+        found[f"output w{bits}"] = slim_llm(bits, "output")
+        found[f"output sqc-output w{bits}"] = slim_llm(bits, "output", **best)
+        found[f"output act-order sqc-output w{bits}"] = slim_llm(
+            bits, "output", order="columns", static_groups=True, **best
+        )
         found[f"gptq act-order sqc-output w{bits}"] = gptq(bits, order="columns", static_groups=True, **best)
         found[f"gptq groups sqc-output w{bits}"] = gptq(bits, order="groups", **best)
     return found
@@ -119,7 +132,7 @@ def main() -> None:
     for name in options.rows:
         try:
             found = measured(model, tokenizer, text, windows, everything[name], options.save)
-        except Exception:  # noqa: BLE001 - one recipe that fails must not cost the others
+        except Exception:  # One recipe that fails must not cost the others.
             traceback.print_exc()
             continue
         record["rows"].append({"recipe": name} | found)

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError, closest
+from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
-from slimc.passes.solvers.gptq import WIDTHS, gptq
+from slimc.passes.solvers.gptq import WIDTHS, ChooseWidths, gptq
 from slimc.passes.solvers.quantization import (
     BITS,
+    Group,
     Quantized,
     activation_aware_scales,
     quantize_absmax,
     quantize_slim,
     round_to_grid,
 )
-from slimc.passes.solvers.ranges import PRESETS
+from slimc.passes.solvers.ranges import PRESETS, group_grids
 from slimc.passes.work import SiteWork
 from slimc.runtime.formats import MAX_SIDE
 
@@ -111,11 +113,9 @@ class Quantize(SitePass):
         self._check_gptq()
 
     def _check_gptq(self) -> None:
+        self._require(self.calibrate in ("range", "sqc"), f"calibrate must be 'range' or 'sqc', not {self.calibrate!r}")
         self._require(
-            self.calibrate in ("range", "sqc"), f"calibrate must be 'range' or 'sqc', not {self.calibrate!r}"
-        )
-        self._require(
-            isinstance(self.preset, str) and self.preset in PRESETS,
+            self.preset in list(PRESETS),
             f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}{closest(str(self.preset), PRESETS)}",
         )
         self._require(
@@ -129,6 +129,10 @@ class Quantize(SitePass):
                 self.method == "gptq" or getattr(self, option) == defaults[option],
                 f"{option} belongs to method 'gptq', not to {self.method!r}",
             )
+        self._require(
+            self.bits != 1 or isinstance(self.group, int),
+            "codes of 1 bit are signs, which need a scale for every group of columns: set group to a number of columns",
+        )
         self._require(
             self.order != "columns" or self.static_groups or not isinstance(self.group, int),
             "order='columns' visits columns of all groups in turn, so that none is reached as a whole: set "
@@ -157,19 +161,44 @@ class Quantize(SitePass):
                 "quantize before low_rank (LowRank(rounds=1) quantises once more after the adapters are known)."
             )
 
+        shares = [one.options().get("pattern") for one in earlier if one.name == "prune"]
+        if self.bits == 1 and any(isinstance(share, float) for share in shares):
+            raise RecipeError(
+                "quantize: signs do not go with a share of weights: each group of columns must store as many in every "
+                "row. Prune to a pattern such as '2:4'."
+            )
+        for allocation in (one for one in earlier if isinstance(one, AllocateBits)):
+            if self.method == "slim":
+                raise RecipeError(
+                    "quantize: method 'slim' has one width for all; after allocate_bits use method 'gptq' or 'absmax'."
+                )
+            if self.group not in (None, allocation.group):
+                raise RecipeError(
+                    f"quantize: group={self.group!r}, but allocate_bits chooses a width for every {allocation.group} "
+                    "columns. Leave the group of quantize out, or make them the same."
+                )
+            if self.order == "columns" and not self.static_groups:
+                raise RecipeError("quantize: order='columns' after allocate_bits needs static_groups=true.")
+
     def apply(self, work: SiteWork) -> None:
         """Put the site's weight on a grid."""
         if self.activation_aware:
             self._apply_activation_aware(work)
             return
         # Not the work itself: a cycle would keep each site's matrices until the garbage collector comes by.
-        dtype = work.scale_dtype
-        work.quantizer = lambda weight, mask: self._solve(weight, mask, dtype)
-        if self.method == "gptq" and work.reached:
-            gram = work.require_gram(self.name)
-            work.quantizer = lambda weight, mask: self._solve_gptq(weight, gram, mask, dtype)
-        elif self.method == "gptq":
-            work.fallback = "calibration saw no input but zeros here, so weights were rounded to the nearest codes"
+        dtype, choose, group = work.scale_dtype, work.choose_widths, work.width_group or self.group
+        if self.method == "gptq":
+            # Inputs that vary independently and alike make it plain rounding.
+            gram = work.require_gram(self.name) if work.reached else torch.eye(work.dense.shape[1]).to(work.dense)
+            work.quantizer = lambda weight, mask: self._solve_gptq(weight, gram, mask, dtype, group, choose)
+            if not work.reached:
+                nearest = "calibration saw no input but zeros here, so weights were rounded to the nearest codes"
+                work.fallback = f"{work.fallback}; {nearest}" if work.fallback else nearest
+        elif choose is not None and isinstance(group, int):
+            energy = work.require_gram(self.name).diagonal()
+            work.quantizer = lambda weight, mask: self._solve_widths(weight, energy, mask, dtype, group, choose)
+        else:
+            work.quantizer = lambda weight, mask: self._solve(weight, mask, dtype)
         work.quantize()
 
     def _apply_activation_aware(self, work: SiteWork) -> None:
@@ -198,14 +227,42 @@ class Quantize(SitePass):
             weight, self.bits, self.group, symmetric=self.is_symmetric, scale_dtype=scale_dtype, mask=mask
         )
 
+    def _solve_widths(
+        self,
+        weight: Tensor,
+        energy: Tensor,
+        mask: Tensor | None,
+        scale_dtype: torch.dtype,
+        group: int,
+        choose: ChooseWidths,
+    ) -> Quantized:
+        """Round to the nearest codes of the chosen widths; without feedback an error costs the energy of its input."""
+        kept = weight if mask is None else torch.where(mask, weight, 0.0)
+        return group_grids(
+            kept,
+            choose(kept, energy, self.is_symmetric, None),
+            group,
+            symmetric=self.is_symmetric,
+            scale_dtype=scale_dtype,
+            search=None,
+            curvature=energy,
+        )
+
     def _solve_gptq(
-        self, weight: Tensor, gram: Tensor, mask: Tensor | None, scale_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        gram: Tensor,
+        mask: Tensor | None,
+        scale_dtype: torch.dtype,
+        group: Group,
+        choose: ChooseWidths | None,
     ) -> Quantized:
         return gptq(
             weight,
             gram,
             bits=self.bits,
-            group=self.group,
+            group=group,
+            widths=choose,
             symmetric=self.is_symmetric,
             search=PRESETS[self.preset] if self.calibrate == "sqc" else None,
             order=self.order,

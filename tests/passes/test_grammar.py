@@ -58,7 +58,9 @@ low_ranks = st.builds(
 activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
 
 
-@given(calibrates | plain_quantizes | slim_quantizes | gptq_quantizes | prunes | low_ranks | activations | st.just(Fuse()))
+@given(
+    calibrates | plain_quantizes | slim_quantizes | gptq_quantizes | prunes | low_ranks | activations | st.just(Fuse())
+)
 def test_repr_recipe_line_and_json_are_one_grammar(one: Pass) -> None:
     assert eval(repr(one)) == one
     line = json.loads(json.dumps(one.to_config()))

@@ -177,5 +177,6 @@ def test_the_table_documents_every_op() -> None:
     assert set(OPS) == dequants | {"slim::round_activations", "slim::low_rank", "slim::linear"}
     assert all(op.doc for op in OPS.values())
     assert OPS["slim::dequant"].schema == (
-        "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group) -> Tensor"
+        "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group, "
+        "int[] widths=[]) -> Tensor"
     )

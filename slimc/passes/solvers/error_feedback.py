@@ -17,7 +17,9 @@ from slimc.errors import NumericsError
 
 
 def visiting_order(gram: Tensor, width: int) -> Tensor:
-    """Return the columns, whole blocks of ``width`` by falling energy, int64 ``[columns]``; a short last block stays last.
+    """Return the columns, whole blocks of ``width`` by falling energy, int64 ``[columns]``.
+
+    A short last block stays last.
 
     Args:
         gram: ``[columns, columns]``; its diagonal is the energy of each column.
@@ -65,6 +67,11 @@ def inverse_factor(caller: str, gram: Tensor, dead: Tensor, damping: float) -> T
     )
 
 
+def by_columns(weight: Tensor) -> Tensor:
+    """Return a copy of ``weight`` ``[rows, columns]`` in which each column is contiguous, for :func:`feed_back`."""
+    return weight.t().clone(memory_format=torch.contiguous_format).t()
+
+
 def feed_back(
     weight: Tensor,
     factor: Tensor,
@@ -76,7 +83,8 @@ def feed_back(
     """Visit the columns of ``weight`` from left to right, and change it in place.
 
     Args:
-        weight: float32 ``[rows, columns]``; in the end each column is what ``settle`` chose for it.
+        weight: float32 ``[rows, columns]``, best from :func:`by_columns`; in the end each column is what ``settle``
+            chose for it.
         factor: what :func:`inverse_factor` returns, for the columns in this order.
         settle: given the number of a column and what it holds now, ``[rows]``, returns what it shall hold. Columns of
             the same block are up to date in ``weight``.
@@ -84,21 +92,18 @@ def feed_back(
         reach: called with each block before its first column is visited.
     """
     columns = weight.shape[1]
+    reciprocals = factor.diagonal().reciprocal()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part = slice(start, stop)
         current, here = weight[:, part], factor[part, part]
         errors = torch.empty_like(current)
-        # Read once: a look at each number would wait for the device.
-        diagonal = here.diagonal()
         if reach is not None:
             reach(part)
         for column in range(stop - start):
             now = current[:, column]
             chosen = settle(start + column, now)
-            error = (now - chosen) / diagonal[column]
-            # The column itself changes here too, from `now` to `chosen`.
-            current[:, column:] -= torch.outer(error, here[column, column:])
-            current[:, column] = chosen
-            errors[:, column] = error
+            error = torch.sub(now, chosen, out=errors[:, column]).mul_(reciprocals[start + column])
+            now.copy_(chosen)
+            current[:, column + 1 :].addr_(error, here[column, column + 1 :], alpha=-1)
         weight[:, stop:] -= errors @ factor[part, stop:]

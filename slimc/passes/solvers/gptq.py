@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_shape
-from slimc.passes.solvers.error_feedback import feed_back, inverse_factor, visiting_order
-from slimc.passes.solvers.quantization import SCALE_DTYPES, Group, Quantized, nearest_codes
-from slimc.passes.solvers.ranges import RangeSearch, solve_range
+from slimc.passes.solvers.error_feedback import by_columns, feed_back, inverse_factor, visiting_order
+from slimc.passes.solvers.quantization import SCALE_DTYPES, Group, Quantized, quantize_on
+from slimc.passes.solvers.ranges import RangeSearch, group_grids, solve_range
 
 Order = Literal["columns", "groups"] | None
 """What comes first: the columns with the largest inputs, the groups with them, or (``None``) the leftmost column."""
+
+ChooseWidths = Callable[[Tensor, Tensor, bool, RangeSearch | None], Sequence[int]]
+"""Chooses the width of each group of columns for a float32 ``[rows, columns]`` weight, given ``1 / U_jj^2``, float32
+``[columns]``, and how grids are chosen: whether they are symmetric, and what search finds their ranges."""
 
 WIDTHS = range(1, 9)
 """The widths that a code can have here."""
 
 
-class GridWriter:
-    """Writes the codes of columns on a grid, while they are visited in some order.
+class ColumnRounder:
+    """Rounds columns to a grid, one at a time, in the order in which they are visited.
 
     Args:
         grid: where to round to; its codes are not read.
@@ -31,27 +35,43 @@ class GridWriter:
     """
 
     def __init__(self, grid: Quantized, order: Tensor) -> None:
-        """Start with no codes."""
+        """Lay the grid out by columns, which on a device saves most of the time of the small operations on them."""
         self._grid = grid
         self._order = order
-        self._step, self._zero = (entry[:, order] for entry in grid.grid())
-        self._highest = torch.exp2(grid.column_widths())[order] - 1
-        self._codes = torch.empty_like(self._step)
+        widths = grid.column_widths()[order]
+        self._signs = (widths == 1).tolist()
+        self._highest = (torch.exp2(widths) - 1)[:, None]
+        step, zero = (entry[:, order].t().contiguous() for entry in grid.grid())
+        self._step, self._zero = step, zero
+        self._low, self._high = torch.empty_like(step), torch.empty_like(step)
+        self._set_limits(slice(None))
 
-    def write(self, at: int, weight: Tensor) -> Tensor:
-        """Write down the codes of the column visited at place ``at``; return what they stand for, ``[rows]``."""
-        step, zero = self._step[:, at], self._zero[:, at]
-        codes = nearest_codes(weight / step, zero, self._highest[at])
-        self._codes[:, at] = codes
-        return (codes - zero) * step
-
-    def finish(self) -> Quantized:
-        """Return the grid with its codes."""
-        return replace(self._grid, codes=self._codes[:, self._order.argsort()].to(torch.uint8))
+    def _set_limits(self, places: slice) -> None:
+        """Set the least and the greatest number of steps."""
+        whole = self._zero[places].floor()
+        self._low[places] = -whole
+        self._high[places] = self._highest[places] - whole
 
     def regrid(self, places: slice, grid: Quantized) -> None:
         """Take another grid for the columns visited at ``places``, which are those of ``grid``."""
-        self._step[:, places], self._zero[:, places] = grid.grid()
+        step, zero = grid.grid()
+        self._step[places], self._zero[places] = step.t(), zero.t()
+        self._set_limits(places)
+
+    def round(self, at: int, weight: Tensor) -> Tensor:
+        """Return the nearest points of the grid for the column visited at place ``at``, ``[rows]``."""
+        step = self._step[at]
+        steps = weight / step
+        if self._signs[at]:
+            # Zero lies half way between the two codes.
+            return steps.add_(0.5).round_().clamp_(0, 1).sub_(0.5).mul_(step)
+        return steps.round_().clamp_(self._low[at], self._high[at]).mul_(step)
+
+    def finish(self, rounded: Tensor) -> Quantized:
+        """Return the grid with the codes of ``rounded``: all columns as they were visited, each on the grid."""
+        codes = (rounded / self._step.t()).add_(self._zero.t()).round_().clamp_(min=0)
+        codes = torch.minimum(codes, self._highest.t()).to(torch.uint8)
+        return replace(self._grid, codes=codes[:, self._order.argsort()])
 
 
 def gptq(
@@ -60,7 +80,7 @@ def gptq(
     *,
     bits: int,
     group: Group = None,
-    widths: Sequence[int] | None = None,
+    widths: Sequence[int] | ChooseWidths | None = None,
     symmetric: bool = False,
     search: RangeSearch | None = None,
     order: Order = None,
@@ -83,7 +103,8 @@ def gptq(
         gram: ``X^T X`` of the calibration inputs (any positive scaling), ``[columns, columns]``.
         bits: 1 to 8; not read where there are ``widths``.
         group: what shares a scale.
-        widths: of the codes of each group of columns, each 1 to 8; needs ``group`` to be a number.
+        widths: of the codes of each group of columns, each 1 to 8, or what chooses them; needs ``group`` to be a
+            number.
         symmetric: whether the grid has no zero point.
         search: over the ranges of groups; ``None`` takes their extremes.
         order: in which columns are visited. ``"columns"`` (activation order) scatters groups, so that
@@ -110,7 +131,6 @@ def gptq(
         raise RecipeError(f"gptq: the group {group!r} is not valid; give None, 'channel' or a number of columns")
     size = min(group, columns) if isinstance(group, int) else columns
     count = -(-columns // size)
-    chosen = _checked_widths(widths, bits, group, count)
     if scale_dtype not in SCALE_DTYPES:
         raise RecipeError(f"gptq: scales cannot be stored as {scale_dtype}; choose float32, float16 or bfloat16")
     if block < 1 or not 0 < damping <= 1:
@@ -132,42 +152,47 @@ def gptq(
     curvature = torch.empty(columns, device=gram.device)
     curvature[places] = torch.where(dead, 0.0, factor.diagonal().reciprocal().square())
     weight = weight.to(torch.float32) if mask is None else torch.where(mask, weight.to(torch.float32), 0.0)
-    left = weight[:, places]
-    kept = None if mask is None else mask[:, places]
-    grid = _empty_grid(weight, group, chosen, max(chosen), symmetric, scale_dtype, widths)
+    if callable(widths):
+        widths = widths(weight, curvature, symmetric, search)
+    chosen = _checked_widths(widths, bits, group, count)
 
-    def choose_grid(index: int, values: Tensor) -> None:
-        inside = slice(index * size, min((index + 1) * size, columns))
-        shared, weights = values, curvature[inside]
-        if group is None:
-            shared, weights = values.reshape(1, -1), weights.repeat(rows)
+    static = static_groups or count == 1
+    grid = _first_grid(
+        weight, group, chosen if static else [8] * count, symmetric, scale_dtype, search if static else None, curvature
+    )
+    grid = replace(grid, bits=max(chosen), widths=None if widths is None else tuple(chosen))
+    rounder = ColumnRounder(grid, places)
+    left = by_columns(weight[:, places])
+    kept = None if mask is None else mask[:, places]
+    # Known before the loop, since asking the device in it would wait for the device.
+    groups = (places // size).tolist()
+
+    def reach_group(at: int) -> None:
+        index = groups[at]
+        ahead = slice(at, min(at + size, columns))
+        values = left[:, ahead].contiguous()
         scale, zero = solve_range(
-            shared, chosen[index], symmetric=symmetric, scale_dtype=scale_dtype, search=search, curvature=weights
+            values,
+            chosen[index],
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            search=search,
+            curvature=curvature[index * size : (index + 1) * size],
         )
         grid.scale[:, index] = scale.to(scale_dtype)
         if grid.zero_point is not None and zero is not None:
             grid.zero_point[:, index] = zero.to(torch.uint8)
-
-    static = static_groups or count == 1
-    if static:
-        for index in range(count):
-            choose_grid(index, weight[:, index * size : (index + 1) * size])
-    writer = GridWriter(grid, places)
-    # Known before the loop, since asking the device in it would wait for the device.
-    groups = (places // size).tolist()
+        rounder.regrid(ahead, _one_group(grid, index, values, chosen[index]))
 
     def settle(at: int, now: Tensor) -> Tensor:
         if not static and (at == 0 or groups[at] != groups[at - 1]):
-            ahead = slice(at, min(at + size, columns))
-            choose_grid(groups[at], left[:, ahead])
-            writer.regrid(ahead, _one_group(grid, groups[at], left[:, ahead], chosen[groups[at]]))
+            reach_group(at)
         if kept is None:
-            return writer.write(at, now)
-        now = torch.where(kept[:, at], now, 0.0)
-        return torch.where(kept[:, at], writer.write(at, now), 0.0)
+            return rounder.round(at, now)
+        return torch.where(kept[:, at], rounder.round(at, torch.where(kept[:, at], now, 0.0)), 0.0)
 
     feed_back(left, factor, settle, block=block if static else max(block // size, 1) * size)
-    return writer.finish()
+    return rounder.finish(left)
 
 
 def _checked_widths(widths: Sequence[int] | None, bits: int, group: Group, count: int) -> list[int]:
@@ -180,26 +205,25 @@ def _checked_widths(widths: Sequence[int] | None, bits: int, group: Group, count
     return chosen
 
 
-def _empty_grid(
+def _first_grid(
     weight: Tensor,
     group: Group,
     widths: Sequence[int],
-    bits: int,
     symmetric: bool,
     scale_dtype: torch.dtype,
-    given: Sequence[int] | None,
+    search: RangeSearch | None,
+    curvature: Tensor,
 ) -> Quantized:
-    """Return a grid of the right shape with neither scales nor codes."""
-    rows = weight.shape[0]
-    shape = (1, 1) if group is None else (rows, len(widths))
-    return Quantized(
-        codes=torch.empty(weight.shape, dtype=torch.uint8, device="meta"),
-        scale=torch.ones(shape, dtype=scale_dtype, device=weight.device),
-        zero_point=None if symmetric else torch.zeros(shape, dtype=torch.uint8, device=weight.device),
-        bits=bits,
-        group=group,
-        widths=None if given is None else tuple(given),
-    )
+    """Return the grids of the weight as it is."""
+    options: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": scale_dtype, "search": search}
+    if isinstance(group, int):
+        return group_grids(weight, widths, group, **options, curvature=curvature)
+    shared, weights = weight, curvature
+    if group is None:
+        shared, weights = weight.reshape(1, -1), curvature.repeat(len(weight))
+    scale, zero = solve_range(shared, widths[0], **options, curvature=weights)
+    zero_point = None if zero is None else zero[:, None].to(torch.uint8)
+    return quantize_on(weight, scale[:, None].to(scale_dtype), zero_point, bits=widths[0], group=group)
 
 
 def _one_group(grid: Quantized, index: int, values: Tensor, width: int) -> Quantized:

@@ -71,6 +71,12 @@ class Quantized:
             zero = torch.exp2(width - 1).expand(rows, columns)
         return torch.where(width == 1, 2 * scale, scale), torch.where(width == 1, 0.5, zero)
 
+    def group_widths(self) -> tuple[int, ...] | None:
+        """Return the width of each group where they may differ, or are 1; signs have groups."""
+        if self.widths is None and self.bits == 1:
+            return (1,) * self.scale.shape[1]
+        return self.widths
+
     def column_widths(self) -> Tensor:
         """Return the width of the codes of each column, float32 ``[columns]``, on the device of the scales."""
         columns = self.codes.shape[1]
@@ -128,7 +134,7 @@ def quantize_absmax(
         scale = highest / (2**bits - 1) - lowest / (2**bits - 1)
         scale = storable(torch.where(scale > 0, scale, 1.0), scale_dtype)
         zero_point = (-lowest / scale).round().clamp(0, 2**bits - 1).to(torch.uint8).view(scale_shape)
-    return _codes_on(kept, scale.view(scale_shape).to(scale_dtype), zero_point, bits, group)
+    return quantize_on(kept, scale.view(scale_shape).to(scale_dtype), zero_point, bits=bits, group=group)
 
 
 def quantize_slim(
@@ -164,7 +170,7 @@ def quantize_slim(
     kept = _kept_weight("quantize_slim", weight, bits, group, scale_dtype, mask)
     levels = 2 ** (bits - 1)
     steps = optimal_steps(_grouped(kept, group), -levels, levels - 1, scale_dtype)
-    return _codes_on(kept, steps.view(_scale_shape(kept, group)).to(scale_dtype), None, bits, group)
+    return quantize_on(kept, steps.view(_scale_shape(kept, group)).to(scale_dtype), None, bits=bits, group=group)
 
 
 def round_to_grid(weight: Tensor, quantized: Quantized) -> Quantized:
@@ -286,24 +292,29 @@ def _spread(per_group: Tensor, rows: int, columns: int, group: Group) -> Tensor:
     return per_group.expand(rows, columns)
 
 
-def _codes_on(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: Group) -> Quantized:
-    empty = Quantized(torch.empty(weight.shape, dtype=torch.uint8, device="meta"), scale, zero_point, bits, group)
-    return replace(empty, codes=_nearest(weight, empty))
+def quantize_on(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    group: Group,
+    widths: tuple[int, ...] | None = None,
+) -> Quantized:
+    """Return the nearest codes of a float32 ``[rows, columns]`` weight on the grid of these scales and zero points."""
+    unread = torch.empty(weight.shape, dtype=torch.uint8, device="meta")
+    grid = Quantized(unread, scale, zero_point, bits, group, widths)
+    return replace(grid, codes=_nearest(weight, grid))
 
 
 def _nearest(weight: Tensor, grid: Quantized) -> Tensor:
     """Return the nearest codes on the scale and zero point of ``grid``, uint8."""
     scale, zero = grid.grid()
-    return nearest_codes(weight / scale, zero, torch.exp2(grid.column_widths()) - 1).to(torch.uint8)
-
-
-def nearest_codes(steps: Tensor, zero: Tensor, highest: Tensor) -> Tensor:
-    """Return the nearest codes, float32, of weights counted in steps; ``steps`` is changed in place.
-
-    Args:
-        steps: ``w / step``.
-        zero: the code of zero; a whole number or a half.
-        highest: the highest code.
-    """
+    steps = weight / scale
+    if grid.group_widths() is None:
+        return steps.round_().add_(zero).clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+    # Where zero is a code and a half, it is a number of steps and a half that must be rounded.
     half = zero.frac()
-    return torch.minimum(steps.add_(half).round_().add_(zero - half).clamp_(min=0), highest)
+    highest = torch.exp2(grid.column_widths()) - 1
+    codes = steps.add_(half).round_().add_(zero - half).clamp_(min=0)
+    return torch.minimum(codes, highest).to(torch.uint8)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from slimc.passes.solvers.quantization import nearest_codes
+from slimc.passes.solvers.quantization import Quantized, quantize_on
 from slimc.passes.solvers.step_search import storable
 
 
@@ -73,28 +73,30 @@ def solve_range(
     the scale of least (weighted) squared error, the mean magnitude, and no range to search.
 
     Args:
-        values: float32 ``[rows, columns]``.
+        values: float32 ``[..., rows, columns]``: of one group of columns, or of several.
         bits: 1 to 8.
         symmetric: whether there is no zero point.
         scale_dtype: what the scale must be representable in.
         search: over ranges.
-        curvature: ``1 / U_jj^2``, float32 ``[columns]``; 0 where a channel is dead.
+        curvature: ``1 / U_jj^2``, float32 ``[..., columns]``; 0 where a channel is dead.
 
     Returns:
-        float32 ``[rows]``, positive; and float32 ``[rows]``, whole numbers, or ``None``.
+        float32 ``[..., rows]``, positive; and float32 ``[..., rows]``, whole numbers, or ``None``.
     """
     if bits == 1:
         scale = _mean_magnitude(values, curvature if search is not None and search.by_column else None)
         return storable(torch.where(scale > 0, scale, 1.0), scale_dtype), None if symmetric else torch.zeros_like(scale)
     levels = 2**bits - 1
-    lowest, highest = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
+    lowest, highest = values.amin(dim=-1).clamp(max=0), values.amax(dim=-1).clamp(min=0)
     if symmetric:
         scale = torch.maximum(-lowest, highest) / (2 ** (bits - 1) - 1)
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
         # Divided one by one, since the difference of two large numbers may overflow.
         scale = highest / levels - lowest / levels
-        zero = torch.where(scale > 0, -lowest / scale, 0.0).round().clamp_(0, levels)
+        # The zero point of the scale that is stored, where no other one is looked for.
+        stored = scale if search is not None else storable(scale, scale_dtype)
+        zero = torch.where(scale > 0, -lowest / stored, 0.0).round().clamp_(0, levels)
     scale = torch.where(scale > 0, scale, 1.0)
     if search is None:
         scale = storable(scale, scale_dtype)
@@ -103,11 +105,63 @@ def solve_range(
     return scale, None if symmetric else zero
 
 
+def group_grids(
+    weight: Tensor,
+    widths: Sequence[int],
+    group: int,
+    *,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    search: RangeSearch | None,
+    curvature: Tensor,
+) -> Quantized:
+    """Put each group of columns on a grid of its own width and range; return the nearest codes.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        widths: of each group.
+        group: columns a group; the last one may be short.
+        symmetric: whether there are no zero points.
+        scale_dtype: what scales are stored in.
+        search: over ranges.
+        curvature: ``1 / U_jj^2``, float32 ``[columns]``.
+    """
+    rows, columns = weight.shape
+    scale = torch.ones(rows, len(widths), device=weight.device)
+    zero_point = torch.zeros_like(scale)
+    whole = columns // group
+    grouped = weight[:, : whole * group].reshape(rows, whole, group).transpose(0, 1)
+    shares = curvature[: whole * group].view(whole, group)
+    for width in sorted(set(widths)):
+        alike = [index for index in range(whole) if widths[index] == width]
+        parts = [(alike, grouped[alike], shares[alike])] if alike else []
+        if whole < len(widths) and widths[whole] == width:
+            parts.append(([whole], weight[None, :, whole * group :], curvature[None, whole * group :]))
+        for places, values, share in parts:
+            found, zero = solve_range(
+                values, width, symmetric=symmetric, scale_dtype=scale_dtype, search=search, curvature=share
+            )
+            scale[:, places] = found.t()
+            if zero is not None:
+                zero_point[:, places] = zero.t()
+    return quantize_on(
+        weight,
+        scale.to(scale_dtype),
+        None if symmetric else zero_point.to(torch.uint8),
+        bits=max(widths),
+        group=group,
+        widths=tuple(widths),
+    )
+
+
 def _mean_magnitude(values: Tensor, curvature: Tensor | None) -> Tensor:
     magnitude = values.abs()
-    if curvature is None or not bool(curvature.any()):
-        return magnitude.mean(dim=1)
-    return magnitude @ curvature / curvature.sum()
+    if curvature is None:
+        return magnitude.mean(dim=-1)
+    total = curvature.sum(dim=-1, keepdim=True)
+    # A group of dead channels only has nothing to weigh by.
+    shares = torch.where(total > 0, curvature / total, 1 / curvature.shape[-1])
+    return (magnitude * shares.unsqueeze(-2)).sum(dim=-1)
 
 
 def _searched(
@@ -122,28 +176,29 @@ def _searched(
     """Return the scale with the least weighted error; of equal ones the first."""
     weights = _weights(values, search, curvature)
     taus = torch.linspace(search.lowest, search.highest, search.candidates, device=values.device)
-    scales = storable(taus[:, None] * scale, scale_dtype)
+    scales = storable(taus.view(-1, *[1] * scale.dim()) * scale, scale_dtype)
     chunk = max(1, (_CHUNK if values.device.type == "cpu" else 16 * _CHUNK) // values.numel())
-    highest = torch.tensor(float(levels), device=values.device)
+    low, high = -zero.unsqueeze(-1), levels - zero.unsqueeze(-1)
     errors = []
-    for part in scales.split(chunk):
-        step = part[:, :, None]
-        found = nearest_codes(values / step, zero[:, None], highest).sub_(zero[:, None]).mul_(step).sub_(values)
-        errors.append((found.abs_().pow_(search.power) * weights).sum(dim=2))
+    for start in range(0, len(scales), chunk):
+        step = scales[start : start + chunk].unsqueeze(-1)
+        found = (values / step).round_().clamp_(low, high).mul_(step).sub_(values)
+        found = found.square_() if search.power == 2 else found.abs_().pow_(search.power)
+        errors.append(found.mul_(weights).sum(dim=-1))
     best = torch.cat(errors).argmin(dim=0, keepdim=True)
     return scales.gather(0, best).squeeze(0)
 
 
 def _weights(values: Tensor, search: RangeSearch, curvature: Tensor) -> Tensor:
     """Return what the error of each entry counts, broadcastable to ``values``."""
-    weights = curvature[None] if search.by_column else torch.ones_like(curvature)[None]
+    weights = curvature.unsqueeze(-2) if search.by_column else torch.ones_like(curvature).unsqueeze(-2)
     if search.salient is None:
         return weights
     if search.salient == "weight":
-        deviation, mean = torch.std_mean(values, dim=1, keepdim=True, correction=0)
+        deviation, mean = torch.std_mean(values, dim=-1, keepdim=True, correction=0)
         salient = (values - mean).abs() > search.threshold * deviation
     else:
-        salience = values.square() * curvature
-        deviation, mean = torch.std_mean(salience, correction=0)
+        salience = values.square() * curvature.unsqueeze(-2)
+        deviation, mean = torch.std_mean(salience, dim=(-2, -1), keepdim=True, correction=0)
         salient = (salience - mean).abs() > search.threshold * deviation
     return torch.where(salient, search.emphasis, 1.0) * weights

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape, share_of
-from slimc.passes.solvers.error_feedback import feed_back, inverse_factor, visiting_order
-from slimc.passes.solvers.gptq import GridWriter
+from slimc.passes.solvers.error_feedback import by_columns, feed_back, inverse_factor, visiting_order
+from slimc.passes.solvers.gptq import ColumnRounder
 from slimc.passes.solvers.pruning import keep_highest, require_ratio
 from slimc.passes.solvers.quantization import Quantized
 
@@ -106,12 +106,12 @@ def sparsegpt(
     # A dead column scores nothing, whatever its weight.
     importance = torch.where(dead, 0.0, factor.diagonal().reciprocal())
 
-    left = weight.to(torch.float32, copy=True)
+    left = by_columns(weight.to(torch.float32))
     mask = torch.ones_like(left, dtype=torch.bool)
-    writer = None
+    rounder = None
     if grid is not None:
         require_shape("sparsegpt", (rows, columns), grid=grid.codes)
-        writer = GridWriter(grid, order)
+        rounder = ColumnRounder(grid, order)
 
     def choose_unstructured(part: slice) -> None:
         # Counted from the first column on, so that the whole matrix loses exactly floor(ratio * size) entries.
@@ -125,8 +125,8 @@ def sparsegpt(
             mask[:, ahead] = keep_highest((left[:, ahead] * importance[ahead]).abs(), pattern[0])
         chosen = torch.where(mask[:, at], now, 0.0)
         # A grid of signs has no zero.
-        return chosen if writer is None else torch.where(mask[:, at], writer.write(at, chosen), 0.0)
+        return chosen if rounder is None else torch.where(mask[:, at], rounder.round(at, chosen), 0.0)
 
     feed_back(left, factor, settle, block=block, reach=choose_unstructured if ratio else None)
     back = order.argsort()
-    return (left[:, back] if writer is None else writer.finish()), mask[:, back]
+    return (left[:, back] if rounder is None else rounder.finish(left)), mask[:, back]
