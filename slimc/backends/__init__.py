@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
-from slimc.backends.cuda import compose, decode, dense, hopper, layout, prefill, stored, stream
+from slimc.backends.cuda import compose, decode, dense, hopper, layout, mixed, prefill, stored, stream
 from slimc.backends.tuning import TIMINGS
 from slimc.runtime.select import Kernel, KernelTable
 
@@ -26,6 +26,8 @@ KERNELS = KernelTable(
         *cpu.KERNELS,
         *FRAGMENT_KERNELS,
         cusparselt.CUSPARSELT,
+        mixed.MIXED,
+        mixed.MIXED_DENSE,
         COMPOSED,
         stored.STORED,
         compose.DECODED,
@@ -36,5 +38,5 @@ KERNELS = KernelTable(
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
 
-LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, compose.COMPOSED)
+LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, mixed.LAYOUT, compose.COMPOSED)
 """The layouts that take the place of the canonical tensors where their kernels are the best."""

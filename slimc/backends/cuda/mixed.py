@@ -54,10 +54,7 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "bias", "codes", "scale", "zero", "units", "y")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("tokens", "rows", "columns", "row_tiles", "unit_count", "groups", "lines")
-        ),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "row_tiles", "unit_count", "groups", "lines")),
     )
 
 
@@ -97,7 +94,7 @@ def unit_widths(spec: WeightFormat) -> list[int]:
 
 
 def code_lines(codes: Tensor, widths: list[int]) -> Tensor:
-    """Put codes [rows, columns], of a width for each 64 columns, into the order of the kernel: int32 [tiles, lines, 32]."""
+    """Put codes [rows, columns], of a width for each 64 columns, into the kernel's order: int32 [tiles, lines, 32]."""
     tiles = -(-codes.shape[0] // TILE_ROWS)
     filled = functional.pad(codes, (0, 0, 0, tiles * TILE_ROWS - codes.shape[0]))
     # A lane has rows r and r + 8 of a tile and 16 columns of a unit; its pairs are of adjacent columns.
