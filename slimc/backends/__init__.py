@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
 from slimc.backends.cpu_signs import INT4PACK_SIGNS
-from slimc.backends.cuda import compose, decode, dense, hopper, layout, prefill, stored, stream
+from slimc.backends.cuda import compose, decode, dense, hopper, layout, mixed, prefill, stored, stream
 from slimc.backends.cuda.signs import SignProduct
 from slimc.backends.signed import signed, signed_layout
 from slimc.backends.tuning import TIMINGS
@@ -42,6 +42,8 @@ KERNELS = KernelTable(
         *cpu.KERNELS,
         *FRAGMENT_KERNELS,
         cusparselt.CUSPARSELT,
+        mixed.MIXED,
+        mixed.MIXED_DENSE,
         COMPOSED,
         stored.STORED,
         *SIGNED,
@@ -53,5 +55,5 @@ KERNELS = KernelTable(
 )
 """The kernel table, best first as far as it is known without measuring; the last accepts everything."""
 
-LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, compose.COMPOSED, *SIGNED_LAYOUTS)
+LAYOUTS = (layout.FRAGMENTS, cusparselt.LAYOUT, mixed.LAYOUT, compose.COMPOSED, *SIGNED_LAYOUTS)
 """The layouts that take the place of the canonical tensors where their kernels are the best."""

@@ -210,6 +210,8 @@ def _refuses_tokens(tokens: int, limit: int) -> str | None:
 
 def _refuses_int4(spec: WeightFormat) -> str | None:
     """Why the int4 kernel cannot hold this matrix."""
+    if spec.widths is not None:
+        return f"holds codes of one width, not {spec.describe()}"
     if spec.bits is None or spec.bits > 4:
         return f"holds codes of up to 4 bits, not {spec.describe()}"
     if spec.asymmetric:
@@ -221,6 +223,8 @@ def _refuses_int4(spec: WeightFormat) -> str | None:
 
 def _refuses_int8(spec: WeightFormat) -> str | None:
     """Why the int8 kernel cannot hold this matrix."""
+    if spec.widths is not None:
+        return f"holds codes of one width, not {spec.describe()}"
     if spec.bits is None:
         return f"holds codes, not {spec.describe()}"
     if spec.asymmetric:

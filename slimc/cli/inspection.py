@@ -104,12 +104,12 @@ def _graph(folder: Path) -> str:
 
 
 def _print_sites(rows: list[SiteRow]) -> None:
-    from slimc.passes.report import UNROUNDED, table_of_sites
+    from slimc.passes.report import FALLBACK, UNROUNDED, table_of_sites
 
     headings, *lines = table_of_sites(rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
-        if heading in ("layer", "expression", UNROUNDED):
+        if heading in ("layer", "expression", UNROUNDED, FALLBACK):
             table.add_column(heading, overflow="fold")
         else:
             table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=heading == "shape")

@@ -116,6 +116,8 @@ def _decoded(graph: fx.Graph, prefix: str, packed: PackedWeight, like: fx.Node) 
         for name, tensor in (("pattern", packed.pattern), ("scale", packed.scale), ("zero_point", packed.zero_point))
     ]
     attributes: dict[str, Any] = {"bits": form.bits or 0, "columns": form.columns, "group": form.group or 0}
+    if form.widths is not None:
+        attributes["widths"] = list(form.widths)
     if form.sparsity is None:
         return _call(graph, slim.dequant.default, (values, *optional[1:]), attributes, like)
     if isinstance(form.sparsity, NM):

@@ -158,5 +158,7 @@ def _factor(side: str, node: fx.Node | None) -> dict[str, Any]:
 def _fused(graph: fx.Graph, found: Match, adapters: dict[str, Any]) -> fx.Node:
     given = {"n": 0, "m": 0} | arguments(found["weight"]) | {"input_scale": found["input_scale"]} | adapters
     given |= {"activation": found["activation"] or 0}
+    if not given.get("widths"):
+        given.pop("widths", None)
     tensors = [found["x"], *(given.pop(name, None) for name in LINEAR_TENSORS), found["bias"]]
     return graph.call_function(slim.linear.default, tuple(tensors), given)

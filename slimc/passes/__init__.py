@@ -1,6 +1,7 @@
 """The passes, each usable alone and in any order that :func:`check_order` accepts."""
 
 from slimc.passes.activations import Activations
+from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.decompose import Decompose
@@ -13,6 +14,7 @@ from slimc.passes.quantize import Quantize
 __all__ = [
     "PASSES",
     "Activations",
+    "AllocateBits",
     "Calibrate",
     "Decompose",
     "Fuse",

@@ -17,6 +17,7 @@ from slimc.ir.program import Program, Site
 from slimc.ir.text import text
 from slimc.ir.verify import verify
 from slimc.passes.activations import Activations
+from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.decompose import Decompose
@@ -34,7 +35,7 @@ from slimc.runtime.packing import PackedLinear
 log = logging.getLogger(__name__)
 
 PASSES: Mapping[str, type[Pass]] = {
-    one.name: one for one in (Calibrate, Quantize, Prune, Decompose, LowRank, Activations, Fuse)
+    one.name: one for one in (Calibrate, AllocateBits, Quantize, Prune, Decompose, LowRank, Activations, Fuse)
 }
 """Every pass by its name in recipes."""
 

@@ -10,7 +10,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from slimc.errors import RecipeError
+from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass, Statistic, real_number
+from slimc.passes.quantize import Quantize
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
@@ -85,6 +87,31 @@ class Prune(SitePass):
             raise RecipeError(
                 "prune comes after low_rank, so the adapters could not correct the error that it makes. "
                 "Put prune before low_rank."
+            )
+
+        for one in earlier:
+            if isinstance(one, AllocateBits | Quantize):
+                self.check_groups(one)
+
+    def check_groups(self, other: AllocateBits | Quantize) -> None:
+        """Groups of columns with widths of their own must keep as many weights in every row.
+
+        Raises:
+            RecipeError: they would not.
+        """
+        signs = isinstance(other, Quantize) and other.bits == 1
+        if not signs and not isinstance(other, AllocateBits):
+            return
+        if not isinstance(self.pattern, str):
+            raise RecipeError(
+                f"prune: a share of weights does not go with {other.name}, which gives groups of columns widths of "
+                "their own: each must store as many weights in every row. Use a pattern such as '2:4'."
+            )
+        _, of = self.pattern.split(":")
+        if isinstance(other.group, int) and other.group % int(of):
+            raise RecipeError(
+                f"prune: the pattern {self.pattern} does not divide the groups of {other.group} columns of "
+                f"{other.name}. Use a pattern whose second number divides them."
             )
 
     def check_site(self, name: str, shape: tuple[int, int]) -> None:

@@ -113,9 +113,9 @@ def table_of_sites(rows: Sequence[SiteRow]) -> list[list[str]]:
     """Return the headings and a line a site, as text; an error that was not measured is a dash."""
     held_out = any(row.held_out_error is not None for row in rows)
     unrounded = any(row.unrounded is not None for row in rows)
+    fallback = any(row.fallback is not None for row in rows)
     headings = ["layer", "shape", "expression", "bits", "weight error", "output error", "without adapters"]
     ratio = any(row.compression_ratio is not None for row in rows)
-    fallback = any(row.fallback is not None for row in rows)
     more = ["held out"] * held_out + [UNROUNDED] * unrounded + [PUBLISHED_RATIO] * ratio + [FALLBACK] * fallback
     lines = [headings + more]
     for row in rows:

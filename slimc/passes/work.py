@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.report import SiteRow
+from slimc.passes.solvers.gptq import ChooseWidths
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.statistics import InputStatistics
 from slimc.runtime.activations import refuses_codes, round_tokens
@@ -38,6 +39,7 @@ class SiteWork:
         siblings: brings the dense weights of all sites that read the same input, this one too, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
+        choose_widths: chooses the width of each group of ``width_group`` columns; ``None`` if all have the same.
         activation: what the inputs of ``base`` shall be rounded to, one of `slimc.runtime.formats.ACTIVATIONS`.
         binary: where a sign is negative, bool ``[rows, columns]``, and the factors of the magnitude of the signs,
             float32 numbers that ``dtype`` can hold.
@@ -58,6 +60,8 @@ class SiteWork:
     held_out: InputStatistics | None = None
     input_scale: Tensor | None = None
     adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
+    choose_widths: ChooseWidths | None = None
+    width_group: int | None = None
     activation: str | None = None
     binary: tuple[Tensor, Tensor, Tensor] | None = None
     compression_ratio: float | None = None
@@ -176,6 +180,7 @@ class SiteWork:
             group=None if quantized is None else _group_columns(quantized),
             mask=self.mask,
             sparsity=self.sparsity,
+            widths=None if quantized is None else quantized.group_widths(),
         )
 
     def _pack_binary(self) -> PackedBinary | None:

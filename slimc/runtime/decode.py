@@ -3,15 +3,19 @@
 This is the meaning of every packed format: ``weight = (code - zero_point) * scale``, the difference exact, the
 product rounded once to the dtype of the scale, and positions that are not stored exactly zero. The sizes arrive
 as plain integers because they are attributes of graph nodes, where 0 stands for "absent": ``bits`` 0 means
-floating point values, ``group`` 0 one group of all columns, ``m`` 0 no N:M pattern.
+floating point values, ``group`` 0 one group of all columns, ``m`` 0 no N:M pattern. Where groups of columns have
+``widths`` of their own, a row is one bit stream a group, each beginning on a byte, and ``bits`` is the largest width.
+Codes of 1 bit are signs: ``weight = (2 * code - 1) * scale``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from slimc.runtime.bits import has_tables, unpack_bits
+from slimc.runtime.bits import has_tables, pack_bits, stream_bytes, unpack_bits
 
 
 def unpack_mask(pattern: Tensor, columns: int) -> Tensor:
@@ -66,6 +70,7 @@ def dequantize(
     group: int,
     n: int = 0,
     m: int = 0,
+    widths: Sequence[int] = (),
 ) -> Tensor:
     """Return the dense weight [rows, columns] of packed tensors, in the dtype of ``scale`` (or of the values).
 
@@ -75,7 +80,9 @@ def dequantize(
         if pattern is None:
             return values.clone()
         return scatter(values, unpack_mask(pattern, columns), values.new_zeros(1, 1))
-    if zero_point is None:
+    if widths:
+        steps = _mixed_steps(values, pattern, zero_point, columns=columns, group=group, n=n, m=m, widths=widths)
+    elif zero_point is None:
         steps = signed_codes(values, pattern, bits=bits, columns=columns, n=n, m=m)
     else:
         zero = expand_groups(zero_point, columns, group)
@@ -85,6 +92,50 @@ def dequantize(
         # The difference of two 8-bit numbers needs nine bits.
         steps = codes.to(torch.int16) - zero
     return steps.to(scale.dtype).mul_(expand_groups(scale, columns, group))
+
+
+def group_counts(columns: int, group: int, n: int, m: int) -> list[int]:
+    """Return how many codes of each group of columns a row stores."""
+    sizes = [min(group, columns - start) for start in range(0, columns, group)]
+    return [size // m * n for size in sizes] if m else sizes
+
+
+def pack_groups(codes: Tensor, counts: Sequence[int], widths: Sequence[int]) -> Tensor:
+    """Pack uint8 codes [rows, sum of counts], group by group at its own width, into one row of bytes a row."""
+    parts = codes.split_with_sizes(list(counts), dim=1)
+    return torch.cat([pack_bits(part, width) for part, width in zip(parts, widths, strict=True)], dim=1)
+
+
+def unpack_groups(values: Tensor, counts: Sequence[int], widths: Sequence[int]) -> Tensor:
+    """Read the codes of `pack_groups` back."""
+    sizes = [stream_bytes(count, width) for count, width in zip(counts, widths, strict=True)]
+    parts = zip(values.split_with_sizes(sizes, dim=1), counts, widths, strict=True)
+    return torch.cat([unpack_bits(part, width, count) for part, count, width in parts], dim=1)
+
+
+def _mixed_steps(
+    values: Tensor,
+    pattern: Tensor | None,
+    zero_point: Tensor | None,
+    *,
+    columns: int,
+    group: int,
+    n: int,
+    m: int,
+    widths: Sequence[int],
+) -> Tensor:
+    """Return codes less their zero point, int16 [rows, columns]; signs are -1 and 1, and what is not kept is 0."""
+    codes = unpack_groups(values, group_counts(columns, group, n, m), widths).to(torch.int16)
+    width = expand_groups(torch.tensor([list(widths)], device=values.device), columns, group)
+    if zero_point is None:
+        zero = (1 << (width - 1)).to(torch.int16)
+    else:
+        zero = expand_groups(zero_point, columns, group).to(torch.int16)
+    if pattern is not None:
+        mask = unpack_mask(pattern, columns)
+        codes = scatter(codes, mask, zero.expand(mask.shape))
+    steps = torch.where(width == 1, 2 * codes - 1, codes - zero)
+    return steps if pattern is None else steps * mask
 
 
 def _signed_2_of_4(values: Tensor, pattern: Tensor, columns: int) -> Tensor:

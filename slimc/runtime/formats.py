@@ -80,13 +80,15 @@ class WeightFormat:
     Attributes:
         rows: Output features.
         columns: Input features.
-        bits: Bits a code, 2 to 8, or None for floating point values.
+        bits: Bits a code, 2 to 8, or None for floating point values; the widest ones where groups have ``widths``.
         group: Columns that share a scale (the last group of a row may be short); None means all columns.
         per_tensor: One scale for the whole matrix, of shape [1, 1].
         asymmetric: A zero point is stored for every scale; otherwise the zero point is ``2 ** (bits - 1)``.
         sparsity: Which positions are stored; None stores all.
         nonzeros: How many values an `Unstructured` weight stores; None otherwise.
         dtype: Type of the scales, or of the values when ``bits`` is None.
+        widths: Bits a code, 1 to 8, of each group of columns, shared by all rows; None if all have ``bits``. A code of
+            1 bit is a sign: it stands for ``(2 * code - 1) * scale`` and reads no zero point.
     """
 
     rows: int
@@ -98,6 +100,7 @@ class WeightFormat:
     sparsity: Sparsity = None
     nonzeros: int | None = None
     dtype: torch.dtype = torch.float32
+    widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that the fields describe something that can exist; raise `FormatError` otherwise."""
@@ -111,13 +114,14 @@ class WeightFormat:
             raise FormatError(f"scales and values cannot be {self.dtype}: use one of {', '.join(DTYPES)}")
         self._check_scales()
         self._check_sparsity()
+        self._check_widths()
 
     def _check_scales(self) -> None:
         if self.bits is None:
             if self.group is not None or self.per_tensor or self.asymmetric:
                 raise FormatError("group, per_tensor and asymmetric describe scales, but without bits there are none")
             return
-        if not 2 <= self.bits <= 8:
+        if not (1 if self.widths is not None else 2) <= self.bits <= 8:
             raise FormatError(f"codes cannot have {self.bits} bits: 2 to 8 are possible")
         if self.group is not None and not 0 < self.group <= MAX_SIDE:
             raise FormatError(f"a group cannot have {self.group} columns")
@@ -135,6 +139,23 @@ class WeightFormat:
         if self.nonzeros is not None and not 0 <= self.nonzeros <= self.rows * self.columns:
             raise FormatError(f"{self.nonzeros} values cannot be stored of {self.rows} x {self.columns}")
 
+    def _check_widths(self) -> None:
+        if self.widths is None:
+            return
+        if self.group is None:
+            raise FormatError("widths belong to groups of columns, but the weight has none")
+        if len(self.widths) != self.scale_shape[1]:
+            raise FormatError(f"{len(self.widths)} widths do not describe {self.scale_shape[1]} groups of columns")
+        if not 1 <= min(self.widths) <= max(self.widths) <= 8:
+            raise FormatError(f"codes of {min(self.widths)} to {max(self.widths)} bits: 1 to 8 are possible")
+        if self.bits != max(self.widths):
+            raise FormatError(f"the widest codes have {max(self.widths)} bits, but the weight says {self.bits}")
+        if isinstance(self.sparsity, Unstructured) or (isinstance(self.sparsity, NM) and self.group % self.sparsity.m):
+            raise FormatError(
+                f"groups of {self.group} columns with widths of their own do not go with {self.sparsity} sparsity: "
+                "each must keep the same number of values in every row"
+            )
+
     @property
     def stored_per_row(self) -> int:
         """Values stored for each row; meaningless for an unstructured weight."""
@@ -147,11 +168,26 @@ class WeightFormat:
             return (1, 1)
         return (self.rows, 1 if self.group is None else -(-self.columns // self.group))
 
+    def group_streams(self) -> list[tuple[int, int]]:
+        """Return for each group of columns with a width of its own how many codes a row stores, and their bits.
+
+        Each is a bit stream of its own in every row, which starts on a byte; they follow each other.
+        """
+        if self.widths is None or self.group is None:
+            return []
+        sizes = [min(self.group, self.columns - start) for start in range(0, self.columns, self.group)]
+        if isinstance(self.sparsity, NM):
+            sizes = [size // self.sparsity.m * self.sparsity.n for size in sizes]
+        return list(zip(sizes, self.widths, strict=True))
+
     def tensor_specs(self) -> TensorSpecs:
         """Return shape and dtype of every tensor of a `PackedWeight` of this format, in storage order."""
         if self.bits is None:
             shape = (self.rows, self.stored_per_row) if self.nonzeros is None else (self.nonzeros,)
             specs: TensorSpecs = {"values": (shape, self.dtype)}
+        elif self.widths is not None:
+            row_bytes = sum(stream_bytes(count, bits) for count, bits in self.group_streams())
+            specs = {"values": ((self.rows, row_bytes), torch.uint8)}
         elif self.nonzeros is None:
             specs = {"values": ((self.rows, stream_bytes(self.stored_per_row, self.bits)), torch.uint8)}
         else:
@@ -181,6 +217,9 @@ class WeightFormat:
             words.append(f"{100 * (1 - self.nonzeros / (self.rows * self.columns)):.4g}% unstructured")
         if self.bits is None:
             words.append(_SHORT_NAMES[self.dtype])
+        elif self.widths is not None:
+            narrowest = min(self.widths)
+            words.append(f"int{self.bits if narrowest == self.bits else f'{narrowest}-{self.bits}'}/{self.group}")
         elif self.group is not None:
             words.append(f"int{self.bits}/{self.group}")
         else:
@@ -190,17 +229,20 @@ class WeightFormat:
         return " ".join(words)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the format as plain JSON types."""
-        record = {field.name: getattr(self, field.name) for field in fields(self)}
-        return record | {
+        """Return the format as plain JSON types; ``widths``, a digit a group, are left out if there are none."""
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "widths"}
+        record |= {
             "sparsity": None if self.sparsity is None else str(self.sparsity),
             "dtype": _DTYPE_NAMES[self.dtype],
         }
+        # A digit a group: a list would take three bytes of the description for each.
+        return record if self.widths is None else record | {"widths": "".join(map(str, self.widths))}
 
     @classmethod
     def from_json(cls, record: object) -> WeightFormat:
         """Build a format from untrusted JSON; raise `FormatError` on anything but the form of :meth:`to_json`."""
-        entries = _entries(record, [field.name for field in fields(cls)], "weight format")
+        names = [field.name for field in fields(cls)]
+        entries = _entries(record, names, "weight format", optional=("widths",))
         return cls(
             rows=_integer(entries, "rows"),
             columns=_integer(entries, "columns"),
@@ -211,6 +253,7 @@ class WeightFormat:
             sparsity=_parse_sparsity(entries["sparsity"]),
             nonzeros=_optional_integer(entries, "nonzeros"),
             dtype=_dtype(entries["dtype"], "weight"),
+            widths=_parse_widths(_optional_text(entries, "widths")),
         )
 
 
@@ -295,8 +338,10 @@ class LinearFormat:
         if self.left is None or self.right is None:
             return
         for name, factor in (("left", self.left), ("right", self.right)):
-            if factor.sparsity is not None or factor.asymmetric:
-                raise FormatError(f"the {name} factor is {factor.describe()}: factors are dense and symmetric")
+            if factor.sparsity is not None or factor.asymmetric or factor.widths is not None:
+                raise FormatError(
+                    f"the {name} factor is {factor.describe()}: factors are dense, symmetric and of one width"
+                )
         outer = (self.left.rows, self.right.columns)
         if outer != (self.weight.rows, self.weight.columns) or self.left.columns != self.right.rows:
             raise FormatError(
@@ -433,6 +478,16 @@ def _boolean(entries: dict[str, Any], name: str) -> bool:
     if type(value) is not bool:
         raise FormatError(f"{name} of a format must be true or false, not {value!r}")
     return value
+
+
+def _parse_widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise FormatError(
+            f"widths of a weight format are {text[:40]!r}: a digit for each group of columns was expected"
+        )
+    return tuple(map(int, text))
 
 
 def _parse_sparsity(text: object) -> Sparsity:

@@ -6,12 +6,12 @@ every kernel) and the shape inference, which becomes the fake kernel and raises 
 
 Attributes are integers, and 0 stands for "absent": ``bits`` 0 means floating point values, ``group`` 0 one group
 of all columns, ``m`` 0 no N:M pattern, ``rank`` 0 no adapters, ``activation`` 0 no rounding of the inputs (1: int8,
-2: float8_e4m3fn).
+2: float8_e4m3fn). ``widths`` is the list of bits of each group of columns, where they differ; ``bits`` is the largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from slimc.runtime.activations import ACTIVATION_NAMES, round_inputs, round_tokens
 from slimc.runtime.bits import stream_bytes
-from slimc.runtime.decode import dequantize, unpack_signs
+from slimc.runtime.decode import dequantize, group_counts, unpack_signs
 from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
@@ -36,7 +36,7 @@ class Op:
     Attributes:
         name: Qualified name, ``slim::dequant``.
         inputs: Tensor arguments in order; a trailing ``?`` marks one that may be None.
-        attributes: Integer arguments, keyword-only.
+        attributes: Integer arguments, keyword-only; a trailing ``[]`` marks a list, which is empty unless given.
         reference: What the op computes, in plain PyTorch.
         infer: Returns an empty tensor of the result's shape and dtype; raises on inputs that do not fit.
         gradients: For ``reference``'s result, the gradients of the tensor arguments (None for a frozen one):
@@ -59,14 +59,15 @@ class Op:
     def schema(self) -> str:
         """The signature in PyTorch's schema language."""
         tensors = [f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}" for name in self.inputs]
-        integers = [f"int {name}" for name in self.attributes]
+        integers = [f"int[] {name[:-2]}=[]" if name.endswith("[]") else f"int {name}" for name in self.attributes]
         return f"({', '.join(tensors + (['*'] if integers else []) + integers)}) -> Tensor"
 
 
-def weight_attributes(spec: WeightFormat) -> dict[str, int]:
-    """Return what the dequant ops need to know of a weight: bits, columns, group, n, m."""
+def weight_attributes(spec: WeightFormat) -> dict[str, Any]:
+    """Return what the dequant ops need to know of a weight: bits, columns, group, n, m, and widths if it has any."""
     pattern = spec.sparsity if isinstance(spec.sparsity, NM) else None
-    return {
+    widths = {} if spec.widths is None else {"widths": list(spec.widths)}
+    return widths | {
         "bits": spec.bits or 0,
         "columns": spec.columns,
         "group": spec.group or 0,
@@ -75,7 +76,7 @@ def weight_attributes(spec: WeightFormat) -> dict[str, int]:
     }
 
 
-def linear_attributes(spec: LinearFormat) -> dict[str, int]:
+def linear_attributes(spec: LinearFormat) -> dict[str, Any]:
     """Return the attributes of ``slim::linear`` for a layer of this format."""
     left, right = spec.left, spec.right
     return weight_attributes(spec.weight) | {
@@ -108,9 +109,18 @@ def decoded_linear(packed: PackedLinear) -> Callable[[Tensor, Tensor | None], Te
     return lambda x, bias: _products(x, weight, packed.input_scale, left, right, binary, bias, packed.activation)
 
 
-def dequant(values: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, columns: int, group: int) -> Tensor:
+def dequant(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    columns: int,
+    group: int,
+    widths: Sequence[int] = (),
+) -> Tensor:
     """``(codes - zero_point) * scale``: the dense weight [rows, columns] in the scale's dtype."""
-    return dequantize(values, None, scale, zero_point, bits=bits, columns=columns, group=group)
+    return dequantize(values, None, scale, zero_point, bits=bits, columns=columns, group=group, widths=widths)
 
 
 def dequant_nm(
@@ -124,9 +134,11 @@ def dequant_nm(
     group: int,
     n: int,
     m: int,
+    widths: Sequence[int] = (),
 ) -> Tensor:
     """`dequant` of an N:M sparse weight; without a scale (``bits`` 0) the values are floating point."""
-    return dequantize(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
+    shape = {"bits": bits, "columns": columns, "group": group, "n": n, "m": m}
+    return dequantize(values, pattern, scale, zero_point, **shape, widths=widths)
 
 
 def dequant_mask(
@@ -188,12 +200,14 @@ def linear(
     right_bits: int,
     right_group: int,
     activation: int,
+    widths: Sequence[int] = (),
 ) -> Tensor:
     """``round_activations(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T + sign_low_rank(x, ...)``.
 
     Each step is rounded to x's dtype.
     """
-    weight = dequantize(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
+    shape = {"bits": bits, "columns": columns, "group": group, "n": n, "m": m}
+    weight = dequantize(values, pattern, scale, zero_point, **shape, widths=widths)
     left = right = None
     if left_values is not None and right_values is not None:
         left = dequantize(left_values, None, left_scale, None, bits=left_bits, columns=rank, group=left_group)
@@ -234,9 +248,16 @@ LINEAR_TENSORS = (
 
 
 def _infer_dequant(
-    values: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, columns: int, group: int
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    columns: int,
+    group: int,
+    widths: Sequence[int] = (),
 ) -> Tensor:
-    rows = _check_weight(values, None, scale, zero_point, bits=bits, columns=columns, group=group)
+    rows = _check_weight(values, None, scale, zero_point, bits=bits, columns=columns, group=group, widths=widths)
     return scale.new_empty(rows, columns)
 
 
@@ -251,8 +272,10 @@ def _infer_sparse(
     group: int,
     n: int = 0,
     m: int = 0,
+    widths: Sequence[int] = (),
 ) -> Tensor:
-    rows = _check_weight(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
+    shape = {"bits": bits, "columns": columns, "group": group, "n": n, "m": m}
+    rows = _check_weight(values, pattern, scale, zero_point, **shape, widths=widths)
     return (values if scale is None else scale).new_empty(rows, columns)
 
 
@@ -267,16 +290,22 @@ def _check_weight(
     group: int,
     n: int = 0,
     m: int = 0,
+    widths: Sequence[int] = (),
 ) -> int:
     """Check the packed tensors of one matrix against the attributes; return the number of rows."""
     _require(columns > 0, lambda: f"columns must be positive, not {columns}")
-    _require(bits == 0 or 2 <= bits <= 8, lambda: f"bits must be 0 or 2 to 8, not {bits}")
+    narrowest = 1 if widths else 2
+    _require(bits == 0 or narrowest <= bits <= 8, lambda: f"bits must be 0 or {narrowest} to 8, not {bits}")
     _require(m == 0 or (0 < n < m and columns % m == 0), lambda: f"{n}:{m} sparsity does not fit {columns} columns")
     _require((scale is None) == (bits == 0), lambda: f"bits {bits} needs {'no' if bits == 0 else 'a'} scale")
     stored = columns // m * n if m else columns
     rows = values.shape[0] if pattern is None else pattern.shape[0]
+    row_size = stream_bytes(stored, bits) if bits else stored
+    if widths:
+        _require(pattern is None or m > 0, lambda: "widths of groups do not go with unstructured sparsity")
+        row_size = _mixed_row_bytes(widths, bits=bits, columns=columns, group=group, n=n, m=m)
     if pattern is None or m:
-        _expect("values", values, (rows, stream_bytes(stored, bits) if bits else stored))
+        _expect("values", values, (rows, row_size))
     else:
         _require(values.dim() == 1, lambda: f"values must be one stream, not of shape {tuple(values.shape)}")
     if pattern is not None:
@@ -292,6 +321,17 @@ def _check_weight(
     if zero_point is not None:
         _expect("zero_point", zero_point, expected, torch.uint8)
     return rows
+
+
+def _mixed_row_bytes(widths: Sequence[int], *, bits: int, columns: int, group: int, n: int, m: int) -> int:
+    """Check the widths of groups of columns; return the bytes of a row of codes."""
+    groups = -(-columns // group) if group else 0
+    _require(len(widths) == groups, lambda: f"{len(widths)} widths do not describe {groups} groups of columns")
+    within = min(widths) >= 1 and max(widths) == bits
+    _require(within, lambda: f"widths must be 1 to 8, the largest {bits}, not {list(widths)}")
+    _require(m == 0 or group % m == 0, lambda: f"{n}:{m} sparsity does not divide groups of {group} columns")
+    counts = group_counts(columns, group, n, m)
+    return sum(stream_bytes(count, width) for count, width in zip(counts, widths, strict=True))
 
 
 def _infer_round_activations(x: Tensor, *, activation: int) -> Tensor:
@@ -346,8 +386,10 @@ def _infer_linear(
     right_bits: int,
     right_group: int,
     activation: int,
+    widths: Sequence[int] = (),
 ) -> Tensor:
-    rows = _check_weight(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
+    shape = {"bits": bits, "columns": columns, "group": group, "n": n, "m": m}
+    rows = _check_weight(values, pattern, scale, zero_point, **shape, widths=widths)
     _expect_input(x, columns)
     _require(0 <= activation <= len(ACTIVATIONS), lambda: f"activation must be 0, 1 or 2, not {activation}")
     if input_scale is not None:
@@ -390,7 +432,7 @@ def _expect_input(x: Tensor, columns: int) -> None:
 
 
 def _decode_as_node(
-    values: Tensor, pattern: Tensor | None, scale: Tensor | None, zero_point: Tensor | None, **attributes: int
+    values: Tensor, pattern: Tensor | None, scale: Tensor | None, zero_point: Tensor | None, **attributes: Any
 ) -> Tensor:
     """`dequantize` through the ops, so that a traced backward holds one node a weight."""
     slim = torch.ops.slim
@@ -475,12 +517,16 @@ def _linear_gradients(
     right_bits: int,
     right_group: int,
     activation: int,  # noqa: ARG001 - rounding passes gradients on as they are
+    widths: Sequence[int] = (),
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of the bias; the packed tensors are frozen, and rounding counts as the identity."""
     to_input = to_bias = None
     dtype = gradient.dtype
     if needed[0]:
-        weight = _decode_as_node(values, pattern, scale, zero_point, bits=bits, columns=columns, group=group, n=n, m=m)
+        shape: dict[str, Any] = {"bits": bits, "columns": columns, "group": group, "n": n, "m": m}
+        if widths:
+            shape["widths"] = list(widths)
+        weight = _decode_as_node(values, pattern, scale, zero_point, **shape)
         to_input = gradient @ weight.to(dtype)
         if input_scale is not None:
             to_input = to_input * input_scale.to(dtype)
@@ -508,11 +554,11 @@ _WEIGHT = ("bits", "columns", "group")
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        Op("slim::dequant", ("values", "scale", "zero_point?"), _WEIGHT, dequant, _infer_dequant),
+        Op("slim::dequant", ("values", "scale", "zero_point?"), (*_WEIGHT, "widths[]"), dequant, _infer_dequant),
         Op(
             "slim::dequant_nm",
             ("values", "pattern", "scale?", "zero_point?"),
-            (*_WEIGHT, "n", "m"),
+            (*_WEIGHT, "n", "m", "widths[]"),
             dequant_nm,
             _infer_sparse,
         ),
@@ -543,7 +589,10 @@ OPS: dict[str, Op] = {
         Op(
             "slim::linear",
             ("x", "values", *(f"{name}?" for name in LINEAR_TENSORS[1:]), "bias?"),
-            (*_WEIGHT, "n", "m", "rank", "left_bits", "left_group", "right_bits", "right_group", "activation"),
+            (
+                *(*_WEIGHT, "n", "m", "rank", "left_bits", "left_group", "right_bits", "right_group"),
+                *("activation", "widths[]"),
+            ),
             linear,
             _infer_linear,
             _linear_gradients,
@@ -559,7 +608,7 @@ def _checked(op: Op) -> Callable[..., Tensor]:
     Autocast would change the dtype of products inside the body, while the fake kernel promises the dtype of x.
     """
 
-    def run(*inputs: Tensor | None, **attributes: int) -> Tensor:
+    def run(*inputs: Tensor | None, **attributes: Any) -> Tensor:
         op.infer(*inputs, **attributes)
         device = next(tensor.device.type for tensor in inputs if tensor is not None)
         if not torch.is_autocast_enabled(device):
@@ -581,7 +630,7 @@ def _register(op: Op) -> None:
         ctx: Any,
         inputs: tuple[Tensor | None, ...],
         output: Tensor,  # noqa: ARG001 - passed by keyword
-        keyword_only_inputs: dict[str, int] | None = None,
+        keyword_only_inputs: dict[str, Any] | None = None,
     ) -> None:
         ctx.save_for_backward(*inputs)
         ctx.attributes = keyword_only_inputs or {}

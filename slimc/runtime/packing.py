@@ -15,7 +15,16 @@ from torch import Tensor
 
 from slimc.errors import FormatError
 from slimc.runtime.bits import pack_bits, unpack_bits
-from slimc.runtime.decode import dequantize, expand_groups, scatter, stored_codes, unpack_mask, unpack_signs
+from slimc.runtime.decode import (
+    dequantize,
+    expand_groups,
+    pack_groups,
+    scatter,
+    stored_codes,
+    unpack_groups,
+    unpack_mask,
+    unpack_signs,
+)
 from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Sparsity, TensorSpecs, Unstructured, WeightFormat
 
 __all__ = [
@@ -85,7 +94,10 @@ class PackedWeight:
         if spec.bits is None:
             return (self.values.clone(), None) if mask is None else (self.decode(), mask)
         n, m = _pattern_sizes(spec.sparsity)
-        codes = stored_codes(self.values, bits=spec.bits, columns=spec.columns, n=n, m=m)
+        if spec.widths is None:
+            codes = stored_codes(self.values, bits=spec.bits, columns=spec.columns, n=n, m=m)
+        else:
+            codes = unpack_groups(self.values, [count for count, _ in spec.group_streams()], spec.widths)
         return (codes, None) if mask is None else (scatter(codes, mask, self._zero_codes()), mask)
 
     def decode(self) -> Tensor:
@@ -102,14 +114,12 @@ class PackedWeight:
             group=spec.group or 0,
             n=n,
             m=m,
+            widths=spec.widths or (),
         )
 
     def _zero_codes(self) -> Tensor:
         """The code of zero at every position, broadcastable to [rows, columns]."""
-        spec = self.format
-        if self.zero_point is None:
-            return self.values.new_full((1, 1), 1 << ((spec.bits or 1) - 1))
-        return expand_groups(self.zero_point, spec.columns, spec.group or 0)
+        return _zero_of(self.format, self.values, self.zero_point)
 
 
 def pack_weight(
@@ -121,19 +131,22 @@ def pack_weight(
     group: int | None = None,
     mask: Tensor | None = None,
     sparsity: Sparsity = None,
+    widths: tuple[int, ...] | None = None,
 ) -> PackedWeight:
     """Pack a matrix into the canonical layout.
 
     Args:
         codes_or_values: uint8 codes below ``2 ** bits``, or floating point values if ``bits`` is None;
             [rows, columns], what it holds at pruned positions does not matter.
-        bits: Bits a code, 2 to 8, or None.
+        bits: Bits a code, 2 to 8, or None; not read where there are ``widths``.
         scale: [1, 1] (per tensor), [rows, 1] or [rows, ceil(columns / group)]; required with ``bits``.
         zero_point: uint8 of the scale's shape, or None for symmetric codes.
         group: Columns that share a scale; None if all do.
         mask: Boolean [rows, columns], True where a value is kept; required with ``sparsity``.
         sparsity: An N:M mask that keeps fewer than N in some group is filled up at the lowest free positions with
             the code of zero; one that keeps more is an error.
+        widths: Bits a code of each group of columns, 1 to 8, where they differ. Widths that are all alike, and
+            more than 1, make a weight of one width.
 
     Raises:
         FormatError: The arguments do not fit each other.
@@ -147,6 +160,9 @@ def pack_weight(
     if bits is not None and scale is None:
         raise FormatError(f"codes of {bits} bits need a scale")
     rows, columns = codes_or_values.shape
+    if widths is not None:
+        bits = max(widths)
+        widths = None if min(widths) == bits > 1 else widths
     spec = WeightFormat(
         rows,
         columns,
@@ -157,19 +173,28 @@ def pack_weight(
         sparsity=sparsity,
         nonzeros=int(mask.sum()) if mask is not None and isinstance(sparsity, Unstructured) else None,
         dtype=codes_or_values.dtype if scale is None else scale.dtype,
+        widths=widths,
     )
-    if bits is not None:
+    if spec.widths is not None and spec.group is not None:
+        for index, width in enumerate(spec.widths):
+            _check_codes(codes_or_values[:, index * spec.group : (index + 1) * spec.group], width)
+    elif bits is not None:
         _check_codes(codes_or_values, bits)
     stored, pattern = codes_or_values, None
     if mask is not None:
         zero = _zero_of(spec, codes_or_values, zero_point)
         stored = torch.where(mask, codes_or_values, zero)
         kept = _fill_groups(mask, sparsity) if isinstance(sparsity, NM) else mask
+        if kept is not mask and 1 in (spec.widths or ()):
+            raise FormatError(f"signs have no code of zero, so their mask must keep exactly {sparsity} everywhere")
         pattern = pack_bits(kept.to(torch.uint8), 1)
         stored = stored[kept]
         if isinstance(sparsity, NM):
             stored = stored.view(rows, spec.stored_per_row)
-    values = stored.contiguous() if bits is None else pack_bits(stored, bits)
+    if spec.widths is not None:
+        values = pack_groups(stored, [count for count, _ in spec.group_streams()], spec.widths)
+    else:
+        values = stored.contiguous() if bits is None else pack_bits(stored, bits)
     if values.data_ptr() == codes_or_values.data_ptr():
         values = values.clone()
     tensors = {"values": values, "pattern": pattern, "scale": scale, "zero_point": zero_point}
@@ -317,6 +342,9 @@ def _zero_of(spec: WeightFormat, like: Tensor, zero_point: Tensor | None) -> Ten
     """The code (or value) of zero, broadcastable to [rows, columns]."""
     if spec.bits is None:
         return like.new_zeros(1, 1)
+    if zero_point is None and spec.widths is not None:
+        zeros = [1 << (width - 1) for width in spec.widths]
+        return expand_groups(like.new_tensor([zeros]), spec.columns, spec.group or 0)
     if zero_point is None:
         return like.new_full((1, 1), 1 << (spec.bits - 1))
     check_specs({"zero_point": (spec.scale_shape, torch.uint8)}, {"zero_point": zero_point})

@@ -42,6 +42,18 @@ slim_quantizes = st.builds(
     fraction=shares,
     factor=st.floats(1.1, 256),
 )
+gptq_quantizes = st.builds(
+    Quantize,
+    st.just("gptq"),
+    st.integers(1, 8),
+    groups,
+    st.none() | st.booleans(),
+    calibrate=st.sampled_from(["range", "sqc"]),
+    preset=st.sampled_from(["paper", "reference", "output"]),
+    order=st.sampled_from([None, "groups", "columns"]),
+    static_groups=st.just(True),
+    damping=shares,
+)
 patterns = st.tuples(st.integers(1, 31), st.integers(1, 31)).map(lambda pair: f"{pair[0]}:{sum(pair)}")
 prunes = st.builds(Prune, patterns | shares, st.sampled_from(["wanda", "magnitude", "sparsegpt"]), shares)
 low_ranks = st.builds(
@@ -77,6 +89,7 @@ filled = st.builds(Decompose, ratio=st.none(), pattern=patterns, feedback=st.boo
     | calibrates
     | plain_quantizes
     | slim_quantizes
+    | gptq_quantizes
     | prunes
     | low_ranks
     | activations
@@ -123,10 +136,15 @@ REFUSED = [
     ),
     (Calibrate, "length", 1),
     *((Calibrate, "seed", value) for value in (-1, 2**63, 0.5, "x", None, False)),
-    *((Quantize, "method", value) for value in ("gptq", None, 3, [])),
+    *((Quantize, "method", value) for value in ("rtn", None, 3, [])),
     *((Quantize, "bits", value) for value in (0, 1, 5, 16, 4.0, "4", True, None)),
     *((Quantize, "group", value) for value in (0, 1, -64, 64.0, "row", True, [64])),
-    *((Quantize, "symmetric", value) for value in (False, 1, "yes", None)),
+    *((Quantize, "symmetric", value) for value in (False, 1, "yes")),
+    *((Quantize, "calibrate", value) for value in ("search", "sqc", None, 1)),
+    *((Quantize, "preset", value) for value in ("papers", "reference", None, [])),
+    *((Quantize, "order", value) for value in ("groups", "rows", 1, True)),
+    *((Quantize, "static_groups", value) for value in (True, 1, None)),
+    *((Quantize, "damping", value) for value in (0, 2, 0.02, "x", None)),
     *((Quantize, "activation_aware", value) for value in (1, "yes", None)),
     *((Quantize, "fraction", value) for value in (0, -0.1, 1.1, float("nan"), "x", None, True)),
     *((Quantize, "factor", value) for value in (1, 0, 257, float("inf"), float("nan"), "x", None)),

@@ -222,5 +222,6 @@ def test_the_table_documents_every_op() -> None:
     }
     assert all(op.doc for op in OPS.values())
     assert OPS["slim::dequant"].schema == (
-        "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group) -> Tensor"
+        "(Tensor values, Tensor scale, Tensor? zero_point, *, int bits, int columns, int group, "
+        "int[] widths=[]) -> Tensor"
     )

@@ -88,6 +88,8 @@ def plan_of(spec: LinearFormat) -> Plan | str:
     """Decide which product computes each part of a layer, or say why none can compute W."""
     if spec != _known(spec):
         return "does nothing to inputs but scale and round them"
+    if spec.weight.widths is not None:
+        return f"holds codes of one width, not {spec.weight.describe()}"
     split = split_of(spec.weight)
     if isinstance(split, str):
         return split

@@ -175,6 +175,8 @@ def fit_of(spec: WeightFormat, *, beside: Fit | None = None, grouped: bool = Fal
 
 
 def _refuses_codes(spec: WeightFormat) -> str | None:
+    if spec.widths is not None:
+        return f"holds codes of one width, not {spec.describe()}"
     if spec.bits is None or spec.bits > BITS:
         return f"holds codes of up to {BITS} bits, not {spec.describe()}"
     if spec.asymmetric:

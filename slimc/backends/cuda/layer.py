@@ -200,6 +200,8 @@ def _refuses_toolchain() -> str | None:
 
 def _refuses_format(spec: LinearFormat) -> str | None:
     weight = spec.weight
+    if weight.widths is not None:
+        return f"needs codes of one width, not {weight.describe()}"
     if weight.bits != 4 or weight.asymmetric:
         return "needs symmetric 4-bit codes"
     if weight.sparsity not in (None, NM(2, 4)):

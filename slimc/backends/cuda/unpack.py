@@ -130,6 +130,8 @@ def unpacker(weight: PackedWeight) -> Unpacker:
 
 def refuses_weight(spec: WeightFormat) -> str | None:
     """Say why a form cannot be decoded, or return ``None``."""
+    if spec.widths is not None:
+        return f"decodes codes of one width, not {spec.describe()}"
     if spec.group is not None and spec.group % PIECE_COLUMNS and spec.group < spec.columns:
         return f"knows groups of a multiple of {PIECE_COLUMNS} columns, not {spec.group}"
     if spec.nonzeros is not None and spec.nonzeros >= MOST_VALUES:

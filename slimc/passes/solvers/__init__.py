@@ -1,5 +1,6 @@
 """The mathematics of the passes: tensors in, tensors out, with no graph, no module and no files."""
 
+from slimc.passes.solvers.gptq import gptq
 from slimc.passes.solvers.low_rank import (
     plain_adapters,
     quantize_factor,
@@ -17,15 +18,19 @@ from slimc.passes.solvers.quantization import (
     quantize_slim,
     round_to_grid,
 )
+from slimc.passes.solvers.ranges import PRESETS, RangeSearch
 from slimc.passes.solvers.slab import Decomposition, compression_ratio, kept_in_row, kept_share, slab
 from slimc.passes.solvers.sparsegpt import sparsegpt
 
 __all__ = [
+    "PRESETS",
     "Decomposition",
     "Group",
     "Quantized",
+    "RangeSearch",
     "activation_aware_scales",
     "compression_ratio",
+    "gptq",
     "important_channels",
     "kept_in_row",
     "kept_share",

@@ -4,6 +4,9 @@ A quantised weight holds unsigned codes ``u`` in ``0 .. 2^bits - 1`` and stands 
 On a symmetric grid the zero point is not stored and equals ``2^(bits - 1)``, so that the signed codes are
 ``-2^(bits - 1) .. 2^(bits - 1) - 1``: the negative side has one level more. One scale serves the whole tensor
 (``group=None``), a row (``"channel"``) or each run of ``group`` columns of a row, the last of which may be short.
+
+Each group of columns may have a width of its own, shared by all rows (``widths``). A code of 1 bit is a sign: it stands
+for ``(2 u - 1) * scale`` and has no zero point.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ class Quantized:
         codes: uint8 ``[rows, columns]``.
         scale: ``[1, 1]``, ``[rows, 1]`` or ``[rows, ceil(columns / group)]``, positive, in the dtype it is stored in.
         zero_point: uint8, shaped like ``scale``; ``None`` on a symmetric grid, where it is ``2^(bits - 1)``.
-        bits: the width of a code.
+        bits: the width of a code; the largest one where groups have ``widths``.
         group: what shares a scale.
+        widths: of the codes of each group of columns, for ``group`` columns a group; ``None`` if all have ``bits``.
     """
 
     codes: Tensor
@@ -47,14 +51,39 @@ class Quantized:
     zero_point: Tensor | None
     bits: int
     group: Group
+    widths: tuple[int, ...] | None = None
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Return the step and the zero code of every entry, float32 ``[rows, columns]`` (perhaps expanded views)."""
+        """Return the step and the zero code of every entry, float32 ``[rows, columns]`` (perhaps expanded views).
+
+        Signs are a grid, too: their step is twice their scale, and zero lies half way between their codes.
+        """
         rows, columns = self.codes.shape
         scale = _spread(self.scale.to(torch.float32), rows, columns, self.group)
         if self.zero_point is None:
-            return scale, torch.full_like(scale[:1, :1], 2 ** (self.bits - 1)).expand(rows, columns)
-        return scale, _spread(self.zero_point.to(torch.float32), rows, columns, self.group)
+            zero = torch.full_like(scale[:1, :1], 2 ** (self.bits - 1)).expand(rows, columns)
+        else:
+            zero = _spread(self.zero_point.to(torch.float32), rows, columns, self.group)
+        if self.widths is None and self.bits > 1:
+            return scale, zero
+        width = self.column_widths()
+        if self.zero_point is None:
+            zero = torch.exp2(width - 1).expand(rows, columns)
+        return torch.where(width == 1, 2 * scale, scale), torch.where(width == 1, 0.5, zero)
+
+    def group_widths(self) -> tuple[int, ...] | None:
+        """Return the width of each group where they may differ, or are 1; signs have groups."""
+        if self.widths is None and self.bits == 1:
+            return (1,) * self.scale.shape[1]
+        return self.widths
+
+    def column_widths(self) -> Tensor:
+        """Return the width of the codes of each column, float32 ``[columns]``, on the device of the scales."""
+        columns = self.codes.shape[1]
+        if self.widths is None or not isinstance(self.group, int):
+            return torch.full((columns,), float(self.bits), device=self.scale.device)
+        width = torch.tensor(self.widths, dtype=torch.float32, device=self.scale.device)
+        return width.repeat_interleave(self.group)[:columns]
 
     def dequantize(self) -> Tensor:
         """Return what the codes stand for, float32 ``[rows, columns]``."""
@@ -105,7 +134,7 @@ def quantize_absmax(
         scale = highest / (2**bits - 1) - lowest / (2**bits - 1)
         scale = storable(torch.where(scale > 0, scale, 1.0), scale_dtype)
         zero_point = (-lowest / scale).round().clamp(0, 2**bits - 1).to(torch.uint8).view(scale_shape)
-    return _codes_on(kept, scale.view(scale_shape).to(scale_dtype), zero_point, bits, group)
+    return quantize_on(kept, scale.view(scale_shape).to(scale_dtype), zero_point, bits=bits, group=group)
 
 
 def quantize_slim(
@@ -141,7 +170,7 @@ def quantize_slim(
     kept = _kept_weight("quantize_slim", weight, bits, group, scale_dtype, mask)
     levels = 2 ** (bits - 1)
     steps = optimal_steps(_grouped(kept, group), -levels, levels - 1, scale_dtype)
-    return _codes_on(kept, steps.view(_scale_shape(kept, group)).to(scale_dtype), None, bits, group)
+    return quantize_on(kept, steps.view(_scale_shape(kept, group)).to(scale_dtype), None, bits=bits, group=group)
 
 
 def round_to_grid(weight: Tensor, quantized: Quantized) -> Quantized:
@@ -263,12 +292,29 @@ def _spread(per_group: Tensor, rows: int, columns: int, group: Group) -> Tensor:
     return per_group.expand(rows, columns)
 
 
-def _codes_on(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: Group) -> Quantized:
-    empty = Quantized(torch.empty(weight.shape, dtype=torch.uint8, device="meta"), scale, zero_point, bits, group)
-    return replace(empty, codes=_nearest(weight, empty))
+def quantize_on(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    group: Group,
+    widths: tuple[int, ...] | None = None,
+) -> Quantized:
+    """Return the nearest codes of a float32 ``[rows, columns]`` weight on the grid of these scales and zero points."""
+    unread = torch.empty(weight.shape, dtype=torch.uint8, device="meta")
+    grid = Quantized(unread, scale, zero_point, bits, group, widths)
+    return replace(grid, codes=_nearest(weight, grid))
 
 
 def _nearest(weight: Tensor, grid: Quantized) -> Tensor:
     """Return the nearest codes on the scale and zero point of ``grid``, uint8."""
     scale, zero = grid.grid()
-    return (weight / scale).round_().add_(zero).clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+    steps = weight / scale
+    if grid.group_widths() is None:
+        return steps.round_().add_(zero).clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+    # Where zero is a code and a half, it is a number of steps and a half that must be rounded.
+    half = zero.frac()
+    highest = torch.exp2(grid.column_widths()) - 1
+    codes = steps.add_(half).round_().add_(zero - half).clamp_(min=0)
+    return torch.minimum(codes, highest).to(torch.uint8)

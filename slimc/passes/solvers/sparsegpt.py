@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from slimc.errors import NumericsError, RecipeError
+from slimc.errors import RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape, share_of
+from slimc.passes.solvers.error_feedback import by_columns, feed_back, inverse_factor, visiting_order
+from slimc.passes.solvers.gptq import ColumnRounder
 from slimc.passes.solvers.pruning import keep_highest, require_ratio
 from slimc.passes.solvers.quantization import Quantized
 
@@ -98,80 +99,34 @@ def sparsegpt(
 
     order = torch.arange(columns, device=gram.device)
     if not ratio:
-        order = _visiting_order(gram, pattern[1] if pattern is not None else 1)
+        order = visiting_order(gram, pattern[1] if pattern is not None else 1)
     weight, gram = weight[:, order], gram[order][:, order]
     dead = gram.diagonal() <= 0
-    factor = _inverse_factor(gram, dead, damping)
+    factor = inverse_factor("sparsegpt", gram, dead, damping)
     # A dead column scores nothing, whatever its weight.
     importance = torch.where(dead, 0.0, factor.diagonal().reciprocal())
 
-    left = weight.to(torch.float32, copy=True)
+    left = by_columns(weight.to(torch.float32))
     mask = torch.ones_like(left, dtype=torch.bool)
-    codes = None
+    rounder = None
     if grid is not None:
         require_shape("sparsegpt", (rows, columns), grid=grid.codes)
-        step, zero = (entry[:, order] for entry in grid.grid())
-        codes = torch.empty_like(left)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        part = slice(start, stop)
-        current, here = left[:, part], factor[part, part]
-        errors = torch.empty_like(current)
-        if ratio > 0:
-            # Counted from the first column on, so that the whole matrix loses exactly floor(ratio * size) entries.
-            drop = share_of(ratio, rows * stop) - share_of(ratio, rows * start)
-            scores = (current * importance[part]).abs().reshape(1, -1)
-            mask[:, part] = keep_highest(scores, scores.numel() - drop).view(current.shape)
-        for column in range(stop - start):
-            at = start + column
-            if pattern is not None and at % pattern[1] == 0:
-                ahead = slice(at, at + pattern[1])
-                mask[:, ahead] = keep_highest((left[:, ahead] * importance[ahead]).abs(), pattern[0])
-            now = current[:, column]
-            chosen = torch.where(mask[:, at], now, 0.0)
-            if grid is not None and codes is not None:
-                code = (chosen / step[:, at]).round_().add_(zero[:, at]).clamp_(0, 2**grid.bits - 1)
-                codes[:, at] = code
-                chosen = (code - zero[:, at]) * step[:, at]
-            error = (now - chosen) / here[column, column]
-            # The column itself changes here too, from `now` to `chosen`.
-            current[:, column:] -= torch.outer(error, here[column, column:])
-            current[:, column] = chosen
-            errors[:, column] = error
-        left[:, stop:] -= errors @ factor[part, stop:]
+        rounder = ColumnRounder(grid, order)
+
+    def choose_unstructured(part: slice) -> None:
+        # Counted from the first column on, so that the whole matrix loses exactly floor(ratio * size) entries.
+        drop = share_of(ratio, rows * part.stop) - share_of(ratio, rows * part.start)
+        scores = (left[:, part] * importance[part]).abs()
+        mask[:, part] = keep_highest(scores.reshape(1, -1), scores.numel() - drop).view(scores.shape)
+
+    def settle(at: int, now: Tensor) -> Tensor:
+        if pattern is not None and at % pattern[1] == 0:
+            ahead = slice(at, at + pattern[1])
+            mask[:, ahead] = keep_highest((left[:, ahead] * importance[ahead]).abs(), pattern[0])
+        chosen = torch.where(mask[:, at], now, 0.0)
+        # A grid of signs has no zero.
+        return chosen if rounder is None else torch.where(mask[:, at], rounder.round(at, chosen), 0.0)
+
+    feed_back(left, factor, settle, block=block, reach=choose_unstructured if ratio else None)
     back = order.argsort()
-    if grid is not None and codes is not None:
-        return replace(grid, codes=codes[:, back].to(torch.uint8)), mask[:, back]
-    return left[:, back], mask[:, back]
-
-
-def _visiting_order(gram: Tensor, width: int) -> Tensor:
-    """Return the columns in the order in which they are visited, whole blocks of ``width`` by falling energy."""
-    energy = gram.diagonal().view(-1, width).sum(1)
-    blocks = energy.argsort(descending=True, stable=True)
-    return (blocks[:, None] * width + torch.arange(width, device=gram.device)).flatten()
-
-
-def _inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular ``U`` with ``U^T U = (gram + damping * mean * I)^-1``, float32.
-
-    Factored backwards, ``J H J = L L^T`` with ``J`` the reversal of the order, the inverse need never be formed:
-    ``H^-1 = (J L^-1 J)^T (J L^-1 J)``, and ``J L^-1 J`` is upper triangular. Done in float64, since the condition
-    number of a Gram matrix is the square of that of the inputs.
-    """
-    hessian = gram.to(torch.float64)
-    mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    hessian = hessian / mean
-    hessian.diagonal()[dead] = 1.0
-    identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    while damping <= 1:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping * identity).flip(0, 1))
-        if not int(failed):
-            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-            # The scale of the Hessian cancels out of the updates and of the ranking of the scores.
-            return inverse.flip(0, 1).to(torch.float32).contiguous()
-        damping *= 10
-    raise NumericsError(
-        "sparsegpt: the Gram matrix cannot be factored even with a strongly damped diagonal, so it is not X^T X of any "
-        "input; gather it anew, in float32 or wider"
-    )
+    return (left[:, back] if rounder is None else rounder.finish(left)), mask[:, back]

@@ -19,6 +19,7 @@ from slimc.passes.solvers import (
     sparsegpt,
     unstructured_mask,
 )
+from slimc.passes.solvers.error_feedback import visiting_order
 
 # The package exports the function under the name of its module.
 solver = importlib.import_module("slimc.passes.solvers.sparsegpt")
@@ -142,7 +143,7 @@ def test_visiting_strong_columns_first_lowers_the_output_error(spread: float, mo
 
     by_energy = mean_error()
     with monkeypatch.context() as patch:
-        patch.setattr(solver, "_visiting_order", lambda gram, width: torch.arange(len(gram)))
+        patch.setattr(solver, "visiting_order", lambda gram, width: torch.arange(len(gram)))
         from_left_to_right = mean_error()
     assert by_energy < from_left_to_right
 
@@ -161,7 +162,7 @@ def test_unstructured_pruning_takes_most_from_weak_columns() -> None:
 def test_nm_blocks_stay_together_when_columns_are_reordered() -> None:
     weight, inputs = layer(5)
     inputs = inputs * torch.rand(60, generator=torch.Generator().manual_seed(1)).mul(6).exp()
-    order = solver._visiting_order(inputs.T @ inputs, 4)
+    order = visiting_order(inputs.T @ inputs, 4)
     blocks = order.view(-1, 4)
     assert torch.equal(blocks % 4, torch.arange(4).expand(15, 4))
     assert torch.equal(order.sort().values, torch.arange(60))

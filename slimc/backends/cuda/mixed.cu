@@ -1,0 +1,230 @@
+// A linear layer whose groups of columns have codes of 1 to 4 bits, for up to 16 tokens; and its dense weight.
+//
+// Weights come in tiles of 16 rows. The codes of a tile are one stream: for 64 columns after the other (a unit) as many
+// lines of 32 words as a code has bits, a word of each line for each lane of a warp. A lane's words hold the codes of two
+// rows, 8 apart, and 16 columns, as the tensor cores' left operand has them. All lanes meet the same width, so none waits.
+//
+// The warps of a block share the columns of its rows, unit by unit in turn, and add their sums up in shared memory. Each
+// has DEPTH units of words under way.
+//
+// Compiled with -D:
+//   ASYMMETRIC   1: with a zero point for each scale; 0: it is 2^(width - 1). Signs (1 bit) have none.
+//   GROUP_UNITS  units that share scales
+//   TILES        tiles of a block
+//   TOKEN_TILES  tiles of 8 tokens, 1 or 2
+//   WARPS        of a block
+
+#define DEPTH 4
+#define UNIT 64
+#define HELD 32  // units of which the lanes of a warp know the place
+
+typedef unsigned char u8;
+
+struct Arguments {
+    const u16* x;      // [tokens][columns]
+    const u16* bias;   // [rows] or null
+    const u32* codes;  // [row tiles][lines][32]
+    const u16* scale;  // [row tiles][groups][16]
+    const u8* zero;    // the same
+    const u32* units;  // [unit count]: eight times the first line, and the width
+    u16* y;            // [tokens][rows], or the dense weight [rows][columns]
+    int tokens;
+    int rows;
+    int columns;
+    int row_tiles;
+    int unit_count;
+    int groups;
+    int lines;
+};
+
+struct Unit {
+    u32 words[TILES][4];
+    u16 scale[TILES][2];
+    u8 zero[TILES][2];
+};
+
+__device__ __forceinline__ void load_unit(const Arguments& a, Unit& unit, u32 place, int number, int tile, int lane) {
+    const int width = place & 7, row = lane / 4;
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        const u64 here = min(tile + t, a.row_tiles - 1);
+        const u32* from = a.codes + (here * a.lines + place / 8) * 32 + lane;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i < width) unit.words[t][i] = load_once(from + 32 * i);
+        }
+        const u64 group = (here * a.groups + number / GROUP_UNITS) * 16 + row;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            unit.scale[t][i] = __ldg(a.scale + group + 8 * i);
+            unit.zero[t][i] = ASYMMETRIC ? __ldg(a.zero + group + 8 * i) : 1 << (width - 1);
+        }
+    }
+}
+
+// Two numbers that are their codes less zero; codes lie in the low bits of both halves, `mask` says how many.
+__device__ __forceinline__ u32 numbers(u32 codes, u32 mask, u32 minus_zero) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(codes), "r"(mask), "r"(MAGIC));
+#if ARCH >= 90 || !BFLOAT16
+    asm("add.rn." TYPE "x2 %0, %0, %1;" : "+r"(v) : "r"(minus_zero));
+#else
+    asm("fma.rn." TYPE "x2 %0, %0, %1, %2;" : "+r"(v) : "r"(ONES), "r"(minus_zero));
+#endif
+    return v;
+}
+
+// Pair `p` of 16: columns 4 (p / 4) and the next of the lane's 16, or for p % 4 above 1 the two after them; odd pairs are
+// of the row 8 below.
+template <int WIDTH>
+__device__ __forceinline__ u32 pair(const u32 (&words)[4], int p, u32 minus_zero) {
+    if (WIDTH == 1) return ((words[0] << (15 - p)) & 0x80008000u) ^ (ONES | 0x80008000u);
+    if (WIDTH == 2) return numbers(words[p / 8] >> (2 * (p % 8)), 0x00030003u, minus_zero);
+    if (WIDTH == 4) return numbers(words[p / 4] >> (4 * (p % 4)), 0x000f000fu, minus_zero);
+    if (p < 15) return numbers(words[p / 5] >> (3 * (p % 5)), 0x00070007u, minus_zero);
+    // The last pair is what 15 bits of each half leave over.
+    const u32 spread = (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u);
+    return numbers(spread, 0x00070007u, minus_zero);
+}
+
+__device__ __forceinline__ u32 negated_zero(u8 zero) { return (MAGIC | zero * 0x10001u) ^ 0x80008000u; }
+
+template <int WIDTH>
+__device__ __forceinline__ void multiply_unit(
+    float (&sums)[TILES][TOKEN_TILES][4], const Unit& unit, const u32 (&x)[TOKEN_TILES][8]) {
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        const u32 minus_zero[2] = {negated_zero(unit.zero[t][0]), negated_zero(unit.zero[t][1])};
+        float products[TOKEN_TILES][4] = {};
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            u32 w[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) w[i] = pair<WIDTH>(unit.words[t], 4 * step + i, minus_zero[i % 2]);
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n) multiply(products[n], w, x[n][2 * step], x[n][2 * step + 1]);
+        }
+        const float scale[2] = {to_float(unit.scale[t][0]), to_float(unit.scale[t][1])};
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[t][n][i] += scale[i / 2] * products[n][i];
+        }
+    }
+}
+
+// What a lane multiplies a unit by: 16 columns of a token, the same that its codes have.
+__device__ __forceinline__ void load_inputs(const Arguments& a, u32 (&x)[TOKEN_TILES][8], int number, int lane) {
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+        const int token = 8 * n + lane / 4;
+        uint4 v[2] = {};
+        if (token < a.tokens) {
+            const uint4* from = (const uint4*)(a.x + (u64)token * a.columns + UNIT * number + 16 * (lane % 4));
+            v[0] = __ldg(from);
+            v[1] = __ldg(from + 1);
+        }
+        x[n][0] = v[0].x, x[n][1] = v[0].y, x[n][2] = v[0].z, x[n][3] = v[0].w;
+        x[n][4] = v[1].x, x[n][5] = v[1].y, x[n][6] = v[1].z, x[n][7] = v[1].w;
+    }
+}
+
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Arguments a) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * TILES;
+    float sums[TILES][TOKEN_TILES][4] = {};
+    Unit units[DEPTH];
+    u32 x[2][TOKEN_TILES][8];
+
+    for (int first = warp; first < a.unit_count; first += WARPS * HELD) {
+        const int own = first + WARPS * lane;
+        const u32 places = own < a.unit_count ? __ldg(a.units + own) : 0;
+        const int count = min(HELD, (a.unit_count - first + WARPS - 1) / WARPS);
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            const u32 place = __shfl_sync(~0u, places, i);
+            if (i < count) load_unit(a, units[i], place, first + WARPS * i, tile, lane);
+        }
+        load_inputs(a, x[0], first, lane);
+        for (int from = 0; from < count; from += DEPTH) {
+#pragma unroll
+            for (int i = 0; i < DEPTH; ++i) {
+                const int now = from + i;
+                const u32 place = __shfl_sync(~0u, places, now % HELD);
+                const u32 next = __shfl_sync(~0u, places, (now + DEPTH) % HELD);
+                if (now < count) {
+                    if (now + 1 < count) load_inputs(a, x[(i + 1) % 2], first + WARPS * (now + 1), lane);
+                    switch (place & 7) {
+                        case 1: multiply_unit<1>(sums, units[i], x[i % 2]); break;
+                        case 2: multiply_unit<2>(sums, units[i], x[i % 2]); break;
+                        case 3: multiply_unit<3>(sums, units[i], x[i % 2]); break;
+                        default: multiply_unit<4>(sums, units[i], x[i % 2]);
+                    }
+                }
+                if (now + DEPTH < count) load_unit(a, units[i], next, first + WARPS * (now + DEPTH), tile, lane);
+            }
+        }
+    }
+
+    // One number of padding a row: lanes that write have different banks.
+    __shared__ float shared[WARPS][16 * TILES][8 * TOKEN_TILES + 1];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                shared[warp][16 * t + lane / 4 + 8 * (i / 2)][8 * n + 2 * (lane % 4) + i % 2] = sums[t][n][i];
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * TILES * a.tokens; i += 32 * WARPS) {
+        const int within = i % (16 * TILES), token = i / (16 * TILES), row = 16 * tile + within;
+        if (row >= a.rows) continue;
+        float sum = a.bias ? to_float(__ldg(a.bias + row)) : 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += shared[w][within][token];
+        a.y[(u64)token * a.rows + row] = from_float(sum);
+    }
+}
+
+template <int WIDTH>
+__device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit, int number, int tile, int lane) {
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+        const int row = 16 * tile + lane / 4 + 8 * below;
+        const u32 minus_zero = negated_zero(unit.zero[0][below]), scale = unit.scale[0][below] * 0x10001u;
+        u32 v[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            v[i] = pair<WIDTH>(unit.words[0], 2 * i + below, minus_zero);
+#if ARCH >= 90 || !BFLOAT16
+            asm("mul.rn." TYPE "x2 %0, %0, %1;" : "+r"(v[i]) : "r"(scale));
+#else
+            asm("fma.rn." TYPE "x2 %0, %0, %1, %2;" : "+r"(v[i]) : "r"(scale), "r"(0x80008000));
+#endif
+        }
+        if (row < a.rows) {
+            uint4* to = (uint4*)(a.y + (u64)row * a.columns + UNIT * number + 16 * (lane % 4));
+            to[0] = make_uint4(v[0], v[1], v[2], v[3]);
+            to[1] = make_uint4(v[4], v[5], v[6], v[7]);
+        }
+    }
+}
+
+// The dense weight: one unit of a tile after the other for each warp. TILES is 1.
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const Arguments a) {
+    const int lane = threadIdx.x % 32, number = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (number >= a.unit_count) return;
+    const u32 place = __ldg(a.units + number);
+    for (int tile = blockIdx.y; tile < a.row_tiles; tile += gridDim.y) {
+        Unit unit;
+        load_unit(a, unit, place, number, tile, lane);
+        switch (place & 7) {
+            case 1: expand_unit<1>(a, unit, number, tile, lane); break;
+            case 2: expand_unit<2>(a, unit, number, tile, lane); break;
+            case 3: expand_unit<3>(a, unit, number, tile, lane); break;
+            default: expand_unit<4>(a, unit, number, tile, lane);
+        }
+    }
+}

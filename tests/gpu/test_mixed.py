@@ -1,0 +1,125 @@
+"""The CUDA kernels for groups of 1 to 4 bits, against the product with the decoded weight in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.backends import KERNELS
+from slimc.backends.cuda import mixed
+from slimc.runtime.modules import SlimLinear
+from slimc.runtime.packing import PackedLinear, pack_weight
+
+
+def make_layer(
+    rows: int,
+    columns: int,
+    widths: tuple[int, ...],
+    *,
+    group: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    asymmetric: bool = True,
+    rank: int = 0,
+    scaled: bool = False,
+) -> PackedLinear:
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.cat([torch.randint(0, 1 << width, (rows, group), generator=generator) for width in widths], dim=1)
+    scale = ((torch.rand(rows, len(widths), generator=generator) + 0.5) * 0.01).to(dtype)
+    zeros = [torch.randint(0, 1 << width, (rows, 1), generator=generator) for width in widths]
+    weight = pack_weight(
+        codes[:, :columns].to(torch.uint8),
+        bits=None,
+        scale=scale,
+        zero_point=torch.cat(zeros, dim=1).to(torch.uint8) if asymmetric else None,
+        group=group,
+        widths=widths,
+    )
+    factors = [
+        pack_weight(0.01 * torch.randn(*shape, generator=generator).to(dtype), bits=None)
+        for shape in ((rows, rank), (rank, columns))
+        if rank
+    ]
+    inputs = torch.rand(columns, generator=generator).to(dtype) if scaled else None
+    packed = PackedLinear(weight, *factors, input_scale=inputs)
+    return PackedLinear.assemble(packed.format, {name: one.cuda() for name, one in packed.tensors().items()})
+
+
+def run(packed: PackedLinear, x: Tensor, bias: Tensor | None, shape: mixed.LaunchShape | None = None) -> Tensor:
+    """Run three times, into memory that holds NaN before; the result must not change."""
+    layer = mixed.prepare(packed)
+    results = []
+    for _ in range(3):
+        y = torch.full((len(x), packed.format.rows), float("nan"), dtype=x.dtype, device=x.device)
+        if shape is None:
+            y = mixed.run(x, layer, bias)
+        else:
+            mixed.launch(layer, shape, x, bias, y)
+        results.append(y)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 40])
+def test_every_number_of_tokens(check: Any, tokens: int, asymmetric: bool, dtype: torch.dtype) -> None:
+    packed = make_layer(200, 640, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3), dtype=dtype, asymmetric=asymmetric)
+    x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(200, dtype=dtype, device="cuda")
+    check(packed, x, bias, run(packed, x, bias))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_each_width_by_itself(check: Any, width: int) -> None:
+    packed = make_layer(48, 576, (*[width] * 8, 1))
+    x = torch.randn(5, 576, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x, None))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(16, 64, 64), (1, 128, 128), (1000, 4160, 128), (4096, 11008, 64)]
+)
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("shape", [mixed.LaunchShape(1, 4), mixed.LaunchShape(2, 8), mixed.LaunchShape(1, 16)], ids=str)
+def test_shapes_of_layers_and_launches(
+    check: Any, rows: int, columns: int, group: int, tokens: int, shape: mixed.LaunchShape
+) -> None:
+    widths = tuple((1, 3, 2, 4, 2)[index % 5] for index in range(-(-columns // group)))
+    packed = make_layer(rows, columns, widths, group=group)
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x, None, shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_dense_weight_is_what_decode_gives(dtype: torch.dtype, asymmetric: bool) -> None:
+    packed = make_layer(1000, 704, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3, 2), dtype=dtype, asymmetric=asymmetric)
+    assert torch.equal(mixed.expand(mixed.prepare(packed)), packed.weight.decode())
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+@pytest.mark.parametrize(("rank", "scaled"), [(0, True), (9, False), (9, True)])
+def test_adapters_and_scaled_inputs(tokens: int, rank: int, scaled: bool) -> None:
+    packed = make_layer(96, 320, (2, 4, 1, 3, 2), rank=rank, scaled=scaled)
+    x = torch.randn(tokens, 320, dtype=torch.bfloat16, device="cuda")
+    layer = mixed.prepare(packed)
+    exact, size = x.double() @ packed.decode().double().T, x.double().abs() @ packed.decode().double().abs().T
+    for y in (mixed.run(x, layer, None), mixed.run_dense(x, layer, None)):
+        # Inputs, t and the two sums are rounded to 8 bits of significand.
+        assert bool(((y.double() - exact).abs() <= 2**-8 * (exact.abs() + 4 * size)).all())
+
+
+def test_a_layer_holds_its_codes_once_and_gives_the_same_bytes_back(check: Any) -> None:
+    packed = make_layer(200, 640, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3))
+    bias = torch.randn(200, dtype=torch.bfloat16, device="cuda")
+    layer = SlimLinear(packed, bias, kernels=KERNELS)
+    with torch.no_grad():
+        x = torch.randn(3, 640, dtype=torch.bfloat16, device="cuda")
+        check(packed, x, bias, layer(x))
+    names = [choice.kernel.name for choice in layer.choices() if choice.kernel]
+    assert names == ["cuda-mixed", "cuda-mixed-dense"]
+    state = layer.state_dict()
+    for name, tensor in packed.tensors().items():
+        assert torch.equal(state[name], tensor)
