@@ -3,6 +3,7 @@
 from slimc.passes.activations import Activations
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
+from slimc.passes.compensate import Compensate
 from slimc.passes.fuse import Fuse
 from slimc.passes.low_rank import LowRank
 from slimc.passes.pipeline import PASSES, check_order, from_config
@@ -13,6 +14,7 @@ __all__ = [
     "PASSES",
     "Activations",
     "Calibrate",
+    "Compensate",
     "Fuse",
     "LowRank",
     "Pass",

@@ -19,6 +19,7 @@ from slimc.ir.verify import verify
 from slimc.passes.activations import Activations
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
+from slimc.passes.compensate import Compensate
 from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
 from slimc.passes.low_rank import LowRank
@@ -32,7 +33,9 @@ from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
 
-PASSES: Mapping[str, type[Pass]] = {one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Activations, Fuse)}
+PASSES: Mapping[str, type[Pass]] = {
+    one.name: one for one in (Calibrate, Compensate, Quantize, Prune, LowRank, Activations, Fuse)
+}
 """Every pass by its name in recipes."""
 
 

@@ -10,10 +10,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from slimc.errors import RecipeError
-from slimc.passes.base import Pass, SitePass, Statistic, real_number
+from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
+from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
+from slimc.passes.stored import improve_stored
 from slimc.passes.work import SiteWork
 from slimc.runtime.packing import NM, Unstructured
 
@@ -29,7 +31,9 @@ class Prune(SitePass):
         method: ``"wanda"`` scores ``|w| * |x|`` (Sun et al.), by row; ``"magnitude"`` scores ``|w|``; ``"sparsegpt"``
             also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one.
             Where calibration saw no input but zeros, all of them choose by magnitude.
-        damping: SparseGPT's, as a share of the mean diagonal of the Gram matrix.
+        damping: of the Gram matrix, as a share of its mean diagonal, for SparseGPT and for ``sweeps``.
+        sweeps: how often coordinate descent then visits all columns, to choose mask, codes and scales anew given the
+            rest. The output error on the calibration inputs falls with every sweep.
     """
 
     name: ClassVar[str] = "prune"
@@ -37,6 +41,7 @@ class Prune(SitePass):
     pattern: str | float = "2:4"
     method: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
     damping: float = 0.01
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -46,6 +51,7 @@ class Prune(SitePass):
         )
         damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1
         self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
+        self._require(whole_number(self.sweeps) and self.sweeps >= 0, f"sweeps must be 0 or more, not {self.sweeps!r}")
         if isinstance(self.pattern, str):
             matched = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", self.pattern)
             self._require(
@@ -67,9 +73,10 @@ class Prune(SitePass):
         return Unstructured()
 
     def statistics(self) -> frozenset[Statistic]:
-        """Wanda needs channel norms, SparseGPT the Gram matrix."""
-        needs = {"wanda": {"activations"}, "sparsegpt": {"activations", "gram"}}
-        return frozenset(needs.get(self.method, ()))
+        """Wanda needs channel norms, SparseGPT and coordinate descent the Gram matrix."""
+        if self.sweeps or self.method == "sparsegpt":
+            return frozenset({"activations", "gram"})
+        return frozenset({"activations"} if self.method == "wanda" else ())
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """A weight is pruned once, and before its adapters are solved."""
@@ -96,16 +103,18 @@ class Prune(SitePass):
         work.sparsity = self.sparsity
         if self.method == "sparsegpt" and work.reached:
             self._apply_sparsegpt(work)
-            return
-        work.mask = self._mask(self._scores(work))
-        work.base = work.base * work.mask
+        else:
+            work.mask = self._mask(self._scores(work))
+            work.base = work.base * work.mask
+        if self.sweeps and work.reached:
+            improve_stored(work, work.target, damped(work.require_gram(self.name), self.damping), self.sweeps)
 
     def _scores(self, work: SiteWork) -> Tensor:
         """Score the exact weight: the ties that a coarse grid makes would be broken blindly."""
         if self.method == "magnitude" or not work.reached:
-            return magnitude_scores(work.dense)
+            return magnitude_scores(work.target)
         statistics = work.require_statistics(self.name)
-        return wanda_scores(work.dense, statistics.sum_squares, statistics.count)
+        return wanda_scores(work.target, statistics.sum_squares, statistics.count)
 
     def _mask(self, scores: Tensor) -> Tensor:
         sparsity = self.sparsity
@@ -116,7 +125,7 @@ class Prune(SitePass):
     def _apply_sparsegpt(self, work: SiteWork) -> None:
         """Prune in the coordinates that are stored: an input scale belongs to the Gram matrix there."""
         gram = work.require_gram(self.name)
-        weight = work.dense
+        weight = work.target
         if work.input_scale is not None:
             gram = gram * work.input_scale[:, None] * work.input_scale
             weight = weight / work.input_scale
