@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slimc.errors import RecipeError
-from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, Prune, Quantize, check_order, from_config
+from slimc.passes import (
+    Activations,
+    Calibrate,
+    Compensate,
+    Fuse,
+    LowRank,
+    Pass,
+    Prune,
+    Quantize,
+    check_order,
+    from_config,
+)
 from slimc.passes.pipeline import select
 
 positive = st.integers(1, 4096)
@@ -32,21 +43,26 @@ slim_quantizes = st.builds(
     factor=st.floats(1.1, 256),
 )
 patterns = st.tuples(st.integers(1, 31), st.integers(1, 31)).map(lambda pair: f"{pair[0]}:{sum(pair)}")
-prunes = st.builds(Prune, patterns | shares, st.sampled_from(["wanda", "magnitude", "sparsegpt"]), shares)
+prunes = st.builds(
+    Prune, patterns | shares, st.sampled_from(["wanda", "magnitude", "sparsegpt"]), shares, st.integers(0, 9)
+)
 low_ranks = st.builds(
     LowRank,
-    st.sampled_from(["slim", "svd"]),
+    st.sampled_from(["slim", "svd", "covariance"]),
     shares | positive,
     st.sampled_from([None, 2, 3, 4, 8]),
     st.integers(2, 4096),
     st.integers(0, 9),
+    st.integers(0, 9),
+    shares,
 )
+compensates = st.builds(Compensate, shares, shares, st.booleans())
 
 
 activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
 
 
-@given(calibrates | plain_quantizes | slim_quantizes | prunes | low_ranks | activations | st.just(Fuse()))
+@given(calibrates | compensates | plain_quantizes | slim_quantizes | prunes | low_ranks | activations | st.just(Fuse()))
 def test_repr_recipe_line_and_json_are_one_grammar(one: Pass) -> None:
     assert eval(repr(one)) == one
     line = json.loads(json.dumps(one.to_config()))
@@ -102,6 +118,11 @@ REFUSED = [
     *((Prune, "pattern", value) for value in (None, (2, 4), float("nan"))),
     *((Prune, "method", value) for value in ("obs", None)),
     *((Prune, "damping", value) for value in (0, -1, 2, float("nan"), "x", None)),
+    *((Prune, "sweeps", value) for value in (-1, 0.5, True, None)),
+    *((Compensate, option, value) for option in ("strength", "damping") for value in (0, -1, 2, "x", None, True)),
+    *((Compensate, "residual", value) for value in (1, "yes", None)),
+    *((LowRank, "sweeps", value) for value in (-1, 0.5, True, None)),
+    *((LowRank, "damping", value) for value in (0, -1, 2, float("nan"), "x", None)),
     *((LowRank, "method", value) for value in ("pca", None)),
     *((LowRank, "rank", value) for value in (0, -1, 0.0, 1.5, True, None, "8", float("nan"))),
     *((LowRank, "bits", value) for value in (1, 16, 4.0, "4", True)),

@@ -1,5 +1,8 @@
 """The mathematics of the passes: tensors in, tensors out, with no graph, no module and no files."""
 
+from slimc.passes.solvers.covariance import covariance_adapters, quantized_covariance_adapters
+from slimc.passes.solvers.descent import descend
+from slimc.passes.solvers.hessian import damped, factored, regression
 from slimc.passes.solvers.low_rank import (
     plain_adapters,
     quantize_factor,
@@ -23,6 +26,10 @@ __all__ = [
     "Group",
     "Quantized",
     "activation_aware_scales",
+    "covariance_adapters",
+    "damped",
+    "descend",
+    "factored",
     "important_channels",
     "magnitude_scores",
     "nm_mask",
@@ -30,6 +37,8 @@ __all__ = [
     "quantize_absmax",
     "quantize_factor",
     "quantize_slim",
+    "quantized_covariance_adapters",
+    "regression",
     "resolve_rank",
     "round_to_grid",
     "slim_adapters",
