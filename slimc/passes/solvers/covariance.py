@@ -10,7 +10,6 @@ from slimc.passes.solvers.descent import descend
 from slimc.passes.solvers.hessian import factored
 from slimc.passes.solvers.low_rank import balanced, project
 from slimc.passes.solvers.quantization import Quantized, quantize_slim
-from slimc.passes.solvers.sparsegpt import sparsegpt
 
 
 def covariance_adapters(error: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +68,7 @@ def quantized_covariance_adapters(
         sweeps: of coordinate descent over the codes of each factor.
     """
     _, right = covariance_adapters(error, gram, rank)
-    stored_right = _rounded(right, gram, bits, group, scale_dtype, 0)
+    stored_right = _rounded(right, gram, bits, group, scale_dtype, sweeps)
     read = stored_right.dequantize().double()
     through = read @ gram.double()
     inner = through @ read.T
@@ -85,8 +84,5 @@ _LEAST = 1e-6
 
 
 def _rounded(factor: Tensor, gram: Tensor, bits: int, group: int, scale_dtype: torch.dtype, sweeps: int) -> Quantized:
-    grid = quantize_slim(factor, bits, group, scale_dtype=scale_dtype)
-    stored, _ = sparsegpt(factor, gram, sparsity=0.0, grid=grid, damping=_LEAST)
-    if sweeps:
-        stored, _ = descend(factor, gram, stored, sweeps=sweeps)
-    return stored
+    """Round a factor to nearest, then let coordinate descent make good what that has cost."""
+    return descend(factor, gram, quantize_slim(factor, bits, group, scale_dtype=scale_dtype), sweeps=sweeps)[0]

@@ -25,13 +25,11 @@ from torch import Tensor
 
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
 from slimc.passes.solvers.quantization import Quantized
+from slimc.passes.solvers.replay import replay
 from slimc.passes.solvers.step_search import storable
 
 MOST_CANDIDATES = 128
 """A pattern that allows more masks in a block than this keeps the mask that it has."""
-
-GAIN = 1e-6
-"""A change must lower the error by this share of what it moves, or it is taken for rounding noise."""
 
 
 @overload
@@ -96,18 +94,18 @@ def descend(
     require_shape("descend", (columns, columns), gram=gram)
     require_shape("descend", (rows, columns), start=start.codes if isinstance(start, Quantized) else start, mask=mask)
     require_finite("descend", weight=weight, gram=gram)
-    movable = pattern is not None and mask is not None
+    kept, width = 1, 1
     if pattern is not None:
         require_pattern("descend", *pattern, (rows, columns))
-        movable = movable and math.comb(pattern[1], pattern[0]) <= MOST_CANDIDATES
-    kept, width = pattern if movable and pattern is not None else (1, 1)
+        if mask is not None and math.comb(pattern[1], pattern[0]) <= MOST_CANDIDATES:
+            kept, width = pattern
     gram = (gram / gram.diagonal().mean()).to(torch.float32)
     state = _State(weight.to(torch.float32), gram, start, mask)
-    moves = _Moves(gram, kept, width)
+    moves = _Moves(gram, kept, width) if width > 1 else None
     block = max(block // width, 1) * width
     for _ in range(sweeps):
         for first in range(0, columns, block):
-            state.visit(moves, first, min(first + block, columns), movable)
+            state.visit(moves, slice(first, min(first + block, columns)))
         state.fit_scales()
     return state.stored(), state.mask
 
@@ -116,33 +114,136 @@ class _Moves:
     """What the blocks of ``width`` columns need to find the best ``kept`` values of each.
 
     Attributes:
-        members: ``[candidates, kept]``, the columns of each candidate, in the order in which they are rounded.
-        optimum: ``[blocks, width, candidates * kept]``: the change that minimises f for a block is ``-g B^-1``; from
+        members: ``[kept, candidates]``, the columns of each candidate, in the order in which they are rounded.
+        masks: bool ``[candidates, width]``, the same as masks.
+        places: ``[candidates * width]``, where the value of each column is found in the values of the candidates,
+            ``[kept * candidates]`` and a zero behind them.
+        squares: ``[blocks, width, width]``, the blocks of ``H``.
+        inverses: ``[blocks, width, width]``, their inverses.
+        optimum: ``[blocks, width, kept * candidates]``: the change that minimises f for a block is ``-g B^-1``; from
             ``t = q - g B^-1``, this gives the minimisers among those that are zero outside each candidate.
-        onward: for each but the last member, ``[blocks, candidates, later members]``: what its rounding error adds to
-            the optimum of the later ones.
+        onward: ``[blocks, kept, kept, candidates]``: what the rounding error of one member adds to the optimum of
+            each later one.
     """
 
     def __init__(self, gram: Tensor, kept: int, width: int) -> None:
         blocks = len(gram) // width
         position = torch.arange(blocks, device=gram.device)
         squares = gram.view(blocks, width, blocks, width)[position, :, position].double()
-        self.width, self.kept = width, kept
-        self.squares = squares.float()
-        self.inverses = torch.linalg.inv(squares).float()
         chosen = list(itertools.combinations(range(width), kept))
         # The order of rounding matters little, but both ends are worth a try, as long as there are few.
         if kept > 1 and 2 * len(chosen) <= MOST_CANDIDATES:
             chosen += [members[::-1] for members in chosen]
-        self.members = torch.tensor(chosen, device=gram.device)
-        inner = squares[:, self.members[:, :, None], self.members[:, None, :]]
-        toward = squares[:, :, self.members].permute(0, 2, 1, 3)
-        self.optimum = (toward @ torch.linalg.inv(inner)).permute(0, 2, 1, 3).reshape(blocks, width, -1).float()
-        self.onward = []
+        candidates = torch.tensor(chosen, device=gram.device)
+        count = len(candidates)
+        self.width = width
+        self.members = candidates.T.contiguous()
+        self.masks = torch.zeros(count, width, dtype=torch.bool, device=gram.device).scatter_(1, candidates, True)
+        behind = torch.full((count, width), kept * count, device=gram.device)
+        own = torch.arange(kept, device=gram.device) * count + torch.arange(count, device=gram.device)[:, None]
+        self.places = behind.scatter_(1, candidates, own).flatten()
+        self.squares = squares.float()
+        self.inverses = torch.linalg.inv(squares).float()
+        inner = squares[:, candidates[:, :, None], candidates[:, None, :]]
+        toward = squares[:, :, candidates].permute(0, 2, 1, 3)
+        self.optimum = (toward @ torch.linalg.inv(inner)).permute(0, 2, 3, 1).reshape(blocks, width, -1).float()
+        self.onward = gram.new_zeros(blocks, kept, kept, count)
         for at in range(kept - 1):
-            later = inner[:, :, at + 1 :, at + 1 :]
-            row = inner[:, :, at : at + 1, at + 1 :]
-            self.onward.append((row @ torch.linalg.inv(later)).squeeze(2).float())
+            row = inner[:, :, at : at + 1, at + 1 :] @ torch.linalg.inv(inner[:, :, at + 1 :, at + 1 :])
+            self.onward[:, at, at + 1 :] = row.squeeze(2).transpose(1, 2).float()
+
+    def of(self, part: slice) -> tuple[Tensor, ...]:
+        """Return the tables of the blocks in some columns, as :func:`_visit_blocks` takes them."""
+        blocks = slice(part.start // self.width, part.stop // self.width)
+        return (
+            self.members,
+            self.masks,
+            self.places,
+            self.squares[blocks],
+            self.inverses[blocks],
+            self.optimum[blocks],
+            self.onward[blocks],
+        )
+
+
+def _visit_blocks(
+    values: Tensor,
+    mask: Tensor,
+    step: Tensor | None,
+    lowest: Tensor | None,
+    highest: Tensor | None,
+    gradient: Tensor,
+    inner: Tensor,
+    members: Tensor,
+    masks: Tensor,
+    places: Tensor,
+    squares: Tensor,
+    inverses: Tensor,
+    optimum: Tensor,
+    onward: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the values and the mask of some columns after one visit of each of their blocks.
+
+    ``values``, ``mask``, ``step``, ``lowest`` and ``highest`` (the signed codes) are ``[rows, columns]``, the last
+    three ``None`` for values that are not rounded. ``gradient`` is ``E H`` of the columns, ``inner`` their part of
+    ``H``. What follows are the tables of :class:`_Moves`.
+    """
+    values, mask, gradient = values.clone(), mask.clone(), gradient.clone()
+    width, (kept, count) = masks.shape[1], members.shape
+    rows = len(values)
+    nothing = values.new_zeros(rows, 1)
+    for index in range(len(squares)):
+        here = slice(index * width, (index + 1) * width)
+        now, slope = values[:, here], gradient[:, here]
+        best = ((now - slope @ inverses[index]) @ optimum[index]).view(rows, kept, count)
+        if step is not None and lowest is not None and highest is not None:
+            for at in range(kept):
+                size = step[:, here][:, members[at]]
+                code = (best[:, at] / size).round_()
+                code = torch.clamp(code, lowest[:, here][:, members[at]], highest[:, here][:, members[at]])
+                rounded = code * size
+                if at + 1 < kept:
+                    deviation = best[:, at] - rounded
+                    best[:, at + 1 :].addcmul_(deviation[:, None], onward[index, at, at + 1 :])
+                best[:, at] = rounded
+        whole = torch.cat([best.flatten(1), nothing], 1)[:, places].view(rows, count, width)
+        change = whole - now[:, None]
+        gain, chosen = ((change @ squares[index] + 2 * slope[:, None]) * change).sum(2).min(1)
+        better = (gain < 0)[:, None]
+        taken = change.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
+        taken = torch.where(better, taken, 0.0)
+        mask[:, here] = torch.where(better, masks[chosen], mask[:, here])
+        values[:, here] = now + taken
+        # The columns before are visited again in the next sweep only.
+        gradient[:, here.start :].addmm_(taken, inner[here, here.start :])
+    return values, mask
+
+
+def _visit_columns(
+    values: Tensor,
+    mask: Tensor | None,
+    step: Tensor | None,
+    lowest: Tensor | None,
+    highest: Tensor | None,
+    gradient: Tensor,
+    inner: Tensor,
+) -> tuple[Tensor]:
+    """Return the values of some columns after each was moved on its own, the mask as it is; see _visit_blocks."""
+    values, gradient = values.clone(), gradient.clone()
+    for at in range(values.shape[1]):
+        here = slice(at, at + 1)
+        now, slope, curve = values[:, here], gradient[:, here], inner[here, here]
+        wanted = now - slope / curve
+        if step is not None and lowest is not None and highest is not None:
+            code = (wanted / step[:, here]).round_()
+            wanted = torch.clamp(code, lowest[:, here], highest[:, here]) * step[:, here]
+        if mask is not None:
+            wanted = wanted * mask[:, here]
+        change = wanted - now
+        change = torch.where((change * curve + 2 * slope) * change < 0, change, 0.0)
+        values[:, here] = now + change
+        gradient[:, at:].addmm_(change, inner[here, at:])
+    return (values,)
 
 
 class _State:
@@ -152,129 +253,62 @@ class _State:
         self.weight, self.gram = weight, gram
         self.mask = None if mask is None else mask.clone()
         self.grid = start if isinstance(start, Quantized) else None
-        if self.grid is not None:
-            step, zero = self.grid.grid()
-            self.step = step.contiguous()
-            self.zero = zero
-            self.codes = self.grid.codes.to(torch.float32) - zero
-            if self.mask is not None:
-                self.codes = self.codes * self.mask
-            self.values = self.codes * self.step
+        self.step = self.lowest = self.highest = None
+        if isinstance(start, Quantized):
+            step, zero = start.grid()
+            self.step, self.lowest, self.highest = step.contiguous(), -zero, 2**start.bits - 1 - zero
+            values = (start.codes.to(torch.float32) - zero) * step
         else:
-            values = start if isinstance(start, Tensor) else start.dequantize()
-            self.values = values.to(torch.float32, copy=True)
-            if self.mask is not None:
-                self.values *= self.mask
+            values = start.to(torch.float32)
+        self.values = values.clone() if mask is None else values * mask
         self.error = self.values - weight
 
-    def visit(self, moves: _Moves, first: int, stop: int, movable: bool) -> None:
-        """Improve the blocks of some columns; what they change is spread to the columns after them at once."""
-        part = slice(first, stop)
-        gradient = self.error @ self.gram[:, part]
-        inner = self.gram[part, part]
-        for at in range(0, stop - first, moves.width):
-            here = slice(first + at, first + at + moves.width)
-            slope = gradient[:, at : at + moves.width]
-            change = self._best_change(moves, (first + at) // moves.width, here, slope, movable)
-            self.error[:, here] += change
-            # The columns before are visited again in the next sweep only.
-            gradient[:, at:] += change @ inner[at : at + moves.width, at:]
-
-    def _best_change(self, moves: _Moves, index: int, here: slice, slope: Tensor, movable: bool) -> Tensor:
-        now = self.values[:, here]
-        square = moves.squares[index]
-        target = now - slope @ moves.inverses[index]
-        if not movable:
-            return self._move_column(here, now, target, slope, square)
-        rows, candidates = len(now), len(moves.members)
-        best = (target @ moves.optimum[index]).view(rows, candidates, moves.kept)
-        codes = torch.empty_like(best)
-        for at in range(moves.kept):
-            value, codes[:, :, at] = self._round(best[:, :, at], here, moves.members[:, at])
-            if at + 1 < moves.kept:
-                best[:, :, at + 1 :] += (best[:, :, at] - value)[:, :, None] * moves.onward[at][index]
-            best[:, :, at] = value
-        whole = now.new_zeros(rows, candidates, moves.width)
-        places = moves.members.expand(rows, -1, -1)
-        change = whole.scatter(2, places, best) - now[:, None]
-        moved = (change @ square * change).sum(2)
-        gain = moved + 2 * (change @ slope[:, :, None]).squeeze(2)
-        chosen = gain.argmin(1)
-        row = torch.arange(rows, device=now.device)
-        better = (gain[row, chosen] < -GAIN * moved[row, chosen])[:, None]
-        change = torch.where(better, change[row, chosen], 0.0)
-        members = moves.members[chosen]
-        if self.grid is not None:
-            fresh = torch.zeros_like(now).scatter(1, members, codes[row, chosen])
-            self.codes[:, here] = torch.where(better, fresh, self.codes[:, here])
-        if self.mask is not None:
-            fresh_mask = torch.zeros_like(now, dtype=torch.bool).scatter(1, members, True)
-            self.mask[:, here] = torch.where(better, fresh_mask, self.mask[:, here])
-        self.values[:, here] = now + change
-        return change
-
-    def _move_column(self, here: slice, now: Tensor, target: Tensor, slope: Tensor, square: Tensor) -> Tensor:
-        """Move single values on their own, the mask as it is."""
-        value = target
-        code = None
-        if self.grid is not None:
-            value, code = self._round(target, here, torch.zeros(1, dtype=torch.long, device=now.device))
-        if self.mask is not None:
-            value = value * self.mask[:, here]
-        change = value - now
-        moved = change.square() * square
-        better = moved + 2 * change * slope < -GAIN * moved
-        change = torch.where(better, change, 0.0)
-        if code is not None:
-            if self.mask is not None:
-                code = code * self.mask[:, here]
-            self.codes[:, here] = torch.where(better, code, self.codes[:, here])
-        self.values[:, here] = now + change
-        return change
-
-    def _round(self, wanted: Tensor, here: slice, members: Tensor) -> tuple[Tensor, Tensor]:
-        """Round to the grid of the columns ``members`` of a block; return values and signed codes."""
-        if self.grid is None:
-            return wanted, wanted
-        step, zero = self.step[:, here][:, members], self.zero[:, here][:, members]
-        code = (wanted / step).round_()
-        code = torch.maximum(torch.minimum(code, 2**self.grid.bits - 1 - zero), -zero)
-        return code * step, code
+    def visit(self, moves: _Moves | None, part: slice) -> None:
+        """Improve some columns; those that are visited later see the change."""
+        grid = (None if one is None else one[:, part] for one in (self.step, self.lowest, self.highest))
+        mask = None if self.mask is None else self.mask[:, part]
+        sloped = (self.error @ self.gram[:, part], self.gram[part, part])
+        if moves is not None and self.mask is not None:
+            values, self.mask[:, part] = replay(
+                _visit_blocks, self.values[:, part], mask, *grid, *sloped, *moves.of(part)
+            )
+        else:
+            (values,) = replay(_visit_columns, self.values[:, part], mask, *grid, *sloped)
+        self.values[:, part] = values
+        self.error[:, part] = values - self.weight[:, part]
 
     def fit_scales(self) -> None:
         """Give every scale the value that minimises f for the codes, one group after another.
 
         f is a parabola in one scale, so of the values that can be stored the one nearest to its lowest point is best.
         """
-        if self.grid is None:
+        if self.grid is None or self.step is None:
             return
-        columns = self.codes.shape[1]
+        columns = self.values.shape[1]
         size = self.grid.group if isinstance(self.grid.group, int) else columns
-        dtype = self.grid.scale.dtype
         for first in range(0, columns, size):
             part = slice(first, min(first + size, columns))
-            codes = self.codes[:, part]
+            # A value is exactly the product of its code and step.
+            codes = (self.values[:, part] / self.step[:, part]).round_()
             slope = ((self.error @ self.gram[:, part]) * codes).sum(1, keepdim=True)
             curve = (codes @ self.gram[part, part] * codes).sum(1, keepdim=True)
             if self.grid.group is None:
                 slope, curve = slope.sum().view(1, 1), curve.sum().view(1, 1)
             step = self.step[: len(slope), first : first + 1]
             wanted = step - slope / curve
-            fitted = torch.where((curve > 0) & (wanted > 0), wanted, step)
-            fitted = storable(fitted, dtype)
+            fitted = storable(torch.where((curve > 0) & (wanted > 0), wanted, step), self.grid.scale.dtype)
             change = fitted - step
-            better = change.square() * curve + 2 * change * slope < 0
-            step = torch.where(better, fitted, step)
-            self.step[:, part] = step
+            self.step[:, part] = torch.where((change * curve + 2 * slope) * change < 0, fitted, step)
             self.values[:, part] = codes * self.step[:, part]
             self.error[:, part] = self.values[:, part] - self.weight[:, part]
 
     def stored(self) -> Quantized | Tensor:
         """Return what is stored, in the form in which it came."""
-        if self.grid is None:
+        if self.grid is None or self.step is None or self.lowest is None:
             return self.values
         rows, groups = self.grid.scale.shape
-        size = self.grid.group if isinstance(self.grid.group, int) else self.codes.shape[1]
-        scale = self.step[:rows, ::size][:, :groups]
-        codes = (self.codes + self.zero).to(torch.uint8)
-        return replace(self.grid, codes=codes, scale=scale.to(self.grid.scale.dtype).contiguous())
+        columns = self.values.shape[1]
+        size = self.grid.group if isinstance(self.grid.group, int) else columns
+        codes = ((self.values / self.step).round_() - self.lowest).to(torch.uint8)
+        scale = self.step[:rows, ::size][:, :groups].to(self.grid.scale.dtype)
+        return replace(self.grid, codes=codes, scale=scale.contiguous())
