@@ -27,24 +27,27 @@ CALIBRATE = Calibrate(samples=64, length=512)
 HELD_OUT = Calibrate(samples=64, length=512, held_out=0.125)
 
 
-def covariance(rank: int | float = 0.1, rounds: int = 4, **options: Any) -> LowRank:
+JOINT = Prune("2:4", method="joint")
+GROUPS = Quantize(group=128)
+
+
+def covariance(rank: int | float = 0.1, rounds: int = 2, **options: Any) -> LowRank:
     """Return adapters of the full second moment, in 4 bits."""
     return LowRank("covariance", rank=rank, bits=4, rounds=rounds, **options)
 
 
-JOINT = Prune("2:4", method="sparsegpt", sweeps=2)
-GROUPS = Quantize(group=128)
-
 ROWS: dict[str, list[Pass]] = {
     "covariance": [CALIBRATE, GROUPS, Prune("2:4", method="sparsegpt"), covariance(rounds=0), Fuse()],
     "joint": [CALIBRATE, GROUPS, JOINT, covariance(rounds=0), Fuse()],
-    "joint, 4 rounds": [CALIBRATE, GROUPS, JOINT, covariance(), Fuse()],
+    "joint, 2 rounds": [CALIBRATE, GROUPS, JOINT, covariance(), Fuse()],
+    "joint, 6 rounds": [CALIBRATE, GROUPS, JOINT, covariance(rounds=6), Fuse()],
     "own input": [CALIBRATE, Compensate(residual=False), GROUPS, JOINT, covariance(), Fuse()],
     "sums": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(), Fuse()],
+    "sums, 0.5": [CALIBRATE, Compensate(strength=0.5), GROUPS, JOINT, covariance(), Fuse()],
     "sums, held out": [HELD_OUT, Compensate(), GROUPS, JOINT, covariance(), Fuse()],
     "sums, channel": [CALIBRATE, Compensate(), Quantize(group="channel"), JOINT, covariance(0.115), Fuse()],
     "sums, damping 0.1": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(damping=0.1), Fuse()],
-    "4 rounds, damping 0.1": [CALIBRATE, GROUPS, JOINT, covariance(damping=0.1), Fuse()],
+    "2 rounds, damping 0.1": [CALIBRATE, GROUPS, JOINT, covariance(damping=0.1), Fuse()],
 }
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
+from slimc.passes.solvers.candidates import can_be_tried
 from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
-from slimc.passes.stored import improve_stored
+from slimc.passes.stored import improve_stored, solve_stored
 from slimc.passes.work import SiteWork
 from slimc.runtime.packing import NM, Unstructured
 
@@ -29,7 +30,9 @@ class Prune(SitePass):
     Attributes:
         pattern: ``"n:m"`` keeps n of every m weights along the input; a number is the share of weights to drop.
         method: ``"wanda"`` scores ``|w| * |x|`` (Sun et al.), by row; ``"magnitude"`` scores ``|w|``; ``"sparsegpt"``
-            also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one.
+            also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one;
+            ``"joint"`` compares all masks of an N:M block by what they cost once the others have absorbed the error,
+            rounding included.
             Where calibration saw no input but zeros, all of them choose by magnitude.
         damping: of the Gram matrix, as a share of its mean diagonal, for SparseGPT and for ``sweeps``.
         sweeps: how often coordinate descent then visits all columns, to choose mask, codes and scales anew given the
@@ -39,15 +42,15 @@ class Prune(SitePass):
     name: ClassVar[str] = "prune"
 
     pattern: str | float = "2:4"
-    method: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
+    method: Literal["wanda", "magnitude", "sparsegpt", "joint"] = "wanda"
     damping: float = 0.01
     sweeps: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
         self._require(
-            self.method in ("wanda", "magnitude", "sparsegpt"),
-            f"method must be 'wanda', 'magnitude' or 'sparsegpt', not {self.method!r}",
+            self.method in ("wanda", "magnitude", "sparsegpt", "joint"),
+            f"method must be 'wanda', 'magnitude', 'sparsegpt' or 'joint', not {self.method!r}",
         )
         damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1
         self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
@@ -64,6 +67,14 @@ class Prune(SitePass):
                 f"pattern must be 'n:m' or a share to drop strictly between 0 and 1, not {self.pattern!r}",
             )
 
+        sparsity = self.sparsity
+        few = isinstance(sparsity, NM) and can_be_tried((sparsity.n, sparsity.m))
+        self._require(
+            self.method != "joint" or few,
+            f"method 'joint' tries all masks of an N:M block and {self.pattern} has too many (or none); use a pattern "
+            "such as 2:4, or method 'sparsegpt'",
+        )
+
     @property
     def sparsity(self) -> NM | Unstructured:
         """The pattern as a value."""
@@ -74,7 +85,7 @@ class Prune(SitePass):
 
     def statistics(self) -> frozenset[Statistic]:
         """Wanda needs channel norms, SparseGPT and coordinate descent the Gram matrix."""
-        if self.sweeps or self.method == "sparsegpt":
+        if self.sweeps or self.method in ("sparsegpt", "joint"):
             return frozenset({"activations", "gram"})
         return frozenset({"activations"} if self.method == "wanda" else ())
 
@@ -101,7 +112,9 @@ class Prune(SitePass):
     def apply(self, work: SiteWork) -> None:
         """Choose the site's mask, and with SparseGPT its values."""
         work.sparsity = self.sparsity
-        if self.method == "sparsegpt" and work.reached:
+        if self.method == "joint" and work.reached:
+            solve_stored(work, work.target, damped(work.require_gram(self.name), self.damping))
+        elif self.method == "sparsegpt" and work.reached:
             self._apply_sparsegpt(work)
         else:
             work.mask = self._mask(self._scores(work))

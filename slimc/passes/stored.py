@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from slimc.passes.solvers.candidates import can_be_tried
 from slimc.passes.solvers.descent import descend
+from slimc.passes.solvers.joint import solve_jointly
 from slimc.passes.solvers.quantization import Quantized
-from slimc.passes.solvers.sparsegpt import sparsegpt
 from slimc.passes.work import SiteWork
 from slimc.runtime.packing import NM
 
-_DAMPED_ALREADY = 1e-6
-
 
 def solve_stored(work: SiteWork, weight: Tensor, hessian: Tensor) -> None:
-    """Choose mask and codes anew for ``weight``, column by column with error feedback, on a fresh grid.
+    """Choose mask and codes anew for ``weight``, on a fresh grid.
 
     Args:
-        work: the site; its pattern is kept, and so is an unstructured mask.
+        work: the site; its pattern is kept, and so is a mask of another kind.
         weight: what base and input scale shall amount to, float32 ``[out_features, in_features]``.
         hessian: damped, of the unscaled input, ``[in_features, in_features]``.
     """
     weight, hessian = _in_stored_coordinates(work, weight, hessian)
-    pattern = _pattern(work)
     grid = None if work.quantizer is None else work.quantizer(weight, None)
-    if pattern is None and (work.mask is not None or grid is None):
+    pattern = _pattern(work)
+    if pattern is not None and can_be_tried(pattern):
+        _take(work, *solve_jointly(weight, hessian, grid, pattern=pattern))
+    elif work.mask is None and grid is not None:
+        width = 4 if weight.shape[1] % 4 == 0 else 1
+        _take(work, solve_jointly(weight, hessian, grid, pattern=(width, width))[0], None)
+    else:
         work.base = weight if work.mask is None else weight * work.mask
         work.quantize()
-        return
-    result, mask = sparsegpt(weight, hessian, sparsity=pattern or 0.0, grid=grid, damping=_DAMPED_ALREADY)
-    _take(work, result, None if pattern is None else mask)
 
 
 def improve_stored(work: SiteWork, weight: Tensor, hessian: Tensor, sweeps: int) -> None:

@@ -3,6 +3,7 @@
 from slimc.passes.solvers.covariance import covariance_adapters, quantized_covariance_adapters
 from slimc.passes.solvers.descent import descend
 from slimc.passes.solvers.hessian import damped, factored, regression
+from slimc.passes.solvers.joint import solve_jointly
 from slimc.passes.solvers.low_rank import (
     plain_adapters,
     quantize_factor,
@@ -42,6 +43,7 @@ __all__ = [
     "resolve_rank",
     "round_to_grid",
     "slim_adapters",
+    "solve_jointly",
     "sparsegpt",
     "truncated_svd",
     "unstructured_mask",

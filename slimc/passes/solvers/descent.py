@@ -6,30 +6,25 @@ With the Gram matrix ``H = X^T X`` the squared output error of ``Q`` for the wei
 
 Change the ``m`` columns of one block, and leave the rest: with ``B`` the block's part of ``H`` and ``g`` the block's
 columns of ``E H``, a change ``d`` of a row of the block changes ``f`` by ``d B d^T + 2 g d^T``. The rows are
-independent, ``B`` is the same for all of them and small, so every mask that the pattern allows is tried in every row:
-for the survivors the real minimiser, rounded one after another, each with the error of those before it made
-good (Babai's nearest plane). A change is made only where it lowers ``f``; hence ``f`` never rises, whatever it
-starts from. That is what the alternation with the adapters needs, and what solving anew from left to right (SparseGPT)
-does not give.
+independent, ``B`` is the same for all of them and small, so every mask that the pattern allows is tried in every row
+(:mod:`slimc.passes.solvers.candidates`). A change is made only where it lowers ``f``; hence ``f`` never rises, whatever
+it starts from. That is what the alternation with the adapters needs, and what solving anew from left to right
+(SparseGPT) does not give.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import replace
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from slimc.passes.solvers.candidates import Candidates, can_be_tried, rounded_candidates
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.replay import replay
 from slimc.passes.solvers.step_search import storable
-
-MOST_CANDIDATES = 128
-"""A pattern that allows more masks in a block than this keeps the mask that it has."""
 
 
 @overload
@@ -94,11 +89,12 @@ def descend(
     require_shape("descend", (columns, columns), gram=gram)
     require_shape("descend", (rows, columns), start=start.codes if isinstance(start, Quantized) else start, mask=mask)
     require_finite("descend", weight=weight, gram=gram)
-    kept, width = 1, 1
     if pattern is not None:
         require_pattern("descend", *pattern, (rows, columns))
-        if mask is not None and math.comb(pattern[1], pattern[0]) <= MOST_CANDIDATES:
-            kept, width = pattern
+    # Where every value stays, four at once are four times fewer steps.
+    kept, width = (4, 4) if mask is None and columns % 4 == 0 else (1, 1)
+    if pattern is not None and mask is not None and can_be_tried(pattern):
+        kept, width = pattern
     gram = (gram / gram.diagonal().mean()).to(torch.float32)
     state = _State(weight.to(torch.float32), gram, start, mask)
     moves = _Moves(gram, kept, width) if width > 1 else None
@@ -110,113 +106,60 @@ def descend(
     return state.stored(), state.mask
 
 
-class _Moves:
-    """What the blocks of ``width`` columns need to find the best ``kept`` values of each.
-
-    Attributes:
-        members: ``[kept, candidates]``, the columns of each candidate, in the order in which they are rounded.
-        masks: bool ``[candidates, width]``, the same as masks.
-        places: ``[candidates * width]``, where the value of each column is found in the values of the candidates,
-            ``[kept * candidates]`` and a zero behind them.
-        squares: ``[blocks, width, width]``, the blocks of ``H``.
-        inverses: ``[blocks, width, width]``, their inverses.
-        optimum: ``[blocks, width, kept * candidates]``: the change that minimises f for a block is ``-g B^-1``; from
-            ``t = q - g B^-1``, this gives the minimisers among those that are zero outside each candidate.
-        onward: ``[blocks, kept, kept, candidates]``: what the rounding error of one member adds to the optimum of
-            each later one.
-    """
+class _Moves(Candidates):
+    """What the blocks of a Gram matrix can become; ``inverses`` are those of ``B``, ``[blocks, width, width]``."""
 
     def __init__(self, gram: Tensor, kept: int, width: int) -> None:
         blocks = len(gram) // width
         position = torch.arange(blocks, device=gram.device)
         squares = gram.view(blocks, width, blocks, width)[position, :, position].double()
-        chosen = list(itertools.combinations(range(width), kept))
-        # The order of rounding matters little, but both ends are worth a try, as long as there are few.
-        if kept > 1 and 2 * len(chosen) <= MOST_CANDIDATES:
-            chosen += [members[::-1] for members in chosen]
-        candidates = torch.tensor(chosen, device=gram.device)
-        count = len(candidates)
-        self.width = width
-        self.members = candidates.T.contiguous()
-        self.masks = torch.zeros(count, width, dtype=torch.bool, device=gram.device).scatter_(1, candidates, True)
-        behind = torch.full((count, width), kept * count, device=gram.device)
-        own = torch.arange(kept, device=gram.device) * count + torch.arange(count, device=gram.device)[:, None]
-        self.places = behind.scatter_(1, candidates, own).flatten()
-        self.squares = squares.float()
+        super().__init__(squares, kept)
         self.inverses = torch.linalg.inv(squares).float()
-        inner = squares[:, candidates[:, :, None], candidates[:, None, :]]
-        toward = squares[:, :, candidates].permute(0, 2, 1, 3)
-        self.optimum = (toward @ torch.linalg.inv(inner)).permute(0, 2, 3, 1).reshape(blocks, width, -1).float()
-        self.onward = gram.new_zeros(blocks, kept, kept, count)
-        for at in range(kept - 1):
-            row = inner[:, :, at : at + 1, at + 1 :] @ torch.linalg.inv(inner[:, :, at + 1 :, at + 1 :])
-            self.onward[:, at, at + 1 :] = row.squeeze(2).transpose(1, 2).float()
-
-    def of(self, part: slice) -> tuple[Tensor, ...]:
-        """Return the tables of the blocks in some columns, as :func:`_visit_blocks` takes them."""
-        blocks = slice(part.start // self.width, part.stop // self.width)
-        return (
-            self.members,
-            self.masks,
-            self.places,
-            self.squares[blocks],
-            self.inverses[blocks],
-            self.optimum[blocks],
-            self.onward[blocks],
-        )
 
 
 def _visit_blocks(
     values: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     step: Tensor | None,
     lowest: Tensor | None,
     highest: Tensor | None,
     gradient: Tensor,
     inner: Tensor,
+    inverses: Tensor,
     members: Tensor,
     masks: Tensor,
     places: Tensor,
     squares: Tensor,
-    inverses: Tensor,
     optimum: Tensor,
     onward: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the values and the mask of some columns after one visit of each of their blocks.
+) -> tuple[Tensor, ...]:
+    """Return the values, and the mask if there is one, of some columns after one visit of each of their blocks.
 
     ``values``, ``mask``, ``step``, ``lowest`` and ``highest`` (the signed codes) are ``[rows, columns]``, the last
     three ``None`` for values that are not rounded. ``gradient`` is ``E H`` of the columns, ``inner`` their part of
     ``H``. What follows are the tables of :class:`_Moves`.
     """
-    values, mask, gradient = values.clone(), mask.clone(), gradient.clone()
-    width, (kept, count) = masks.shape[1], members.shape
-    rows = len(values)
-    nothing = values.new_zeros(rows, 1)
+    values, gradient = values.clone(), gradient.clone()
+    mask = None if mask is None else mask.clone()
+    width = masks.shape[1]
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
-        now, slope = values[:, here], gradient[:, here]
-        best = ((now - slope @ inverses[index]) @ optimum[index]).view(rows, kept, count)
+        now, slope = values[:, here].clone(), gradient[:, here]
+        grid = None
         if step is not None and lowest is not None and highest is not None:
-            for at in range(kept):
-                size = step[:, here][:, members[at]]
-                code = (best[:, at] / size).round_()
-                code = torch.clamp(code, lowest[:, here][:, members[at]], highest[:, here][:, members[at]])
-                rounded = code * size
-                if at + 1 < kept:
-                    deviation = best[:, at] - rounded
-                    best[:, at + 1 :].addcmul_(deviation[:, None], onward[index, at, at + 1 :])
-                best[:, at] = rounded
-        whole = torch.cat([best.flatten(1), nothing], 1)[:, places].view(rows, count, width)
-        change = whole - now[:, None]
+            grid = step[:, here], lowest[:, here], highest[:, here]
+        wanted = now - slope @ inverses[index]
+        change = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index]) - now[:, None]
         gain, chosen = ((change @ squares[index] + 2 * slope[:, None]) * change).sum(2).min(1)
         better = (gain < 0)[:, None]
         taken = change.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
         taken = torch.where(better, taken, 0.0)
-        mask[:, here] = torch.where(better, masks[chosen], mask[:, here])
+        if mask is not None:
+            mask[:, here] = torch.where(better, masks[chosen], mask[:, here])
         values[:, here] = now + taken
         # The columns before are visited again in the next sweep only.
         gradient[:, here.start :].addmm_(taken, inner[here, here.start :])
-    return values, mask
+    return (values,) if mask is None else (values, mask)
 
 
 def _visit_columns(
@@ -268,12 +211,15 @@ class _State:
         grid = (None if one is None else one[:, part] for one in (self.step, self.lowest, self.highest))
         mask = None if self.mask is None else self.mask[:, part]
         sloped = (self.error @ self.gram[:, part], self.gram[part, part])
-        if moves is not None and self.mask is not None:
-            values, self.mask[:, part] = replay(
-                _visit_blocks, self.values[:, part], mask, *grid, *sloped, *moves.of(part)
-            )
+        if moves is None:
+            found: tuple[Tensor, ...] = replay(_visit_columns, self.values[:, part], mask, *grid, *sloped)
         else:
-            (values,) = replay(_visit_columns, self.values[:, part], mask, *grid, *sloped)
+            inverses = moves.inverses[part.start // moves.width : part.stop // moves.width]
+            tables = (inverses, *moves.of(part))
+            found = replay(_visit_blocks, self.values[:, part], mask, *grid, *sloped, *tables)
+            if self.mask is not None:
+                self.mask[:, part] = found[1]
+        values = found[0]
         self.values[:, part] = values
         self.error[:, part] = values - self.weight[:, part]
 

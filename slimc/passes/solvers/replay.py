@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 8
+MOST_GRAPHS = 64
 """Graphs that are kept, each with buffers for its arguments and temporaries; the one used longest ago goes."""
 
 Outputs = tuple[Tensor, ...]
