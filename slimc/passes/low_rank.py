@@ -123,6 +123,12 @@ class LowRank(SitePass):
                 self._express_residual(work)
             if (remaining := self._remaining(work, hessian)) < least:
                 best, least = _State.of(work), remaining
+        if hessian is not None and self.rounds and self.sweeps:
+            # What is stored has not seen the last adapters yet.
+            best.put_back(work)
+            improve_stored(work, work.target - work.correction(), hessian, self.sweeps)
+            if self._remaining(work, hessian) < least:
+                return
         best.put_back(work)
 
     def _remaining(self, work: SiteWork, hessian: Tensor | None) -> float:
