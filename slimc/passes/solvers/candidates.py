@@ -10,9 +10,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from slimc.passes.solvers.quantization import Quantized
+
+Grid = tuple[Any, Any, Any]
+"""The step, the lowest and the highest signed code of every entry, ``[rows, columns]``; codes may be one for all."""
+
+NO_GRID: Grid = (None, None, None)
+"""Of values that are not rounded."""
 
 MOST_CANDIDATES = 128
 """A pattern that allows more masks in a block than this is not tried out."""
@@ -69,7 +78,7 @@ def can_be_tried(pattern: tuple[int, int]) -> bool:
 
 def rounded_candidates(
     wanted: Tensor,
-    grid: tuple[Tensor, Tensor, Tensor] | None,
+    grid: Grid | None,
     members: Tensor,
     places: Tensor,
     optimum: Tensor,
@@ -79,7 +88,7 @@ def rounded_candidates(
 
     Args:
         wanted: ``t``, ``[rows, width]``.
-        grid: the step, the lowest and the highest signed code of each entry, ``[rows, width]``; ``None``: not rounded.
+        grid: of the entries, ``[rows, width]``; ``None``: not rounded.
         members: and what follows, as in :class:`Candidates`, the last two for this block.
         places: see there.
         optimum: see there.
@@ -89,12 +98,31 @@ def rounded_candidates(
     kept, count = members.shape
     best = (wanted @ optimum).view(rows, kept, count)
     if grid is not None:
-        step, lowest, highest = grid
         for at in range(kept):
-            here = members[at]
-            size = step[:, here]
-            rounded = torch.clamp((best[:, at] / size).round_(), lowest[:, here], highest[:, here]) * size
+            step, lowest, highest = (_of_members(one, members[at]) for one in grid)
+            rounded = torch.clamp((best[:, at] / step).round_(), lowest, highest) * step
             if at + 1 < kept:
                 best[:, at + 1 :].addcmul_((best[:, at] - rounded)[:, None], onward[at, at + 1 :])
             best[:, at] = rounded
-    return torch.cat([best.flatten(1), wanted.new_zeros(rows, 1)], 1)[:, places].view(rows, count, width)
+    values = torch.cat([best.flatten(1), wanted.new_zeros(rows, 1)], 1)
+    return values.index_select(1, places).view(rows, count, width)
+
+
+def columns_of(grid: Grid, part: slice | Tensor) -> Grid:
+    """Return the grid of some columns."""
+    step, lowest, highest = (one[:, part] if isinstance(one, Tensor) else one for one in grid)
+    return step, lowest, highest
+
+
+def grid_of(quantized: Quantized) -> Grid:
+    """Return the grid of a quantised weight."""
+    step, zero = quantized.grid()
+    highest = 2**quantized.bits - 1
+    if quantized.zero_point is None:
+        middle = 2 ** (quantized.bits - 1)
+        return step.contiguous(), float(-middle), float(highest - middle)
+    return step.contiguous(), -zero, highest - zero
+
+
+def _of_members(one: Any, members: Tensor) -> Any:
+    return one.index_select(1, members) if isinstance(one, Tensor) else one

@@ -20,7 +20,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from slimc.passes.solvers.candidates import Candidates, can_be_tried, rounded_candidates
+from slimc.passes.solvers.candidates import NO_GRID, Candidates, can_be_tried, columns_of, grid_of, rounded_candidates
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.replay import replay
@@ -121,8 +121,8 @@ def _visit_blocks(
     values: Tensor,
     mask: Tensor | None,
     step: Tensor | None,
-    lowest: Tensor | None,
-    highest: Tensor | None,
+    lowest: Tensor | float | None,
+    highest: Tensor | float | None,
     gradient: Tensor,
     inner: Tensor,
     inverses: Tensor,
@@ -145,12 +145,10 @@ def _visit_blocks(
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
         now, slope = values[:, here].clone(), gradient[:, here]
-        grid = None
-        if step is not None and lowest is not None and highest is not None:
-            grid = step[:, here], lowest[:, here], highest[:, here]
+        grid = None if step is None else columns_of((step, lowest, highest), here)
         wanted = now - slope @ inverses[index]
         change = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index]) - now[:, None]
-        gain, chosen = ((change @ squares[index] + 2 * slope[:, None]) * change).sum(2).min(1)
+        gain, chosen = torch.linalg.vecdot(change @ squares[index] + 2 * slope[:, None], change).min(1)
         better = (gain < 0)[:, None]
         taken = change.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
         taken = torch.where(better, taken, 0.0)
@@ -166,8 +164,8 @@ def _visit_columns(
     values: Tensor,
     mask: Tensor | None,
     step: Tensor | None,
-    lowest: Tensor | None,
-    highest: Tensor | None,
+    lowest: Tensor | float | None,
+    highest: Tensor | float | None,
     gradient: Tensor,
     inner: Tensor,
 ) -> tuple[Tensor]:
@@ -177,9 +175,9 @@ def _visit_columns(
         here = slice(at, at + 1)
         now, slope, curve = values[:, here], gradient[:, here], inner[here, here]
         wanted = now - slope / curve
-        if step is not None and lowest is not None and highest is not None:
-            code = (wanted / step[:, here]).round_()
-            wanted = torch.clamp(code, lowest[:, here], highest[:, here]) * step[:, here]
+        if step is not None:
+            size, least, most = columns_of((step, lowest, highest), here)
+            wanted = torch.clamp((wanted / size).round_(), least, most) * size
         if mask is not None:
             wanted = wanted * mask[:, here]
         change = wanted - now
@@ -196,19 +194,15 @@ class _State:
         self.weight, self.gram = weight, gram
         self.mask = None if mask is None else mask.clone()
         self.grid = start if isinstance(start, Quantized) else None
-        self.step = self.lowest = self.highest = None
-        if isinstance(start, Quantized):
-            step, zero = start.grid()
-            self.step, self.lowest, self.highest = step.contiguous(), -zero, 2**start.bits - 1 - zero
-            values = (start.codes.to(torch.float32) - zero) * step
-        else:
-            values = start.to(torch.float32)
+        self.entries = None if self.grid is None else grid_of(self.grid)
+        self.step: Tensor | None = None if self.entries is None else self.entries[0]
+        values = start.dequantize() if isinstance(start, Quantized) else start.to(torch.float32)
         self.values = values.clone() if mask is None else values * mask
         self.error = self.values - weight
 
     def visit(self, moves: _Moves | None, part: slice) -> None:
         """Improve some columns; those that are visited later see the change."""
-        grid = (None if one is None else one[:, part] for one in (self.step, self.lowest, self.highest))
+        grid = NO_GRID if self.entries is None else columns_of(self.entries, part)
         mask = None if self.mask is None else self.mask[:, part]
         sloped = (self.error @ self.gram[:, part], self.gram[part, part])
         if moves is None:
@@ -250,11 +244,11 @@ class _State:
 
     def stored(self) -> Quantized | Tensor:
         """Return what is stored, in the form in which it came."""
-        if self.grid is None or self.step is None or self.lowest is None:
+        if self.grid is None or self.step is None or self.entries is None:
             return self.values
         rows, groups = self.grid.scale.shape
         columns = self.values.shape[1]
         size = self.grid.group if isinstance(self.grid.group, int) else columns
-        codes = ((self.values / self.step).round_() - self.lowest).to(torch.uint8)
+        codes = ((self.values / self.step).round_() - self.entries[1]).to(torch.uint8)
         scale = self.step[:rows, ::size][:, :groups].to(self.grid.scale.dtype)
         return replace(self.grid, codes=codes, scale=scale.contiguous())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError
-from slimc.passes.solvers.candidates import Candidates, can_be_tried, rounded_candidates
+from slimc.passes.solvers.candidates import NO_GRID, Candidates, can_be_tried, columns_of, grid_of, rounded_candidates
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
 from slimc.passes.solvers.hessian import factored
 from slimc.passes.solvers.quantization import Quantized
@@ -70,13 +70,12 @@ def solve_jointly(
     entries = None
     if grid is not None:
         require_shape("solve_jointly", (rows, columns), grid=grid.codes)
-        step, zero = (entry[:, order] for entry in grid.grid())
-        entries = step, -zero, 2**grid.bits - 1 - zero
+        entries = columns_of(grid_of(grid), order)
     mask = torch.empty_like(left, dtype=torch.bool)
     block = max(block // width, 1) * width
     for first in range(0, columns, block):
         part = slice(first, min(first + block, columns))
-        inside = (None,) * 3 if entries is None else tuple(entry[:, part] for entry in entries)
+        inside = NO_GRID if entries is None else columns_of(entries, part)
         tables = (inverted[part.start // width : part.stop // width], *candidates.of(part))
         values, mask[:, part], errors = replay(_eliminate, left[:, part], *inside, factor[part, part], *tables)
         left[:, part] = values
@@ -92,8 +91,8 @@ def solve_jointly(
 def _eliminate(
     current: Tensor,
     step: Tensor | None,
-    lowest: Tensor | None,
-    highest: Tensor | None,
+    lowest: Tensor | float | None,
+    highest: Tensor | float | None,
     factor: Tensor,
     inverted: Tensor,
     members: Tensor,
@@ -114,12 +113,10 @@ def _eliminate(
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
         wanted = current[:, here].clone()
-        grid = None
-        if step is not None and lowest is not None and highest is not None:
-            grid = step[:, here], lowest[:, here], highest[:, here]
+        grid = None if step is None else columns_of((step, lowest, highest), here)
         found = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index])
         change = found - wanted[:, None]
-        chosen = ((change @ squares[index]) * change).sum(2).argmin(1)
+        chosen = torch.linalg.vecdot(change @ squares[index], change).min(1).indices
         taken = found.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
         error = (wanted - taken) @ inverted[index]
         current[:, here.start :].addmm_(error, factor[here, here.start :], alpha=-1)
