@@ -60,6 +60,17 @@ def test_no_perturbation_lowers_the_error(rows: int, columns: int) -> None:
             assert left_over(error, gram, other_left, other_right) >= least * (1 - 1e-6)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(90, 140), (140, 90)])
+def test_large_layers_are_solved_nearly_as_well(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, gram = layer(7, rows, columns)
+    least = left_over(error, gram, *covariance_adapters(error, gram, 12))
+    monkeypatch.setattr("slimc.passes.solvers.covariance.LARGEST_EXACT", 16)
+    found = covariance_adapters(error, gram, 12)
+    assert least * (1 - 1e-5) <= left_over(error, gram, *found) <= least * 1.002
+    again = covariance_adapters(error, gram, 12)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
 def test_uncorrelated_equal_inputs_give_the_plain_svd() -> None:
     error, _ = layer(1, 20, 32)
     left, right = covariance_adapters(error, 3 * torch.eye(32), 4)
