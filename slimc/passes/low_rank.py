@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
+from slimc.passes.solvers.checks import share_of
 from slimc.passes.solvers.covariance import covariance_adapters, quantized_covariance_adapters
 from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.low_rank import plain_adapters, quantize_factor, resolve_rank, slim_adapters
@@ -42,6 +43,8 @@ class LowRank(SitePass):
             ``sweeps`` of coordinate descent, with mask, codes and scales free; then the adapters are solved again.
         sweeps: of coordinate descent in a round of ``"covariance"``.
         damping: of the Gram matrix, as a share of its mean diagonal, for ``"covariance"``.
+        before: share of the rank that ``"covariance"`` spends before anything is stored: that much of the weight itself
+            is taken out first (SRR, arXiv 2602.02001), and the whole rank is then solved for what is missing.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -53,6 +56,7 @@ class LowRank(SitePass):
     rounds: int = 0
     sweeps: int = 1
     damping: float = 0.01
+    before: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -71,6 +75,8 @@ class LowRank(SitePass):
         self._require(whole_number(self.sweeps) and self.sweeps >= 0, f"sweeps must be 0 or more, not {self.sweeps!r}")
         damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1
         self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
+        before_is_valid = real_number(self.before) and 0 <= self.before <= 1
+        self._require(before_is_valid, f"before must be a share from 0 to 1, not {self.before!r}")
         group_is_valid = whole_number(self.group) and self.group >= 2
         self._require(group_is_valid, f"group must be 2 or more columns, not {self.group!r}")
 
@@ -107,31 +113,43 @@ class LowRank(SitePass):
 
     def apply(self, work: SiteWork) -> None:
         """Solve the adapters and, if asked, what is stored beside them."""
-        hessian = damped(work.require_gram(self.name), self.damping) if self.method == "covariance" else None
+        if self.method == "covariance":
+            self._apply_covariance(work, damped(work.require_gram(self.name), self.damping))
+            return
+        work.adapters = self._adapters(work)
+        best, least = _State.of(work), self._remaining(work)
+        for finished in range(self.rounds):
+            if finished:
+                work.adapters = self._adapters(work)
+            self._express_residual(work)
+            if (remaining := self._remaining(work)) < least:
+                best, least = _State.of(work), remaining
+        best.put_back(work)
+
+    def _apply_covariance(self, work: SiteWork, hessian: Tensor) -> None:
+        """Alternate what is stored and the adapters, both in the norm of the output."""
+        rank = resolve_rank(self.rank, *work.dense.shape)
+        if first := share_of(self.before, rank):
+            left, right = covariance_adapters(work.target, hessian, first)
+            solve_stored(work, work.target - left @ right, hessian)
         work.adapters = self._adapters(work, hessian)
         best, least = _State.of(work), self._remaining(work, hessian)
         for finished in range(self.rounds):
-            if hessian is not None:
-                residual = work.target - work.correction()
-                if 2 * finished < self.rounds:
-                    solve_stored(work, residual, hessian)
-                improve_stored(work, residual, hessian, self.sweeps)
-                work.adapters = self._adapters(work, hessian)
-            else:
-                if finished:
-                    work.adapters = self._adapters(work, None)
-                self._express_residual(work)
+            residual = work.target - work.correction()
+            if 2 * finished < self.rounds:
+                solve_stored(work, residual, hessian)
+            improve_stored(work, residual, hessian, self.sweeps)
+            work.adapters = self._adapters(work, hessian)
             if (remaining := self._remaining(work, hessian)) < least:
                 best, least = _State.of(work), remaining
-        if hessian is not None and self.rounds and self.sweeps:
-            # What is stored has not seen the last adapters yet.
-            best.put_back(work)
-            improve_stored(work, work.target - work.correction(), hessian, self.sweeps)
-            if self._remaining(work, hessian) < least:
-                return
         best.put_back(work)
+        if self.rounds:
+            # What is stored has not seen the last adapters yet.
+            improve_stored(work, work.target - work.correction(), hessian, self.sweeps)
+            if self._remaining(work, hessian) > least:
+                best.put_back(work)
 
-    def _remaining(self, work: SiteWork, hessian: Tensor | None) -> float:
+    def _remaining(self, work: SiteWork, hessian: Tensor | None = None) -> float:
         """Return the error that is left: of held-out outputs, or else the norm weighted as the adapters weigh it."""
         judged = work.judge(work.effective_base() + work.correction())
         if judged is not None:
@@ -156,7 +174,7 @@ class LowRank(SitePass):
         work.base = residual if work.mask is None else residual * work.mask
         work.quantize()
 
-    def _adapters(self, work: SiteWork, hessian: Tensor | None) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    def _adapters(self, work: SiteWork, hessian: Tensor | None = None) -> tuple[Tensor | Quantized, Tensor | Quantized]:
         error = work.target - work.effective_base()
         rank = resolve_rank(self.rank, *work.dense.shape)
         if hessian is not None and self.bits is not None:

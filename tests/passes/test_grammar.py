@@ -55,6 +55,7 @@ low_ranks = st.builds(
     st.integers(0, 9),
     st.integers(0, 9),
     shares,
+    shares,
 )
 compensates = st.builds(Compensate, shares, shares, st.booleans())
 
@@ -122,6 +123,7 @@ REFUSED = [
     *((Compensate, option, value) for option in ("strength", "damping") for value in (0, -1, 2, "x", None, True)),
     *((Compensate, "residual", value) for value in (1, "yes", None)),
     *((LowRank, "sweeps", value) for value in (-1, 0.5, True, None)),
+    *((LowRank, "before", value) for value in (-0.1, 1.1, float("nan"), "x", None, True)),
     *((LowRank, "damping", value) for value in (0, -1, 2, float("nan"), "x", None)),
     *((LowRank, "method", value) for value in ("pca", None)),
     *((LowRank, "rank", value) for value in (0, -1, 0.0, 1.5, True, None, "8", float("nan"))),
