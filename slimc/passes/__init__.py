@@ -4,6 +4,7 @@ from slimc.passes.activations import Activations
 from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
+from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
 from slimc.passes.fuse import Fuse
 from slimc.passes.low_rank import LowRank
@@ -16,6 +17,7 @@ __all__ = [
     "Activations",
     "AllocateBits",
     "Calibrate",
+    "Compensate",
     "Decompose",
     "Fuse",
     "LowRank",

@@ -12,9 +12,10 @@ from slimc.errors import RecipeError, closest
 from slimc.passes.work import SiteWork
 
 Statistic = str
-"""``"activations"`` (mean absolute input, sum of squares), ``"gram"`` (X^T X) or ``"cross_gram"`` (X_dense^T X).
+"""``"activations"`` (mean absolute input, sum of squares), ``"gram"`` (X^T X), ``"cross_gram"`` (X_dense^T X) or
+``"shortfall"`` (what is missing in the sum that the result is added to).
 
-The last one has the sweep compute what the dense model does beside what the compressed one does.
+The last two have the sweep compute what the dense model does beside what the compressed one does.
 """
 
 

@@ -141,7 +141,7 @@ class Decompose(SitePass):
         quantizer = self._quantizer(work)
         work.quantizer = quantizer
         found = slab(
-            work.dense,
+            work.target,
             norms,
             self._kept(shape),
             self.nm,
@@ -176,7 +176,7 @@ class Decompose(SitePass):
         """Choose S anew, each column's error made good by the columns after it."""
         share = 1 - self._kept((work.dense.shape[0], work.dense.shape[1])) / work.dense.shape[1]
         result, work.mask = sparsegpt(
-            work.dense - work.binary_part(),
+            work.target - work.binary_part(),
             work.require_gram(self.name),
             sparsity=share if self.nm is None else self.nm,
             grid=work.quantized,

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError
-from slimc.passes.base import Pass, SitePass, Statistic, whole_number
+from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
+from slimc.passes.solvers.checks import share_of
+from slimc.passes.solvers.covariance import covariance_adapters, quantized_covariance_adapters
+from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.low_rank import plain_adapters, quantize_factor, resolve_rank, slim_adapters
 from slimc.passes.solvers.quantization import BITS, Quantized
+from slimc.passes.stored import improve_stored, solve_stored
 from slimc.passes.work import SiteWork
 
 
@@ -22,7 +26,9 @@ class LowRank(SitePass):
 
     Attributes:
         method: ``"slim"`` weighs the error of each input channel by its saliency (SLiM-LoRA, paper section 3.2), where
-            calibration saw any input; ``"svd"`` does not.
+            calibration saw any input; ``"svd"`` does not. ``"covariance"`` takes the whole second moment of the inputs,
+            so that the error of the *output* is what it makes least; in codes, each factor makes good what
+            rounding has cost before.
         rank: a share of ``min(in, out)``, rounded down, or a whole number.
         bits: ``None`` stores the adapters in the weight's dtype, 4 (or 2, 3, 8) in codes with a scale a group.
         group: columns of a factor that share a scale: along ``in`` for ``r``, along the rank for ``l``.
@@ -31,20 +37,33 @@ class LowRank(SitePass):
             (0 rounds), the authors' code has one; more than one is alternating minimisation, which measures far better
             on real models. The two halves minimise different norms, so a round can also make things worse: the best
             state is kept. It is the one with the least output error on held-out batches where there are any
-            (``Calibrate(held_out=...)``), else with the least error weighted as the adapters weigh it.
+            (``Calibrate(held_out=...)``), else with the least error weighted as the adapters weigh it. With
+            ``"covariance"`` both halves minimise the output error: a round stores ``W - l r`` by the column loop of
+            SparseGPT, in the pattern that is there (the later half of the rounds goes on from what is stored), and by
+            ``sweeps`` of coordinate descent, with mask, codes and scales free; then the adapters are solved again.
+        sweeps: of coordinate descent in a round of ``"covariance"``.
+        damping: of the Gram matrix, as a share of its mean diagonal, for ``"covariance"``.
+        before: share of the rank that ``"covariance"`` spends before anything is stored: that much of the weight itself
+            is taken out first (SRR, arXiv 2602.02001), and the whole rank is then solved for what is missing.
     """
 
     name: ClassVar[str] = "low_rank"
 
-    method: Literal["slim", "svd"] = "slim"
+    method: Literal["slim", "svd", "covariance"] = "slim"
     rank: float | int = 0.1
     bits: int | None = None
     group: int = 64
     rounds: int = 0
+    sweeps: int = 1
+    damping: float = 0.01
+    before: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self._require(self.method in ("slim", "svd"), f"method must be 'slim' or 'svd', not {self.method!r}")
+        self._require(
+            self.method in ("slim", "svd", "covariance"),
+            f"method must be 'slim', 'svd' or 'covariance', not {self.method!r}",
+        )
         share = isinstance(self.rank, float) and 0 < self.rank <= 1
         number = whole_number(self.rank) and self.rank >= 1
         self._require(
@@ -53,12 +72,18 @@ class LowRank(SitePass):
         bits_are_valid = self.bits is None or (whole_number(self.bits) and self.bits in BITS)
         self._require(bits_are_valid, f"bits must be null, 2, 3, 4 or 8, not {self.bits!r}")
         self._require(whole_number(self.rounds) and self.rounds >= 0, f"rounds must be 0 or more, not {self.rounds!r}")
+        self._require(whole_number(self.sweeps) and self.sweeps >= 0, f"sweeps must be 0 or more, not {self.sweeps!r}")
+        damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1
+        self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
+        before_is_valid = real_number(self.before) and 0 <= self.before <= 1
+        self._require(before_is_valid, f"before must be a share from 0 to 1, not {self.before!r}")
         group_is_valid = whole_number(self.group) and self.group >= 2
         self._require(group_is_valid, f"group must be 2 or more columns, not {self.group!r}")
 
     def statistics(self) -> frozenset[Statistic]:
-        """The saliency is the mean magnitude of each input channel."""
-        return frozenset({"activations"}) if self.method == "slim" else frozenset()
+        """The saliency is the mean magnitude of each input channel, the covariance needs the Gram matrix."""
+        needs = {"slim": {"activations"}, "covariance": {"activations", "gram"}}
+        return frozenset(needs.get(self.method, ()))
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """There must be an error to correct, and one set of adapters."""
@@ -70,7 +95,8 @@ class LowRank(SitePass):
         if not {"quantize", "prune", "decompose"} & set(names):
             raise RecipeError("low_rank has no error to correct: put quantize, prune or decompose before it.")
         options = [one.options() for one in earlier]
-        if self.rounds and any(one.get("method") == "sparsegpt" or one.get("feedback") for one in options):
+        fed_back = any(one.get("method") == "sparsegpt" or one.get("feedback") for one in options)
+        if self.rounds and self.method != "covariance" and fed_back:
             raise RecipeError(
                 f"low_rank: rounds={self.rounds} would store mask * (W - l r) in place of the weights that SparseGPT "
                 "corrected, which measures worse. Use rounds=0 with sparsegpt and feedback, or prune with wanda."
@@ -85,22 +111,51 @@ class LowRank(SitePass):
 
     def apply(self, work: SiteWork) -> None:
         """Solve the adapters and, if asked, what is stored beside them."""
+        if self.method == "covariance":
+            self._apply_covariance(work, damped(work.require_gram(self.name), self.damping))
+            return
         work.adapters = self._adapters(work)
-        best, least = (work.base, work.quantized, work.adapters), self._remaining(work)
+        best, least = _State.of(work), self._remaining(work)
         for finished in range(self.rounds):
             if finished:
                 work.adapters = self._adapters(work)
             self._express_residual(work)
             if (remaining := self._remaining(work)) < least:
-                best, least = (work.base, work.quantized, work.adapters), remaining
-        work.base, work.quantized, work.adapters = best
+                best, least = _State.of(work), remaining
+        best.put_back(work)
 
-    def _remaining(self, work: SiteWork) -> float:
+    def _apply_covariance(self, work: SiteWork, hessian: Tensor) -> None:
+        """Alternate what is stored and the adapters, both in the norm of the output."""
+        rank = resolve_rank(self.rank, *work.dense.shape)
+        if first := share_of(self.before, rank):
+            left, right = covariance_adapters(work.target, hessian, first)
+            solve_stored(work, work.target - left @ right - work.binary_part(), hessian)
+        work.adapters = self._adapters(work, hessian)
+        best, least = _State.of(work), self._remaining(work, hessian)
+        for finished in range(self.rounds):
+            residual = work.target - work.correction() - work.binary_part()
+            if 2 * finished < self.rounds:
+                solve_stored(work, residual, hessian)
+            improve_stored(work, residual, hessian, self.sweeps)
+            work.adapters = self._adapters(work, hessian)
+            if (remaining := self._remaining(work, hessian)) < least:
+                best, least = _State.of(work), remaining
+        best.put_back(work)
+        if self.rounds:
+            # What is stored has not seen the last adapters yet.
+            residual = work.target - work.correction() - work.binary_part()
+            improve_stored(work, residual, hessian, self.sweeps)
+            if self._remaining(work, hessian) > least:
+                best.put_back(work)
+
+    def _remaining(self, work: SiteWork, hessian: Tensor | None = None) -> float:
         """Return the error that is left: of held-out outputs, or else the norm weighted as the adapters weigh it."""
-        judged = work.output_error(work.effective_base() + work.correction(), work.held_out)
+        judged = work.judge(work.effective_base() + work.correction())
         if judged is not None:
             return judged
-        error = work.dense - work.effective_base() - work.correction()
+        error = work.target - work.effective_base() - work.correction()
+        if hessian is not None:
+            return float(((error.double() @ hessian) * error).sum())
         saliency = self._saliency(work)
         return float(torch.linalg.vector_norm(error if saliency is None else error * saliency, dtype=torch.float64))
 
@@ -112,20 +167,44 @@ class LowRank(SitePass):
 
     def _express_residual(self, work: SiteWork) -> None:
         """Store what the adapters leave, on a fresh grid, in the mask that is there."""
-        residual = work.dense - work.correction() - work.binary_part()
+        residual = work.target - work.correction() - work.binary_part()
         if work.input_scale is not None:
             residual = residual / work.input_scale
         work.base = residual if work.mask is None else residual * work.mask
         work.quantize()
 
-    def _adapters(self, work: SiteWork) -> tuple[Tensor | Quantized, Tensor | Quantized]:
-        error = work.dense - work.effective_base()
+    def _adapters(self, work: SiteWork, hessian: Tensor | None = None) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+        error = work.target - work.effective_base()
         rank = resolve_rank(self.rank, *work.dense.shape)
-        saliency = self._saliency(work)
-        left, right = plain_adapters(error, rank) if saliency is None else slim_adapters(error, saliency, rank)
+        if hessian is not None and self.bits is not None:
+            return quantized_covariance_adapters(
+                error, hessian, rank, self.bits, self.group, scale_dtype=work.scale_dtype, sweeps=self.sweeps
+            )
+        if hessian is not None:
+            left, right = covariance_adapters(error, hessian, rank)
+        else:
+            saliency = self._saliency(work)
+            left, right = plain_adapters(error, rank) if saliency is None else slim_adapters(error, saliency, rank)
         if self.bits is None:
             return left.to(work.dtype).float(), right.to(work.dtype).float()
         return (
             quantize_factor(left, self.bits, self.group, scale_dtype=work.scale_dtype),
             quantize_factor(right, self.bits, self.group, scale_dtype=work.scale_dtype),
         )
+
+
+@dataclass(frozen=True)
+class _State:
+    """How a site is expressed after a round."""
+
+    base: Tensor
+    mask: Tensor | None
+    quantized: Quantized | None
+    adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None
+
+    @classmethod
+    def of(cls, work: SiteWork) -> _State:
+        return cls(work.base, work.mask, work.quantized, work.adapters)
+
+    def put_back(self, work: SiteWork) -> None:
+        work.base, work.mask, work.quantized, work.adapters = self.base, self.mask, self.quantized, self.adapters

@@ -20,6 +20,7 @@ from slimc.passes.activations import Activations
 from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
+from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
 from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
@@ -35,7 +36,8 @@ from slimc.runtime.packing import PackedLinear
 log = logging.getLogger(__name__)
 
 PASSES: Mapping[str, type[Pass]] = {
-    one.name: one for one in (Calibrate, AllocateBits, Quantize, Prune, Decompose, LowRank, Activations, Fuse)
+    one.name: one
+    for one in (Calibrate, Compensate, AllocateBits, Quantize, Prune, Decompose, LowRank, Activations, Fuse)
 }
 """Every pass by its name in recipes."""
 

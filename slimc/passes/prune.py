@@ -11,11 +11,14 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.allocate_bits import AllocateBits
-from slimc.passes.base import Pass, SitePass, Statistic, real_number
+from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.quantize import Quantize
+from slimc.passes.solvers.candidates import can_be_tried
+from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
+from slimc.passes.stored import improve_stored, solve_stored
 from slimc.passes.work import SiteWork
 from slimc.runtime.packing import NM, Unstructured
 
@@ -29,25 +32,31 @@ class Prune(SitePass):
     Attributes:
         pattern: ``"n:m"`` keeps n of every m weights along the input; a number is the share of weights to drop.
         method: ``"wanda"`` scores ``|w| * |x|`` (Sun et al.), by row; ``"magnitude"`` scores ``|w|``; ``"sparsegpt"``
-            also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one.
+            also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one;
+            ``"joint"`` compares all masks of an N:M block by what they cost once the others have absorbed the error,
+            rounding included.
             Where calibration saw no input but zeros, all of them choose by magnitude.
-        damping: SparseGPT's, as a share of the mean diagonal of the Gram matrix.
+        damping: of the Gram matrix, as a share of its mean diagonal, for SparseGPT and for ``sweeps``.
+        sweeps: how often coordinate descent then visits all columns, to choose mask, codes and scales anew given the
+            rest. The output error on the calibration inputs falls with every sweep.
     """
 
     name: ClassVar[str] = "prune"
 
     pattern: str | float = "2:4"
-    method: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
+    method: Literal["wanda", "magnitude", "sparsegpt", "joint"] = "wanda"
     damping: float = 0.01
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
         self._require(
-            self.method in ("wanda", "magnitude", "sparsegpt"),
-            f"method must be 'wanda', 'magnitude' or 'sparsegpt', not {self.method!r}",
+            self.method in ("wanda", "magnitude", "sparsegpt", "joint"),
+            f"method must be 'wanda', 'magnitude', 'sparsegpt' or 'joint', not {self.method!r}",
         )
         damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1
         self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
+        self._require(whole_number(self.sweeps) and self.sweeps >= 0, f"sweeps must be 0 or more, not {self.sweeps!r}")
         if isinstance(self.pattern, str):
             matched = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", self.pattern)
             self._require(
@@ -60,6 +69,14 @@ class Prune(SitePass):
                 f"pattern must be 'n:m' or a share to drop strictly between 0 and 1, not {self.pattern!r}",
             )
 
+        sparsity = self.sparsity
+        few = isinstance(sparsity, NM) and can_be_tried((sparsity.n, sparsity.m))
+        self._require(
+            self.method != "joint" or few,
+            f"method 'joint' tries all masks of an N:M block and {self.pattern} has too many (or none); use a pattern "
+            "such as 2:4, or method 'sparsegpt'",
+        )
+
     @property
     def sparsity(self) -> NM | Unstructured:
         """The pattern as a value."""
@@ -69,9 +86,10 @@ class Prune(SitePass):
         return Unstructured()
 
     def statistics(self) -> frozenset[Statistic]:
-        """Wanda needs channel norms, SparseGPT the Gram matrix."""
-        needs = {"wanda": {"activations"}, "sparsegpt": {"activations", "gram"}}
-        return frozenset(needs.get(self.method, ()))
+        """Wanda needs channel norms, SparseGPT and coordinate descent the Gram matrix."""
+        if self.sweeps or self.method in ("sparsegpt", "joint"):
+            return frozenset({"activations", "gram"})
+        return frozenset({"activations"} if self.method == "wanda" else ())
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """A weight is pruned once, and before its adapters are solved."""
@@ -126,18 +144,22 @@ class Prune(SitePass):
     def apply(self, work: SiteWork) -> None:
         """Choose the site's mask, and with SparseGPT its values."""
         work.sparsity = self.sparsity
-        if self.method == "sparsegpt" and work.reached:
+        if self.method == "joint" and work.reached:
+            solve_stored(work, work.target, damped(work.require_gram(self.name), self.damping))
+        elif self.method == "sparsegpt" and work.reached:
             self._apply_sparsegpt(work)
-            return
-        work.mask = self._mask(self._scores(work))
-        work.base = work.base * work.mask
+        else:
+            work.mask = self._mask(self._scores(work))
+            work.base = work.base * work.mask
+        if self.sweeps and work.reached:
+            improve_stored(work, work.target, damped(work.require_gram(self.name), self.damping), self.sweeps)
 
     def _scores(self, work: SiteWork) -> Tensor:
         """Score the exact weight: the ties that a coarse grid makes would be broken blindly."""
         if self.method == "magnitude" or not work.reached:
-            return magnitude_scores(work.dense)
+            return magnitude_scores(work.target)
         statistics = work.require_statistics(self.name)
-        return wanda_scores(work.dense, statistics.sum_squares, statistics.count)
+        return wanda_scores(work.target, statistics.sum_squares, statistics.count)
 
     def _mask(self, scores: Tensor) -> Tensor:
         sparsity = self.sparsity
@@ -148,7 +170,7 @@ class Prune(SitePass):
     def _apply_sparsegpt(self, work: SiteWork) -> None:
         """Prune in the coordinates that are stored: an input scale belongs to the Gram matrix there."""
         gram = work.require_gram(self.name)
-        weight = work.dense
+        weight = work.target
         if work.input_scale is not None:
             gram = gram * work.input_scale[:, None] * work.input_scale
             weight = weight / work.input_scale

@@ -74,6 +74,15 @@ class Report:
     def __str__(self) -> str:
         """Return a row a site, a row for each weight left alone with its reason, and what the sites take in all."""
         parts = [*_aligned(table_of_sites(self.sites)), ""]
+        narrow = [row for row in self.sites if row.output_error is not None and row.shape[1] > self.calibration_tokens]
+        if narrow:
+            parts += [
+                (
+                    f"Calibrated on {counted(self.calibration_tokens, 'token')}, fewer than the inputs of "
+                    f"{counted(len(narrow), 'layer')}: what no token showed there is regularised. More text would help."
+                ),
+                "",
+            ]
         if self.left:
             parts += ["Left dense:", *_aligned(table_of_left(self.left)), ""]
         parts.append(f"{counted(len(self.sites), 'layer')}: {self.bits_per_weight:.3f} bits a weight")

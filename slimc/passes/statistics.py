@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,6 +99,36 @@ class InputStatistics:
         self.sum_squares += rows.square().sum(0)
         if self.gram is not None:
             self.gram.addmm_(rows.t(), rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Shortfall:
+    """What the dense model has more of, in the sum that a product's result is added to (a residual connection).
+
+    Attributes:
+        cross: ``D^T X``, float32 ``[out_features, columns]``, where a row of ``D`` is the difference of the other
+            operand of the sum, dense less compressed, at a token, and a row of ``X`` the input of the product there.
+        sample: the rows of ``D`` for the tokens of ``InputStatistics.sample``.
+    """
+
+    cross: Tensor
+    sample: Tensor
+
+    @classmethod
+    def gather(cls, activations: Sequence[Tensor], actual: Sequence[Tensor], dense: Sequence[Tensor]) -> Shortfall:
+        """Accumulate over batches; the operands of the sum are ``[..., out_features]``."""
+        columns, rows = activations[0].shape[-1], dense[0].shape[-1]
+        cross = torch.zeros(rows, columns, device=activations[0].device)
+        chosen = _evenly_spaced(sum(activation.numel() // columns for activation in activations))
+        kept: list[Tensor] = []
+        count = 0
+        for activation, ours, theirs in zip(activations, actual, dense, strict=True):
+            inputs, difference = _rows(activation), _rows(theirs) - _rows(ours)
+            cross.addmm_(difference.t(), inputs)
+            here = chosen[(chosen >= count) & (chosen < count + len(inputs))] - count
+            kept.append(difference[here.to(difference.device)])
+            count += len(inputs)
+        return cls(cross, torch.cat(kept))
 
 
 def _rows(activation: Tensor) -> Tensor:

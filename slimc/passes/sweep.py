@@ -25,13 +25,16 @@ from slimc.passes.base import SitePass, Statistic
 from slimc.passes.constants import Constants
 from slimc.passes.journal import Journal
 from slimc.passes.report import SiteRow
-from slimc.passes.statistics import InputStatistics
+from slimc.passes.statistics import InputStatistics, Shortfall
 from slimc.passes.work import SiteWork
 from slimc.progress import Progress
 from slimc.runtime.ops import decoded_linear
 from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
+
+_JUDGED = frozenset({"gram", "cross_gram"})
+"""Statistics that held-out batches have too."""
 
 _SEED = 0
 """Of operators in the graph that draw random numbers."""
@@ -88,7 +91,7 @@ class Sweep:
         # What the dense model computes, where that is something else: after the first site, or wherever an operator
         # that writes its argument would change what both streams read.
         self._apart: dict[fx.Node, list[Any]] = {}
-        self._two_streams = "cross_gram" in self.wanted
+        self._two_streams = bool({"cross_gram", "shortfall"} & self.wanted)
         self._always_apart = self._two_streams and bool(self._written)
         self._earlier_inputs: dict[str, list[Inputs]] = {}
         self._shared_statistics: dict[tuple[str, ...], tuple[InputStatistics, InputStatistics | None]] = {}
@@ -225,7 +228,7 @@ class Sweep:
         home = self.program.dense_weight(site).device
         recorded = self.journal.read(site, home) if self.journal else None
         if recorded is None:
-            packed, row = self._solve(site, *self._statistics(site, inputs))
+            packed, row = self._solve(site, inputs)
             packed = _moved(packed, home)
             if self.journal:
                 self.journal.write(site.name, packed, row)
@@ -255,7 +258,7 @@ class Sweep:
                 )
             held_out = None
             if self.fitted < len(self.inputs):
-                held_out = self._gather(site, inputs, slice(self.fitted, None), frozenset())
+                held_out = self._gather(site, inputs, slice(self.fitted, None), self.wanted & _JUDGED)
                 if held_out.is_silent:
                     log.warning("No held-out batch reached %s: nothing is judged by them there.", names)
                     held_out = None
@@ -269,9 +272,25 @@ class Sweep:
         dense = [x for _, exact in inputs if exact is not None for x in exact[batches]]
         return InputStatistics.gather(activations, wanted, site.name, dense=dense or None)
 
-    def _solve(
-        self, site: Site, statistics: InputStatistics | None, held_out: InputStatistics | None
-    ) -> tuple[PackedLinear, SiteRow]:
+    def _shortfalls(self, site: Site, inputs: Sequence[Inputs]) -> tuple[Shortfall | None, Shortfall | None]:
+        """Gather what is missing where the site's only product is added to another value, fitted and held out."""
+        other = _added_to(site.uses[0].node) if "shortfall" in self.wanted and len(site.uses) == 1 else None
+        if other not in self._values:
+            return None, None
+        activations, _ = inputs[0]
+        actual: list[Tensor] = self._values[other]
+        dense: list[Tensor] = self._dense_values[other]
+        if actual[0].shape != (*activations[0].shape[:-1], site.shape[0]):
+            return None, None
+
+        def gather(part: slice) -> Shortfall:
+            return Shortfall.gather(activations[part], actual[part], dense[part])
+
+        held_out = gather(slice(self.fitted, None)) if self.fitted < len(self.inputs) else None
+        return gather(slice(self.fitted)), held_out
+
+    def _solve(self, site: Site, inputs: Sequence[Inputs]) -> tuple[PackedLinear, SiteRow]:
+        statistics, held_out = self._statistics(site, inputs)
         device = self.constants.device
         work = SiteWork(
             name=site.name,
@@ -279,6 +298,7 @@ class Sweep:
             dtype=site.dtype,
             statistics=statistics,
             held_out=held_out,
+            shortfalls=self._shortfalls(site, inputs),
             siblings=lambda: [self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group],
         )
         for one in self.passes:
@@ -290,6 +310,15 @@ class Sweep:
                 self.snapshot(one.name, site, work.pack())
         packed = work.pack()
         return packed, work.row(packed)
+
+
+def _added_to(product: fx.Node) -> fx.Node | None:
+    """Return the value that the result of ``product`` is added to, if a plain sum is all that reads it."""
+    readers = list(product.users)
+    if len(readers) != 1 or readers[0].target is not torch.ops.aten.add.Tensor or readers[0].kwargs:
+        return None
+    others = [source for source in readers[0].all_input_nodes if source is not product]
+    return others[0] if len(others) == 1 else None
 
 
 def _packed(site: Site) -> PackedLinear:

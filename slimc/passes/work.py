@@ -12,7 +12,7 @@ from slimc.errors import RecipeError
 from slimc.passes.report import SiteRow
 from slimc.passes.solvers.gptq import ChooseWidths
 from slimc.passes.solvers.quantization import Quantized
-from slimc.passes.statistics import InputStatistics
+from slimc.passes.statistics import InputStatistics, Shortfall
 from slimc.runtime.activations import refuses_codes, round_tokens
 from slimc.runtime.packing import NM, PackedBinary, PackedLinear, PackedWeight, Unstructured, pack_signs, pack_weight
 
@@ -36,6 +36,8 @@ class SiteWork:
         held_out: sample and channel sums of batches that no choice was fitted to, to judge choices by; ``None``
             without such batches, or where none of them arrived.
         base: the part that is stored as values.
+        target: what ``base`` and the adapters shall amount to; the dense weight unless a pass moves it.
+        shortfalls: what is missing in the sum that the site's result is added to, at fitted and at held-out tokens.
         siblings: brings the dense weights of all sites that read the same input, this one too, in their own dtypes.
         quantizer: how ``base`` was quantised, so that it can be done again after the adapters are known.
         adapters: the low-rank factors, as floats or as codes.
@@ -52,12 +54,14 @@ class SiteWork:
     dtype: torch.dtype
     statistics: InputStatistics | None
     siblings: Callable[[], list[Tensor]]
+    target: Tensor = field(init=False)
     base: Tensor = field(init=False)
     mask: Tensor | None = None
     sparsity: NM | Unstructured | None = None
     quantized: Quantized | None = None
     quantizer: Quantizer | None = None
     held_out: InputStatistics | None = None
+    shortfalls: tuple[Shortfall | None, Shortfall | None] = (None, None)
     input_scale: Tensor | None = None
     adapters: tuple[Tensor | Quantized, Tensor | Quantized] | None = None
     choose_widths: ChooseWidths | None = None
@@ -69,7 +73,7 @@ class SiteWork:
 
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
-        self.base = self.dense
+        self.base = self.target = self.dense
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -164,7 +168,7 @@ class SiteWork:
             base_output_error=self.output_error(base, self.statistics),
             output_error=self.output_error(decoded, self.statistics),
             held_out_error=self.output_error(decoded, self.held_out),
-            stream_error=self._stream_error(decoded),
+            stream_error=self._stream_error(decoded, self.statistics, None),
             unrounded=self.unrounded,
             compression_ratio=self.compression_ratio,
             fallback=self.fallback,
@@ -220,13 +224,25 @@ class SiteWork:
             exact = exact * self.input_scale.to(self.dtype)
         return (round_tokens(exact, self.rounding).float() - exact.float()) @ self.base.t()
 
-    def _stream_error(self, weight: Tensor) -> float | None:
+    def judge(self, weight: Tensor) -> float | None:
+        """Return the error of ``weight`` on held-out tokens, ``None`` without them.
+
+        Where the target was moved toward the output of the dense model, that output is what counts.
+        """
+        if self.held_out is None or self.target is self.dense:
+            return self.output_error(weight, self.held_out)
+        return self._stream_error(weight, self.held_out, self.shortfalls[1])
+
+    def _stream_error(
+        self, weight: Tensor, statistics: InputStatistics | None, shortfall: Shortfall | None
+    ) -> float | None:
         """Return the error against the output of the dense model, the errors of earlier sites included."""
-        if self.statistics is None or self.statistics.dense_sample is None:
+        if statistics is None or statistics.dense_sample is None:
             return None
-        exact = self.statistics.dense_sample @ self.dense.t()
-        sample = self.statistics.sample
-        return _relative(sample @ weight.t() - exact + self._rounding_noise(sample), exact)
+        exact = statistics.dense_sample @ self.dense.t()
+        sample = statistics.sample
+        wanted = exact if shortfall is None else exact + shortfall.sample
+        return _relative(sample @ weight.t() - wanted + self._rounding_noise(sample), exact)
 
 
 def _dense(factor: Tensor | Quantized) -> Tensor:

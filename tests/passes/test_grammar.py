@@ -17,6 +17,7 @@ from slimc.errors import RecipeError
 from slimc.passes import (
     Activations,
     Calibrate,
+    Compensate,
     Decompose,
     Fuse,
     LowRank,
@@ -55,15 +56,21 @@ gptq_quantizes = st.builds(
     damping=shares,
 )
 patterns = st.tuples(st.integers(1, 31), st.integers(1, 31)).map(lambda pair: f"{pair[0]}:{sum(pair)}")
-prunes = st.builds(Prune, patterns | shares, st.sampled_from(["wanda", "magnitude", "sparsegpt"]), shares)
+prunes = st.builds(
+    Prune, patterns | shares, st.sampled_from(["wanda", "magnitude", "sparsegpt"]), shares, st.integers(0, 9)
+)
 low_ranks = st.builds(
     LowRank,
-    st.sampled_from(["slim", "svd"]),
+    st.sampled_from(["slim", "svd", "covariance"]),
     shares | positive,
     st.sampled_from([None, 2, 3, 4, 8]),
     st.integers(2, 4096),
     st.integers(0, 9),
+    st.integers(0, 9),
+    shares,
+    shares,
 )
+compensates = st.builds(Compensate, shares, shares, st.booleans())
 
 
 activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
@@ -87,6 +94,7 @@ filled = st.builds(Decompose, ratio=st.none(), pattern=patterns, feedback=st.boo
     decomposes
     | filled
     | calibrates
+    | compensates
     | plain_quantizes
     | slim_quantizes
     | gptq_quantizes
@@ -155,6 +163,12 @@ REFUSED = [
     *((Prune, "pattern", value) for value in (None, (2, 4), float("nan"))),
     *((Prune, "method", value) for value in ("obs", None)),
     *((Prune, "damping", value) for value in (0, -1, 2, float("nan"), "x", None)),
+    *((Prune, "sweeps", value) for value in (-1, 0.5, True, None)),
+    *((Compensate, option, value) for option in ("strength", "damping") for value in (0, -1, 2, "x", None, True)),
+    *((Compensate, "residual", value) for value in (1, "yes", None)),
+    *((LowRank, "sweeps", value) for value in (-1, 0.5, True, None)),
+    *((LowRank, "before", value) for value in (-0.1, 1.1, float("nan"), "x", None, True)),
+    *((LowRank, "damping", value) for value in (0, -1, 2, float("nan"), "x", None)),
     *((LowRank, "method", value) for value in ("pca", None)),
     *((LowRank, "rank", value) for value in (0, -1, 0.0, 1.5, True, None, "8", float("nan"))),
     *((LowRank, "bits", value) for value in (1, 16, 4.0, "4", True)),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimc.errors import NumericsError, RecipeError
 from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc.passes.solvers import damped
 from slimc.passes.statistics import SAMPLE_TOKENS, InputStatistics
 from slimc.passes.work import SiteWork
 from slimc.runtime.packing import NM
@@ -28,6 +29,11 @@ COMBINATIONS: list[list[Pass]] = [
     [Calibrate(), Quantize(group=16), Prune("2:4", "sparsegpt"), LowRank(rank=0.2, bits=4, group=4)],
     [Calibrate(), Quantize(), Prune(0.6), LowRank(rank=4, bits=4), Fuse()],
     [Prune(0.3, "magnitude"), LowRank("svd", rank=2)],
+    [Calibrate(), Quantize(group=16), Prune("2:4", sweeps=1), LowRank("covariance", rank=2, bits=4, rounds=2)],
+    [Calibrate(), Quantize("absmax", 3, symmetric=False), LowRank("covariance", rank=2, rounds=2)],
+    [Calibrate(), Quantize(activation_aware=True), Prune("2:4"), LowRank("covariance", rank=2, rounds=1)],
+    [Calibrate(), Prune("1:2", "sparsegpt", sweeps=1), LowRank("covariance", rank=2, bits=4, rounds=1)],
+    [Calibrate(), Prune(0.5, sweeps=1), LowRank("covariance", rank=2, bits=4, rounds=1)],
 ]
 
 
@@ -78,6 +84,18 @@ def test_patterns_keep_exactly_n_of_m(network: nn.Module, batches: list[Tensor],
             assert bool((mask.view(mask.shape[0], -1, 4).sum(2) == 1).all())
 
 
+def test_coordinate_descent_moves_masks_and_keeps_patterns(network: nn.Module, batches: list[Tensor], run: Any) -> None:
+    errors = []
+    for sweeps in (0, 2):
+        passes = [Calibrate(), Quantize(), Prune("1:4", sweeps=sweeps)]
+        program, outcome = run(network, batches, passes)
+        errors.append(outcome.rows[0].output_error)
+        for site in program.sites.values():
+            _, mask = site.packed.weight.unpack()
+            assert bool((mask.view(mask.shape[0], -1, 4).sum(2) == 1).all())
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_sites_that_share_an_input_share_its_scale(network: nn.Module, batches: list[Tensor], run: Any) -> None:
     aware = Quantize(activation_aware=True, fraction=0.1, factor=3)
     program, _ = run(network.bfloat16(), [batch.bfloat16() for batch in batches], [Calibrate(), aware])
@@ -109,6 +127,26 @@ def test_more_rounds_never_leave_a_larger_weighted_error(seed: int, method: Any,
         weights = inputs.abs().mean(0).double() if method == "slim" else torch.ones(20)
         errors.append(float((difference * weights).norm()))
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("pattern", ["2:4", 0.5])
+def test_more_rounds_of_the_covariance_never_leave_a_larger_output_error(bits: int | None, pattern: Any) -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(12, 20, generator=generator)
+        mix = torch.eye(20) + 0.3 * torch.randn(20, 20, generator=generator)
+        inputs = torch.randn(64, 20, generator=generator) @ mix
+        hessian = damped(inputs.T @ inputs, 0.01)
+        errors = []
+        for rounds in (0, 1, 4):
+            work = work_on(weight, inputs, {"activations", "gram"})
+            low_rank = LowRank("covariance", rank=2, bits=bits, group=4, rounds=rounds)
+            for one in (Quantize(bits=3, group=10), Prune(pattern), low_rank):
+                one.apply(work)
+            difference = (work.pack().decode() - weight).double()
+            errors.append(float(((difference @ hessian) * difference).sum()))
+        assert max(errors[1:]) <= errors[0] * (1 + 1e-5)
 
 
 def test_sixteen_bit_input_scales_add_no_error_of_their_own() -> None:

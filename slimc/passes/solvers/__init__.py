@@ -1,6 +1,10 @@
 """The mathematics of the passes: tensors in, tensors out, with no graph, no module and no files."""
 
+from slimc.passes.solvers.covariance import covariance_adapters, quantized_covariance_adapters
+from slimc.passes.solvers.descent import descend
 from slimc.passes.solvers.gptq import gptq
+from slimc.passes.solvers.hessian import damped, factored, regression
+from slimc.passes.solvers.joint import solve_jointly
 from slimc.passes.solvers.low_rank import (
     plain_adapters,
     quantize_factor,
@@ -30,6 +34,10 @@ __all__ = [
     "RangeSearch",
     "activation_aware_scales",
     "compression_ratio",
+    "covariance_adapters",
+    "damped",
+    "descend",
+    "factored",
     "gptq",
     "important_channels",
     "kept_in_row",
@@ -40,10 +48,13 @@ __all__ = [
     "quantize_absmax",
     "quantize_factor",
     "quantize_slim",
+    "quantized_covariance_adapters",
+    "regression",
     "resolve_rank",
     "round_to_grid",
     "slab",
     "slim_adapters",
+    "solve_jointly",
     "sparsegpt",
     "truncated_svd",
     "unstructured_mask",

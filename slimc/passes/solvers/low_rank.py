@@ -49,7 +49,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     require_matrix("truncated_svd", matrix=matrix)
     require_finite("truncated_svd", matrix=matrix)
-    return _balanced(*_project(matrix.double(), matrix.double(), rank))
+    return balanced(*project(matrix.double(), matrix.double(), rank))
 
 
 def plain_adapters(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def plain_adapters(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     require_matrix("plain_adapters", error=error)
     require_finite("plain_adapters", error=error)
-    return _balanced(*_project(error.double(), error.double(), rank))
+    return balanced(*project(error.double(), error.double(), rank))
 
 
 def slim_adapters(error: Tensor, saliency: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def slim_adapters(error: Tensor, saliency: Tensor, rank: int) -> tuple[Tensor, T
             "adapter is better than another; calibrate on inputs that do, or use plain_adapters"
         )
     exact = error.double()
-    return _balanced(*_project(exact * (saliency.double() + positive.min()), exact, rank))
+    return balanced(*project(exact * (saliency.double() + positive.min()), exact, rank))
 
 
 def quantize_factor(
@@ -134,7 +134,7 @@ def quantize_factor(
     return quantize_absmax(factor, bits, "channel" if group is None else group, scale_dtype=scale_dtype)
 
 
-def _project(weighted: Tensor, exact: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def project(weighted: Tensor, exact: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return orthonormal ``V [rows, rank]``, the leading left singular vectors of ``weighted``, and ``V^T exact``.
 
     The eigenvectors of the smaller Gram matrix, in float64, cost a fraction of a full SVD; squaring loses only
@@ -153,7 +153,7 @@ def _project(weighted: Tensor, exact: Tensor, rank: int) -> tuple[Tensor, Tensor
     return basis, basis.T @ exact
 
 
-def _balanced(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Give each column of ``basis`` and its row of ``coefficients`` the same norm, and round to float32."""
     norms = coefficients.norm(dim=1)
     root = norms.sqrt()

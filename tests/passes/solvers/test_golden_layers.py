@@ -20,7 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimc.passes import LowRank, Prune, Quantize
 from slimc.passes.solvers import nm_mask, plain_adapters, quantize_slim, resolve_rank, slim_adapters, wanda_scores
+from slimc.passes.statistics import InputStatistics
+from slimc.passes.work import SiteWork
 
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
 
@@ -85,3 +88,21 @@ def test_4_bit_2_4_with_adapters(layer: Layer) -> None:
     assert layer.output_error(slim) <= layer.figures["slim_lora"] * TOLERANCE
     plain = compressed + in_16_bit(plain_adapters(error, rank))
     assert layer.output_error(plain) <= layer.figures["naive_lora"] * TOLERANCE
+
+
+def test_the_joint_solver_halves_the_error_at_the_bits_of_4_bit_adapters(layer: Layer) -> None:
+    """At most 3.25 bits a weight and 4.25 an element of adapters of the reference's rank, which are in 16 bits."""
+    statistics = InputStatistics.gather([layer.inputs], {"activations", "gram"}, "layer")
+    work = SiteWork("layer", layer.weight, torch.bfloat16, statistics, lambda: [layer.weight])
+    rank = layer.figures["rank"]
+    for one in (
+        Quantize(group=128),
+        Prune(method="sparsegpt"),
+        LowRank("covariance", rank=rank, bits=4, rounds=2, damping=0.001),
+    ):
+        one.apply(work)
+    packed = work.pack()
+    rows, columns = layer.weight.shape
+    allowed = 3.25 * rows * columns + 4.25 * rank * (rows + columns)
+    assert packed.format.bits_per_weight() * rows * columns <= allowed
+    assert layer.output_error(packed.decode().float()) <= 0.5 * layer.figures["slim_lora"]

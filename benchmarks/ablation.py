@@ -1,0 +1,93 @@
+"""What each ingredient of the joint solver gains, and what it costs, at equal bytes.
+
+    python benchmarks/ablation.py MODEL --calibration valid.txt --test test.txt [--rows NAME...] [--json results/...]
+
+The setting is that of ``smollm2.py``: calibration on the first 64 x 512 tokens, perplexity on the first 16 windows of
+1024 tokens. Every row but the reference's has a rank such that its sites take at most 3.78 bits a weight in
+SmolLM2-135M (what the SLiM authors' 4-bit adapters take), scales, masks and adapters counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+import slimc
+from slimc.backends import hf
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc.runtime.evaluate import perplexity
+
+CALIBRATE = Calibrate(samples=64, length=512)
+HELD_OUT = Calibrate(samples=64, length=512, held_out=0.125)
+
+
+JOINT = Prune("2:4", method="joint")
+GROUPS = Quantize(group=128)
+
+
+def covariance(rank: int | float = 0.1, rounds: int = 2, **options: Any) -> LowRank:
+    """Return adapters of the full second moment, in 4 bits."""
+    return LowRank("covariance", rank=rank, bits=4, rounds=rounds, **options)
+
+
+ROWS: dict[str, list[Pass]] = {
+    "covariance": [CALIBRATE, GROUPS, Prune("2:4", method="sparsegpt"), covariance(rounds=0), Fuse()],
+    "joint": [CALIBRATE, GROUPS, JOINT, covariance(rounds=0), Fuse()],
+    "joint, 2 rounds": [CALIBRATE, GROUPS, JOINT, covariance(), Fuse()],
+    "joint, 6 rounds": [CALIBRATE, GROUPS, JOINT, covariance(rounds=6), Fuse()],
+    "own input": [CALIBRATE, Compensate(residual=False), GROUPS, JOINT, covariance(), Fuse()],
+    "sums": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(), Fuse()],
+    "sums, 0.5": [CALIBRATE, Compensate(strength=0.5), GROUPS, JOINT, covariance(), Fuse()],
+    "sums, held out": [HELD_OUT, Compensate(), GROUPS, JOINT, covariance(), Fuse()],
+    "sums, channel": [CALIBRATE, Compensate(), Quantize(group="channel"), JOINT, covariance(0.115), Fuse()],
+    "sums, damping 0.1": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(damping=0.1), Fuse()],
+    "2 rounds, damping 0.1": [CALIBRATE, GROUPS, JOINT, covariance(damping=0.1), Fuse()],
+}
+
+
+def main() -> None:
+    """Run the chosen rows and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    model, tokenizer = hf.load_model(options.model)
+    model.to(options.device)
+    windows = hf.tokenize_text(tokenizer, options.test.read_text(encoding="utf-8"), 16, 1024).to(options.device)
+    text = options.calibration.read_text(encoding="utf-8")
+    results: list[dict[str, Any]] = []
+    print(f"{'row':40} {'bits':>6} {'ppl':>8} {'seconds':>8} {'output':>7} {'held out':>8} {'stream':>7}", flush=True)
+    for name in options.rows:
+        started = time.perf_counter()
+        small = slimc.compile(model, text, ROWS[name], tokenizer=tokenizer)
+        seconds = time.perf_counter() - started
+        report = slimc.report(small)
+        errors = [
+            fmean(error or 0.0 for error in column)
+            for column in zip(
+                *((row.output_error, row.held_out_error, row.stream_error) for row in report.sites), strict=True
+            )
+        ]
+        found = perplexity(small, windows)
+        results.append({"row": name, "bits": report.bits_per_weight, "perplexity": found, "seconds": seconds})
+        shown = " ".join(f"{error:7.4f}" for error in errors)
+        print(f"{name:40} {report.bits_per_weight:6.3f} {found:8.3f} {seconds:8.1f} {shown}", flush=True)
+        del small
+    if options.json:
+        record = {"torch": str(torch.__version__), "device": torch.cuda.get_device_name(), "rows": results}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
