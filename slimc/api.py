@@ -1,11 +1,11 @@
-"""The public functions: ``compile``, ``save``, ``load``, ``report``, ``explain``, ``tune``."""
+"""The public functions: ``compile``, ``plan``, ``save``, ``load``, ``report``, ``explain``, ``tune``."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -33,6 +33,10 @@ from slimc.ir.text import text
 from slimc.passes import Calibrate, Pass, pipeline
 from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
+from slimc.planning import menu as menus
+from slimc.planning.budget import Budget
+from slimc.planning.plan import SIZE, Plan, Sensitivities
+from slimc.planning.sensitivity import Measure, measure
 from slimc.progress import Progress, SilentProgress
 from slimc.runtime import modules
 from slimc.runtime.devices import CANNOT_BE_COPIED, home_of, usable_device
@@ -83,6 +87,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     skip: str | Sequence[str] = (),
     stop_after: str | None = None,
     dump_dir: str | Path | None = None,
+    budget: str | None = None,
+    target: str = SIZE,
 ) -> Model:
     """Return ``model`` with its linear layers compressed; same class, same call.
 
@@ -106,6 +112,9 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         skip: names of passes to leave out.
         stop_after: name of the last pass to run.
         dump_dir: folder for the text of the graph after each pass.
+        budget: in place of ``passes``: what the layers may take together, ``"3.2bpw"`` (bits a weight), ``"45MB"`` or
+            ``"0.25x"`` (of what they take now); :func:`plan` then chooses how to express each of them.
+        target: what the budget counts; see :func:`plan`.
 
     Returns:
         The compressed model. ``slimc.report(model)`` says what was done to each site and what was left alone.
@@ -119,6 +128,20 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
         )
     progress = progress or SilentProgress()
+    if budget is not None:
+        if passes != recipes.DEFAULT:
+            raise RecipeError("passes= and budget= exclude each other: a budget is what the passes are chosen by.")
+        found, calibration = _measure(
+            model,
+            calibration,
+            tokenizer=tokenizer,
+            device=device,
+            include=include,
+            exclude=exclude,
+            progress=progress,
+        )
+        recipe = found.plan(budget, target).recipe
+        passes, include, exclude = recipe.build(), recipe.include, recipe.exclude
     if resume and journal is None:
         raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
     record = Journal(Path(journal), resume=resume) if journal is not None else None
@@ -174,6 +197,146 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     )
     _attach(small, report)
     return small  # type: ignore[return-value]
+
+
+@_in_plain_mode
+def plan(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    budget: str,
+    target: str = SIZE,
+    menu: Mapping[str, Sequence[Any]] | None = None,
+    calibrate: Calibrate | None = None,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose how to express each layer, so that all together keep to a budget and the model's output suffers least.
+
+    Every expression of the menu is tried at every site of the dense model; a site's error counts by how much the output
+    of the model depends on it there. Then one is chosen for each site, all at once. ``plan(...).recipe`` is a
+    recipe like any other; ``plan(...).save("plan.yaml")`` writes it for :func:`compile` and ``slimc compress``.
+
+    Args:
+        model: any module that ``torch.export`` captures; left as it is.
+        calibration: as for :func:`compile`.
+        budget: ``"3.2bpw"`` (bits a weight), ``"45MB"`` or ``"0.25x"`` (of what the layers take now), for all sites
+            together, scales and adapters included. Weights that are no sites, such as embeddings, do not count.
+        target: ``"size"``.
+        menu: expressions to choose from by name, each a list of passes; :data:`slimc.planning.menu.MENU` if left out.
+        calibrate: samples, length and share of held-out batches for measuring, and for the recipe.
+        tokenizer: as for :func:`compile`.
+        device: as for :func:`compile`.
+        include: as for :func:`compile`.
+        exclude: as for :func:`compile`.
+        progress: told what happens.
+
+    Raises:
+        SlimError: what :func:`compile` refuses, or no choice on the menu keeps to the budget (then the least is told).
+    """
+    return sensitivities(
+        model,
+        calibration,
+        menu=menu,
+        calibrate=calibrate,
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    ).plan(Budget.parse(budget), target)
+
+
+@_in_plain_mode
+def sensitivities(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    menu: Mapping[str, Sequence[Any]] | None = None,
+    calibrate: Calibrate | None = None,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Measure what :func:`plan` decides by; plans for several budgets can be made of one measurement.
+
+    The arguments are those of :func:`plan`.
+
+    Raises:
+        SlimError: what :func:`compile` refuses.
+    """
+    found, _ = _measure(
+        model,
+        calibration,
+        menu=menu,
+        calibrate=calibrate,
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        progress=progress or SilentProgress(),
+    )
+    return found
+
+
+def _measure(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    menu: Mapping[str, Sequence[Any]] | None = None,
+    calibrate: Calibrate | None = None,
+    tokenizer: Any,
+    device: str | torch.device | None,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    progress: Progress,
+) -> tuple[Sensitivities, list[Any]]:
+    """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes."""
+    _require_module(model)
+    expressions = menus.build(menus.MENU if menu is None else menu)
+    calibrate = calibrate or menus.CALIBRATION
+    run = _prepare(
+        model,
+        calibration,
+        [calibrate, Measure(expressions)],
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        skip=(),
+        stop_after=None,
+        progress=progress,
+        clock=_Clock(),
+    )
+    batches, inputs = run.batches, run.inputs
+    if run.self_sampled:
+        batches = self_sampled_batches(
+            model, run.settings, tokenizer=tokenizer, device=run.device, journal=None, progress=progress
+        )
+        inputs = [run.program.flatten_inputs(*batch) for batch in batches]
+    sites = measure(
+        run.program,
+        expressions,
+        inputs,
+        held_out=run.held_out,
+        vocabulary=hf.vocabulary_size(model),
+        device=run.device,
+        progress=progress,
+    )
+    found = Sensitivities(
+        sites=tuple(sites),
+        menu=expressions,
+        calibrate=replace(calibrate, held_out=0.0),
+        include=_several(include),
+        exclude=_several(exclude),
+        model=type(model).__name__,
+    )
+    return found, [args or kwargs for args, kwargs in batches]
 
 
 @dataclass(frozen=True)

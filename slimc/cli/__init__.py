@@ -9,6 +9,7 @@ from slimc.cli.app import app, main
 from slimc.cli.benchmarking import bench
 from slimc.cli.compressing import compress
 from slimc.cli.inspection import inspect
+from slimc.cli.planning import plan
 from slimc.cli.running import evaluate, generate
 from slimc.cli.showing import recipes
 from slimc.cli.tuning import tune
@@ -16,6 +17,7 @@ from slimc.cli.tuning import tune
 __all__ = ["app", "main"]
 
 app.command()(compress)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)

@@ -5,6 +5,7 @@ from slimc.passes.base import Pass, SitePass
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.fuse import Fuse
 from slimc.passes.low_rank import LowRank
+from slimc.passes.per_site import PerSite
 from slimc.passes.pipeline import PASSES, check_order, from_config
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
@@ -16,6 +17,7 @@ __all__ = [
     "Fuse",
     "LowRank",
     "Pass",
+    "PerSite",
     "Prune",
     "Quantize",
     "SitePass",

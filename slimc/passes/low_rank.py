@@ -51,7 +51,7 @@ class LowRank(SitePass):
             share or number, f"rank must be a share in (0, 1] or a whole number of at least 1, not {self.rank!r}"
         )
         bits_are_valid = self.bits is None or (whole_number(self.bits) and self.bits in BITS)
-        self._require(bits_are_valid, f"bits must be null, 2, 3, 4 or 8, not {self.bits!r}")
+        self._require(bits_are_valid, f"bits must be null, 2, 3, 4, 5, 6 or 8, not {self.bits!r}")
         self._require(whole_number(self.rounds) and self.rounds >= 0, f"rounds must be 0 or more, not {self.rounds!r}")
         group_is_valid = whole_number(self.group) and self.group >= 2
         self._require(group_is_valid, f"group must be 2 or more columns, not {self.group!r}")

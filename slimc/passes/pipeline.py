@@ -22,6 +22,7 @@ from slimc.passes.calibrate import Calibrate
 from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
 from slimc.passes.low_rank import LowRank
+from slimc.passes.per_site import PerSite
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
@@ -32,7 +33,9 @@ from slimc.runtime.packing import PackedLinear
 
 log = logging.getLogger(__name__)
 
-PASSES: Mapping[str, type[Pass]] = {one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Activations, Fuse)}
+PASSES: Mapping[str, type[Pass]] = {
+    one.name: one for one in (Calibrate, Quantize, Prune, LowRank, Activations, PerSite, Fuse)
+}
 """Every pass by its name in recipes."""
 
 
@@ -196,9 +199,13 @@ def check_sites(program: Program, passes: Sequence[Pass]) -> None:
     """Check, before any work starts, that every site can be compressed by every pass.
 
     Raises:
-        RecipeError: a pass cannot work on a site (a pattern that does not divide the width, a rank that is too large).
+        RecipeError: a pass cannot work on a site (a pattern that does not divide the width, a rank that is too large),
+            or names sites that are not there.
         NumericsError: a weight holds NaN or Inf.
     """
+    names = [*program.sites, *(row.name for row in program.left)]
+    for one in passes:
+        one.check_names(names)
     for site in program.sites.values():
         for one in passes:
             one.check_site(site.name, site.shape)

@@ -33,7 +33,7 @@ class Quantize(SitePass):
     Attributes:
         method: ``"slim"`` takes the step that minimises the squared weight error on the real grid (SLiM-Quant, paper
             section 3.1); ``"absmax"`` takes the largest magnitude.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group: ``None`` for one scale a tensor, ``"channel"`` for one a row, or the number of columns that share one
             (it need not divide the width).
         symmetric: the grid has no zero point; ``False`` needs the method ``"absmax"``.
@@ -56,7 +56,9 @@ class Quantize(SitePass):
     def __post_init__(self) -> None:
         """Check the options."""
         self._require(self.method in ("slim", "absmax"), f"method must be 'slim' or 'absmax', not {self.method!r}")
-        self._require(whole_number(self.bits) and self.bits in BITS, f"bits must be 2, 3, 4 or 8, not {self.bits!r}")
+        self._require(
+            whole_number(self.bits) and self.bits in BITS, f"bits must be 2, 3, 4, 5, 6 or 8, not {self.bits!r}"
+        )
         group_is_valid = self.group in (None, "channel") or (whole_number(self.group) and 2 <= self.group <= MAX_SIDE)
         self._require(
             group_is_valid, f"group must be a number of columns (2 or more), 'channel' or null, not {self.group!r}"
