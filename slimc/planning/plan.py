@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,12 +78,13 @@ class Plan:
         """
         write_bytes(Path(path), self.recipe.to_yaml().encode())
 
+    def counts(self) -> dict[str, int]:
+        """Return how many sites get each expression, the most frequent first."""
+        return dict(Counter(site.choice.name for site in self.sites).most_common())
+
     def summary(self) -> str:
         """Return the totals in two sentences."""
-        counts: dict[str, int] = {}
-        for site in self.sites:
-            counts[site.choice.name] = counts.get(site.choice.name, 0) + 1
-        used = ", ".join(f"{name} x {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+        used = ", ".join(f"{name} x {count}" for name, count in self.counts().items())
         return (
             f"{counted(len(self.sites), 'layer')}, {self.nbytes / 1e6:.3f} MB, {self.bits_per_weight:.3f} bits a "
             f"weight (budget {self.budget}), predicted damage {self.damage:.4g}.\n{used}."
