@@ -30,7 +30,7 @@ from slimc.passes import Calibrate, Fuse, from_config
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
-METHODS = recipes.load_menu(Path(__file__).with_suffix(".yaml"))
+METHODS = recipes.read(Path(__file__).with_suffix(".yaml"), "the list of methods")
 PLANNER = "planner"
 BUDGETS = ("2.5bpw", "2.75bpw", "3bpw", "3.25bpw", "3.5bpw", "4bpw", "4.5bpw", "5bpw", "6bpw")
 RANGE = (2.5, 6.0)

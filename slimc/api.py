@@ -33,8 +33,8 @@ from slimc.ir.text import text
 from slimc.passes import Calibrate, Pass, pipeline
 from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
-from slimc.planning import menu as menus
 from slimc.planning.budget import Budget
+from slimc.planning.menu import Menu
 from slimc.planning.plan import SIZE, Plan, Sensitivities
 from slimc.planning.sensitivity import Measure, measure
 from slimc.progress import Progress, SilentProgress
@@ -206,8 +206,7 @@ def plan(
     *,
     budget: str,
     target: str = SIZE,
-    menu: Mapping[str, Sequence[Any]] | None = None,
-    calibrate: Calibrate | None = None,
+    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
     include: str | Sequence[str] = (),
@@ -226,8 +225,9 @@ def plan(
         budget: ``"3.2bpw"`` (bits a weight), ``"45MB"`` or ``"0.25x"`` (of what the layers take now), for all sites
             together, scales and adapters included. Weights that are no sites, such as embeddings, do not count.
         target: ``"size"``.
-        menu: expressions to choose from by name, each a list of passes; :data:`slimc.planning.menu.MENU` if left out.
-        calibrate: samples, length and share of held-out batches for measuring, and for the recipe.
+        menu: what to choose from: expressions by name, each a list of passes; or a whole recipe, as a file or a list
+            of passes, whose ``per_site`` has the expressions and whose sites the plan fills in. Left out, it is
+            :data:`slimc.planning.menu.PRESET`.
         tokenizer: as for :func:`compile`.
         device: as for :func:`compile`.
         include: as for :func:`compile`.
@@ -241,7 +241,6 @@ def plan(
         model,
         calibration,
         menu=menu,
-        calibrate=calibrate,
         tokenizer=tokenizer,
         device=device,
         include=include,
@@ -255,8 +254,7 @@ def sensitivities(
     model: nn.Module,
     calibration: Any = None,
     *,
-    menu: Mapping[str, Sequence[Any]] | None = None,
-    calibrate: Calibrate | None = None,
+    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
     include: str | Sequence[str] = (),
@@ -274,7 +272,6 @@ def sensitivities(
         model,
         calibration,
         menu=menu,
-        calibrate=calibrate,
         tokenizer=tokenizer,
         device=device,
         include=include,
@@ -288,8 +285,7 @@ def _measure(
     model: nn.Module,
     calibration: Any,
     *,
-    menu: Mapping[str, Sequence[Any]] | None = None,
-    calibrate: Calibrate | None = None,
+    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
     tokenizer: Any,
     device: str | torch.device | None,
     include: str | Sequence[str],
@@ -298,12 +294,13 @@ def _measure(
 ) -> tuple[Sensitivities, list[Any]]:
     """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes."""
     _require_module(model)
-    expressions = menus.build(menus.MENU if menu is None else menu)
-    calibrate = calibrate or menus.CALIBRATION
+    menu = menu if isinstance(menu, Menu) else Menu.load(menu)
+    include = (*menu.include, *_several(include))
+    exclude = (*menu.exclude, *_several(exclude))
     run = _prepare(
         model,
         calibration,
-        [calibrate, Measure(expressions)],
+        [menu.measuring, Measure(menu.expressions)],
         tokenizer=tokenizer,
         device=device,
         include=include,
@@ -321,21 +318,14 @@ def _measure(
         inputs = [run.program.flatten_inputs(*batch) for batch in batches]
     sites = measure(
         run.program,
-        expressions,
+        menu.expressions,
         inputs,
         held_out=run.held_out,
         vocabulary=hf.vocabulary_size(model),
         device=run.device,
         progress=progress,
     )
-    found = Sensitivities(
-        sites=tuple(sites),
-        menu=expressions,
-        calibrate=replace(calibrate, held_out=0.0),
-        include=_several(include),
-        exclude=_several(exclude),
-        model=type(model).__name__,
-    )
+    found = Sensitivities(sites=tuple(sites), menu=menu, include=include, exclude=exclude, model=type(model).__name__)
     return found, [args or kwargs for args, kwargs in batches]
 
 

@@ -88,7 +88,9 @@ def test_a_plan_is_a_recipe_that_compress_runs(tiny_llama_folder: Path, tmp_path
 
 
 def test_a_plan_may_choose_from_a_menu_of_ones_own(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "menu.yaml").write_text("w4: [{quantize: {bits: 4, group: 32}}]\nw2: [{quantize: {bits: 2}}]\n")
+    expressions = "{w4: [{quantize: {bits: 4, group: 32}}], w2: [{quantize: {bits: 2}}]}"
+    passes = f"passes: [calibrate, {{per_site: {{expressions: {expressions}}}}}, fuse]\n"
+    (tmp_path / "menu.yaml").write_text(passes)
     result = invoke("plan", tiny_llama_folder, "-b", "3bpw", "--menu", tmp_path / "menu.yaml", "-q", *SMALL)
     assert result.exit_code == 0, result.output
     assert "w4 x " in result.stdout
@@ -101,7 +103,7 @@ def test_a_plan_may_choose_from_a_menu_of_ones_own(tiny_llama_folder: Path, tmp_
         (["-b", "3"], "'3' is no budget; write 3.2bpw"),
         (["-b", "1bpw"], "the least that the menu can reach"),
         (["-b", "3bpw", "-o", "plan.txt"], "ends in .yaml"),
-        (["-b", "3bpw", "--menu", "none.yaml"], "menu 'none.yaml' cannot be read"),
+        (["-b", "3bpw", "--menu", "none.yaml"], "there is no recipe file 'none.yaml'"),
         (["-b", "3bpw", "--target", "speed"], "there is no target 'speed'"),
     ],
 )

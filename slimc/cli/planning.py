@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +29,7 @@ def plan(
     target: Annotated[str, typer.Option(metavar="TARGET", help="What the budget counts: size.")] = "size",
     menu: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A YAML file of expressions to choose from, in place of slimc's."),
+        typer.Option(metavar="FILE", help="A recipe whose per_site has the expressions to choose from."),
     ] = None,
     calibration: Annotated[
         str,
@@ -73,9 +72,8 @@ def plan(
       slimc plan ./llama -b 45MB -o plan.yaml --calibration notes.txt --samples 32
     """
     import slimc
-    from slimc import recipes
-    from slimc.planning import menu as menus
     from slimc.planning.budget import Budget
+    from slimc.planning.menu import Menu
     from slimc.runtime.devices import default_device, usable_device
 
     wanted = Budget.parse(budget)
@@ -84,9 +82,8 @@ def plan(
             raise InputError(f"{output}: a recipe's file ends in .yaml, so that 'slimc compress --recipe' knows it")
         if output.exists() and not overwrite:
             raise InputError(f"{output} exists; add --overwrite to replace it, or choose another --output")
-    expressions = menus.MENU if menu is None else recipes.load_menu(menu)
     given = {"samples": samples, "length": length, "batch": batch, "seed": seed}
-    calibrate = replace(menus.CALIBRATION, **{option: value for option, value in given.items() if value is not None})
+    choices = Menu.load(menu).calibrated(**{option: value for option, value in given.items() if value is not None})
     text = None if calibration == "self" else calibration_text(calibration)
     place = default_device() if device is None else usable_device(device)
     dense, tokenizer = open_model(model, device="cpu")
@@ -96,8 +93,7 @@ def plan(
             text,
             budget=str(wanted),
             target=target,
-            menu=expressions,
-            calibrate=calibrate,
+            menu=choices,
             tokenizer=tokenizer,
             device=place,
             include=include or (),

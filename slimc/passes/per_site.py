@@ -14,7 +14,7 @@ from slimc.passes.work import SiteWork
 
 @dataclass(frozen=True)
 class PerSite(SitePass):
-    """Express every site by the passes of its own expression; what ``slimc plan`` writes.
+    """Express every site by the passes of its own expression; ``slimc plan`` chooses which.
 
     As a line of a recipe::
 
@@ -53,7 +53,6 @@ class PerSite(SitePass):
         sites: Any = self.sites
         valid = isinstance(sites, Mapping) and all(isinstance(pattern, str) for pattern in sites)
         self._require(valid, "sites must map names or patterns of sites to names of expressions")
-        self._require(bool(self.sites) or self.default is not None, "it names no site; give sites, or a default")
         for place, chosen in [*self.sites.items(), *([] if self.default is None else [("default", self.default)])]:
             if chosen not in built:
                 raise RecipeError(
@@ -86,11 +85,11 @@ class PerSite(SitePass):
 
     def statistics(self) -> frozenset[Statistic]:
         """All that any expression needs: siblings share their statistics, but perhaps not their expression."""
-        return frozenset().union(*(one.statistics() for passes in self._passes.values() for one in passes))
+        return frozenset().union(*(one.statistics() for passes in self.built.values() for one in passes))
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """Each expression must be one that could stand here in full."""
-        for name, passes in self._passes.items():
+        for name, passes in self.built.items():
             for position, one in enumerate(passes):
                 try:
                     one.check_after([*earlier, *passes[:position]])
@@ -108,7 +107,7 @@ class PerSite(SitePass):
 
     def check_site(self, name: str, shape: tuple[int, int]) -> None:
         """The site must have an expression, and its passes must be able to work on it."""
-        for one in self._passes[self.choice(name)]:
+        for one in self.built[self.choice(name)]:
             one.check_site(name, shape)
 
     def choice(self, site: str) -> str:
@@ -135,14 +134,15 @@ class PerSite(SitePass):
 
     def apply(self, work: SiteWork) -> None:
         """Run the passes of the site's expression."""
-        for one in self._passes[self.choice(work.name)]:
+        for one in self.built[self.choice(work.name)]:
             try:
                 one.apply(work)
             except SlimError as error:
                 raise type(error)(f"{one.name}: {error}") from error
 
     @property
-    def _passes(self) -> Mapping[str, list[SitePass]]:
+    def built(self) -> Mapping[str, list[SitePass]]:
+        """The passes of each expression."""
         built: Mapping[str, list[SitePass]] = vars(self)["_built"]
         return built
 

@@ -1,47 +1,96 @@
-"""The menu: the expressions among which a plan chooses, one for each site."""
+"""The menu: the expressions among which a plan chooses, as a recipe in which the sites are still to be filled in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from slimc import recipes
 from slimc.errors import RecipeError
-from slimc.passes import Calibrate, PerSite, SitePass, from_config
-from slimc.passes.pipeline import check_order
+from slimc.passes import Calibrate, Pass, PerSite, SitePass, check_order
 
 DENSE = "dense"
 """The choice of leaving a site as it is; every menu has it."""
 
-CALIBRATION = Calibrate(samples=64, length=512, held_out=0.25)
-"""How the menu is measured: fitted to three quarters of the text, judged by the rest."""
+JUDGED = 0.25
+"""The share of the calibration data by which choices are judged, if the menu's ``calibrate`` holds out none."""
 
-MENU: Mapping[str, Sequence[Any]] = {
-    "int2/64": [{"quantize": {"bits": 2, "group": 64}}],
-    "int2/32": [{"quantize": {"bits": 2, "group": 32}}],
-    "int3/128": [{"quantize": {"bits": 3, "group": 128}}],
-    "int3/64": [{"quantize": {"bits": 3, "group": 64}}],
-    "int3/32": [{"quantize": {"bits": 3, "group": 32}}],
-    "int4/128": [{"quantize": {"bits": 4, "group": 128}}],
-    "int4/64": [{"quantize": {"bits": 4, "group": 64}}],
-    "int4/32": [{"quantize": {"bits": 4, "group": 32}}],
-    "int5/64": [{"quantize": {"bits": 5, "group": 64}}],
-    "int6/64": [{"quantize": {"bits": 6, "group": 64}}],
-    "int8": [{"quantize": {"bits": 8, "group": "channel"}}],
-}
-"""What a plan chooses from by default: passes by the name of the expression, as recipe lines."""
+PRESET = Path(__file__).with_name("menu.yaml")
+"""What a plan chooses from by default."""
 
 
-def build(menu: Mapping[str, Sequence[Any]]) -> dict[str, list[SitePass]]:
-    """Return the passes of each expression of ``menu``, given as recipe lines or as passes.
+@dataclass(frozen=True)
+class Menu:
+    """Passes, one of which is a :class:`~slimc.passes.PerSite` with expressions to choose from.
 
-    Raises:
-        RecipeError: the menu is empty, has an entry of its own for leaving sites dense, or has passes that no site
-            could be expressed by.
+    Attributes:
+        passes: in order; the sites of ``per_site`` are what a plan fills in.
+        include: patterns of weights that are planned although they are dense by default.
+        exclude: patterns of weights that are left dense.
     """
-    if DENSE in menu:
-        raise RecipeError(f"'{DENSE}' stands on every menu already, as the choice to leave a site as it is.")
-    # The pass that will carry the plan knows what an expression may be.
-    carrier = PerSite(expressions=menu, default=next(iter(menu), None))
-    check_order([CALIBRATION, carrier])
-    expressions = {name: from_config(lines) for name, lines in carrier.expressions.items()}
-    return {name: [one for one in passes if isinstance(one, SitePass)] for name, passes in expressions.items()}
+
+    passes: tuple[Pass, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that there is something to choose from, and how to calibrate."""
+        check_order(self.passes)
+        count = sum(isinstance(one, PerSite) for one in self.passes)
+        if count != 1:
+            raise RecipeError(
+                f"A menu has one per_site, whose expressions are what to choose from; this one has {count}. "
+                f"See {PRESET.name} in slimc.planning for an example."
+            )
+        if not isinstance(self.passes[0], Calibrate):
+            raise RecipeError("A menu starts with calibrate: choices are judged by what they do to the model on text.")
+        if DENSE in self.expressions:
+            raise RecipeError(f"'{DENSE}' is on every menu already, as the choice to leave a site as it is.")
+
+    @classmethod
+    def load(cls, menu: str | Path | Mapping[str, Sequence[Any]] | Sequence[Pass] | None) -> Menu:
+        """Return the menu that a user named: a file, a list of passes, or only expressions by name.
+
+        Raises:
+            RecipeError: it cannot be read, or is no menu.
+        """
+        if isinstance(menu, Mapping):
+            return cls.load(None)._with(PerSite(expressions=menu))
+        if menu is None or isinstance(menu, str | Path):
+            recipe = recipes.load(PRESET if menu is None else menu)
+            return cls(tuple(recipe.build()), tuple(recipe.include), tuple(recipe.exclude))
+        return cls(tuple(menu))
+
+    @property
+    def calibrate(self) -> Calibrate:
+        """How the recipe calibrates."""
+        return next(one for one in self.passes if isinstance(one, Calibrate))
+
+    @property
+    def per_site(self) -> PerSite:
+        """The pass with the expressions."""
+        return next(one for one in self.passes if isinstance(one, PerSite))
+
+    @property
+    def expressions(self) -> Mapping[str, Sequence[SitePass]]:
+        """The passes of each expression."""
+        return self.per_site.built
+
+    @property
+    def measuring(self) -> Calibrate:
+        """How choices are measured: fitted to most of the data, judged by the rest."""
+        return replace(self.calibrate, held_out=self.calibrate.held_out or JUDGED)
+
+    def calibrated(self, **options: int) -> Menu:
+        """Return the menu with options of its ``calibrate`` changed."""
+        return self._with(replace(self.calibrate, **options))
+
+    def planned(self, sites: Mapping[str, str]) -> list[Pass]:
+        """Return the passes with an expression for each site; expressions that no site has are left out."""
+        used = {name: lines for name, lines in self.per_site.expressions.items() if name in sites.values()}
+        return list(self._with(PerSite(used, sites)).passes)
+
+    def _with(self, changed: Pass) -> Menu:
+        return replace(self, passes=tuple(changed if isinstance(one, type(changed)) else one for one in self.passes))

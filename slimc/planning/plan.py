@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from slimc.errors import RecipeError
-from slimc.passes import Calibrate, Fuse, PerSite, SitePass
 from slimc.passes.report import aligned
 from slimc.planning import knapsack
 from slimc.planning.budget import Budget
-from slimc.planning.menu import DENSE
+from slimc.planning.menu import DENSE, Menu
 from slimc.planning.sensitivity import Choice, SiteChoices
 from slimc.progress import counted, printable
 from slimc.recipes import Recipe
@@ -106,16 +104,14 @@ class Sensitivities:
 
     Attributes:
         sites: in data-flow order.
-        menu: the passes of each expression.
-        calibrate: how the recipe of a plan calibrates.
-        exclude: patterns of weights that were left out.
-        include: patterns of weights that were taken in.
+        menu: what was measured.
+        include: patterns of weights that were taken in, those of the menu too.
+        exclude: patterns of weights that were left out, those of the menu too.
         model: what it is called, for the recipe's description.
     """
 
     sites: tuple[SiteChoices, ...]
-    menu: Mapping[str, Sequence[SitePass]]
-    calibrate: Calibrate
+    menu: Menu
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     model: str = "model"
@@ -156,14 +152,11 @@ class Sensitivities:
 
     def _recipe(self, budget: Budget, sites: Sequence[PlannedSite]) -> Recipe:
         chosen = {site.name: site.choice.name for site in sites if site.choice.name != DENSE}
-        used = set(chosen.values())
-        if not used:
+        if not chosen:
             raise RecipeError(f"The budget {budget} leaves all layers dense, so there is nothing to do; lower it.")
-        expressions = {name: passes for name, passes in self.menu.items() if name in used}
-        passes: list[Any] = [self.calibrate, PerSite(expressions=expressions, sites=chosen), Fuse()]
         return Recipe(
             name=f"plan-{budget}",
-            passes=[one.to_config() if one.options() else one.name for one in passes],
+            passes=[one.to_config() if one.options() else one.name for one in self.menu.planned(chosen)],
             include=list(self.include),
             exclude=[*self.exclude, *(site.name for site in sites if site.choice.name == DENSE)],
         )

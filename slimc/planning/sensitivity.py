@@ -22,8 +22,8 @@ from slimc.passes import SitePass
 from slimc.passes.base import Statistic
 from slimc.passes.sweep import Sweep
 from slimc.passes.work import SiteWork
-from slimc.planning import menu as menus
 from slimc.planning.gradients import Sample, site_samples
+from slimc.planning.menu import DENSE
 from slimc.progress import Progress
 from slimc.runtime.formats import LinearFormat
 
@@ -94,7 +94,7 @@ class Measure(SitePass):
 
     def apply(self, work: SiteWork) -> None:
         """Measure the choices of one site."""
-        dense = Choice(menus.DENSE, work.dense.numel() * work.dtype.itemsize, 0.0, 0.0)
+        dense = Choice(DENSE, work.dense.numel() * work.dtype.itemsize, 0.0, 0.0)
         choices = [dense, *(self._try(name, passes, work) for name, passes in self.menu.items())]
         self.found[work.name] = tuple(choice for choice in choices if choice is not None)
 
@@ -152,7 +152,7 @@ def measure(
 
     Args:
         program: a captured model.
-        menu: the passes of each expression (:func:`slimc.planning.menu.build`).
+        menu: the passes of each expression (:attr:`slimc.planning.menu.Menu.expressions`).
         inputs: flat calibration inputs by batch.
         held_out: how many of the last batches the choices are judged by, and not fitted to; 0: all, for both.
         vocabulary: see :func:`slimc.planning.gradients.site_samples`.

@@ -143,22 +143,12 @@ def _locate(recipe: str, beside: Path | None) -> Path:
     raise RecipeError(f"there is no recipe '{recipe}'{closest(recipe, names())}; presets: {', '.join(names())}")
 
 
-def load_menu(path: Path) -> dict[str, list[Any]]:
-    """Read a menu for :func:`slimc.plan`: a mapping from names to lists of passes, as in a recipe.
+def read(path: Path, what: str) -> Any:
+    """Return the plain data of a small YAML file, which messages call ``what``.
 
     Raises:
-        RecipeError: The file cannot be read, or is no such mapping.
+        RecipeError: The file cannot be read, is too large, or is not YAML as recipes have it.
     """
-    record = _read(path, f"menu '{path}'")
-    if not isinstance(record, dict) or not all(isinstance(passes, list) for passes in record.values()):
-        raise RecipeError(
-            f"menu '{path}' must map names to lists of passes, such as 'int4: [{{quantize: {{bits: 4}}}}]'"
-        )
-    return {str(name): passes for name, passes in record.items()}
-
-
-def _read(path: Path, what: str) -> Any:
-    """Return the plain data of a YAML file, which messages call ``what``."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -174,7 +164,7 @@ def _read(path: Path, what: str) -> Any:
 
 
 def _load(path: Path, depth: int) -> Recipe:
-    record = _read(path, f"recipe '{path}'")
+    record = read(path, f"recipe '{path}'")
     if record is None:
         raise RecipeError(f"recipe '{path}' is empty; 'slimc recipes {DEFAULT}' prints one to start from")
     if not isinstance(record, dict):

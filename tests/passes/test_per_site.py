@@ -76,7 +76,6 @@ def test_a_resumed_run_gives_the_same_bytes(network, batches, run, tmp_path: Pat
         ({"expressions": {"a": [Activations()]}, "default": "a"}, "'a' compresses nothing"),
         ({"expressions": {"a": [Quantize(), Fuse()]}, "default": "a"}, "has 'fuse', which is not for a single site"),
         ({"expressions": {"a": [PER_SITE]}, "default": "a"}, "has 'per_site', which is not for a single site"),
-        ({"expressions": EXPRESSIONS}, "names no site"),
         ({"expressions": EXPRESSIONS, "sites": ["a"]}, "sites must map names"),
         ({"expressions": EXPRESSIONS, "sites": {"a": "int4"}}, "'a' has the expression 'int4'.*did you mean 'int3'"),
         ({"expressions": EXPRESSIONS, "default": "dense"}, "To leave a site dense, exclude it"),

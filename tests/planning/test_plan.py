@@ -11,8 +11,8 @@ from torch import nn
 import slimc
 from slimc import recipes
 from slimc.errors import InputError, RecipeError
-from slimc.passes import Calibrate, PerSite, Quantize
-from slimc.planning import menu as menus
+from slimc.passes import Activations, Calibrate, Fuse, PerSite, Quantize
+from slimc.planning.menu import JUDGED, PRESET, Menu
 from slimc.planning.plan import Sensitivities
 from slimc.planning.sensitivity import Choice, SiteChoices
 
@@ -32,7 +32,7 @@ def found() -> Sensitivities:
         _site("a", {"dense": 0, "int2": 9.0, "int4": 1.0}),
         _site("b", {"dense": 0, "int2": 0.5, "int4": 0.2}),
     )
-    return Sensitivities(sites, menus.build(MENU), Calibrate(), exclude=("left",))
+    return Sensitivities(sites, Menu.load(MENU), exclude=("left",))
 
 
 def _choices(plan) -> dict[str, str]:
@@ -90,13 +90,35 @@ def test_an_unknown_target_is_refused(found):
     ("menu", "message"),
     [
         ({}, "must map names to lists"),
-        ({"dense": [Quantize()]}, "stands on every menu already"),
+        ({"dense": [Quantize()]}, "is on every menu already"),
         ({"a": ["quantise"]}, "did you mean 'quantize'"),
+        ([Calibrate(), Quantize(), Fuse()], "one per_site.*has 0"),
+        ([PerSite(MENU), Fuse()], "starts with calibrate"),
+        ("slim-w4", "one per_site.*has 0"),
+        ("none.yaml", "there is no recipe file 'none.yaml'"),
     ],
 )
 def test_a_menu_that_cannot_be_used_is_refused(menu, message):
     with pytest.raises(RecipeError, match=message):
-        menus.build(menu)
+        Menu.load(menu)
+
+
+def test_a_menu_may_be_a_whole_recipe_which_the_plan_fills_in(found, tmp_path: Path):
+    passes = [Calibrate(samples=8), PerSite(MENU), Activations(), Fuse()]
+    lines = [one.to_config() for one in passes]
+    recipe = recipes.Recipe(name="menu", passes=lines, exclude=["x"], include=["lm_head"])
+    (tmp_path / "menu.yaml").write_text(recipe.to_yaml())
+    menu = Menu.load(tmp_path / "menu.yaml")
+    assert menu == Menu(tuple(passes), ("lm_head",), ("x",))
+    assert menu.calibrated(samples=4).calibrate == Calibrate(samples=4)
+    planned = menu.planned({"a": "int4"})
+    assert planned == [passes[0], PerSite({"int4": MENU["int4"]}, {"a": "int4"}), *passes[2:]]
+
+
+def test_choices_are_judged_by_data_that_nothing_is_fitted_to():
+    assert Menu.load(MENU).measuring.held_out == JUDGED
+    assert Menu((Calibrate(held_out=0.5), PerSite(MENU), Fuse())).measuring.held_out == 0.5
+    assert Menu.load(MENU).calibrate == Menu.load(PRESET).calibrate == Calibrate(samples=64, length=512)
 
 
 # ------------------------------------------------------------------------------------------------ with a model
@@ -139,7 +161,8 @@ def test_a_model_writes_its_own_text_once_for_plan_and_compression(tiny_llama_fo
     calls = []
     sample = api.self_sampled_batches
     monkeypatch.setattr(api, "self_sampled_batches", lambda *a, **k: calls.append(1) or sample(*a, **k))
-    monkeypatch.setattr(menus, "CALIBRATION", Calibrate(samples=4, length=32, batch=1, held_out=0.25))
+    menu = Menu.load(None).calibrated(samples=4, length=32, batch=1)
+    monkeypatch.setattr(Menu, "load", lambda _: menu)
     small = slimc.compile(model, tokenizer=tokenizer, budget="4bpw")
     assert len(calls) == 1
     assert slimc.report(small).bits_per_weight <= 4

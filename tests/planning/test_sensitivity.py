@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from slimc.errors import CaptureError
 from slimc.ir.capture import capture
 from slimc.passes import Prune, Quantize
-from slimc.planning import menu as menus
 from slimc.planning.gradients import site_samples
+from slimc.planning.menu import Menu
 from slimc.planning.sensitivity import measure
 from slimc.progress import SilentProgress
 
@@ -46,7 +46,7 @@ def inputs() -> list[Tensor]:
 def _measure(model: nn.Module, inputs: list[Tensor], menu, vocabulary=None, held_out=2):
     program = capture(model, [((batch,), {}) for batch in inputs])
     flat = [program.flatten_inputs((batch,), {}) for batch in inputs]
-    built = menus.build(menu)
+    built = Menu.load(menu).expressions
     found = measure(
         program, built, flat, held_out=held_out, vocabulary=vocabulary, device=None, progress=SilentProgress()
     )
