@@ -17,6 +17,7 @@ from torch import nn
 
 from slimc import recipes
 from slimc.backends import KERNELS, hf, tuning
+from slimc.backends.latency import DecodeTimes
 from slimc.calibration import (
     calibration_batches,
     count_tokens,
@@ -35,7 +36,7 @@ from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.planning.budget import Budget
 from slimc.planning.menu import Menu
-from slimc.planning.plan import SIZE, Plan, Sensitivities
+from slimc.planning.plan import SIZE, Plan, Sensitivities, Times
 from slimc.planning.sensitivity import Measure, measure
 from slimc.progress import Progress, SilentProgress
 from slimc.runtime import modules
@@ -131,6 +132,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     if budget is not None:
         if passes != recipes.DEFAULT:
             raise RecipeError("passes= and budget= exclude each other: a budget is what the passes are chosen by.")
+        wanted, times_of = Budget.parse(budget), _times(target, progress)
         found, calibration = _measure(
             model,
             calibration,
@@ -140,7 +142,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             exclude=exclude,
             progress=progress,
         )
-        recipe = found.plan(budget, target).recipe
+        recipe = found.plan(wanted, target, times=times_of(found)).recipe
         passes, include, exclude = recipe.build(), recipe.include, recipe.exclude
     if resume and journal is None:
         raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
@@ -224,7 +226,10 @@ def plan(
         calibration: as for :func:`compile`.
         budget: ``"3.2bpw"`` (bits a weight), ``"45MB"`` or ``"0.25x"`` (of what the layers take now), for all sites
             together, scales and adapters included. Weights that are no sites, such as embeddings, do not count.
-        target: ``"size"``.
+        target: ``"size"``; or ``"decode"``, the time of one token, for which every form of layer is timed on the GPU of
+            this machine (``"decode@h100"``: which must be one). The budget may then be a time, too (``"2ms"``);
+            ``"0.5x"`` is of the time that the layers take now, layers that share an input get one expression, and
+            with a budget in bytes no layer becomes slower than it is.
         menu: what to choose from: expressions by name, each a list of passes; or a whole recipe, as a file or a list
             of passes, whose ``per_site`` has the expressions and whose sites the plan fills in. Left out, it is
             :data:`slimc.planning.menu.PRESET`.
@@ -237,7 +242,8 @@ def plan(
     Raises:
         SlimError: what :func:`compile` refuses, or no choice on the menu keeps to the budget (then the least is told).
     """
-    return sensitivities(
+    wanted, times_of = Budget.parse(budget), _times(target, progress or SilentProgress())
+    found = sensitivities(
         model,
         calibration,
         menu=menu,
@@ -246,7 +252,16 @@ def plan(
         include=include,
         exclude=exclude,
         progress=progress,
-    ).plan(Budget.parse(budget), target)
+    )
+    return found.plan(wanted, target, times=times_of(found))
+
+
+def _times(target: str, progress: Progress) -> Callable[[Sensitivities], Times | None]:
+    """Return what times the choices for ``target``; what can be refused about it is refused at once."""
+    if target == SIZE:
+        return lambda _: None
+    clock = DecodeTimes(target, progress)
+    return lambda found: clock(choice for site in found.sites for choice in site.choices)
 
 
 @_in_plain_mode

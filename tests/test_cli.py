@@ -104,7 +104,7 @@ def test_a_plan_may_choose_from_a_menu_of_ones_own(tiny_llama_folder: Path, tmp_
         (["-b", "1bpw"], "the least that the menu can reach"),
         (["-b", "3bpw", "-o", "plan.txt"], "ends in .yaml"),
         (["-b", "3bpw", "--menu", "none.yaml"], "there is no recipe file 'none.yaml'"),
-        (["-b", "3bpw", "--target", "speed"], "there is no target 'speed'"),
+        (["-b", "3bpw", "--target", "speed"], "there is no target 'speed'; there are 'size', 'decode'"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(tiny_llama_folder: Path, arguments: list[str], message: str) -> None:

@@ -20,13 +20,19 @@ def plan(
     budget: Annotated[
         str,
         typer.Option(
-            "--budget", "-b", metavar="BUDGET", help="3.2bpw (bits a weight), 45MB or 0.25x.", show_default=False
+            "--budget",
+            "-b",
+            metavar="BUDGET",
+            help="3.2bpw (bits a weight), 45MB, 0.25x, or a time.",
+            show_default=False,
         ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.", show_default=False)
     ] = None,
-    target: Annotated[str, typer.Option(metavar="TARGET", help="What the budget counts: size.")] = "size",
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", help="What counts: size, or decode (time, on this GPU).")
+    ] = "size",
     menu: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A recipe whose per_site has the expressions to choose from."),
@@ -70,6 +76,8 @@ def plan(
       slimc compress ./llama -o small --recipe plan.yaml            run it
 
       slimc plan ./llama -b 45MB -o plan.yaml --calibration notes.txt --samples 32
+
+      slimc plan ./llama -b 0.4x --target decode@h100               of the time of a token, measured on this H100
     """
     import slimc
     from slimc.planning.budget import Budget

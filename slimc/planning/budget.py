@@ -47,6 +47,11 @@ class Budget:
         """Whether it can only be a time."""
         return self.unit in _MICROSECONDS
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it can only be a size."""
+        return self.unit == "bpw" or self.unit in _BYTES
+
     def nbytes(self, weights: int, dense: float) -> float:
         """Return the bytes that it allows for layers of ``weights`` weights, which take ``dense`` bytes as they are."""
         if self.unit == "bpw":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,13 @@ from slimc.planning.sensitivity import Choice, SiteChoices
 from slimc.progress import counted, printable
 from slimc.recipes import Recipe
 from slimc.runtime.files import write_bytes
+from slimc.runtime.formats import LinearFormat
 
 SIZE = "size"
 """The target of plans that only count bytes."""
+
+Times = Mapping[LinearFormat, float]
+"""Microseconds of one call, by form."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,11 @@ class Plan:
 
     Attributes:
         budget: that it keeps to.
-        target: what the budget counts: ``"size"``.
+        target: what counts: ``"size"``, or ``"decode@h100"``.
         sites: in data-flow order.
         recipe: carries it out; :func:`slimc.compile` and ``slimc compress --recipe`` take its file.
         gap: by what share the predicted damage may lie above the least possible within the budget, at most.
+        microseconds: that one call of all sites takes, if the target is a card.
     """
 
     budget: Budget
@@ -52,6 +57,7 @@ class Plan:
     sites: tuple[PlannedSite, ...]
     recipe: Recipe
     gap: float
+    microseconds: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -83,9 +89,10 @@ class Plan:
     def summary(self) -> str:
         """Return the totals in two sentences."""
         used = ", ".join(f"{name} x {count}" for name, count in self.counts().items())
+        time = "" if self.microseconds is None else f" and {self.microseconds:,.0f} us"
         return (
             f"{counted(len(self.sites), 'layer')}, {self.nbytes / 1e6:.3f} MB, {self.bits_per_weight:.3f} bits a "
-            f"weight (budget {self.budget}), predicted damage {self.damage:.4g}.\n{used}."
+            f"weight{time} (budget {self.budget}), predicted damage {self.damage:.4g}.\n{used}."
         )
 
     def __str__(self) -> str:
@@ -96,6 +103,39 @@ class Plan:
             numbers = [f"{site.bits:.3f}", f"{choice.nbytes:,}", f"{choice.output_error:.4f}", f"{choice.damage:.3g}"]
             rows.append([printable(site.name), f"{site.shape[0]} x {site.shape[1]}", choice.name, *numbers])
         return "\n".join([*aligned(rows), "", self.summary()])
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One choice for each site of a unit."""
+
+    choices: tuple[Choice, ...]
+    microseconds: float
+
+    @property
+    def damage(self) -> float:
+        return sum(choice.damage for choice in self.choices)
+
+    @property
+    def nbytes(self) -> float:
+        return float(sum(choice.nbytes for choice in self.choices))
+
+
+class _Unit:
+    """Sites that get the same expression, and what they can get: the dense weights first.
+
+    With ``times`` nothing is among them that is slower than the dense weights.
+    """
+
+    def __init__(self, sites: tuple[SiteChoices, ...], times: Times | None) -> None:
+        self.sites = sites
+        by_name = [{choice.name: choice for choice in site.choices} for site in sites]
+        shared = [name for name in by_name[0] if all(name in choices for choices in by_name)]
+        found = [tuple(choices[name] for choices in by_name) for name in shared]
+        spent = [0.0 if times is None else sum(times[choice.format] for choice in choices) for choices in found]
+        self.options = [
+            _Option(choices, spends) for choices, spends in zip(found, spent, strict=True) if spends <= spent[0]
+        ]
 
 
 @dataclass(frozen=True)
@@ -116,39 +156,67 @@ class Sensitivities:
     exclude: tuple[str, ...] = ()
     model: str = "model"
 
-    def plan(self, budget: str | Budget, target: str = SIZE) -> Plan:
+    def plan(self, budget: str | Budget, target: str = SIZE, *, times: Times | None = None) -> Plan:
         """Return the plan of least predicted damage within ``budget``.
 
         Args:
             budget: ``"3.2bpw"`` (bits a weight), ``"45MB"`` or ``"0.25x"`` (of what the dense weights take), for all
                 sites together.
-            target: ``"size"``.
+            target: ``"size"``, or what ``times`` are of. Then the budget may also be a time, ``"2ms"`` or ``"800us"``,
+                of one call of all sites, ``"0.5x"`` is of the time that they take now, and sites that share an
+                input get one expression, so that their kernels can run as one. If the budget is one of bytes, no
+                expression is taken that is slower than the dense weight.
+            times: microseconds by form, of all choices.
 
         Raises:
             RecipeError: the budget is none, or nothing on the menu is so small; the message tells the least.
             InputError: scipy is not installed.
         """
         budget = Budget.parse(budget) if isinstance(budget, str) else budget
-        if target != SIZE:
-            raise RecipeError(f"there is no target '{target}'; there is 'size'")
+        if times is None and target != SIZE:
+            raise RecipeError(f"the target '{target}' needs times of layers; without them there is '{SIZE}'")
+        if times is None and budget.is_time:
+            raise RecipeError(
+                f"the budget {budget} is a time, and the target '{SIZE}' counts bytes; see --target decode"
+            )
+        units = [_Unit((site,), times) for site in self.sites] if times is None else self._groups(times)
+        in_time = times is not None and not budget.in_bytes
+        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
+        allowed = self._allowed(budget, costs, in_time=in_time)
+        solution = knapsack.solve([[option.damage for option in unit.options] for unit in units], costs, allowed)
+        choices = {
+            site.name: choice
+            for unit, option in zip(units, solution.chosen, strict=True)
+            for site, choice in zip(unit.sites, unit.options[option].choices, strict=True)
+        }
+        sites = tuple(PlannedSite(site.name, site.shape, choices[site.name]) for site in self.sites)
+        spent = None if times is None else sum(times[site.choice.format] for site in sites)
+        plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent)
+        return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
+
+    def _groups(self, times: Times) -> list[_Unit]:
+        """Return the sites that share an input together."""
+        groups: dict[tuple[str, ...], list[SiteChoices]] = {}
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site)
+        return [_Unit(tuple(sites), times) for sites in groups.values()]
+
+    def _allowed(self, budget: Budget, costs: Sequence[Sequence[float]], *, in_time: bool) -> float:
+        """Return the budget in the unit of ``costs``, whose first options are the dense ones; refuse one too small."""
         weights = sum(site.weights for site in self.sites)
-        sizes = [[float(choice.nbytes) for choice in site.choices] for site in self.sites]
-        allowed = budget.nbytes(weights, dense=sum(unit[0] for unit in sizes))
-        least = sum(map(min, sizes))
+        dense, least = sum(options[0] for options in costs), sum(map(min, costs))
+        if in_time:
+            allowed = budget.microseconds(dense)
+            told = f"{allowed:.0f} us", f"{least:.0f} us, of {dense:.0f} us dense"
+        else:
+            allowed = budget.nbytes(weights, dense)
+            told = f"{allowed / 1e6:.3f} MB", f"{least / 1e6:.3f} MB ({8 * least / weights:.3f} bits a weight)"
         if least > allowed:
             raise RecipeError(
-                f"The budget {budget} is {allowed / 1e6:.3f} MB, and the least that the menu can reach is "
-                f"{least / 1e6:.3f} MB ({8 * least / weights:.3f} bits a weight). Raise the budget, or put a smaller "
-                "expression on the menu."
+                f"The budget {budget} is {told[0]}, and the least that the menu can reach is {told[1]}. Raise the "
+                "budget, or put a smaller expression on the menu."
             )
-        damages = [[choice.damage for choice in site.choices] for site in self.sites]
-        solution = knapsack.solve(damages, sizes, allowed)
-        sites = tuple(
-            PlannedSite(site.name, site.shape, site.choices[option])
-            for site, option in zip(self.sites, solution.chosen, strict=True)
-        )
-        plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap)
-        return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
+        return allowed
 
     def _recipe(self, budget: Budget, sites: Sequence[PlannedSite]) -> Recipe:
         chosen = {site.name: site.choice.name for site in sites if site.choice.name != DENSE}

@@ -25,7 +25,7 @@ from slimc.passes.work import SiteWork
 from slimc.planning.gradients import Sample, site_samples
 from slimc.planning.menu import DENSE
 from slimc.progress import Progress
-from slimc.runtime.formats import LinearFormat
+from slimc.runtime.formats import LinearFormat, WeightFormat
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +36,21 @@ class Choice:
 
     Attributes:
         name: of the expression on the menu.
-        nbytes: what it takes, adapters and scales included.
         damage: what it does to the model's output: nats a token for a language model, else half the squared relative
             error of the output.
         output_error: relative, of the site's own output.
-        format: the storage form, ``None`` for the dense weight.
+        format: the storage form.
     """
 
     name: str
-    nbytes: int
+    format: LinearFormat
     damage: float
     output_error: float
-    format: LinearFormat | None = field(default=None, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes, adapters and scales included."""
+        return self.format.nbytes()
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class Measure(SitePass):
 
     def apply(self, work: SiteWork) -> None:
         """Measure the choices of one site."""
-        dense = Choice(DENSE, work.dense.numel() * work.dtype.itemsize, 0.0, 0.0)
+        rows, columns = work.dense.shape
+        dense = Choice(DENSE, LinearFormat(WeightFormat(rows, columns, dtype=work.dtype)), 0.0, 0.0)
         choices = [dense, *(self._try(name, passes, work) for name, passes in self.menu.items())]
         self.found[work.name] = tuple(choice for choice in choices if choice is not None)
 
@@ -119,7 +123,7 @@ class Measure(SitePass):
         if not math.isfinite(damage):
             log.info("%s is not on the menu of %s: it overflows there", name, work.name)
             return None
-        return Choice(name, packed.format.nbytes(), damage, output_error, packed.format)
+        return Choice(name, packed.format, damage, output_error)
 
     def _judge(self, trial: SiteWork, weight: Tensor) -> tuple[float, float]:
         """Return the damage and the relative output error of ``weight``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ from slimc.passes import Activations, Calibrate, Fuse, PerSite, Quantize
 from slimc.planning.menu import JUDGED, PRESET, Menu
 from slimc.planning.plan import Sensitivities
 from slimc.planning.sensitivity import Choice, SiteChoices
+from slimc.runtime.formats import LinearFormat, WeightFormat
 
 MENU = {"int2": [Quantize(bits=2, group=8)], "int4": [Quantize(bits=4, group=8)]}
 
 
 def _site(name: str, damages: dict[str, float]) -> SiteChoices:
-    """Return a site of 8 x 8 weights, whose dense form takes 128 bytes."""
-    sizes = {"dense": 128, "int4": 48, "int2": 32}
-    choices = tuple(Choice(choice, sizes[choice], damage, 0.1) for choice, damage in damages.items())
+    """Return a site of 8 x 8 weights: 128 bytes dense, 48 and 32 with a scale of two bytes a row."""
+    bits = {"dense": None, "int4": 4, "int2": 2}
+    forms = {one: LinearFormat(WeightFormat(8, 8, bits=bits[one], dtype=torch.bfloat16)) for one in damages}
+    choices = tuple(Choice(one, forms[one], damage, 0.1) for one, damage in damages.items())
     return SiteChoices(name, (8, 8), (name,), choices)
 
 
@@ -81,9 +84,46 @@ def test_a_budget_that_leaves_all_dense_is_refused(found):
         found.plan("1x")
 
 
-def test_an_unknown_target_is_refused(found):
-    with pytest.raises(RecipeError, match="there is no target 'speed'"):
-        found.plan("4bpw", target="speed")
+def test_a_budget_in_time_needs_a_target_in_time(found):
+    with pytest.raises(RecipeError, match="budget 2ms is a time, and the target 'size' counts bytes"):
+        found.plan("2ms")
+    with pytest.raises(RecipeError, match="target 'decode' needs times"):
+        found.plan("4bpw", target="decode")
+
+
+def _times(found: Sensitivities, by_name: dict[str, float]) -> dict[LinearFormat, float]:
+    return {choice.format: by_name[choice.name] for site in found.sites for choice in site.choices}
+
+
+@pytest.mark.parametrize(
+    ("budget", "choices", "spent"),
+    [
+        ("6us", {"a": "int2", "b": "int2"}, 6),
+        ("0.4x", {"a": "int4", "b": "int2"}, 8),
+        ("0.0115ms", {"a": "int4", "b": "int4"}, 10),
+    ],
+)
+def test_a_budget_in_time_is_spent_where_it_saves_most(found, budget, choices, spent):
+    plan = found.plan(budget, target="decode", times=_times(found, {"dense": 10, "int4": 5, "int2": 3}))
+    assert _choices(plan) == choices
+    assert plan.microseconds == spent
+    assert f"and {spent} us (budget {plan.budget})" in plan.summary()
+
+
+def test_with_a_target_in_time_nothing_becomes_slower_than_it_is(found):
+    plan = found.plan("6bpw", target="decode", times=_times(found, {"dense": 10, "int4": 11, "int2": 3}))
+    assert _choices(plan) == {"a": "int2", "b": "int2"}
+
+
+def test_with_a_target_in_time_sites_that_share_an_input_share_their_expression(found):
+    together = replace(found, sites=tuple(replace(site, group=("a", "b")) for site in found.sites))
+    plan = together.plan("8us", target="decode", times=_times(found, {"dense": 10, "int4": 5, "int2": 3}))
+    assert _choices(plan) == {"a": "int2", "b": "int2"}
+
+
+def test_a_time_below_the_menu_is_refused_with_the_least(found):
+    with pytest.raises(RecipeError, match="budget 5us is 5 us, and the least .* is 6 us, of 20 us dense"):
+        found.plan("5us", target="decode", times=_times(found, {"dense": 10, "int4": 5, "int2": 3}))
 
 
 @pytest.mark.parametrize(
