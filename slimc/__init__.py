@@ -17,12 +17,13 @@ if TYPE_CHECKING:
         explain,
         export_onnx,
         load,
+        plan,
         report,
         save,
         tune,
     )
 
-__all__ = ["__version__", "compile", "explain", "export_onnx", "load", "report", "save", "tune"]
+__all__ = ["__version__", "compile", "explain", "export_onnx", "load", "plan", "report", "save", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,11 @@
-"""The public functions: ``compile``, ``save``, ``load``, ``export_onnx``, ``report``, ``explain``, ``tune``."""
+"""The public functions: ``compile``, ``plan``, ``save``, ``load``, ``export_onnx``, ``report``, ``explain``, ``tune``."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -18,6 +18,7 @@ from torch import nn
 from slimc import recipes
 from slimc.backends import KERNELS, hf, tuning
 from slimc.backends.hf_library import require
+from slimc.backends.latency import DecodeTimes
 from slimc.calibration import (
     calibration_batches,
     count_tokens,
@@ -34,6 +35,10 @@ from slimc.ir.text import text
 from slimc.passes import Calibrate, Pass, pipeline
 from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
+from slimc.planning.budget import Budget
+from slimc.planning.menu import Menu
+from slimc.planning.plan import SIZE, Plan, Sensitivities, Times
+from slimc.planning.sensitivity import Measure, measure
 from slimc.progress import Progress, SilentProgress
 from slimc.runtime import modules
 from slimc.runtime.devices import CANNOT_BE_COPIED, home_of, usable_device
@@ -87,6 +92,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     skip: str | Sequence[str] = (),
     stop_after: str | None = None,
     dump_dir: str | Path | None = None,
+    budget: str | None = None,
+    target: str = SIZE,
 ) -> Model:
     """Return ``model`` with its linear layers compressed; same class, same call.
 
@@ -110,6 +117,9 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         skip: names of passes to leave out.
         stop_after: name of the last pass to run.
         dump_dir: folder for the text of the graph after each pass.
+        budget: in place of ``passes``: what the layers may take together, ``"3.2bpw"`` (bits a weight), ``"45MB"`` or
+            ``"0.25x"`` (of what they take now); :func:`plan` then chooses how to express each of them.
+        target: what the budget counts; see :func:`plan`.
 
     Returns:
         The compressed model. ``slimc.report(model)`` says what was done to each site and what was left alone.
@@ -123,6 +133,21 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
         )
     progress = progress or SilentProgress()
+    if budget is not None:
+        if passes != recipes.DEFAULT:
+            raise RecipeError("passes= and budget= exclude each other: a budget is what the passes are chosen by.")
+        wanted, times_of = Budget.parse(budget), _times(target, progress)
+        found, calibration = _measure(
+            model,
+            calibration,
+            tokenizer=tokenizer,
+            device=device,
+            include=include,
+            exclude=exclude,
+            progress=progress,
+        )
+        recipe = found.plan(wanted, target, times=times_of(found)).recipe
+        passes, include, exclude = recipe.build(), recipe.include, recipe.exclude
     if resume and journal is None:
         raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
     record = Journal(Path(journal), resume=resume) if journal is not None else None
@@ -178,6 +203,149 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     )
     _attach(small, report)
     return small  # type: ignore[return-value]
+
+
+@_in_plain_mode
+def plan(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    budget: str,
+    target: str = SIZE,
+    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose how to express each layer, so that all together keep to a budget and the model's output suffers least.
+
+    Every expression of the menu is tried at every site of the dense model; a site's error counts by how much the output
+    of the model depends on it there. Then one is chosen for each site, all at once. ``plan(...).recipe`` is a
+    recipe like any other; ``plan(...).save("plan.yaml")`` writes it for :func:`compile` and ``slimc compress``.
+
+    Args:
+        model: any module that ``torch.export`` captures; left as it is.
+        calibration: as for :func:`compile`.
+        budget: ``"3.2bpw"`` (bits a weight), ``"45MB"`` or ``"0.25x"`` (of what the layers take now), for all sites
+            together, scales and adapters included. Weights that are no sites, such as embeddings, do not count.
+        target: ``"size"``; or ``"decode"``, the time of one token, for which every form of layer is timed on the GPU of
+            this machine (``"decode@h100"``: which must be one). The budget may then be a time, too (``"2ms"``);
+            ``"0.5x"`` is of the time that the layers take now, layers that share an input get one expression, and
+            with a budget in bytes no layer becomes slower than it is.
+        menu: what to choose from: expressions by name, each a list of passes; or a whole recipe, as a file or a list
+            of passes, whose ``per_site`` has the expressions and whose sites the plan fills in. Left out, it is
+            :data:`slimc.planning.menu.PRESET`.
+        tokenizer: as for :func:`compile`.
+        device: as for :func:`compile`.
+        include: as for :func:`compile`.
+        exclude: as for :func:`compile`.
+        progress: told what happens.
+
+    Raises:
+        SlimError: what :func:`compile` refuses, or no choice on the menu keeps to the budget (then the least is told).
+    """
+    wanted, times_of = Budget.parse(budget), _times(target, progress or SilentProgress())
+    found = sensitivities(
+        model,
+        calibration,
+        menu=menu,
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    )
+    return found.plan(wanted, target, times=times_of(found))
+
+
+def _times(target: str, progress: Progress) -> Callable[[Sensitivities], Times | None]:
+    """Return what times the choices for ``target``; what can be refused about it is refused at once."""
+    if target == SIZE:
+        return lambda _: None
+    clock = DecodeTimes(target, progress)
+    return lambda found: clock(choice for site in found.sites for choice in site.choices)
+
+
+@_in_plain_mode
+def sensitivities(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Measure what :func:`plan` decides by; plans for several budgets can be made of one measurement.
+
+    The arguments are those of :func:`plan`.
+
+    Raises:
+        SlimError: what :func:`compile` refuses.
+    """
+    found, _ = _measure(
+        model,
+        calibration,
+        menu=menu,
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        progress=progress or SilentProgress(),
+    )
+    return found
+
+
+def _measure(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
+    tokenizer: Any,
+    device: str | torch.device | None,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    progress: Progress,
+) -> tuple[Sensitivities, list[Any]]:
+    """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes."""
+    _require_module(model)
+    menu = menu if isinstance(menu, Menu) else Menu.load(menu)
+    include = (*menu.include, *_several(include))
+    exclude = (*menu.exclude, *_several(exclude))
+    run = _prepare(
+        model,
+        calibration,
+        [menu.measuring, Measure(menu.expressions)],
+        tokenizer=tokenizer,
+        device=device,
+        include=include,
+        exclude=exclude,
+        skip=(),
+        stop_after=None,
+        progress=progress,
+        clock=_Clock(),
+    )
+    batches, inputs = run.batches, run.inputs
+    if run.self_sampled:
+        batches = self_sampled_batches(
+            model, run.settings, tokenizer=tokenizer, device=run.device, journal=None, progress=progress
+        )
+        inputs = [run.program.flatten_inputs(*batch) for batch in batches]
+    sites = measure(
+        run.program,
+        menu.expressions,
+        inputs,
+        held_out=run.held_out,
+        vocabulary=hf.vocabulary_size(model),
+        device=run.device,
+        progress=progress,
+    )
+    found = Sensitivities(sites=tuple(sites), menu=menu, include=include, exclude=exclude, model=type(model).__name__)
+    return found, [args or kwargs for args, kwargs in batches]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "compress", "eval", "export", "generate", "inspect", "recipes", "tune", "verify"]
+    "command", ["bench", "compress", "eval", "export", "generate", "inspect", "plan", "recipes", "tune", "verify"]
 )
 def test_help_teaches_by_example(command: str) -> None:
     result = invoke(command, "--help")
@@ -74,6 +74,52 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.stderr == "[]\n"
     assert "compress" in process.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_a_plan_is_a_recipe_that_compress_runs(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    result = invoke("plan", tiny_llama_folder, "--budget", "3.4bpw", "-o", tmp_path / "plan.yaml", "-q", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "model.layers.0.mlp.down_proj" in result.stdout
+    assert f"slimc compress {tiny_llama_folder} -o small --recipe {tmp_path / 'plan.yaml'}" in result.stdout
+    done = invoke("compress", tiny_llama_folder, "-o", tmp_path / "small", "-r", tmp_path / "plan.yaml", "-q")
+    assert done.exit_code == 0, done.output
+    assert slimc.report(slimc.load(tmp_path / "small")).bits_per_weight <= 3.4
+
+
+def test_a_plan_may_choose_from_a_menu_of_ones_own(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    expressions = "{w4: [{quantize: {bits: 4, group: 32}}], w2: [{quantize: {bits: 2}}]}"
+    passes = f"passes: [calibrate, {{per_site: {{expressions: {expressions}}}}}, fuse]\n"
+    (tmp_path / "menu.yaml").write_text(passes)
+    result = invoke("plan", tiny_llama_folder, "-b", "3bpw", "--menu", tmp_path / "menu.yaml", "-q", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "w4 x " in result.stdout
+    assert "Nothing was written" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-b", "3"], "'3' is no budget; write 3.2bpw"),
+        (["-b", "1bpw"], "the least that the menu can reach"),
+        (["-b", "3bpw", "-o", "plan.txt"], "ends in .yaml"),
+        (["-b", "3bpw", "--menu", "none.yaml"], "there is no recipe file 'none.yaml'"),
+        (["-b", "3bpw", "--target", "speed"], "there is no target 'speed'; there are 'size', 'decode'"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(tiny_llama_folder: Path, arguments: list[str], message: str) -> None:
+    result = invoke("plan", tiny_llama_folder, *arguments, "-q", *SMALL)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_a_plan_does_not_replace_a_file_unasked(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("mine")
+    result = invoke("plan", tiny_llama_folder, "-b", "3bpw", "-o", tmp_path / "plan.yaml", "-q")
+    assert result.exit_code == 2
+    assert "add --overwrite" in result.stderr
+    assert (tmp_path / "plan.yaml").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

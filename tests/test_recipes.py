@@ -141,7 +141,7 @@ class TestExtends:
         ("passes: " + "[" * 10_000, "nested too deeply"),
         ("passes: [fuse]\nname: \x00", "not valid YAML"),
         ("passes: [{p: {a: " + "9" * 5_000 + "}}]", "not valid YAML"),
-        ("# " + "x" * 65_536, "larger than 64 KiB"),
+        ("# " + "x" * 2**20, "larger than 1024 KiB"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_reason(text: str, message: str, tmp_path: Path) -> None:

@@ -338,3 +338,11 @@ def output_embedding_names(model: nn.Module) -> set[str]:
         return set()
     chosen = {id(parameter) for parameter in head.parameters()}
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in chosen}
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return how many logits a token a language model gives, ``None`` for a model without output embeddings."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else None

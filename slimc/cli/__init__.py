@@ -10,6 +10,7 @@ from slimc.cli.benchmarking import bench
 from slimc.cli.compressing import compress
 from slimc.cli.exporting import export, verify
 from slimc.cli.inspection import inspect
+from slimc.cli.planning import plan
 from slimc.cli.running import evaluate, generate
 from slimc.cli.showing import recipes
 from slimc.cli.tuning import tune
@@ -17,6 +18,7 @@ from slimc.cli.tuning import tune
 __all__ = ["app", "main"]
 
 app.command()(compress)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)

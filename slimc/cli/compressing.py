@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimc import recipes
-from slimc.cli.models import open_model, read_text
+from slimc.cli.models import calibration_text, open_model
 from slimc.cli.terminal import err, megabytes, note, say
-from slimc.errors import InputError, ResumeError, closest
+from slimc.errors import InputError, ResumeError
 from slimc.progress import duration, for_console
 from slimc.runtime.files import recover
 
@@ -118,7 +118,7 @@ def compress(
     passes = chosen.build()
     if finished:
         _check_recipe(output, passes, skip=skip or (), stop_after=stop_after)
-    text = None if calibration == "self" else _calibration_text(calibration)
+    text = None if calibration == "self" else calibration_text(calibration)
 
     import slimc
     from slimc.passes import journal as journals
@@ -174,14 +174,6 @@ def weight_bytes(model: nn.Module) -> int:
     """Return the size of a model's parameters and persistent buffers, shared ones counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     return sum(storages.values())
-
-
-def _calibration_text(name: str) -> str:
-    """Return the text of a file, or explain that there is none."""
-    path = Path(name)
-    if not path.exists() and (meant := closest(name, ["self"])):
-        raise InputError(f"--calibration {name}: there is no such file{meant}")
-    return read_text(path)
 
 
 def _check_places(model: str, output: Path, *, overwrite: bool) -> None:

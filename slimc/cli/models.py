@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimc.errors import InputError
+from slimc.errors import InputError, closest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,3 +65,15 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InputError(f"{path} is empty; give a file with text in it")
     return text
+
+
+def calibration_text(name: str) -> str:
+    """Return the text of the file that ``--calibration`` names.
+
+    Raises:
+        InputError: As :func:`read_text`; a misspelt 'self' is told apart.
+    """
+    path = Path(name)
+    if not path.exists() and (meant := closest(name, ["self"])):
+        raise InputError(f"--calibration {name}: there is no such file{meant}")
+    return read_text(path)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from slimc.errors import CaptureError, InputError, RecipeError, closest
 from slimc.ir.carrier import CarrierCheck, ModuleCalls, recorded_calls
+from slimc.ir.patterns import matches
 from slimc.ir.program import EMBEDDINGS, LeftAlone, Program, Site, Use, attribute, shared_storage
 from slimc.ir.text import innermost_module, operator_name
 
@@ -363,17 +362,17 @@ class _SiteFinder:
 
     def _by_pattern(self, names: Sequence[str], default: str | None) -> str | None:
         """Say which pattern, or else which default, leaves the site dense."""
-        excluded = [pattern for pattern in self.exclude if any(_matches(pattern, name) for name in names)]
+        excluded = [pattern for pattern in self.exclude if any(matches(pattern, name) for name in names)]
         if excluded:
             return f"excluded by the pattern '{excluded[0]}'"
-        included = any(_matches(pattern, name) for pattern in self.include for name in names)
+        included = any(matches(pattern, name) for pattern in self.include for name in names)
         return None if included else default
 
     def _check_patterns(self) -> None:
         """Every pattern names a matrix, and one that includes names at least one that can be compressed."""
         names = [_site_name(name) for name in self.matrices]
         for pattern in (*self.include, *self.exclude):
-            matched = [name for name in names if _matches(pattern, name)]
+            matched = [name for name in names if matches(pattern, name)]
             if not matched:
                 raise RecipeError(
                     f"The pattern '{pattern}' matches no weight{closest(pattern, names)}. Patterns are matched against "
@@ -426,15 +425,6 @@ def _group_by_input(sites: Mapping[str, Site]) -> None:
     for names in by_input.values():
         for name in names:
             sites[name].group = tuple(names)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise RecipeError(f"'{pattern}' is not a regular expression: {error}.") from error
-    return fnmatchcase(name, pattern)
 
 
 def _target(node: fx.Node) -> str:

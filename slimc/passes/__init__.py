@@ -8,6 +8,7 @@ from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
 from slimc.passes.fuse import Fuse
 from slimc.passes.low_rank import LowRank
+from slimc.passes.per_site import PerSite
 from slimc.passes.pipeline import PASSES, check_order, from_config
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
@@ -22,6 +23,7 @@ __all__ = [
     "Fuse",
     "LowRank",
     "Pass",
+    "PerSite",
     "Prune",
     "Quantize",
     "SitePass",

@@ -36,6 +36,9 @@ class Pass:
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """Raise ``RecipeError`` if this pass cannot follow ``earlier``."""
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ``RecipeError`` if this pass speaks of weights that are not among ``names``, all that the model has."""
+
     def check_site(self, name: str, shape: tuple[int, int]) -> None:
         """Raise ``RecipeError`` if this pass cannot work on a site of this name and shape ``(out, in)``.
 

@@ -63,7 +63,7 @@ class Compensate(SitePass):
         names = [one.name for one in earlier]
         if self.name in names:
             raise RecipeError("compensate appears twice: a weight has one target. Remove one of the two.")
-        late = [name for name in names if name in ("quantize", "prune", "low_rank")]
+        late = [name for name in names if name in ("quantize", "prune", "decompose", "low_rank")]
         if late:
             raise RecipeError(
                 f"compensate comes after {late[0]}, which has already approximated the weight. Put compensate right "

@@ -10,7 +10,7 @@ from slimc.errors import RecipeError
 from slimc.ir.fusion import FUSION_RULES
 from slimc.ir.program import Program
 from slimc.ir.rules import apply_rules
-from slimc.passes.base import Pass
+from slimc.passes.base import Pass, SitePass
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Fuse(Pass):
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """There must be a compressed form to fuse, and nothing may change a weight afterwards."""
         names = [one.name for one in earlier]
-        if not {"quantize", "prune", "decompose"} & set(names):
+        if not any(isinstance(one, SitePass) and one.compresses for one in earlier):
             raise RecipeError("fuse has nothing to fuse: put quantize, prune or decompose before it.")
         if self.name in names:
             raise RecipeError("fuse appears twice; one is enough.")

@@ -70,7 +70,7 @@ class LowRank(SitePass):
             share or number, f"rank must be a share in (0, 1] or a whole number of at least 1, not {self.rank!r}"
         )
         bits_are_valid = self.bits is None or (whole_number(self.bits) and self.bits in BITS)
-        self._require(bits_are_valid, f"bits must be null, 2, 3, 4 or 8, not {self.bits!r}")
+        self._require(bits_are_valid, f"bits must be null, 2, 3, 4, 5, 6 or 8, not {self.bits!r}")
         self._require(whole_number(self.rounds) and self.rounds >= 0, f"rounds must be 0 or more, not {self.rounds!r}")
         self._require(whole_number(self.sweeps) and self.sweeps >= 0, f"sweeps must be 0 or more, not {self.sweeps!r}")
         damping_is_valid = real_number(self.damping) and 0 < self.damping <= 1

@@ -25,6 +25,7 @@ from slimc.passes.decompose import Decompose
 from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
 from slimc.passes.low_rank import LowRank
+from slimc.passes.per_site import PerSite
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
@@ -37,7 +38,18 @@ log = logging.getLogger(__name__)
 
 PASSES: Mapping[str, type[Pass]] = {
     one.name: one
-    for one in (Calibrate, Compensate, AllocateBits, Quantize, Prune, Decompose, LowRank, Activations, Fuse)
+    for one in (
+        Calibrate,
+        Compensate,
+        AllocateBits,
+        Quantize,
+        Prune,
+        Decompose,
+        LowRank,
+        Activations,
+        PerSite,
+        Fuse,
+    )
 }
 """Every pass by its name in recipes."""
 
@@ -202,9 +214,13 @@ def check_sites(program: Program, passes: Sequence[Pass]) -> None:
     """Check, before any work starts, that every site can be compressed by every pass.
 
     Raises:
-        RecipeError: a pass cannot work on a site (a pattern that does not divide the width, a rank that is too large).
+        RecipeError: a pass cannot work on a site (a pattern that does not divide the width, a rank that is too large),
+            or names sites that are not there.
         NumericsError: a weight holds NaN or Inf.
     """
+    names = [*program.sites, *(row.name for row in program.left)]
+    for one in passes:
+        one.check_names(names)
     for site in program.sites.values():
         for one in passes:
             one.check_site(site.name, site.shape)

@@ -41,7 +41,7 @@ class Quantize(SitePass):
             section 3.1); ``"absmax"`` takes the extremes; ``"gptq"`` rounds column by column, and the columns not yet
             rounded make up for the error (Frantar et al.). Where calibration saw no input but zeros, GPTQ has nothing
             to go by: weights are rounded to the nearest code, and the report says so.
-        bits: 2, 3, 4 or 8; with GPTQ 1 to 8.
+        bits: 2, 3, 4, 5, 6 or 8; with GPTQ 1 to 8.
         group: ``None`` for one scale a tensor, ``"channel"`` for one a row, or the number of columns that share one
             (it need not divide the width).
         symmetric: the grid has no zero point; ``None`` is what the method usually has: a zero point with GPTQ, none
@@ -85,7 +85,7 @@ class Quantize(SitePass):
         widths = WIDTHS if self.method == "gptq" else BITS
         self._require(
             whole_number(self.bits) and self.bits in widths,
-            f"bits must be 2, 3, 4 or 8 (with method 'gptq' 1 to 8), not {self.bits!r}",
+            f"bits must be 2, 3, 4, 5, 6 or 8 (with method 'gptq' 1 to 8), not {self.bits!r}",
         )
         group_is_valid = self.group in (None, "channel") or (whole_number(self.group) and 2 <= self.group <= MAX_SIDE)
         self._require(

@@ -73,7 +73,7 @@ class Report:
 
     def __str__(self) -> str:
         """Return a row a site, a row for each weight left alone with its reason, and what the sites take in all."""
-        parts = [*_aligned(table_of_sites(self.sites)), ""]
+        parts = [*aligned(table_of_sites(self.sites)), ""]
         narrow = [row for row in self.sites if row.output_error is not None and row.shape[1] > self.calibration_tokens]
         if narrow:
             parts += [
@@ -84,7 +84,7 @@ class Report:
                 "",
             ]
         if self.left:
-            parts += ["Left dense:", *_aligned(table_of_left(self.left)), ""]
+            parts += ["Left dense:", *aligned(table_of_left(self.left)), ""]
         parts.append(f"{counted(len(self.sites), 'layer')}: {self.bits_per_weight:.3f} bits a weight")
         return "\n".join(parts)
 
@@ -146,7 +146,7 @@ def _shape(shape: Sequence[int]) -> str:
     return " x ".join(str(side) for side in shape)
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table with its columns below each other."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]

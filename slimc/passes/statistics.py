@@ -66,7 +66,7 @@ class InputStatistics:
         """
         columns = activations[0].shape[-1]
         statistics = cls(columns, activations[0].device, wanted)
-        chosen = _evenly_spaced(sum(activation.numel() // columns for activation in activations))
+        chosen = evenly_spaced(sum(activation.numel() // columns for activation in activations))
         kept: list[Tensor] = []
         kept_dense: list[Tensor] = []
         for index, activation in enumerate(activations):
@@ -135,7 +135,7 @@ def _rows(activation: Tensor) -> Tensor:
     return activation.detach().reshape(-1, activation.shape[-1]).float()
 
 
-def _evenly_spaced(tokens: int) -> Tensor:
+def evenly_spaced(tokens: int, at_most: int = SAMPLE_TOKENS) -> Tensor:
     """Return the positions of the sampled tokens among all of them, whatever batches they come in."""
-    size = min(tokens, SAMPLE_TOKENS)
+    size = min(tokens, at_most)
     return torch.arange(size) * tokens // max(size, 1)

@@ -62,6 +62,7 @@ class Sweep:
         progress: told once a site.
         snapshot: called after each pass at each site that is solved (not those found in the journal); packing every
             stage costs time, so only for dumps.
+        stage: what the progress is told that this is.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Sweep:
         journal: Journal | None,
         progress: Progress,
         snapshot: Snapshot | None = None,
+        stage: str = "compress",
     ) -> None:
         self.program = program
         self.passes = tuple(passes)
@@ -84,9 +86,10 @@ class Sweep:
         self.journal = journal
         self.progress = progress
         self.snapshot = snapshot
+        self.stage = stage
         self.wanted = frozenset().union(*(one.statistics() for one in passes)) if passes else frozenset()
         self.rows: list[SiteRow] = []
-        self._written = _written_values(program.module)
+        self._written = written_values(program.module)
         self._values: dict[fx.Node, list[Any]] = {}
         # What the dense model computes, where that is something else: after the first site, or wherever an operator
         # that writes its argument would change what both streams read.
@@ -98,13 +101,13 @@ class Sweep:
 
     def run(self) -> list[SiteRow]:
         """Compress every site and return their report rows in data-flow order."""
-        self.progress.start("compress", len(self.program.sites))
+        self.progress.start(self.stage, len(self.program.sites))
         if self.wanted:
             self._run_graph()
         else:
             for site in self.program.site_order():
                 self._finish(site, ())
-        self.progress.finish("compress")
+        self.progress.finish(self.stage)
         return self.rows
 
     @property
@@ -238,7 +241,7 @@ class Sweep:
         if all(self.program.sites[name].packed for name in site.group):
             self._shared_statistics.pop(site.group, None)
         self.rows.append(row)
-        self.progress.advance("compress", note=site.name)
+        self.progress.advance(self.stage, note=site.name)
 
     def _statistics(
         self, site: Site, inputs: Sequence[Inputs]
@@ -332,14 +335,14 @@ def _moved(packed: PackedLinear, device: torch.device) -> PackedLinear:
     return PackedLinear.assemble(packed.format, {name: tensor.to(device) for name, tensor in packed.tensors().items()})
 
 
-def _written_values(module: fx.GraphModule) -> set[fx.Node]:
+def written_values(module: fx.GraphModule) -> set[fx.Node]:
     """Return the values that an in-place operator writes, directly, through a view, or in a graph inside this one."""
     written: set[fx.Node] = set()
     for node in module.graph.nodes:
         written |= {_base(source) for source in _written_arguments(node)}
         inner = [one for one in (_graph_of(module, source) for source in (node, *node.all_input_nodes)) if one]
         # Which of its arguments an inner graph writes is not worth telling apart.
-        if node.op != "get_attr" and any(_written_values(one) for one in inner):
+        if node.op != "get_attr" and any(written_values(one) for one in inner):
             written |= {_base(source) for source in node.all_input_nodes if _graph_of(module, source) is None}
     return written
 

@@ -211,9 +211,11 @@ class SiteWork:
         """
         if statistics is None:
             return None
-        sample = statistics.sample
-        difference = sample @ (weight - self.dense).t() + self._rounding_noise(sample)
-        return _relative(difference, sample @ self.dense.t())
+        return _relative(self.output_difference(weight, statistics.sample), statistics.sample @ self.dense.t())
+
+    def output_difference(self, weight: Tensor, inputs: Tensor) -> Tensor:
+        """Return ``X (weight - dense)^T`` for inputs ``[tokens, in_features]``, their rounding counted in."""
+        return inputs @ (weight - self.dense).t() + self._rounding_noise(inputs)
 
     def _rounding_noise(self, sample: Tensor) -> Tensor | float:
         """Return by how much rounding changes the outputs of ``base`` on sampled inputs."""

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 DEFAULT = "slim-w4-2x4"
 
 _FOLDER = Path(__file__).parent
-_MAX_BYTES = 64 * 1024
+# A plan has a line for every layer.
+_MAX_BYTES = 1024 * 1024
 _MAX_DEPTH = 16
+_INLINE = 12
+"""The most entries of a mapping that are written in one line."""
+
 _MAX_EXTENDS = 8
 
 PassConfig = str | dict[str, Any]
@@ -139,20 +143,28 @@ def _locate(recipe: str, beside: Path | None) -> Path:
     raise RecipeError(f"there is no recipe '{recipe}'{closest(recipe, names())}; presets: {', '.join(names())}")
 
 
-def _load(path: Path, depth: int) -> Recipe:
+def read(path: Path, what: str) -> Any:
+    """Return the plain data of a small YAML file, which messages call ``what``.
+
+    Raises:
+        RecipeError: The file cannot be read, is too large, or is not YAML as recipes have it.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"recipe '{path}' cannot be read: {error.strerror}") from error
+        raise RecipeError(f"{what} cannot be read: {error.strerror}") from error
     if len(content) > _MAX_BYTES:
-        raise RecipeError(f"recipe '{path}' is larger than {_MAX_BYTES // 1024} KiB; this is no recipe")
+        raise RecipeError(f"{what} is larger than {_MAX_BYTES // 1024} KiB; that is too much")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe '{path}' is not UTF-8 text") from error
+        raise RecipeError(f"{what} is not UTF-8 text") from error
+    return _parse(text, what)
 
-    record = _parse(text, f"recipe '{path}'")
+
+def _load(path: Path, depth: int) -> Recipe:
+    record = read(path, f"recipe '{path}'")
     if record is None:
         raise RecipeError(f"recipe '{path}' is empty; 'slimc recipes {DEFAULT}' prints one to start from")
     if not isinstance(record, dict):
@@ -279,9 +291,15 @@ for _tag, _regexp, _first in _CORE_SCHEMA:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what :class:`_Loader` reads, with multi-line text as a block."""
+    """Writes what :class:`_Loader` reads, with multi-line text as a block and long mappings a line an entry."""
 
 
+_Dumper.add_representer(
+    dict,
+    lambda dumper, data: dumper.represent_mapping(
+        "tag:yaml.org,2002:map", data, flow_style=False if len(data) > _INLINE else None
+    ),
+)
 _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),

@@ -37,7 +37,7 @@ calibrates = st.builds(Calibrate, positive, st.integers(2, 4096), positive, st.i
 plain_quantizes = st.builds(Quantize, st.just("absmax"), st.sampled_from([2, 3, 4, 8]), groups, st.booleans())
 slim_quantizes = st.builds(
     Quantize,
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     group=groups,
     activation_aware=st.booleans(),
     fraction=shares,
@@ -145,7 +145,7 @@ REFUSED = [
     (Calibrate, "length", 1),
     *((Calibrate, "seed", value) for value in (-1, 2**63, 0.5, "x", None, False)),
     *((Quantize, "method", value) for value in ("rtn", None, 3, [])),
-    *((Quantize, "bits", value) for value in (0, 1, 5, 16, 4.0, "4", True, None)),
+    *((Quantize, "bits", value) for value in (0, 1, 7, 16, 4.0, "4", True, None)),
     *((Quantize, "group", value) for value in (0, 1, -64, 64.0, "row", True, [64])),
     *((Quantize, "symmetric", value) for value in (False, 1, "yes")),
     *((Quantize, "calibrate", value) for value in ("search", "sqc", None, 1)),

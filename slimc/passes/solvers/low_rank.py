@@ -123,7 +123,7 @@ def quantize_factor(
     Args:
         factor: ``left [rows, rank]``, whose groups run along the rank, or ``right [rank, columns]``, whose groups run
             along the input.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group: how many columns of the factor share a scale, the last group may be short; ``None``: a whole row.
         scale_dtype: float32, float16 or bfloat16.
 

@@ -26,7 +26,7 @@ from slimc.passes.solvers.step_search import optimal_steps, storable
 Group = int | Literal["channel"] | None
 """What shares a scale: that many columns of a row, a whole row, or (``None``) the tensor."""
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 """The supported widths of a code."""
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,7 +109,7 @@ def quantize_absmax(
 
     Args:
         weight: floating point ``[rows, columns]``.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group: what shares a scale.
         symmetric: whether the grid has no zero point.
         scale_dtype: float32, float16 or bfloat16.
@@ -156,7 +156,7 @@ def quantize_slim(
 
     Args:
         weight: floating point ``[rows, columns]``.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group: what shares a scale.
         scale_dtype: float32, float16 or bfloat16; the best among the scales that it can store is taken.
         mask: bool ``[rows, columns]``, true where the weight is kept; other entries do not count in the objective and

@@ -284,8 +284,8 @@ def test_activation_aware_rounding_halves_the_error_bound_of_the_chosen_channel(
 def test_refusals_say_what_to_do() -> None:
     weight = torch.ones(2, 8)
     for quantise in (quantize_absmax, quantize_slim):
-        with pytest.raises(RecipeError, match=r"5 bits are not supported; choose one of 2, 3, 4, 8"):
-            quantise(weight, 5)
+        with pytest.raises(RecipeError, match=r"7 bits are not supported; choose one of 2, 3, 4, 5, 6, 8"):
+            quantise(weight, 7)
         with pytest.raises(RecipeError, match=r"the group 'row' is not valid; give None, 'channel' or a number"):
             quantise(weight, 4, "row")  # type: ignore[arg-type]
         with pytest.raises(RecipeError, match="the group 0 is not valid"):

@@ -1,0 +1,117 @@
+"""``slimc plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimc.cli.models import calibration_text, open_model
+from slimc.cli.terminal import err, note, say
+from slimc.errors import InputError
+from slimc.progress import for_console
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a .gguf file.", show_default=False)
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="BUDGET",
+            help="3.2bpw (bits a weight), 45MB, 0.25x, or a time.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The recipe to write.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", help="What counts: size, or decode (time, on this GPU).")
+    ] = "size",
+    menu: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A recipe whose per_site has the expressions to choose from."),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="self|FILE", help="A text file to calibrate on, or 'self': text sampled from the model."),
+    ] = "self",
+    samples: Annotated[int | None, typer.Option(min=1, help="How many calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="How many tokens a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="How many sequences run at once.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of sampled calibration text.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Plan these weights too, though they are left dense by default."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave these weights dense: '*.layers.0.*'")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+) -> None:
+    """Choose how to express each layer of a model, so that all together keep to a budget.
+
+    Every expression on a menu (widths from 2 to 8 bits, sizes of groups, and so on) is tried at every layer of the
+    dense model. What it does to a layer's output counts by how much the output of the model depends on it there. A
+    solver then picks one expression for each layer, all at once, so that the predicted damage is least. The budget is
+    for the planned layers, scales and adapters included: bits a weight, megabytes, or a share of what they take now.
+
+    The plan is a recipe: read it, edit it, and run it with 'slimc compress --recipe' and the same calibration.
+
+    [bold]Examples[/bold]
+
+      slimc plan Qwen/Qwen3-0.6B --budget 3.2bpw                    show what would be chosen
+
+      slimc plan ./llama -b 0.25x -o plan.yaml                      write the recipe
+
+      slimc compress ./llama -o small --recipe plan.yaml            run it
+
+      slimc plan ./llama -b 45MB -o plan.yaml --calibration notes.txt --samples 32
+
+      slimc plan ./llama -b 0.4x --target decode@h100               of the time of a token, measured on this H100
+    """
+    import slimc
+    from slimc.planning.budget import Budget
+    from slimc.planning.menu import Menu
+    from slimc.runtime.devices import default_device, usable_device
+
+    wanted = Budget.parse(budget)
+    if output is not None:
+        if output.suffix not in {".yaml", ".yml"}:
+            raise InputError(f"{output}: a recipe's file ends in .yaml, so that 'slimc compress --recipe' knows it")
+        if output.exists() and not overwrite:
+            raise InputError(f"{output} exists; add --overwrite to replace it, or choose another --output")
+    given = {"samples": samples, "length": length, "batch": batch, "seed": seed}
+    choices = Menu.load(menu).calibrated(**{option: value for option, value in given.items() if value is not None})
+    text = None if calibration == "self" else calibration_text(calibration)
+    place = default_device() if device is None else usable_device(device)
+    dense, tokenizer = open_model(model, device="cpu")
+    with for_console(err, quiet=quiet) as progress:
+        found = slimc.plan(
+            dense,
+            text,
+            budget=str(wanted),
+            target=target,
+            menu=choices,
+            tokenizer=tokenizer,
+            device=place,
+            include=include or (),
+            exclude=exclude or (),
+            progress=progress,
+        )
+    say(str(found))
+    if output is None:
+        note("Nothing was written; with --output plan.yaml the recipe would be.")
+        return
+    found.save(output)
+    options = "" if calibration == "self" else f" --calibration {calibration}"
+    say(f"\n{output} is written. Next: slimc compress {model} -o small --recipe {output}{options}")

@@ -1,0 +1,236 @@
+"""From what every choice costs to a plan: one choice a site, and the recipe that carries it out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slimc.errors import RecipeError
+from slimc.passes.report import aligned
+from slimc.planning import knapsack
+from slimc.planning.budget import Budget
+from slimc.planning.menu import DENSE, Menu
+from slimc.planning.sensitivity import Choice, SiteChoices
+from slimc.progress import counted, printable
+from slimc.recipes import Recipe
+from slimc.runtime.files import write_bytes
+from slimc.runtime.formats import LinearFormat
+
+SIZE = "size"
+"""The target of plans that only count bytes."""
+
+Times = Mapping[LinearFormat, float]
+"""Microseconds of one call, by form."""
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site and the choice for it."""
+
+    name: str
+    shape: tuple[int, int]
+    choice: Choice
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight."""
+        return 8 * self.choice.nbytes / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice a site; ``str()`` of it is a table for people.
+
+    Attributes:
+        budget: that it keeps to.
+        target: what counts: ``"size"``, or ``"decode@h100"``.
+        sites: in data-flow order.
+        recipe: carries it out; :func:`slimc.compile` and ``slimc compress --recipe`` take its file.
+        gap: by what share the predicted damage may lie above the least possible within the budget, at most.
+        microseconds: that one call of all sites takes, if the target is a card.
+    """
+
+    budget: Budget
+    target: str
+    sites: tuple[PlannedSite, ...]
+    recipe: Recipe
+    gap: float
+    microseconds: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What all sites take together."""
+        return sum(site.choice.nbytes for site in self.sites)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits a weight over all sites, those that stay dense included."""
+        return 8 * self.nbytes / sum(site.shape[0] * site.shape[1] for site in self.sites)
+
+    @property
+    def damage(self) -> float:
+        """The predicted damage of all choices together, in the unit of :class:`~slimc.planning.sensitivity.Choice`."""
+        return sum(site.choice.damage for site in self.sites)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as a YAML file.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        write_bytes(Path(path), self.recipe.to_yaml().encode())
+
+    def counts(self) -> dict[str, int]:
+        """Return how many sites get each expression, the most frequent first."""
+        return dict(Counter(site.choice.name for site in self.sites).most_common())
+
+    def summary(self) -> str:
+        """Return the totals in two sentences."""
+        used = ", ".join(f"{name} x {count}" for name, count in self.counts().items())
+        time = "" if self.microseconds is None else f" and {self.microseconds:,.0f} us"
+        return (
+            f"{counted(len(self.sites), 'layer')}, {self.nbytes / 1e6:.3f} MB, {self.bits_per_weight:.3f} bits a "
+            f"weight{time} (budget {self.budget}), predicted damage {self.damage:.4g}.\n{used}."
+        )
+
+    def __str__(self) -> str:
+        """Return a row a site and the totals."""
+        rows = [["layer", "shape", "choice", "bits", "bytes", "output error", "predicted damage"]]
+        for site in self.sites:
+            choice = site.choice
+            numbers = [f"{site.bits:.3f}", f"{choice.nbytes:,}", f"{choice.output_error:.4f}", f"{choice.damage:.3g}"]
+            rows.append([printable(site.name), f"{site.shape[0]} x {site.shape[1]}", choice.name, *numbers])
+        return "\n".join([*aligned(rows), "", self.summary()])
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One choice for each site of a unit."""
+
+    choices: tuple[Choice, ...]
+    microseconds: float
+
+    @property
+    def damage(self) -> float:
+        return sum(choice.damage for choice in self.choices)
+
+    @property
+    def nbytes(self) -> float:
+        return float(sum(choice.nbytes for choice in self.choices))
+
+
+class _Unit:
+    """Sites that get the same expression, and what they can get: the dense weights first.
+
+    With ``times`` nothing is among them that is slower than the dense weights.
+    """
+
+    def __init__(self, sites: tuple[SiteChoices, ...], times: Times | None) -> None:
+        self.sites = sites
+        by_name = [{choice.name: choice for choice in site.choices} for site in sites]
+        shared = [name for name in by_name[0] if all(name in choices for choices in by_name)]
+        found = [tuple(choices[name] for choices in by_name) for name in shared]
+        spent = [0.0 if times is None else sum(times[choice.format] for choice in choices) for choices in found]
+        self.options = [
+            _Option(choices, spends) for choices, spends in zip(found, spent, strict=True) if spends <= spent[0]
+        ]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What every choice at every site costs; plans for any budget are made of it in a second.
+
+    Attributes:
+        sites: in data-flow order.
+        menu: what was measured.
+        include: patterns of weights that were taken in, those of the menu too.
+        exclude: patterns of weights that were left out, those of the menu too.
+        model: what it is called, for the recipe's description.
+    """
+
+    sites: tuple[SiteChoices, ...]
+    menu: Menu
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    model: str = "model"
+
+    def plan(self, budget: str | Budget, target: str = SIZE, *, times: Times | None = None) -> Plan:
+        """Return the plan of least predicted damage within ``budget``.
+
+        Args:
+            budget: ``"3.2bpw"`` (bits a weight), ``"45MB"`` or ``"0.25x"`` (of what the dense weights take), for all
+                sites together.
+            target: ``"size"``, or what ``times`` are of. Then the budget may also be a time, ``"2ms"`` or ``"800us"``,
+                of one call of all sites, ``"0.5x"`` is of the time that they take now, and sites that share an
+                input get one expression, so that their kernels can run as one. If the budget is one of bytes, no
+                expression is taken that is slower than the dense weight.
+            times: microseconds by form, of all choices.
+
+        Raises:
+            RecipeError: the budget is none, or nothing on the menu is so small; the message tells the least.
+            InputError: scipy is not installed.
+        """
+        budget = Budget.parse(budget) if isinstance(budget, str) else budget
+        if times is None and target != SIZE:
+            raise RecipeError(f"the target '{target}' needs times of layers; without them there is '{SIZE}'")
+        if times is None and budget.is_time:
+            raise RecipeError(
+                f"the budget {budget} is a time, and the target '{SIZE}' counts bytes; see --target decode"
+            )
+        units = [_Unit((site,), times) for site in self.sites] if times is None else self._groups(times)
+        in_time = times is not None and not budget.in_bytes
+        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
+        allowed = self._allowed(budget, costs, in_time=in_time)
+        solution = knapsack.solve([[option.damage for option in unit.options] for unit in units], costs, allowed)
+        choices = {
+            site.name: choice
+            for unit, option in zip(units, solution.chosen, strict=True)
+            for site, choice in zip(unit.sites, unit.options[option].choices, strict=True)
+        }
+        sites = tuple(PlannedSite(site.name, site.shape, choices[site.name]) for site in self.sites)
+        spent = None if times is None else sum(times[site.choice.format] for site in sites)
+        plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent)
+        return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
+
+    def _groups(self, times: Times) -> list[_Unit]:
+        """Return the sites that share an input together."""
+        groups: dict[tuple[str, ...], list[SiteChoices]] = {}
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site)
+        return [_Unit(tuple(sites), times) for sites in groups.values()]
+
+    def _allowed(self, budget: Budget, costs: Sequence[Sequence[float]], *, in_time: bool) -> float:
+        """Return the budget in the unit of ``costs``, whose first options are the dense ones; refuse one too small."""
+        weights = sum(site.weights for site in self.sites)
+        dense, least = sum(options[0] for options in costs), sum(map(min, costs))
+        if in_time:
+            allowed = budget.microseconds(dense)
+            told = f"{allowed:.0f} us", f"{least:.0f} us, of {dense:.0f} us dense"
+        else:
+            allowed = budget.nbytes(weights, dense)
+            told = f"{allowed / 1e6:.3f} MB", f"{least / 1e6:.3f} MB ({8 * least / weights:.3f} bits a weight)"
+        if least > allowed:
+            raise RecipeError(
+                f"The budget {budget} is {told[0]}, and the least that the menu can reach is {told[1]}. Raise the "
+                "budget, or put a smaller expression on the menu."
+            )
+        return allowed
+
+    def _recipe(self, budget: Budget, sites: Sequence[PlannedSite]) -> Recipe:
+        chosen = {site.name: site.choice.name for site in sites if site.choice.name != DENSE}
+        if not chosen:
+            raise RecipeError(f"The budget {budget} leaves all layers dense, so there is nothing to do; lower it.")
+        return Recipe(
+            name=f"plan-{budget}",
+            passes=[one.to_config() if one.options() else one.name for one in self.menu.planned(chosen)],
+            include=list(self.include),
+            exclude=[*self.exclude, *(site.name for site in sites if site.choice.name == DENSE)],
+        )
+
+    def _description(self, plan: Plan) -> str:
+        return (
+            f"Planned by slimc for {self.model}: {plan.summary()}\n\nEdit it as you like: 'sites' says which of the "
+            "'expressions' each layer gets; names may be\npatterns such as \"*.v_proj\"."
+        )

@@ -1,0 +1,188 @@
+"""What each choice at each site costs: bytes, and the damage to what the model says.
+
+One sweep over the dense model tries every expression of the menu at every site on the inputs that the site has there.
+The damage of a choice is ``1/2 mean_t (g_t . d_t)^2`` over sampled tokens, with ``d_t`` the change of the site's output
+and ``g_t`` the gradient there (`slimc.planning.gradients`). Damages of different sites are taken to add up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from slimc.errors import NumericsError, RecipeError
+from slimc.ir.program import Program
+from slimc.passes import SitePass
+from slimc.passes.base import Statistic
+from slimc.passes.sweep import Sweep
+from slimc.passes.work import SiteWork
+from slimc.planning.gradients import Sample, site_samples
+from slimc.planning.menu import DENSE
+from slimc.progress import Progress
+from slimc.runtime.formats import LinearFormat, WeightFormat
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to express one site.
+
+    Attributes:
+        name: of the expression on the menu.
+        damage: what it does to the model's output: nats a token for a language model, else half the squared relative
+            error of the output.
+        output_error: relative, of the site's own output.
+        format: the storage form.
+    """
+
+    name: str
+    format: LinearFormat
+    damage: float
+    output_error: float
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes, adapters and scales included."""
+        return self.format.nbytes()
+
+
+@dataclass(frozen=True)
+class SiteChoices:
+    """All choices at one site.
+
+    Attributes:
+        name: of the site.
+        shape: ``(out_features, in_features)``.
+        group: names of the sites that read the same input, this one included.
+        choices: the dense weight first.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    group: tuple[str, ...]
+    choices: tuple[Choice, ...]
+
+    @property
+    def weights(self) -> int:
+        """How many weights the site has."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Measure(SitePass):
+    """Tries every expression of a menu at a site, and leaves the site as it is.
+
+    Attributes:
+        menu: the passes of each expression.
+        samples: by site, what its choices are judged by.
+        found: by site, what its choices cost; filled while the sweep runs.
+    """
+
+    name: ClassVar[str] = "measure"
+
+    menu: Mapping[str, Sequence[SitePass]]
+    samples: Mapping[str, Sample] = field(default_factory=dict)
+    found: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+
+    def statistics(self) -> frozenset[Statistic]:
+        """All that any expression needs; the sample of inputs at least."""
+        return frozenset({"activations"}).union(*(one.statistics() for passes in self.menu.values() for one in passes))
+
+    def apply(self, work: SiteWork) -> None:
+        """Measure the choices of one site."""
+        rows, columns = work.dense.shape
+        dense = Choice(DENSE, LinearFormat(WeightFormat(rows, columns, dtype=work.dtype)), 0.0, 0.0)
+        choices = [dense, *(self._try(name, passes, work) for name, passes in self.menu.items())]
+        self.found[work.name] = tuple(choice for choice in choices if choice is not None)
+
+    def _try(self, name: str, passes: Sequence[SitePass], work: SiteWork) -> Choice | None:
+        trial = SiteWork(
+            name=work.name,
+            dense=work.dense,
+            dtype=work.dtype,
+            statistics=work.statistics,
+            held_out=work.held_out,
+            siblings=work.siblings,
+        )
+        try:
+            for one in passes:
+                one.check_site(work.name, (work.dense.shape[0], work.dense.shape[1]))
+                one.apply(trial)
+        except (RecipeError, NumericsError) as error:
+            log.info("%s is not on the menu of %s: %s", name, work.name, error)
+            return None
+        packed = trial.pack()
+        damage, output_error = self._judge(trial, packed.decode().float())
+        if not math.isfinite(damage):
+            log.info("%s is not on the menu of %s: it overflows there", name, work.name)
+            return None
+        return Choice(name, packed.format, damage, output_error)
+
+    def _judge(self, trial: SiteWork, weight: Tensor) -> tuple[float, float]:
+        """Return the damage and the relative output error of ``weight``.
+
+        Where nothing arrives (an expert that was never chosen) nothing tells what the site does to the model: then its
+        output is taken for the model's own, which leaves it rather too many bits.
+        """
+        sample = self.samples[trial.name]
+        inputs = sample.inputs.float()
+        exact = float((inputs @ trial.dense.t()).norm())
+        if not exact:
+            error = float((weight - trial.dense).norm() / trial.dense.norm())
+            return error**2 / 2, error
+        differences = trial.output_difference(weight, inputs)
+        return sample.damage(differences), float(differences.norm()) / exact
+
+
+def measure(
+    program: Program,
+    menu: Mapping[str, Sequence[SitePass]],
+    inputs: Sequence[Sequence[Any]],
+    *,
+    held_out: int,
+    vocabulary: int | None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Progress,
+) -> list[SiteChoices]:
+    """Return the choices at every site of ``program``, in data-flow order; the program is left as it was.
+
+    Args:
+        program: a captured model.
+        menu: the passes of each expression (:attr:`slimc.planning.menu.Menu.expressions`).
+        inputs: flat calibration inputs by batch.
+        held_out: how many of the last batches the choices are judged by, and not fitted to; 0: all, for both.
+        vocabulary: see :func:`slimc.planning.gradients.site_samples`.
+        seed: of what is drawn.
+        device: where to compute, if not on the device of the model.
+        progress: told what happens.
+
+    Raises:
+        CaptureError: gradients cannot be computed.
+        NumericsError: NaN or Inf appeared in activations or gradients.
+    """
+    judged = inputs[len(inputs) - held_out :] if held_out else inputs
+    samples = site_samples(program, judged, vocabulary=vocabulary, seed=seed, device=device, progress=progress)
+    trial = Measure(menu, samples)
+    try:
+        Sweep(
+            program,
+            [trial],
+            inputs,
+            held_out=held_out,
+            device=device,
+            journal=None,
+            progress=progress,
+            stage="measure",
+        ).run()
+    finally:
+        for site in program.sites.values():
+            site.packed = None
+    return [SiteChoices(site.name, site.shape, site.group, trial.found[site.name]) for site in program.site_order()]

@@ -1,0 +1,218 @@
+"""From what choices cost to a recipe that carries them out, and what budgets are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import slimc
+from slimc import recipes
+from slimc.errors import InputError, RecipeError
+from slimc.passes import Activations, Calibrate, Fuse, PerSite, Quantize
+from slimc.planning.menu import JUDGED, PRESET, Menu
+from slimc.planning.plan import Sensitivities
+from slimc.planning.sensitivity import Choice, SiteChoices
+from slimc.runtime.formats import LinearFormat, WeightFormat
+
+MENU = {"int2": [Quantize(bits=2, group=8)], "int4": [Quantize(bits=4, group=8)]}
+
+
+def _site(name: str, damages: dict[str, float]) -> SiteChoices:
+    """Return a site of 8 x 8 weights: 128 bytes dense, 48 and 32 with a scale of two bytes a row."""
+    bits = {"dense": None, "int4": 4, "int2": 2}
+    forms = {one: LinearFormat(WeightFormat(8, 8, bits=bits[one], dtype=torch.bfloat16)) for one in damages}
+    choices = tuple(Choice(one, forms[one], damage, 0.1) for one, damage in damages.items())
+    return SiteChoices(name, (8, 8), (name,), choices)
+
+
+@pytest.fixture
+def found() -> Sensitivities:
+    sites = (
+        _site("a", {"dense": 0, "int2": 9.0, "int4": 1.0}),
+        _site("b", {"dense": 0, "int2": 0.5, "int4": 0.2}),
+    )
+    return Sensitivities(sites, Menu.load(MENU), exclude=("left",))
+
+
+def _choices(plan) -> dict[str, str]:
+    return {site.name: site.choice.name for site in plan.sites}
+
+
+@pytest.mark.parametrize(
+    ("budget", "choices"),
+    [
+        ("4bpw", {"a": "int2", "b": "int2"}),
+        ("0.08kB", {"a": "int4", "b": "int2"}),
+        ("6bpw", {"a": "int4", "b": "int4"}),
+        ("0.625x", {"a": "dense", "b": "int2"}),
+        ("0.7x", {"a": "dense", "b": "int4"}),
+    ],
+)
+def test_the_bytes_go_where_they_save_most(found, budget, choices):
+    plan = found.plan(budget)
+    assert _choices(plan) == choices
+    assert plan.nbytes == sum(site.choice.nbytes for site in plan.sites)
+    assert plan.damage == pytest.approx(sum(site.choice.damage for site in plan.sites))
+
+
+def test_the_recipe_names_each_site_and_leaves_dense_what_the_plan_leaves(found):
+    recipe = found.plan("0.7x").recipe
+    assert recipe.exclude == ["left", "a"]
+    _, per_site, _ = recipe.build()
+    assert per_site == PerSite({"int4": MENU["int4"]}, sites={"b": "int4"})
+
+
+def test_the_plan_is_printed_as_a_table_with_its_totals(found):
+    lines = str(found.plan("5bpw")).splitlines()
+    assert lines[0].split("  ")[0] == "layer"
+    assert [word for line in lines[1:3] for word in line.split()[:1]] == ["a", "b"]
+    assert lines[-2].startswith("2 layers, 0.000 MB, 5.000 bits a weight (budget 5bpw), predicted damage 1.5")
+    assert lines[-1] == "int4 x 1, int2 x 1."
+
+
+def test_a_budget_below_the_menu_is_refused_with_the_least_that_it_reaches(found):
+    with pytest.raises(RecipeError, match=r"The budget 3bpw is .* the least .* is 0.000 MB \(4.000 bits a weight\)"):
+        found.plan("3bpw")
+
+
+def test_a_budget_that_leaves_all_dense_is_refused(found):
+    with pytest.raises(RecipeError, match="leaves all layers dense"):
+        found.plan("1x")
+
+
+def test_a_budget_in_time_needs_a_target_in_time(found):
+    with pytest.raises(RecipeError, match="budget 2ms is a time, and the target 'size' counts bytes"):
+        found.plan("2ms")
+    with pytest.raises(RecipeError, match="target 'decode' needs times"):
+        found.plan("4bpw", target="decode")
+
+
+def _times(found: Sensitivities, by_name: dict[str, float]) -> dict[LinearFormat, float]:
+    return {choice.format: by_name[choice.name] for site in found.sites for choice in site.choices}
+
+
+@pytest.mark.parametrize(
+    ("budget", "choices", "spent"),
+    [
+        ("6us", {"a": "int2", "b": "int2"}, 6),
+        ("0.4x", {"a": "int4", "b": "int2"}, 8),
+        ("0.0115ms", {"a": "int4", "b": "int4"}, 10),
+    ],
+)
+def test_a_budget_in_time_is_spent_where_it_saves_most(found, budget, choices, spent):
+    plan = found.plan(budget, target="decode", times=_times(found, {"dense": 10, "int4": 5, "int2": 3}))
+    assert _choices(plan) == choices
+    assert plan.microseconds == spent
+    assert f"and {spent} us (budget {plan.budget})" in plan.summary()
+
+
+def test_with_a_target_in_time_nothing_becomes_slower_than_it_is(found):
+    plan = found.plan("6bpw", target="decode", times=_times(found, {"dense": 10, "int4": 11, "int2": 3}))
+    assert _choices(plan) == {"a": "int2", "b": "int2"}
+
+
+def test_with_a_target_in_time_sites_that_share_an_input_share_their_expression(found):
+    together = replace(found, sites=tuple(replace(site, group=("a", "b")) for site in found.sites))
+    plan = together.plan("8us", target="decode", times=_times(found, {"dense": 10, "int4": 5, "int2": 3}))
+    assert _choices(plan) == {"a": "int2", "b": "int2"}
+
+
+def test_a_time_below_the_menu_is_refused_with_the_least(found):
+    with pytest.raises(RecipeError, match="budget 5us is 5 us, and the least .* is 6 us, of 20 us dense"):
+        found.plan("5us", target="decode", times=_times(found, {"dense": 10, "int4": 5, "int2": 3}))
+
+
+@pytest.mark.parametrize(
+    ("menu", "message"),
+    [
+        ({}, "must map names to lists"),
+        ({"dense": [Quantize()]}, "is on every menu already"),
+        ({"a": ["quantise"]}, "did you mean 'quantize'"),
+        ([Calibrate(), Quantize(), Fuse()], "one per_site.*has 0"),
+        ([PerSite(MENU), Fuse()], "starts with calibrate"),
+        ("slim-w4", "one per_site.*has 0"),
+        ("none.yaml", "there is no recipe file 'none.yaml'"),
+    ],
+)
+def test_a_menu_that_cannot_be_used_is_refused(menu, message):
+    with pytest.raises(RecipeError, match=message):
+        Menu.load(menu)
+
+
+def test_a_menu_may_be_a_whole_recipe_which_the_plan_fills_in(found, tmp_path: Path):
+    passes = [Calibrate(samples=8), PerSite(MENU), Activations(), Fuse()]
+    lines = [one.to_config() for one in passes]
+    recipe = recipes.Recipe(name="menu", passes=lines, exclude=["x"], include=["lm_head"])
+    (tmp_path / "menu.yaml").write_text(recipe.to_yaml())
+    menu = Menu.load(tmp_path / "menu.yaml")
+    assert menu == Menu(tuple(passes), ("lm_head",), ("x",))
+    assert menu.calibrated(samples=4).calibrate == Calibrate(samples=4)
+    planned = menu.planned({"a": "int4"})
+    assert planned == [passes[0], PerSite({"int4": MENU["int4"]}, {"a": "int4"}), *passes[2:]]
+
+
+def test_choices_are_judged_by_data_that_nothing_is_fitted_to():
+    assert Menu.load(MENU).measuring.held_out == JUDGED
+    assert Menu((Calibrate(held_out=0.5), PerSite(MENU), Fuse())).measuring.held_out == 0.5
+    assert Menu.load(MENU).calibrate == Menu.load(PRESET).calibrate == Calibrate(samples=64, length=512)
+
+
+# ------------------------------------------------------------------------------------------------ with a model
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 8)).eval()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 64, generator=generator) for _ in range(4)]
+
+
+def test_a_planned_model_takes_what_the_plan_promised(network, batches, tmp_path: Path):
+    plan = slimc.plan(network, batches, budget="5bpw")
+    plan.save(tmp_path / "plan.yaml")
+    assert recipes.load(tmp_path / "plan.yaml") == plan.recipe
+    small = slimc.compile(network, batches, tmp_path / "plan.yaml")
+    bits = {row.name: row.bits for row in slimc.report(small).sites}
+    assert bits == pytest.approx({site.name: site.bits for site in plan.sites if site.choice.name != "dense"})
+    assert plan.bits_per_weight <= 5
+
+
+def test_a_budget_in_place_of_passes_is_the_same_plan(network, batches):
+    plan = slimc.plan(network, batches, budget="4bpw")
+    planned = slimc.compile(network, batches, budget="4bpw")
+    recipe = slimc.report(planned).recipe
+    assert recipe == [one.to_config() for one in plan.recipe.build()]
+
+
+def test_a_model_writes_its_own_text_once_for_plan_and_compression(tiny_llama_folder: Path, monkeypatch):
+    from slimc import api
+    from slimc.backends import hf
+
+    model, tokenizer = hf.load_model(tiny_llama_folder)
+    calls = []
+    sample = api.self_sampled_batches
+    monkeypatch.setattr(api, "self_sampled_batches", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    menu = Menu.load(None).calibrated(samples=4, length=32, batch=1)
+    monkeypatch.setattr(Menu, "load", lambda _: menu)
+    small = slimc.compile(model, tokenizer=tokenizer, budget="4bpw")
+    assert len(calls) == 1
+    assert slimc.report(small).bits_per_weight <= 4
+
+
+def test_passes_and_a_budget_exclude_each_other(network, batches):
+    with pytest.raises(RecipeError, match="exclude each other"):
+        slimc.compile(network, batches, "rtn-w4", budget="4bpw")
+
+
+def test_a_model_that_cannot_write_needs_calibration(network):
+    with pytest.raises(InputError, match="cannot write its own calibration text"):
+        slimc.plan(network, budget="4bpw")
