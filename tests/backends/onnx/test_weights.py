@@ -1,0 +1,328 @@
+"""Every form of a layer, for every target, in onnx.reference and in ONNX Runtime, against the exact product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slimc.errors import InputError
+from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Sparsity, Unstructured, pack_weight
+
+onnx = pytest.importorskip("onnx")
+
+from onnx import helper  # noqa: E402 - after the check that it is there
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+from slimc.backends.onnx.initializers import DATA_TYPES  # noqa: E402
+from slimc.backends.onnx.weights import TARGETS, LoweredLinear, lower_linear, lower_weight, opset_of  # noqa: E402
+
+Runtime = Callable[[bytes | Path, Mapping[str, Any]], list[np.ndarray]]
+
+
+def pack_random(
+    rows: int,
+    columns: int,
+    *,
+    bits: int | None = 4,
+    group: int | str | None = None,
+    sparsity: Sparsity = None,
+    asymmetric: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PackedWeight:
+    """Return random codes with random scales; ``group`` is None (a tensor), ``"channel"`` or a number of columns."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = None
+    if isinstance(sparsity, NM):
+        order = torch.rand(rows, columns // sparsity.m, sparsity.m, generator=generator).argsort(-1)
+        mask = (order < sparsity.n).reshape(rows, columns)
+    elif sparsity is not None:
+        mask = torch.rand(rows, columns, generator=generator) < 0.5
+    if bits is None:
+        values = torch.randn(rows, columns, generator=generator).to(dtype)
+        return pack_weight(values, bits=None, mask=mask, sparsity=sparsity)
+    width = group if isinstance(group, int) else None
+    shape = (1, 1) if group is None else (rows, 1 if width is None else -(-columns // width))
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    scale = (0.5 + torch.rand(shape, generator=generator)).to(dtype)
+    zero_point = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8) if asymmetric else None
+    return pack_weight(codes, bits=bits, scale=scale, zero_point=zero_point, group=width, mask=mask, sparsity=sparsity)
+
+
+def model_of(lowered: LoweredLinear, packed: PackedLinear, dtype: torch.dtype, opset: int = 21) -> onnx.ModelProto:
+    """Return a graph of one layer, with all that it needs inside."""
+    form, kind = packed.format, DATA_TYPES[dtype]
+    graph = helper.make_graph(
+        lowered.nodes,
+        "layer",
+        [helper.make_tensor_value_info(lowered.input, kind, ["batch", "length", form.columns])],
+        [helper.make_tensor_value_info(lowered.output, kind, ["batch", "length", form.rows])],
+        list(lowered.initializers.values()),
+    )
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(*pair) for pair in lowered.domains.items())]
+    model = helper.make_model(graph, opset_imports=imports, functions=lowered.functions)
+    model.ir_version = 10 if opset < 25 else 13
+    return model
+
+
+def unrounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the exact result in float64, and the sum of the magnitudes of its terms."""
+
+    def exact(weight: PackedWeight) -> Tensor:
+        if weight.scale is None:
+            return weight.decode().double()
+        return PackedWeight(
+            weight.format, weight.values, weight.pattern, weight.scale.double(), weight.zero_point
+        ).decode()
+
+    scaled = x.double() if packed.input_scale is None else x.double() * packed.input_scale.double()
+    weight = exact(packed.weight)
+    ideal, size = scaled @ weight.T, scaled.abs() @ weight.abs().T
+    if packed.left is not None and packed.right is not None:
+        left, right = exact(packed.left), exact(packed.right)
+        ideal = ideal + x.double() @ right.T @ left.T
+        size = size + x.double().abs() @ right.abs().T @ left.abs().T
+    if bias is not None:
+        ideal, size = ideal + bias.double(), size + bias.double().abs()
+    return ideal, size
+
+
+def _linear(
+    weight: PackedWeight,
+    *,
+    rank: int = 0,
+    factor: tuple[Any, Any] = (None, None),
+    scaled: bool = False,
+    activation: str | None = None,
+) -> PackedLinear:
+    rows, columns, dtype = weight.format.rows, weight.format.columns, weight.format.dtype
+    left = right = None
+    if rank:
+        bits, group = factor
+        left = pack_random(rows, rank, bits=bits, group=group, dtype=dtype, seed=1)
+        right = pack_random(rank, columns, bits=bits, group=group, dtype=dtype, seed=2)
+    scale = 0.5 + torch.rand(columns, generator=torch.Generator().manual_seed(3)) if scaled else None
+    return PackedLinear(weight, left, right, None if scale is None else scale.to(dtype), activation)
+
+
+FORMS: dict[str, Callable[[], PackedLinear]] = {
+    "int4": lambda: _linear(pack_random(24, 64)),
+    "int4 channel": lambda: _linear(pack_random(24, 64, group="channel")),
+    "int4/32": lambda: _linear(pack_random(24, 64, group=32)),
+    "int4/32 short last group": lambda: _linear(pack_random(24, 76, group=32)),
+    "int4/48": lambda: _linear(pack_random(24, 100, group=48)),
+    "int4/8": lambda: _linear(pack_random(23, 60, group=8)),
+    "int4/512": lambda: _linear(pack_random(8, 1100, group=512)),
+    "int4/64 wider than the weight": lambda: _linear(pack_random(24, 40, group=64)),
+    "odd sizes": lambda: _linear(pack_random(7, 33)),
+    **{
+        f"int{bits}{' asymmetric' if asymmetric else ''}": lambda bits=bits, asymmetric=asymmetric: _linear(
+            pack_random(24, 64, bits=bits, group=32, asymmetric=asymmetric)
+        )
+        for bits in (2, 3, 5, 8)
+        for asymmetric in (False, True)
+    },
+    "int4 asymmetric": lambda: _linear(pack_random(24, 96, group=48, asymmetric=True)),
+    "int4 asymmetric tensor": lambda: _linear(pack_random(24, 64, asymmetric=True)),
+    "2:4 int4": lambda: _linear(pack_random(24, 64, sparsity=NM(2, 4))),
+    "2:4 int4/32 asymmetric": lambda: _linear(pack_random(24, 64, group=32, sparsity=NM(2, 4), asymmetric=True)),
+    "1:4 int3 channel": lambda: _linear(pack_random(24, 64, bits=3, group="channel", sparsity=NM(1, 4))),
+    "unstructured int4": lambda: _linear(pack_random(24, 64, sparsity=Unstructured())),
+    "numbers": lambda: _linear(pack_random(24, 64, bits=None)),
+    "2:4 numbers": lambda: _linear(pack_random(24, 64, bits=None, sparsity=NM(2, 4))),
+    "unstructured numbers bf16": lambda: _linear(
+        pack_random(24, 64, bits=None, sparsity=Unstructured(), dtype=torch.bfloat16)
+    ),
+    "low-rank": lambda: _linear(pack_random(24, 64), rank=5),
+    "low-rank int4": lambda: _linear(pack_random(24, 64, sparsity=NM(2, 4)), rank=57, factor=(4, 64)),
+    "low-rank int4 channel": lambda: _linear(pack_random(24, 64), rank=9, factor=(4, "channel")),
+    "scaled": lambda: _linear(pack_random(24, 64), scaled=True),
+    "scaled low-rank bf16": lambda: _linear(
+        pack_random(24, 64, group=32, dtype=torch.bfloat16), rank=20, factor=(4, 16), scaled=True
+    ),
+    "float16 scales": lambda: _linear(pack_random(24, 640, group=32, dtype=torch.float16)),
+}
+"""Layers in every form that slimc can make."""
+
+ROUNDED: dict[str, Callable[[], PackedLinear]] = {
+    kind: lambda kind=kind: _linear(pack_random(24, 64, group=32), rank=5, scaled=True, activation=kind)
+    for kind in ("int8", "float8_e4m3fn")
+}
+"""Layers whose inputs are rounded."""
+
+
+def bias_of(packed: PackedLinear) -> Tensor:
+    return torch.randn(packed.format.rows, generator=torch.Generator().manual_seed(4))
+
+
+def inputs_of(packed: PackedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, packed.format.columns, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def bound_of(packed: PackedLinear, size: Tensor) -> Tensor:
+    """A rounding for each term of a sum, and four: two decoded weights meet in the adapters, and sums are added."""
+    return (packed.format.columns + packed.format.rank + 4) * 2.0**-24 * size
+
+
+def check(model: onnx.ModelProto, x: Tensor, ideal: Tensor, bound: Tensor, in_runtime: Runtime) -> None:
+    onnx.checker.check_model(model, full_check=True)
+    for name, (found,) in (
+        ("onnx.reference", ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})),
+        ("ONNX Runtime", in_runtime(model.SerializeToString(), {model.graph.input[0].name: x.numpy()})),
+    ):
+        excess = (torch.from_numpy(found).double() - ideal).abs() - bound
+        assert excess.max() <= 0, f"{name} is off by {excess.max():.2e} more than {bound.max():.2e}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_computes_the_exact_product(form: str, target: str, in_runtime: Runtime) -> None:
+    packed = FORMS[form]()
+    x, bias = inputs_of(packed), bias_of(packed)
+    opset = opset_of([packed], target)
+    lowered = lower_linear(packed, bias, target, "layer.0", opset=opset)
+    ideal, size = unrounded_product(packed, x, bias)
+    model = model_of(lowered, packed, torch.float32, opset)
+    if target == "ort":  # onnx.reference does not know com.microsoft
+        (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
+        assert ((torch.from_numpy(found).double() - ideal).abs() <= bound_of(packed, size)).all()
+    else:
+        check(model, x, ideal, bound_of(packed, size), in_runtime)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_inputs(
+    kind: str, target: str, in_runtime: Runtime, rounded_product: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    packed = ROUNDED[kind]()
+    x, bias = inputs_of(packed), bias_of(packed)
+    x[0, 0] = 0  # a token without a scale of its own
+    lowered = lower_linear(packed, bias, target, "layer.0")
+    ideal, bound = rounded_product(packed, x, bias)
+    model = model_of(lowered, packed, torch.float32)
+    (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
+    assert ((torch.from_numpy(found).double() - ideal).abs() <= bound).all()
+    if target != "ort":
+        check(model, x, ideal, bound, in_runtime)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float16(target: str, in_runtime: Runtime) -> None:
+    packed = FORMS["scaled low-rank bf16"]()
+    x, bias = inputs_of(packed, torch.float16), bias_of(packed).half()
+    lowered = lower_linear(packed, bias, target, "layer.0", dtype=torch.float16)
+    model = model_of(lowered, packed, torch.float16)
+    onnx.checker.check_model(model, full_check=True)
+    (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
+    ideal, size = unrounded_product(packed, x, bias)
+    # Roundings to float16 of scales, decoded weights, the scaled input, products, and sums; products add up in float32.
+    bound = 8 * 2.0**-11 * size + bound_of(packed, size)
+    assert found.dtype == np.float16
+    assert ((torch.from_numpy(found).double() - ideal).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("form", ["int4/32", "int4", "int4 channel", "int3", "int8", "int2", "int4 asymmetric tensor"])
+def test_onnx_runtime_keeps_the_codes(form: str, in_runtime: Runtime, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    packed = FORMS[form]()
+    opset = opset_of([packed], "portable")
+    model = model_of(lower_linear(packed, None, "portable", "layer", opset=opset), packed, torch.float32, opset)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx").graph
+    assert [node.op_type for node in optimised.node] == ["MatMulNBits"]
+    assert all(
+        constant.data_type != onnx.TensorProto.FLOAT
+        or len(constant.dims) < 2
+        or (constant.dims[0] == 24 and constant.dims[1] <= 64 // 16)
+        for constant in optimised.initializer
+    ), "nothing is folded to numbers"
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "opset", "bits", "note"),
+    [
+        ("int4", "portable", 21, 4, None),
+        ("int4", "ort", 21, 4, None),
+        ("int3", "portable", 21, 4, "weight: codes of 3 bits are stored in 4"),
+        ("int3", "ort", 21, 4, "weight: codes of 3 bits are stored in 4"),
+        ("int5 asymmetric", "portable", 21, 8, "weight: codes of 5 bits are stored in 8"),
+        ("int2", "portable", 21, 4, "weight: codes of 2 bits are stored in 4"),
+        ("int2", "portable", 25, 2, None),
+        ("int2", "ort", 21, 2, None),
+        ("2:4 int4", "portable", 21, 4, "is stored without its pattern"),
+        ("int4", "dense", 21, 32, "is stored as numbers of 32 bits"),
+    ],
+)
+def test_bits_and_notes(form: str, target: str, opset: int, bits: int, note: str | None) -> None:
+    packed = FORMS[form]()
+    lowered = lower_linear(packed, None, target, "layer", opset=opset)
+    assert lowered.stored["layer.weight"].nbytes * 8 == bits * packed.format.rows * packed.format.columns
+    assert all(proto.ByteSize() >= lowered.stored[name].nbytes for name, proto in lowered.initializers.items())
+    assert (note is None and not lowered.notes) or any(note in line for line in lowered.notes)
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_what_16_bits_hold_takes_16_bits(target: str) -> None:
+    packed = FORMS["float16 scales"]()
+    stored = lower_linear(packed, None, target, "layer").stored
+    assert sum(constant.nbytes for constant in stored.values()) == packed.format.nbytes()
+
+
+def test_one_scale_takes_one_scale_whatever_the_blocks_of_the_runtime() -> None:
+    packed = PackedLinear(pack_random(64, 1024))
+    lowered = lower_linear(packed, None, "ort", "layer")
+    assert lowered.nbytes <= packed.format.nbytes() + 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "form", ["int4/32", "int4 asymmetric", "2:4 int4", "unstructured int4", "2:4 numbers", "numbers"]
+)
+def test_a_weight_alone(form: str, target: str, in_runtime: Runtime) -> None:
+    weight = FORMS[form]().weight
+    lowered = lower_weight(weight, target, "w")
+    graph = helper.make_graph(
+        lowered.nodes,
+        "weight",
+        [],
+        [helper.make_tensor_value_info("w.y", onnx.TensorProto.FLOAT, [weight.format.columns, weight.format.rows])],
+        list(lowered.initializers.values()),
+    )
+    imports = [helper.make_opsetid("", 21), *(helper.make_opsetid(*pair) for pair in lowered.domains.items())]
+    model = helper.make_model(graph, opset_imports=imports, functions=lowered.functions, ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    for (found,) in (ReferenceEvaluator(model).run(None, {}), in_runtime(model.SerializeToString(), {})):
+        assert torch.equal(torch.from_numpy(found), weight.decode().t())
+
+
+def test_names_are_those_of_the_layer() -> None:
+    packed = FORMS["low-rank int4"]()
+    for target in TARGETS:
+        lowered = lower_linear(packed, bias_of(packed), target, "model.layers.0.q_proj")
+        names = {name for node in lowered.nodes for name in (*node.input, *node.output) if name} | set(lowered.stored)
+        assert all(name.startswith("model.layers.0.q_proj.") for name in names)
+        assert lowered.nodes[-1].output == [lowered.output]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "portabel"}, "did you mean 'portable'"),
+        ({"target": "ort", "opset": 7}, "opset 7 is not supported"),
+        ({"target": "ort", "opset": 99}, "opset 99 is not supported"),
+        ({"target": "ort", "dtype": torch.bfloat16}, "cannot compute in torch.bfloat16"),
+    ],
+)
+def test_unknown_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        lower_linear(FORMS["int4"](), None, **{"target": "ort", "name": "layer", **options})
