@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 from slimc.version import __version__
 
 if TYPE_CHECKING:
-    from slimc.api import compile, explain, load, report, save, tune  # noqa: A004 - slimc.compile, like torch.compile
+    from slimc.api import (
+        compile,  # noqa: A004 - slimc.compile, like torch.compile
+        explain,
+        export_onnx,
+        load,
+        report,
+        save,
+        tune,
+    )
 
-__all__ = ["__version__", "compile", "explain", "load", "report", "save", "tune"]
+__all__ = ["__version__", "compile", "explain", "export_onnx", "load", "report", "save", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The public functions: ``compile``, ``save``, ``load``, ``report``, ``explain``, ``tune``."""
+"""The public functions: ``compile``, ``save``, ``load``, ``export_onnx``, ``report``, ``explain``, ``tune``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from slimc import recipes
 from slimc.backends import KERNELS, hf, tuning
+from slimc.backends.hf_library import require
 from slimc.calibration import (
     calibration_batches,
     count_tokens,
@@ -41,6 +42,9 @@ from slimc.runtime.modules import SlimLinear, use_kernels
 from slimc.runtime.select import Explanation
 from slimc.runtime.storage import load_folder, save_folder
 from slimc.version import __version__
+
+if TYPE_CHECKING:
+    from slimc.backends.onnx.export import OnnxReport
 
 Model = TypeVar("Model", bound=nn.Module)
 Parameters = ParamSpec("Parameters")
@@ -390,6 +394,68 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     use_kernels(loaded, KERNELS)
     _attach(loaded, replace(Report.from_json(record), graph=_read_graph(Path(path))))
     return loaded
+
+
+@_in_plain_mode
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any = None,
+    target: str = "portable",
+    *,
+    dtype: str = "float32",
+    opset: int | None = None,
+    accuracy_level: int = 0,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> OnnxReport:
+    """Write a model as an ONNX folder, which ONNX Runtime runs without PyTorch and without slimc.
+
+    Compressed layers stay compressed: as codes of 4 or 8 bits (2 from opset 25 on), which ONNX Runtime multiplies by
+    as they are. What ONNX cannot hold, such as 3 bits or the pattern of 2:4, takes more, and the report says how much.
+
+    Args:
+        model: what :func:`compile` or :func:`load` returned, or a dense model. It is left as it was.
+        path: the folder, or ``model.onnx`` in it. It appears whole or not at all.
+        example_inputs: a call of the model: a tensor, a tuple of arguments or a dict of keyword arguments. ``None``:
+            token ids and a mask for a language model, images for a vision model of Hugging Face.
+        target: ``"portable"`` (functions of the domain ``slim``, which any runtime of opset 21 runs), ``"ort"`` (ONNX
+            Runtime's own operators) or ``"dense"`` (decoded weights, for TensorRT, which finds the zeros of 2:4).
+        dtype: what the graph computes in, ``"float32"`` or ``"float16"``.
+        opset: of the graph; ``None`` is the lowest that has what the layers need.
+        accuracy_level: of ``"ort"``: 0 is exact, 4 rounds the inputs of products to 8 bits and is faster on a CPU.
+        tokenizer: saved beside the model.
+        overwrite: replace an ONNX folder that slimc wrote.
+
+    Returns:
+        What the folder takes; a table if printed.
+
+    Raises:
+        InputError: an option is not known, the example does not fit the model, the folder exists or cannot be written,
+            or a package is missing. Nothing is written then.
+        CaptureError: PyTorch cannot trace the model, or not translate it to ONNX.
+    """
+    for package in ("onnx", "onnxscript"):
+        require(package, "exporting to ONNX", extra="onnx")
+    from slimc.backends.onnx import export
+
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
+    _require_module(model)
+    if example_inputs is not None:
+        example = calibration_batches(model, [example_inputs], Calibrate())[0]
+    else:
+        example = export.images(model) or export.with_mask(model, example_batches(model, needed="example_inputs=")[0])
+    return export.export_folder(
+        model,
+        Path(path),
+        example,
+        target=target,
+        dtype=export.compute_dtype(dtype),
+        opset=opset,
+        accuracy_level=accuracy_level,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+    )
 
 
 def explain(model: nn.Module) -> Explanation:

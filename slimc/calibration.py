@@ -103,15 +103,19 @@ def self_sampled_outline(model: nn.Module, settings: Calibrate) -> list[Batch]:
     return [_call(model, batch) for batch in _split(zeros, settings.batch)]
 
 
-def example_batches(model: nn.Module) -> list[Batch]:
+def example_batches(model: nn.Module, *, needed: str = "calibration=") -> list[Batch]:
     """Return one small call to capture a language model with, when no calibration data is needed.
+
+    Args:
+        model: the model.
+        needed: the argument that brings an example where this function has none, for the message.
 
     Raises:
         InputError: the model is not one whose inputs are known.
     """
     if not is_language_model(model):
         raise InputError(
-            f"Pass calibration= with at least one batch: {type(model).__name__} must be captured with an example of "
+            f"Pass {needed} with at least one batch: {type(model).__name__} must be captured with an example of "
             "its inputs."
         )
     return [_call(model, torch.zeros(_EXAMPLE, dtype=torch.int64))]

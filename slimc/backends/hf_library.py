@@ -15,13 +15,13 @@ import torch
 from slimc.errors import FormatError, InputError, SlimError
 
 
-def require(package: str, purpose: str) -> Any:
-    """Import and return ``package``, or raise an InputError that says why it is needed.
+def require(package: str, purpose: str, *, extra: str = "hf") -> Any:
+    """Import and return ``package``, or raise an InputError that says why it is needed and which extra brings it.
 
     It is returned untyped: its annotations differ from one release to the next.
     """
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"{purpose} needs the package {package}: pip install 'slimc[hf]'")
+        raise InputError(f"{purpose} needs the package {package}: pip install 'slimc[{extra}]'")
     return importlib.import_module(package)
 
 

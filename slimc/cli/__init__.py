@@ -8,6 +8,7 @@ from __future__ import annotations
 from slimc.cli.app import app, main
 from slimc.cli.benchmarking import bench
 from slimc.cli.compressing import compress
+from slimc.cli.exporting import export, verify
 from slimc.cli.inspection import inspect
 from slimc.cli.running import evaluate, generate
 from slimc.cli.showing import recipes
@@ -19,6 +20,8 @@ app.command()(compress)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.command()(export)
+app.command()(verify)
 app.command()(recipes)
 app.command()(tune)
 app.command()(bench)

@@ -1,0 +1,241 @@
+"""A folder with an ONNX model: what is in it, and how it appears whole or not at all.
+
+    model.onnx                    the graph, with its smallest constants
+    model.onnx.data               the others, one after another
+    slim_onnx.json                what the folder is: target, opset, inputs and outputs, sizes, notes
+    config.json, tokenizer files  for Hugging Face models, written by the caller
+
+The constants go into their file one by one, each made when its turn comes, so that a model of any size is written in
+the memory that the largest of them takes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto
+
+from slimc.backends.onnx.description import DESCRIPTION, Description, is_onnx_folder, read_description
+from slimc.backends.onnx.initializers import Initializer
+from slimc.errors import FormatError, InputError
+from slimc.runtime.files import (
+    file_inside,
+    flush_to_disk,
+    json_bytes,
+    publish_folder,
+    read_json,
+    regular_file_size,
+    write_file,
+)
+from slimc.runtime.formats import LinearFormat
+from slimc.version import __version__
+
+__all__ = ["DATA", "MODEL", "OnnxGraph", "SiteSize", "folder_of", "open_folder", "site_sizes", "write_folder"]
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+
+_SMALL = 1024
+"""Bytes below which a constant stays in the graph: shapes and axes must be known where sizes are derived."""
+
+_ALIGNMENT = 64
+"""Constants begin at multiples of it, so that what maps the file can use them where they are."""
+
+_LARGEST_GRAPH = 2**31 - 1
+"""Bytes that a message of protocol buffers may have."""
+
+_ROOM_FOR_DESCRIPTION = 16 << 20
+"""Free space asked for beyond the constants."""
+
+
+@dataclass(frozen=True)
+class SiteSize:
+    """What a compressed layer takes in a graph.
+
+    Attributes:
+        form: its packed form, for people.
+        shape: output and input features.
+        bytes: of its constants in the graph, without the bias.
+        packed_bytes: of its packed form.
+        notes: why it takes more.
+    """
+
+    form: str
+    shape: tuple[int, int]
+    bytes: int
+    packed_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class OnnxGraph:
+    """A model in ONNX whose constants are yet to be made.
+
+    Attributes:
+        model: nodes, functions, inputs and outputs; it has no initializers.
+        stored: the constants by name.
+        description: what a program must know to run it.
+        sites: the compressed layers by name.
+    """
+
+    model: ModelProto
+    stored: dict[str, Initializer]
+    description: Description
+    sites: dict[str, SiteSize] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all constants."""
+        return sum(constant.nbytes for constant in self.stored.values())
+
+    def whole(self) -> ModelProto:
+        """Return the model with its constants inside, for small ones."""
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        model.graph.initializer.extend(constant.proto(name) for name, constant in self.stored.items())
+        return model
+
+
+def site_sizes(
+    formats: Mapping[str, LinearFormat],
+    stored: Mapping[str, Initializer],
+    notes: Mapping[str, Sequence[str]],
+) -> dict[str, SiteSize]:
+    """Return what each layer takes: the constants whose names begin with its own, but not its bias."""
+    sizes = dict.fromkeys(formats, 0)
+    for name, constant in stored.items():
+        owner, _, part = name.rpartition(".")
+        while owner and owner not in sizes:
+            owner, _, ahead = owner.rpartition(".")
+            part = f"{ahead}.{part}"
+        if owner in sizes and part.partition(".")[0] != "bias":
+            sizes[owner] += constant.nbytes
+    return {
+        name: SiteSize(
+            form.describe(), (form.rows, form.columns), sizes[name], form.nbytes(), tuple(notes.get(name, ()))
+        )
+        for name, form in formats.items()
+    }
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder that ``path`` names: itself, or that of a file ``model.onnx`` in it.
+
+    Raises:
+        InputError: it names a file of another name.
+    """
+    if path.suffix != ".onnx":
+        return path
+    if path.name != MODEL:
+        raise InputError(
+            f"{path}: the graph is one of several files of a folder, in which it is called {MODEL}; name the folder"
+        )
+    return path.parent
+
+
+def write_folder(
+    graph: OnnxGraph,
+    path: Path,
+    *,
+    write_extra: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder; it appears whole or not at all.
+
+    Args:
+        graph: the model.
+        path: the folder, or ``model.onnx`` in it.
+        write_extra: writes further files into the folder that it is given.
+        overwrite: replace a folder of the same kind.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the folder exists, cannot be written, or the disk is full; nothing is left then.
+    """
+    target = folder_of(path)
+    described = ModelProto()
+    described.CopyFrom(graph.model)
+    end = 0
+    offsets = {}
+    for name, constant in graph.stored.items():
+        if constant.nbytes < _SMALL:
+            described.graph.initializer.append(constant.proto(name))
+            continue
+        offsets[name] = end = -(-end // _ALIGNMENT) * _ALIGNMENT
+        described.graph.initializer.append(constant.external_proto(name, DATA, end))
+        end += constant.nbytes
+    if described.ByteSize() > _LARGEST_GRAPH:
+        raise InputError(f"{target}: the graph alone is larger than ONNX allows; export a part of the model")
+    content = described.SerializeToString(deterministic=True)
+    record = _record(graph, files={MODEL: len(content), DATA: end})
+    with publish_folder(
+        target, needed=end + len(content) + _ROOM_FOR_DESCRIPTION, overwrite=overwrite, replaceable=is_onnx_folder
+    ) as folder:
+        _write_constants(folder / DATA, graph.stored, offsets)
+        write_file(folder / MODEL, content)
+        if write_extra is not None:
+            write_extra(folder)
+        write_file(folder / DESCRIPTION, json_bytes(record))
+    return target
+
+
+def _write_constants(path: Path, stored: Mapping[str, Initializer], offsets: Mapping[str, int]) -> None:
+    with path.open("xb") as file:
+        for name, offset in offsets.items():
+            file.write(bytes(offset - file.tell()))
+            file.write(memoryview(stored[name].content()))
+        flush_to_disk(file.fileno())
+
+
+def _record(graph: OnnxGraph, files: Mapping[str, int]) -> dict[str, Any]:
+    """Return the description, with what people and `slimc.backends.onnx.verify` want to know besides."""
+    in_sites = sum(site.bytes for site in graph.sites.values())
+    record: dict[str, Any] = json.loads(graph.description.content())
+    return record | {
+        "slimc_version": __version__,
+        # ONNX Runtime rounds the inputs of the products that it finds to 8 bits unless it is told not to.
+        "session": {"session.qdq_matmulnbits_accuracy_level": "0"} if graph.description.target == "portable" else {},
+        "files": dict(files),
+        "sizes": {
+            "layers": in_sites,
+            "layers_packed": sum(site.packed_bytes for site in graph.sites.values()),
+            "others": graph.nbytes - in_sites,
+        },
+        "sites": {name: asdict(site) for name, site in graph.sites.items()},
+    }
+
+
+def open_folder(path: Path) -> tuple[ModelProto, Description, dict[str, Any]]:
+    """Return the graph of a folder, its constants left where they are, its description, and the whole of that file.
+
+    Raises:
+        InputError: there is no such folder, or it is not one with an ONNX model of slimc's.
+        FormatError: a file is missing, of another size than described, or damaged.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder")
+    if not is_onnx_folder(path):
+        raise InputError(
+            f"{path}: has no {DESCRIPTION}, so it is not an ONNX model that slimc wrote; write one with 'slimc export'"
+        )
+    description = read_description(path)
+    record = read_json(file_inside(path, DESCRIPTION))
+    sizes = record.get("files")
+    if not isinstance(sizes, dict) or not {MODEL, DATA} <= sizes.keys():
+        raise FormatError(f"{path / DESCRIPTION}: does not list {MODEL} and {DATA}; export the model again")
+    for name in (MODEL, DATA):
+        size = regular_file_size(file_inside(path, name))
+        if size != sizes[name]:
+            raise FormatError(f"{path / name}: has {size} bytes, not the {sizes[name]} that {DESCRIPTION} promises")
+    try:
+        model = onnx.load(str(path / MODEL), load_external_data=False)
+    except Exception as error:
+        raise FormatError(f"{path / MODEL}: is not an ONNX model ({error}); export it again") from error
+    return model, description, record
