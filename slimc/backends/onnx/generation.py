@@ -11,6 +11,7 @@ from torch import nn
 
 from slimc.backends.onnx.decoder import CacheGeometry, trace_decoder
 from slimc.backends.onnx.description import CacheLayout, Description
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime
 from slimc.backends.onnx.initializers import DATA_TYPES, Initializer
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
 from slimc.backends.onnx.weights import check_options, opset_of
@@ -64,11 +65,13 @@ def decoder_graph(
     version = opset or opset_of(packed, target)
     contrib = target == "ort"
     decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version)
+    if contrib:
+        fuse_for_onnxruntime(decoder.program.model)
     proto = onnx_ir.to_proto(decoder.program.model)
     compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
     dense = DenseMatrices(decoder.outline, dtype, contrib=contrib)
     constants = fill(
-        proto, {"Compressed": compressed.linear, "Linear": dense.linear, "Embedding": dense.embedding}
+        proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings}
     )
     _declare_shapes(proto, decoder.cache, dtype)
     layout = CacheLayout(

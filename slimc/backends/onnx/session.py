@@ -14,16 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimc.backends.onnx.description import DESCRIPTION, Description, read_description
+from slimc.backends.onnx.description import Description, read_description
 from slimc.errors import FormatError, InputError, NumericsError
 from slimc.runtime.files import file_inside, read_json
 
-__all__ = ["OnnxDecoder", "Tokens", "end_tokens"]
+__all__ = ["OnnxDecoder", "Tokens", "best_device", "end_tokens"]
 
 Array = npt.NDArray[Any]
 Tokens = Sequence[int]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def best_device() -> str:
+    """Return ``cuda`` where ONNX Runtime has a provider for it, else ``cpu``."""
+    return "cuda" if PROVIDERS["cuda"] in _import_runtime().get_available_providers() else "cpu"
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
@@ -88,7 +93,6 @@ class OnnxDecoder:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         if threads is not None:
             options.intra_op_num_threads = threads
-        # Several models may share a process: idle threads must not spin for the next call of one of them.
         path = file_inside(self.folder, self.description.model)
         providers = [PROVIDERS[self._device]] + (["CPUExecutionProvider"] if self._device != "cpu" else [])
         try:
@@ -210,14 +214,19 @@ class _State:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
 
 
-def _runtime(device: str) -> Any:
-    """Import ONNX Runtime and check that it has the provider for a device."""
+def _import_runtime() -> Any:
     try:
         import onnxruntime
     except ImportError:
         raise InputError("running an ONNX folder needs the package onnxruntime: pip install 'slimc[onnx]'") from None
+    return onnxruntime
+
+
+def _runtime(device: str) -> Any:
+    """Return ONNX Runtime after checking that it has the provider for a device."""
+    runtime = _import_runtime()
     if device not in PROVIDERS:
         raise InputError(f"an ONNX folder runs on {' or '.join(PROVIDERS)}, not on {device!r}")
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+    if PROVIDERS[device] not in runtime.get_available_providers():
         raise InputError(f"this onnxruntime has no {PROVIDERS[device]}: pip install onnxruntime-gpu, or use the cpu")
-    return onnxruntime
+    return runtime
