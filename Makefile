@@ -55,7 +55,7 @@ python-check:
 	@echo "setting up .venv (once; torch is large)"
 	@$(PYTHON) -m venv .venv
 	@$(TEST) $(PIP_INSTALL) --constraint constraints-dev.txt torch
-	@$(TEST) $(PIP_INSTALL) --constraint constraints-dev.txt --editable '.[hf,dev]'
+	@$(TEST) $(PIP_INSTALL) --constraint constraints-dev.txt --editable '.[hf,onnx,dev]'
 	@touch $@
 
 .venv-demo/ready: pyproject.toml constraints-dev.txt $(SOURCES) | python-check

@@ -190,7 +190,7 @@ def _write_constants(path: Path, stored: Mapping[str, Initializer], offsets: Map
     with path.open("xb") as file:
         for name, offset in offsets.items():
             file.write(bytes(offset - file.tell()))
-            file.write(memoryview(stored[name].content()))
+            file.write(stored[name].content().data)
         flush_to_disk(file.fileno())
 
 

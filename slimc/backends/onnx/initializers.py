@@ -9,7 +9,6 @@ from math import prod
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from onnx import TensorProto
 from torch import Tensor
@@ -72,18 +71,14 @@ class Initializer:
 
     def proto(self, name: str) -> TensorProto:
         """Return the constant with its content inside, for graphs that are small."""
-        return self._described(name, raw_data=self.content().tobytes())
+        return TensorProto(name=name, data_type=self.data_type, dims=self.dims, raw_data=self.content().tobytes())
 
     def external_proto(self, name: str, location: str, offset: int) -> TensorProto:
         """Return the constant with its content in the file ``location``, from ``offset`` on."""
-        proto = self._described(name)
-        proto.data_location = TensorProto.EXTERNAL
+        proto = TensorProto(name=name, data_type=self.data_type, dims=self.dims, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", location), ("offset", str(offset)), ("length", str(self.nbytes))):
             proto.external_data.add(key=key, value=value)
         return proto
-
-    def _described(self, name: str, **content: bytes) -> TensorProto:
-        return onnx.TensorProto(name=name, data_type=self.data_type, dims=self.dims, **content)
 
 
 def of_tensor(tensor: Tensor, dtype: torch.dtype | None = None, *, transposed: bool = False) -> Initializer:

@@ -283,7 +283,7 @@ def _cast(constant: Initializer, dtype: torch.dtype) -> Initializer:
 
 
 def _tensor_of(constant: Initializer) -> Tensor:
-    content = bytearray(memoryview(constant.content()))
+    content = bytearray(constant.content().data)
     dtype = _TYPES[constant.data_type]
     flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
     return flat.reshape(constant.dims)

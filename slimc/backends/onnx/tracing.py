@@ -76,7 +76,8 @@ def twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for _, tensor in tensors
     }
     try:
-        copied = copy.deepcopy(model, memo)
+        with quiet():
+            copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be copied, and so not be exported ({error})") from error
     return copied.to("cpu", dtype).eval()
@@ -95,8 +96,7 @@ def trace(model: nn.Module, example: Batch) -> Traced:
         CaptureError: ``torch.export`` cannot trace the model.
     """
     name = type(model).__name__
-    if hasattr(model, "config") and hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    _choose_traceable_code(model)
     paths, leaves, structure = _named_leaves(model, example)
     inputs = tuple(path for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor))
     flat = _Flat(model, structure, leaves).eval()
@@ -122,6 +122,16 @@ def trace(model: nn.Module, example: Batch) -> Traced:
     raise CaptureError(
         f"torch.export cannot trace {name}: {(str(failure).strip().splitlines() or ['no reason given'])[0]}"
     ) from failure
+
+
+def _choose_traceable_code(model: nn.Module) -> None:
+    """Have a model of transformers compute what can be exported: without a cache, experts by batched products."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    # The default is a grouped product, which ONNX does not have.
+    if getattr(config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
 
 
 def _trials(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

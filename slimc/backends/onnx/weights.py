@@ -270,7 +270,7 @@ def narrowest(tensor: Tensor) -> torch.dtype:
 
 
 def _lower_portable(piece: _Piece, packed: PackedLinear, bias: Tensor | None) -> None:
-    attributes: dict[str, int] = {}
+    attributes: dict[str, Any] = {}
     inputs = dict.fromkeys(INPUTS, "") | {"x": piece.result.input}
 
     def hold(name: str, prefix: str, part: PackedWeight) -> bool:
