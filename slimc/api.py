@@ -1,4 +1,4 @@
-"""The public functions: ``compile``, ``plan``, ``save``, ``load``, ``export_onnx``, ``report``, ``explain``, ``tune``."""
+"""The public functions: ``compile``, ``plan``, ``save``, ``load``, ``export_onnx``, ``report`` and so on."""
 
 from __future__ import annotations
 

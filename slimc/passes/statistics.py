@@ -119,7 +119,7 @@ class Shortfall:
         """Accumulate over batches; the operands of the sum are ``[..., out_features]``."""
         columns, rows = activations[0].shape[-1], dense[0].shape[-1]
         cross = torch.zeros(rows, columns, device=activations[0].device)
-        chosen = _evenly_spaced(sum(activation.numel() // columns for activation in activations))
+        chosen = evenly_spaced(sum(activation.numel() // columns for activation in activations))
         kept: list[Tensor] = []
         count = 0
         for activation, ours, theirs in zip(activations, actual, dense, strict=True):
