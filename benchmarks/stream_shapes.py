@@ -39,7 +39,7 @@ FACTOR = Form(sparse=False, group=64, adapters=False, dtype=DTYPE)
 BEST = 3
 """Shapes of the layer's launch that are measured with every shape of the other."""
 
-BLOCKS = (0.6, 2.1)
+BLOCKS = (0.45, 2.1)
 """A launch has so many blocks a multiprocessor, or they are not worth measuring."""
 
 START_SECONDS, CASE_SECONDS = 60, 10
@@ -48,17 +48,21 @@ START_SECONDS, CASE_SECONDS = 60, 10
 
 def everything(tile: int) -> list[LaunchShape]:
     """Return shapes beyond those that slimc considers, many of which no layer will like."""
+    groups = [
+        (1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1),
+    ]  # fmt: skip
+    # Steps, slots of weights, slots of activations.
+    few = [(128, 0, 0), (256, 0, 0)]
+    many = [(128, stages, inputs) for stages in (0, 8) for inputs in (3, 4, 6)] + [(256, 0, 2), (256, 0, 3)]
     found = []
-    for groups in (
-        (1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 2, 3), (1, 4, 1), (1, 4, 2), (1, 6, 1),
-        (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2), (2, 3, 1), (2, 4, 1),
-    ):  # fmt: skip
-        for blocks in (1, 2, 3):
-            registers = (1 << 16) // (blocks * (128 * groups[1] * groups[2] + 32))
-            if registers >= groups[0] * (tile // 2 + 20) + 24:
-                stages = (0, 2, 3, 4) if tile > 16 else (0,)
-                rest = itertools.product((128, 256), stages)
-                found += [LaunchShape(tile, *groups, 1, blocks, step, slots) for step, slots in rest]
+    for (row_tiles, row_groups, column_groups), blocks in itertools.product(groups, (1, 2, 3)):
+        # A multiprocessor has four parts, each of which holds its share of the warps.
+        registers = (1 << 14) // 32 // -(-blocks * (4 * row_groups * column_groups + 1) // 4)
+        if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
+            found += [
+                LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, *rest)
+                for rest in (few if tile <= 16 else many)
+            ]
     return found
 
 
@@ -69,10 +73,11 @@ def candidates(
     starts = [sum(rows[:one]) for one in range(1, len(rows))]
     tile, total = shapes.token_tile(tokens), sum(rows)
     found = {}
-    for shape in shapes.suiting(possible, tile, LAYER, starts):
-        waves = shapes.blocks_of(shape, total) / processors
+    for shape in shapes.suiting(possible, tile, LAYER):
+        waves = shapes.blocks_of(shape, total, starts) / processors
         if BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
-            found[replace(shape, stages=shape.stages_of(LAYER))] = shape
+            stages, inputs = shape.stages_of(LAYER)
+            found[replace(shape, stages=stages, inputs=inputs)] = shape
     return list(found.values())
 
 
@@ -81,7 +86,7 @@ def right_candidates(
 ) -> list[LaunchShape]:
     """Return shapes of the launch for t."""
     tile = min(shapes.token_tile(tokens), 64)
-    suiting = shapes.suiting(possible, tile, FACTOR, ())
+    suiting = shapes.suiting(possible, tile, FACTOR)
     return [shape for shape in suiting if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
 
 
@@ -216,7 +221,7 @@ def best_shapes(
 def _short(shape: LaunchShape) -> str:
     return (
         f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks} "
-        f"step {shape.step} stages {shape.stages}"
+        f"step {shape.step} stages {shape.stages} inputs {shape.inputs}"
     )
 
 

@@ -67,7 +67,7 @@ def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int) -> None:
     packed = random_layer(600, 1344, 130)
     form = shapes.Form(True, 0, True, torch.bfloat16)
     x = torch.randn(tile - 3, 1344, dtype=torch.bfloat16, device="cuda")
-    for shape in shapes.suiting(shapes.CANDIDATES, tile, form, ()):
+    for shape in shapes.suiting(shapes.CANDIDATES, tile, form):
         check(packed, x, None, run(packed, x, None, shape))
 
 
