@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate, pairwise
@@ -82,6 +82,7 @@ class LaunchShape:
         step: columns of a slot of the ring, 128 or 256.
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
+        multicast: blocks with rows of their own that bring activations for each other.
     """
 
     tokens: int
@@ -93,6 +94,7 @@ class LaunchShape:
     step: int
     stages: int = 0
     inputs: int = 0
+    multicast: int = 1
 
     @property
     def tiles(self) -> int:
@@ -221,9 +223,9 @@ def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> 
 
 
 def first_blocks(shape: LaunchShape, rows: int, starts: Sequence[int]) -> list[int]:
-    """Return the first cluster of each member of a stack that begins after the first, and how many all have together."""
-    bounds = [0, *starts, rows]
-    return list(accumulate(-(-(end - start) // shape.rows) for start, end in pairwise(bounds)))
+    """Return blocks of rows before each member of a stack but the first, and how many all have together."""
+    bounds, together = [0, *starts, rows], shape.rows * shape.multicast
+    return list(accumulate(-(-(end - start) // together) * shape.multicast for start, end in pairwise(bounds)))
 
 
 def blocks_of(shape: LaunchShape, rows: int, starts: Sequence[int] = ()) -> int:
@@ -332,5 +334,4 @@ RIGHT_CANDIDATES = {
 
 def as_entry(rows: int, columns: int, shape: LaunchShape) -> dict[str, object]:
     """Return an entry of the file of measured shapes."""
-    names = ("tokens", "row_tiles", "row_groups", "column_groups", "cluster", "blocks", "step", "stages", "inputs")
-    return {"rows": rows, "columns": columns, "shape": dict(zip(names, astuple(shape), strict=True))}
+    return {"rows": rows, "columns": columns, "shape": asdict(shape)}
