@@ -39,9 +39,6 @@ FACTOR = Form(sparse=False, group=64, adapters=False, dtype=DTYPE)
 BEST = 3
 """Shapes of the layer's launch that are measured with every shape of the other."""
 
-MOST_BLOCKS = 8
-"""Of a cluster."""
-
 BLOCKS = (0.45, 2.1)
 """A launch has so many blocks a multiprocessor, or they are not worth measuring."""
 
@@ -111,9 +108,6 @@ def compiling(wanted: Iterable[LaunchShape], form: Form) -> list[LaunchShape]:
         return [shape for shape, able in zip(shapes_wanted, pool.map(compiles, shapes_wanted), strict=True) if able]
 
 
-_hung = 0
-
-
 class Clock:
     """Measures calls of one layer in a process of its own, and starts another when one does not answer.
 
@@ -158,8 +152,6 @@ class Clock:
         if trouble:
             print(f"# {tokens} tokens, {main}, {right}: {trouble}", flush=True)
         if not goes_on:
-            global _hung
-            _hung += main.multicast > 1
             self.close()
             self._start()
         return taken
@@ -214,20 +206,13 @@ def best_shapes(
     mains, rights = compiling(mains, LAYER), compiling(rights, FACTOR)
 
     def taken(main: LaunchShape, right: LaunchShape) -> float:
-        result = math.inf if main.multicast > 1 and _hung > 1 else clock.time(tokens, main, right)
+        result = clock.time(tokens, main, right)
         if log is not None:
             log.write(json.dumps([rows, tokens, result, _short(main), _short(right)]) + "\n")
             log.flush()
         return result
 
     ranked = sorted(mains, key=lambda main: taken(main, rights[0]))
-    together = [
-        replace(main, multicast=blocks)
-        for main in ranked[: 2 * BEST]
-        for blocks in (2, 4)
-        if wide and main.cluster * blocks <= MOST_BLOCKS and main.step // 64 % blocks == 0
-    ]
-    ranked = sorted(ranked[: 2 * BEST] + compiling(together, LAYER), key=lambda main: taken(main, rights[0]))
     times = {(main, right): taken(main, right) for main in ranked[:BEST] for right in rights}
     best = min(times, key=times.__getitem__)
     return times[best], *best
@@ -236,8 +221,7 @@ def best_shapes(
 def _short(shape: LaunchShape) -> str:
     return (
         f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks} "
-        f"step {shape.step} stages {shape.stages} inputs {shape.inputs} "
-        f"multicast {shape.multicast}"
+        f"step {shape.step} stages {shape.stages} inputs {shape.inputs}"
     )
 
 

@@ -72,11 +72,11 @@ def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int) -> None:
 
 
 SHAPES = [
-    LaunchShape(8, 1, 2, 1, 2, 2, 256, multicast=2),
-    LaunchShape(64, 1, 2, 1, 1, 1, 128, inputs=4, multicast=2),
-    LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4, multicast=4),
+    LaunchShape(8, 1, 3, 1, 6, 2, 256, inputs=2),
+    LaunchShape(64, 1, 2, 1, 1, 1, 128, inputs=4),
+    LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4),
     LaunchShape(64, 1, 3, 1, 3, 1, 128, stages=7, inputs=3),
-    LaunchShape(128, 1, 3, 1, 2, 1, 128, inputs=2, multicast=2),
+    LaunchShape(128, 1, 3, 1, 2, 1, 128, inputs=2),
 ]
 
 
@@ -89,7 +89,7 @@ def test_rings_and_clusters(random_layer: Any, check: Any, shape: LaunchShape) -
     parts = [random_layer(rows, 640, rank) for rows, rank in ((512, 57), (256, 130), (300, 20))]
     layer = stack([prepare(part) for part in parts])
     x = torch.randn(shape.tokens, 640, dtype=torch.bfloat16, device="cuda")
-    right = LaunchShape(min(shape.tokens, 64), 1, 1, 2, 2, 2, 128, 4, multicast=2)
+    right = LaunchShape(min(shape.tokens, 64), 1, 1, 2, 2, 2, 128, 4)
     y = launch(make_plan(layer, x.dtype, len(x), shape, right), x, layer, None)
     for part, rows in zip(parts, (slice(512), slice(512, 768), slice(768, 1068)), strict=True):
         check(part, x, None, y[:, rows])

@@ -15,12 +15,6 @@ __device__ __forceinline__ void barrier_arrive_if(bool condition, u32 barrier) {
     asm volatile("{\n.reg .pred arrives;\nsetp.ne.u32 arrives, %0, 0;\n@arrives mbarrier.arrive.shared::cta.b64 _, [%1];\n}"
                  ::"r"((u32)condition), "r"(barrier) : "memory");
 }
-// At the barrier of the same place in another block of the cluster: without a release at the cluster's scope, which would
-// be a fence for the whole device. What was read here is read; nothing was written.
-__device__ __forceinline__ void barrier_arrive_at_if(bool condition, u32 barrier, int block) {
-    asm volatile("{\n.reg .pred arrives;\n.reg .b32 remote;\nsetp.ne.u32 arrives, %0, 0;\nmapa.shared::cluster.u32 remote, %1, %2;\n"
-                 "@arrives mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"((u32)condition), "r"(barrier), "r"(block) : "memory");
-}
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
@@ -34,17 +28,6 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barri
 __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
                  ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
-}
-
-// The same into the same place of several blocks of the cluster, a bit each, and their barriers.
-__device__ __forceinline__ void load_box_everywhere(u32 to, const TensorMap* map, u32 barrier, int column, int token, u16 blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
-                 ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(token), "h"(blocks) : "memory");
-}
-
-__device__ __forceinline__ void load_box_everywhere(u32 to, const TensorMap* map, u32 barrier, int x, int y, int z, u16 blocks) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
-                 ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks) : "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

@@ -82,7 +82,6 @@ class LaunchShape:
         step: columns of a slot of the ring, 128 or 256.
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
-        multicast: blocks with rows of their own that bring activations for each other.
     """
 
     tokens: int
@@ -94,7 +93,6 @@ class LaunchShape:
     step: int
     stages: int = 0
     inputs: int = 0
-    multicast: int = 1
 
     @property
     def tiles(self) -> int:
@@ -223,9 +221,9 @@ def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> 
 
 
 def first_blocks(shape: LaunchShape, rows: int, starts: Sequence[int]) -> list[int]:
-    """Return blocks of rows before each member of a stack but the first, and how many all have together."""
-    bounds, together = [0, *starts, rows], shape.rows * shape.multicast
-    return list(accumulate(-(-(end - start) // together) * shape.multicast for start, end in pairwise(bounds)))
+    """Return the first cluster of each member of a stack that begins after the first, and how many all have together."""
+    bounds = [0, *starts, rows]
+    return list(accumulate(-(-(end - start) // shape.rows) for start, end in pairwise(bounds)))
 
 
 def blocks_of(shape: LaunchShape, rows: int, starts: Sequence[int] = ()) -> int:

@@ -22,7 +22,6 @@
 //   STAGES         slots of the ring of weights
 //   INPUTS         slots of the ring of activations, no more than STAGES
 //   CLUSTER        blocks that share the columns
-//   MULTICAST      blocks with rows of their own that bring activations for each other
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
 #if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
@@ -38,8 +37,6 @@
 
 #define BOX_BYTES (TOKENS * 128)  // 64 columns of activations
 #define BOXES (STEP / 64)
-#define OWN_BOXES (BOXES / MULTICAST)  // that a block brings
-#define SPAN (CLUSTER * MULTICAST)     // blocks of a cluster
 #define INPUT_BYTES (BOXES * BOX_BYTES)
 #define CODE_BYTES (BLOCK_TILES * UNITS * 512)
 #define METADATA_AT CODE_BYTES
@@ -59,7 +56,7 @@
 #define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
 
 struct Arguments {
-    TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of OWN_BOXES x TOKENS x 64; or as they lie,
+    TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
                                // [tokens][columns], in boxes of TOKENS x 64, if there are other than whole pieces of 64
     TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x TOKENS x 64
     TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128
@@ -109,8 +106,7 @@ using Inputs = Ring<INPUTS, INPUT_BYTES>;
 // What a block brings: slots of W from `begin` on, then slots of L to `end`.
 struct Source {
     const Arguments& a;
-    int tile, token, begin, end, first_rank, peer;
-    u16 peers;  // blocks of the cluster that read the same activations, a bit each
+    int tile, token, begin, end, first_rank;
 
     __device__ __forceinline__ void bring_weights(const Weights& ring, int step) const {
         const u32 to = ring.data(), barrier = ring.arrived();
@@ -131,35 +127,19 @@ struct Source {
     }
 
     __device__ __forceinline__ void bring_x(const Inputs& ring, int step) const {
-        const u32 to = ring.data() + peer * OWN_BOXES * BOX_BYTES;
         barrier_expect(ring.arrived(), INPUT_BYTES);
         if (a.whole) {
-            bring_pieces(to, &a.x_map, ring.arrived(), step * BOXES + peer * OWN_BOXES);
+            load_box(ring.data(), &a.x_map, ring.arrived(), 0, token, step * BOXES);
         } else {
 #pragma unroll
-            for (int i = 0; i < OWN_BOXES; ++i) {
-                const int column = step * STEP + (peer * OWN_BOXES + i) * 64;
-#if MULTICAST > 1
-                load_box_everywhere(to + i * BOX_BYTES, &a.x_map, ring.arrived(), column, token, peers);
-#else
-                load_box(to + i * BOX_BYTES, &a.x_map, ring.arrived(), column, token);
-#endif
-            }
+            for (int i = 0; i < BOXES; ++i)
+                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), step * STEP + i * 64, token);
         }
     }
 
     __device__ __forceinline__ void bring_t(const Inputs& ring, int step) const {
         barrier_expect(ring.arrived(), LEFT_UNITS * BOX_BYTES);
-        if ((step - a.steps) % MULTICAST == peer)
-            bring_pieces(ring.data(), &a.t_map, ring.arrived(), first_rank / 64 + (step - a.steps) * LEFT_UNITS);
-    }
-
-    __device__ __forceinline__ void bring_pieces(u32 to, const TensorMap* map, u32 barrier, int piece) const {
-#if MULTICAST > 1
-        load_box_everywhere(to, map, barrier, 0, token, piece, peers);
-#else
-        load_box(to, map, barrier, 0, token, piece);
-#endif
+        load_box(ring.data(), &a.t_map, ring.arrived(), 0, token, first_rank / 64 + (step - a.steps) * LEFT_UNITS);
     }
 
     // Weights go ahead of activations as far as their ring reaches.
@@ -230,7 +210,6 @@ struct Multiplier {
     Weights weights;
     Inputs inputs;
     int row_group, warp, lane;
-    int share;     // of the columns
     int previous;  // slot of activations whose products may still run, or -1
     u32 zero;
 
@@ -249,11 +228,7 @@ struct Multiplier {
         wgmma_commit();
         wgmma_wait<1>();
         // Without a branch: products on both sides of one would run one after another.
-#if MULTICAST > 1
-        if (first_of_slot) barrier_arrive_at_if(previous >= 0 && lane < MULTICAST, inputs.empty + 8 * previous, share + CLUSTER * lane);
-#else
         if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, inputs.empty + 8 * previous);
-#endif
     }
 
     __device__ __forceinline__ void next_slot() {
@@ -448,8 +423,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2 * INPUTS + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int share = blockIdx.x % CLUSTER, peer = blockIdx.x / CLUSTER % MULTICAST, work = blockIdx.x / SPAN;
-    const int block = work / a.token_tiles * MULTICAST + peer, token = work % a.token_tiles * TOKENS;
+    const int share = blockIdx.x % CLUSTER, work = blockIdx.x / CLUSTER;
+    const int block = work / a.token_tiles, token = work % a.token_tiles * TOKENS;
     // All rows of a block belong to one member of the stack.
     int member = 0;
     while (member + 1 < a.members && block >= a.first_block[member + 1]) ++member;
@@ -472,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         }
         for (int i = 0; i < INPUTS; ++i) {
             barrier_init(inputs.full + 8 * i, 1);
-            barrier_init(inputs.empty + 8 * i, 4 * ROW_GROUPS * MULTICAST);
+            barrier_init(inputs.empty + 8 * i, 4 * ROW_GROUPS);
         }
         barrier_init(arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -480,24 +455,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         if (CLUSTER > 1) barrier_expect(arrived, own * CLUSTER * PIECE_BYTES);
     }
     __syncthreads();
-#if SPAN > 1
-    // Sums, or activations, may be sent to a block once its barriers are there.
+#if CLUSTER > 1
+    // Sums may be sent to a block once its barrier is there.
     cluster_arrive();
 #endif
 
     if (warp == CONSUMERS / 32) {
-        u16 peers = 0;
-#if MULTICAST > 1
-        for (int i = 0; i < MULTICAST; ++i) peers |= 1 << (share + CLUSTER * i);
-        cluster_wait();
-#endif
-        if (lane == 0)
-            Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0, peer, peers}.run(weights, inputs);
-#if SPAN > 1
+        if (lane == 0) Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0}.run(weights, inputs);
+#if CLUSTER > 1
         __syncwarp();
-#if MULTICAST == 1
         cluster_wait();
-#endif
         cluster_arrive();
         cluster_wait();
 #endif
@@ -518,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #endif
     const int middle = max(begin, min(end, a.steps));
     float sum[ROW_TILES][SUMS] = {};
-    Multiplier by{weights, inputs, row_group, warp % 4, lane, share, -1, a.zero};
+    Multiplier by{weights, inputs, row_group, warp % 4, lane, -1, a.zero};
     by.weights.advance(column_group);
     by.inputs.advance(column_group);
     int step = begin + column_group;
@@ -549,13 +516,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
     auto deliver = [&](int piece, const float4& s) {
 #if CLUSTER > 1
-        send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived,
-                  peer * CLUSTER + piece / OWN_PIECES, s);
+        send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, s);
 #else
         output.write(s, first_row + piece / (TOKENS / 8) * 64, token + piece % (TOKENS / 8) * 8, warp % 4, lane);
 #endif
     };
-#if SPAN > 1
+#if CLUSTER > 1
     cluster_wait();
 #endif
 #if COLUMN_GROUPS > 1
@@ -580,19 +546,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #if CLUSTER > 1
     // No block leaves before what it has sent is there.
     if (column_group < own) barrier_wait(arrived, 0);
-#endif
-#if SPAN > 1
     __syncwarp();
     cluster_arrive();
-#endif
-#if CLUSTER > 1
     for (int i = column_group; i < own; i += COLUMN_GROUPS) {
         const int piece = share * OWN_PIECES + i;
         output.write(add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES), first_row + piece / (TOKENS / 8) * 64,
                      token + piece % (TOKENS / 8) * 8, warp % 4, lane);
     }
-#endif
-#if SPAN > 1
     cluster_wait();
 #endif
 }

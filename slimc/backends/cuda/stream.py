@@ -123,7 +123,7 @@ def _start(
     arguments = _Arguments.from_buffer_copy(step.arguments)
     shape, tokens = step.shape, arguments.tokens
     if arguments.whole:
-        boxes = shape.step // BOX_COLUMNS // shape.multicast
+        boxes = shape.step // BOX_COLUMNS
         driver.encode_piece_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, boxes)
     else:
         driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
@@ -139,7 +139,7 @@ def _start(
         shared_bytes=step.shared_bytes,
         stream=stream,
         programmatic=True,
-        cluster=step.shape.cluster * step.shape.multicast,
+        cluster=step.shape.cluster,
     )
 
 
@@ -190,8 +190,7 @@ def make_plan(
     shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors)
     arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
     _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
-    blocks = shapes.first_blocks(shape, layer.ranks, ())
-    return Plan(main, _plan_launch(arguments, shape, form, blocks[-1], device_index))
+    return Plan(main, _plan_launch(arguments, shape, form, -(-layer.ranks // shape.rows), device_index))
 
 
 def _describe_weight(
@@ -233,7 +232,6 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "STAGES": stages,
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
-        "MULTICAST": shape.multicast,
         "BLOCKS": shape.blocks,
     }
 
