@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
-from slimc.backends.cuda import compose, decode, dense, hopper, layout, prefill, stored, stream
+from slimc.backends.cuda import compose, decode, dense, layout, prefill, stored, stream
 from slimc.backends.tuning import TIMINGS
 from slimc.runtime.select import Kernel, KernelTable
 
@@ -13,7 +13,6 @@ FRAGMENT_KERNELS: tuple[Kernel, ...] = (
     cusparselt.DECODED,
     prefill.PREFILL,
     stream.STREAM,
-    hopper.HOPPER,
     decode.DECODE,
     dense.DENSE,
 )

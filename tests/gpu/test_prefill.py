@@ -125,6 +125,19 @@ def test_forms_with_activations_of_8_bits(
     check_8_bits(packed, x, bias, run(packed, x, bias, activation), activation)
 
 
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("columns", [8192, 8200, 16392, 33000])
+def test_tokens_of_any_length_are_rounded(
+    random_layer: Any, columns: int, sparse: bool, activation: Activation
+) -> None:
+    # Registers of a thread, threads of a block, and neither hold a token.
+    packed = random_layer(16, columns, 0, sparse=sparse)
+    x = torch.randn(130, columns, dtype=torch.bfloat16, device="cuda")
+    x[3] *= 1e-31
+    check_8_bits(packed, x, None, run(packed, x, None, activation), activation)
+
+
 def test_groups_and_activations_of_8_bits_are_refused(random_layer: Any) -> None:
     layer = prepare(random_layer(160, 1344, 0, group=64))
     with pytest.raises(KernelError, match="scale every 64 columns"):

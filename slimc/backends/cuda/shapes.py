@@ -221,7 +221,7 @@ def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> 
 
 
 def first_blocks(shape: LaunchShape, rows: int, starts: Sequence[int]) -> list[int]:
-    """Return the first cluster of each member of a stack that begins after the first, and how many all have together."""
+    """Return the first block of each member of a stack but the first, and how many all have, columns not divided."""
     bounds = [0, *starts, rows]
     return list(accumulate(-(-(end - start) // shape.rows) for start, end in pairwise(bounds)))
 
@@ -273,59 +273,81 @@ def measured() -> dict[str, list[Measured]]:
     }
 
 
-def _of(tile: int, *rest: tuple[int, int, int, int, int, int]) -> list[LaunchShape]:
+def _of(tile: int, *rest: tuple[int, int, int, int, int, int, int]) -> list[LaunchShape]:
     """Return shapes from row tiles, row groups, column groups, blocks, columns of a slot, and slots of the rings."""
     return [
-        LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages)
-        for row_tiles, row_groups, column_groups, blocks, step, stages in rest
+        LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages, inputs)
+        for row_tiles, row_groups, column_groups, blocks, step, stages, inputs in rest
     ]
 
 
 CANDIDATES = {
     8: _of(
         8,
-        (1, 2, 1, 2, 256, 0),
-        (1, 2, 1, 3, 256, 0),
-        (1, 1, 4, 2, 256, 0),
-        (1, 1, 3, 3, 128, 0),
-        (2, 2, 1, 2, 128, 0),
-        (1, 2, 2, 2, 256, 0),
-        (1, 2, 2, 2, 128, 0),
-        (1, 4, 1, 2, 128, 0),
+        (1, 2, 1, 2, 256, 0, 0),
+        (1, 2, 1, 3, 256, 0, 0),
+        (1, 1, 4, 2, 256, 0, 0),
+        (1, 1, 3, 3, 128, 0, 0),
+        (2, 2, 1, 2, 128, 0, 0),
+        (1, 2, 2, 2, 256, 0, 0),
+        (1, 1, 1, 3, 256, 0, 0),
+        (2, 1, 1, 2, 256, 0, 0),
+        (2, 1, 2, 2, 256, 0, 0),
+        (2, 1, 2, 3, 128, 0, 0),
     ),
     16: _of(
         16,
-        (1, 2, 1, 2, 256, 0),
-        (1, 2, 1, 3, 128, 0),
-        (1, 1, 2, 2, 256, 0),
-        (1, 2, 2, 2, 128, 0),
-        (1, 1, 4, 2, 128, 0),
-        (2, 2, 1, 2, 128, 0),
-        (1, 4, 1, 2, 128, 0),
+        (1, 2, 1, 2, 256, 0, 0),
+        (1, 2, 1, 3, 128, 0, 0),
+        (1, 1, 2, 2, 256, 0, 0),
+        (1, 1, 4, 2, 128, 0, 0),
+        (2, 2, 1, 2, 128, 0, 0),
+        (1, 1, 1, 3, 256, 0, 0),
+        (2, 1, 1, 2, 256, 0, 0),
+        (2, 1, 2, 2, 256, 0, 0),
+        (2, 1, 2, 2, 128, 0, 0),
     ),
-    32: _of(32, (1, 2, 1, 2, 128, 0), (2, 2, 1, 2, 128, 0), (1, 1, 2, 2, 128, 0), (1, 2, 1, 2, 256, 0)),
+    32: _of(
+        32,
+        (1, 2, 1, 2, 128, 0, 0),
+        (2, 2, 1, 2, 128, 0, 0),
+        (1, 1, 2, 2, 128, 0, 0),
+        (1, 2, 1, 2, 256, 0, 0),
+        (2, 1, 1, 2, 128, 0, 0),
+        (1, 1, 1, 1, 256, 0, 0),
+    ),
     64: _of(
         64,
-        (1, 2, 1, 2, 128, 4),
-        (1, 2, 1, 2, 128, 3),
-        (1, 2, 1, 2, 128, 5),
-        (1, 2, 2, 1, 128, 6),
-        (2, 2, 1, 1, 128, 4),
-        (1, 4, 1, 1, 128, 5),
-        (1, 1, 4, 1, 128, 8),
+        (1, 2, 1, 1, 128, 0, 0),
+        (1, 1, 1, 1, 256, 0, 3),
+        (1, 1, 1, 2, 128, 4, 0),
+        (1, 2, 1, 1, 256, 0, 3),
+        (1, 2, 1, 1, 256, 0, 0),
+        (2, 1, 1, 2, 128, 0, 0),
+        (2, 1, 1, 1, 128, 3, 0),
+        (2, 1, 1, 1, 128, 4, 0),
+        (2, 2, 1, 1, 256, 0, 3),
+        (1, 4, 1, 1, 256, 0, 3),
     ),
-    128: _of(128, (1, 2, 1, 1, 128, 4), (1, 2, 1, 1, 128, 3)),
+    128: _of(
+        128,
+        (1, 2, 1, 1, 128, 0, 0),
+        (1, 1, 1, 1, 256, 0, 3),
+        (1, 1, 1, 2, 128, 8, 3),
+        (1, 3, 1, 1, 128, 8, 3),
+        (1, 3, 1, 1, 128, 8, 6),
+        (2, 1, 1, 1, 128, 4, 0),
+        (1, 2, 1, 1, 128, 4, 0),
+        (1, 4, 1, 1, 128, 4, 0),
+    ),
 }
-"""Shapes worth measuring, by the tokens of a block, those that suit most layers first.
-
-Left out are those for which the assembler finds too few registers and runs products one after another.
-"""
+"""Shapes worth measuring, by the tokens of a block, those that suit most layers first."""
 
 RIGHT_CANDIDATES = {
-    8: _of(8, (1, 1, 2, 3, 256, 0), (1, 1, 4, 2, 128, 0), (1, 1, 3, 3, 128, 0)),
-    16: _of(16, (1, 1, 2, 3, 256, 0), (1, 1, 3, 3, 128, 0), (1, 1, 2, 3, 128, 0)),
-    32: _of(32, (1, 2, 1, 2, 128, 3), (1, 1, 2, 2, 128, 4)),
-    64: _of(64, (1, 2, 1, 2, 128, 2), (1, 2, 1, 2, 128, 3), (1, 1, 2, 2, 128, 4)),
+    8: _of(8, (1, 1, 2, 3, 256, 0, 0), (1, 1, 4, 2, 128, 0, 0), (1, 1, 3, 3, 128, 0, 0)),
+    16: _of(16, (1, 1, 2, 3, 256, 0, 0), (1, 1, 3, 3, 128, 0, 0), (1, 1, 2, 3, 128, 0, 0)),
+    32: _of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    64: _of(64, (1, 2, 1, 2, 128, 2, 0), (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
 }
 """The same for the launch that computes t."""
 
