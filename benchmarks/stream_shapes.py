@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from slimc.backends.cuda import driver, shapes, stream
 from slimc.backends.cuda.cache import cached_cubin
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.layer import FragmentLayer, prepare, source, stack
-from slimc.backends.cuda.shapes import Form, LaunchShape
+from slimc.backends.cuda.shapes import Form, LaunchShape, Measured
 from slimc.bench import check_words, no_gpu
 from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
 from slimc.errors import KernelError
@@ -85,8 +85,7 @@ def right_candidates(
     possible: dict[int, list[LaunchShape]], ranks: int, tokens: int, processors: int
 ) -> list[LaunchShape]:
     """Return shapes of the launch for t."""
-    tile = min(shapes.token_tile(tokens), 64)
-    suiting = shapes.suiting(possible, tile, FACTOR)
+    suiting = shapes.suiting(possible, shapes.token_tile(tokens), FACTOR)
     return [shape for shape in suiting if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
 
 
@@ -219,10 +218,8 @@ def best_shapes(
 
 
 def _short(shape: LaunchShape) -> str:
-    return (
-        f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks} "
-        f"step {shape.step} stages {shape.stages} inputs {shape.inputs}"
-    )
+    groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
+    return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
 
 
 class Found:
@@ -238,8 +235,7 @@ class Found:
 
     def add(self, table: str, entry: dict[str, object]) -> None:
         """Take a shape, in place of one of the same layer and tokens."""
-        shape = cast("dict[str, int]", entry["shape"])
-        self._entries[table][entry["rows"], entry["columns"], shape["tokens"]] = entry
+        self._entries[table][entry["rows"], entry["columns"], entry["tokens"]] = entry
 
     def write(self) -> None:
         """Write the file, an entry a line."""
@@ -280,8 +276,9 @@ def main() -> None:
             for tokens in map(int, options.tokens.split(",")):
                 taken, main_shape, right_shape = best_shapes(clock, rows, tokens, wide=options.wide, log=options.log)
                 print(f"{model} {name} {tokens} tokens: {taken:.1f} us, {main_shape}, {right_shape}", flush=True)
-                found.add("layers", shapes.as_entry(sum(rows), columns, main_shape))
-                found.add("factors", shapes.as_entry(clock.ranks, columns, right_shape))
+                tile = shapes.token_tile(tokens)
+                found.add("layers", shapes.as_entry(Measured(sum(rows), columns, tile, main_shape)))
+                found.add("factors", shapes.as_entry(Measured(clock.ranks, columns, tile, right_shape)))
             clock.close()
             # An interrupted run has measured something too.
             found.write()

@@ -171,11 +171,13 @@ class Measured:
     Attributes:
         rows: of the layer (with those it is stacked with), or ranks of all its factors.
         columns: of the layer.
+        tokens: of the call, rounded up to a size of `TOKEN_TILES`.
         shape: that took the least time.
     """
 
     rows: int
     columns: int
+    tokens: int
     shape: LaunchShape
 
 
@@ -207,8 +209,7 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int)
     Raises:
         KernelError: no shape suits the factor.
     """
-    tile = min(token_tile(tokens), 64)
-    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tile, form, (), processors)
+    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, token_tile(tokens), form, (), processors)
 
 
 def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> Iterator[LaunchShape]:
@@ -241,7 +242,7 @@ def _choose(
     starts: Sequence[int],
     processors: int,
 ) -> LaunchShape:
-    of_this_tile = [one for one in measured()[table] if one.shape.tokens == tile]
+    of_this_tile = [one for one in measured()[table] if one.tokens == tile]
     for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
@@ -268,7 +269,7 @@ def measured() -> dict[str, list[Measured]]:
     """Return the shapes that were measured, of ``layers`` and of ``factors`` (for the launch that computes t)."""
     text = (files("slimc.backends.cuda") / "stream_shapes.json").read_text("utf-8")
     return {
-        table: [Measured(one["rows"], one["columns"], LaunchShape(**one["shape"])) for one in entries]
+        table: [Measured(one["rows"], one["columns"], one["tokens"], LaunchShape(**one["shape"])) for one in entries]
         for table, entries in json.loads(text)["measured"].items()
     }
 
@@ -347,11 +348,18 @@ RIGHT_CANDIDATES = {
     8: _of(8, (1, 1, 2, 3, 256, 0, 0), (1, 1, 4, 2, 128, 0, 0), (1, 1, 3, 3, 128, 0, 0)),
     16: _of(16, (1, 1, 2, 3, 256, 0, 0), (1, 1, 3, 3, 128, 0, 0), (1, 1, 2, 3, 128, 0, 0)),
     32: _of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
-    64: _of(64, (1, 2, 1, 2, 128, 2, 0), (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    64: [
+        *_of(64, (1, 2, 1, 2, 128, 2, 0), (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+        *_of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    ],
+    128: [
+        *_of(64, (1, 2, 1, 2, 128, 2, 0), (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+        *_of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    ],
 }
-"""The same for the launch that computes t."""
+"""The same for the launch that computes t. It ends sooner the more blocks there are, so they may take fewer tokens."""
 
 
-def as_entry(rows: int, columns: int, shape: LaunchShape) -> dict[str, object]:
+def as_entry(one: Measured) -> dict[str, object]:
     """Return an entry of the file of measured shapes."""
-    return {"rows": rows, "columns": columns, "shape": asdict(shape)}
+    return asdict(one)
