@@ -4,17 +4,23 @@
 
 Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, calls of a CUDA graph, median): first
 every shape of the layer's launch with one shape of the launch for t, then the best of them with all of that one.
+Measuring is done in a process of its own, which is ended if a launch does not: that shape is left out, and reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import cast
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -23,7 +29,7 @@ from slimc.backends.cuda import driver, shapes, stream
 from slimc.backends.cuda.cache import cached_cubin
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.layer import FragmentLayer, prepare, source, stack
-from slimc.backends.cuda.shapes import Form, LaunchShape
+from slimc.backends.cuda.shapes import Form, LaunchShape, Measured
 from slimc.bench import check_words, no_gpu
 from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
 from slimc.errors import KernelError
@@ -33,27 +39,54 @@ FACTOR = Form(sparse=False, group=64, adapters=False, dtype=DTYPE)
 BEST = 3
 """Shapes of the layer's launch that are measured with every shape of the other."""
 
-BLOCKS = (0.6, 2.1)
+BLOCKS = (0.45, 2.1)
 """A launch has so many blocks a multiprocessor, or they are not worth measuring."""
 
+START_SECONDS, CASE_SECONDS = 60, 10
+"""How long making the layers, and one measurement, may take."""
 
-def candidates(rows: tuple[int, ...], tokens: int, processors: int) -> list[LaunchShape]:
-    """Return shapes of the layer's launch."""
-    starts = [sum(rows[:one]) for one in range(1, len(rows))]
-    tile, total = shapes.token_tile(tokens), sum(rows)
+
+def everything(tile: int) -> list[LaunchShape]:
+    """Return shapes beyond those that slimc considers, many of which no layer will like."""
+    groups = [
+        (1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1),
+    ]  # fmt: skip
+    # Steps, slots of weights, slots of activations.
+    few = [(128, 0, 0), (256, 0, 0)]
+    many = [(128, stages, inputs) for stages in (0, 8) for inputs in (3, 4, 6)] + [(256, 0, 2), (256, 0, 3)]
     found = []
-    for shape in shapes.suiting(shapes.CANDIDATES, tile, LAYER, starts):
-        waves = shapes.blocks_of(shape, total) / processors
-        if BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
-            found.append(shape)
+    for (row_tiles, row_groups, column_groups), blocks in itertools.product(groups, (1, 2, 3)):
+        # A multiprocessor has four parts, each of which holds its share of the warps.
+        registers = (1 << 14) // 32 // -(-blocks * (4 * row_groups * column_groups + 1) // 4)
+        if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
+            found += [
+                LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, *rest)
+                for rest in (few if tile <= 16 else many)
+            ]
     return found
 
 
-def right_candidates(ranks: int, tokens: int, processors: int) -> list[LaunchShape]:
+def candidates(
+    possible: dict[int, list[LaunchShape]], rows: tuple[int, ...], tokens: int, processors: int
+) -> list[LaunchShape]:
+    """Return shapes of the layer's launch."""
+    starts = [sum(rows[:one]) for one in range(1, len(rows))]
+    tile, total = shapes.token_tile(tokens), sum(rows)
+    found = {}
+    for shape in shapes.suiting(possible, tile, LAYER):
+        waves = shapes.blocks_of(shape, total, starts) / processors
+        if BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
+            stages, inputs = shape.stages_of(LAYER)
+            found[replace(shape, stages=stages, inputs=inputs)] = shape
+    return list(found.values())
+
+
+def right_candidates(
+    possible: dict[int, list[LaunchShape]], ranks: int, tokens: int, processors: int
+) -> list[LaunchShape]:
     """Return shapes of the launch for t."""
-    tile = min(shapes.token_tile(tokens), 64)
-    possible = shapes.suiting(shapes.RIGHT_CANDIDATES, tile, FACTOR, ())
-    return [shape for shape in possible if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
+    suiting = shapes.suiting(possible, shapes.token_tile(tokens), FACTOR)
+    return [shape for shape in suiting if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
 
 
 def compiling(wanted: Iterable[LaunchShape], form: Form) -> list[LaunchShape]:
@@ -74,32 +107,119 @@ def compiling(wanted: Iterable[LaunchShape], form: Form) -> list[LaunchShape]:
         return [shape for shape, able in zip(shapes_wanted, pool.map(compiles, shapes_wanted), strict=True) if able]
 
 
+class Clock:
+    """Measures calls of one layer in a process of its own, and starts another when one does not answer.
+
+    Args:
+        rows: of the layers that are stacked.
+        columns: of the layer.
+
+    Attributes:
+        ranks: of the factors of all of them.
+    """
+
+    def __init__(self, rows: tuple[int, ...], columns: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._layer = rows, columns
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs, *self._layer), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._connection.poll(START_SECONDS):
+            raise KernelError(f"layers of {self._layer} were not made within {START_SECONDS} seconds")
+        self.ranks = int(self._connection.recv())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def time(self, tokens: int, main: LaunchShape, right: LaunchShape) -> float:
+        """Return microseconds of a call, or infinity if it fails or does not end."""
+        try:
+            self._connection.send((tokens, main, right))
+            if self._connection.poll(CASE_SECONDS):
+                taken, trouble, goes_on = self._connection.recv()
+            else:
+                taken, trouble, goes_on = math.inf, f"no end after {CASE_SECONDS} seconds", False
+        except (EOFError, OSError) as error:
+            taken, trouble, goes_on = math.inf, f"the process ended: {error}", False
+        if trouble:
+            print(f"# {tokens} tokens, {main}, {right}: {trouble}", flush=True)
+        if not goes_on:
+            self.close()
+            self._start()
+        return taken
+
+
+def _serve(connection: Connection, rows: tuple[int, ...], columns: int) -> None:
+    first = _make(rows, columns, 0)
+    layers = [first, *(_make(rows, columns, copy) for copy in range(1, copies(first.nbytes)))]
+    expected: dict[int, Tensor] = {}
+    connection.send(first.ranks)
+    while True:
+        tokens, main, right = connection.recv()
+        try:
+            connection.send((_measure(layers, expected, tokens, main, right), "", True))
+        except KernelError as error:
+            connection.send((math.inf, str(error)[:200], True))
+        except RuntimeError as error:
+            # After a fault a process has no working device.
+            connection.send((math.inf, str(error)[:200], False))
+
+
+def _measure(
+    layers: list[FragmentLayer], expected: dict[int, Tensor], tokens: int, main: LaunchShape, right: LaunchShape
+) -> float:
+    columns = layers[0].format.columns
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda", generator=generator)
+
+    def call(layer: FragmentLayer, plan: stream.Plan) -> Tensor:
+        return stream.launch(plan, x, layer, None)
+
+    calls = []
+    for layer in layers:
+        # Each captured launch takes counters for good; without any at hand the graph would have to make them.
+        layer.counters = Counters(layer.codes.device)
+        calls.append(partial(call, layer, stream.make_plan(layer, DTYPE, tokens, main, right)))
+    y = calls[0]().float()
+    wanted = expected.setdefault(tokens, y)
+    if not bool((y - wanted).abs().max() <= 0.02 * wanted.abs().max()):
+        raise KernelError("the result is not that of the shape before")
+    return microseconds(calls)
+
+
 def best_shapes(
-    layers: list[FragmentLayer], rows: tuple[int, ...], tokens: int
+    clock: Clock, rows: tuple[int, ...], tokens: int, *, wide: bool, log: TextIO | None
 ) -> tuple[float, LaunchShape, LaunchShape]:
     """Return the least time of a call in microseconds, and the two shapes that take it."""
     processors = torch.cuda.get_device_properties().multi_processor_count
-    columns = layers[0].format.weight.columns
-    x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda")
-    mains = compiling(candidates(rows, tokens, processors), LAYER)
-    rights = compiling(right_candidates(layers[0].ranks, tokens, processors), FACTOR)
+    tile = shapes.token_tile(tokens)
+    mains = candidates({tile: everything(tile)} if wide else shapes.CANDIDATES, rows, tokens, processors)
+    rights = right_candidates(shapes.RIGHT_CANDIDATES, clock.ranks, tokens, processors)
+    mains, rights = compiling(mains, LAYER), compiling(rights, FACTOR)
 
-    def time(main: LaunchShape, right: LaunchShape) -> float:
-        def call(layer: FragmentLayer, plan: stream.Plan) -> Tensor:
-            return stream.launch(plan, x, layer, None)
+    def taken(main: LaunchShape, right: LaunchShape) -> float:
+        result = clock.time(tokens, main, right)
+        if log is not None:
+            log.write(json.dumps([rows, tokens, result, _short(main), _short(right)]) + "\n")
+            log.flush()
+        return result
 
-        for layer in layers:
-            # Each captured launch takes counters for good; without any at hand the graph would have to make them.
-            layer.counters = Counters(layer.codes.device)
-        return microseconds(
-            [partial(call, layer, stream.make_plan(layer, DTYPE, tokens, main, right)) for layer in layers]
-        )
-
-    ranked = sorted(mains, key=lambda main: time(main, rights[0]))
-    pairs = [(main, right) for main in ranked[:BEST] for right in rights]
-    times = {pair: time(*pair) for pair in pairs}
+    ranked = sorted(mains, key=lambda main: taken(main, rights[0]))
+    times = {(main, right): taken(main, right) for main in ranked[:BEST] for right in rights}
     best = min(times, key=times.__getitem__)
     return times[best], *best
+
+
+def _short(shape: LaunchShape) -> str:
+    groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
+    return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
 
 
 class Found:
@@ -115,8 +235,7 @@ class Found:
 
     def add(self, table: str, entry: dict[str, object]) -> None:
         """Take a shape, in place of one of the same layer and tokens."""
-        shape = cast("dict[str, int]", entry["shape"])
-        self._entries[table][entry["rows"], entry["columns"], shape["tokens"]] = entry
+        self._entries[table][entry["rows"], entry["columns"], entry["tokens"]] = entry
 
     def write(self) -> None:
         """Write the file, an entry a line."""
@@ -141,6 +260,9 @@ def main() -> None:
         help="the file that takes the shapes, in place of those of the same layers and tokens; by default the one that "
         "slimc chooses launch shapes by",
     )
+    parser.add_argument("--wide", action="store_true", help="measure many more shapes than slimc considers")
+    parser.add_argument("--log", type=argparse.FileType("w"), help="write every time here, a line each")
+    parser.add_argument("--layers", default=",".join(SERVED), help="only layers of these names")
     options = parser.parse_args()
     check_words(parser, "--models", options.models.split(","), LAYERS)
     if reason := no_gpu():
@@ -148,19 +270,18 @@ def main() -> None:
     found = Found(options.json)
     for model in options.models.split(","):
         for name, rows, columns in LAYERS[model]:
-            if name not in SERVED:
+            if name not in options.layers.split(","):
                 continue
-            first = _make(rows, columns, 0)
-            layers = [first, *(_make(rows, columns, copy) for copy in range(1, copies(first.nbytes)))]
+            clock = Clock(rows, columns)
             for tokens in map(int, options.tokens.split(",")):
-                taken, main_shape, right_shape = best_shapes(layers, rows, tokens)
+                taken, main_shape, right_shape = best_shapes(clock, rows, tokens, wide=options.wide, log=options.log)
                 print(f"{model} {name} {tokens} tokens: {taken:.1f} us, {main_shape}, {right_shape}", flush=True)
-                found.add("layers", shapes.as_entry(sum(rows), columns, main_shape))
-                found.add("factors", shapes.as_entry(first.ranks, columns, right_shape))
+                tile = shapes.token_tile(tokens)
+                found.add("layers", shapes.as_entry(Measured(sum(rows), columns, tile, main_shape)))
+                found.add("factors", shapes.as_entry(Measured(clock.ranks, columns, tile, right_shape)))
+            clock.close()
             # An interrupted run has measured something too.
             found.write()
-            del first, layers
-            torch.cuda.empty_cache()
 
 
 def _make(rows: tuple[int, ...], columns: int, copy: int) -> FragmentLayer:

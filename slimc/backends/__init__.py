@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slimc.backends import cpu, cusparselt, reference
 from slimc.backends.cpu_signs import INT4PACK_SIGNS
-from slimc.backends.cuda import compose, decode, dense, hopper, layout, mixed, prefill, stored, stream
+from slimc.backends.cuda import compose, decode, dense, layout, mixed, prefill, stored, stream
 from slimc.backends.cuda.signs import SignProduct
 from slimc.backends.signed import signed, signed_layout
 from slimc.backends.tuning import TIMINGS
@@ -16,7 +16,6 @@ FRAGMENT_KERNELS: tuple[Kernel, ...] = (
     cusparselt.DECODED,
     prefill.PREFILL,
     stream.STREAM,
-    hopper.HOPPER,
     decode.DECODE,
     dense.DENSE,
 )

@@ -50,7 +50,7 @@ UNIT_COLUMNS = 128
 TOKEN_MULTIPLE = 8
 
 FEWEST_DECODED = 4096
-"""Below, decoding takes longer than the library saves over ``cuda-hopper``."""
+"""Below, decoding takes longer than the library saves over ``cuda-prefill``."""
 
 log = logging.getLogger(__name__)
 

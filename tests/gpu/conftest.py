@@ -13,7 +13,7 @@ from slimc.runtime.packing import PackedLinear
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
 collect_ignore = (
-    ["test_hopper.py", "test_prefill.py", "test_stream.py"]
+    ["test_prefill.py", "test_stream.py"]
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
     else []
 )

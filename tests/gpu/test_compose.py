@@ -60,9 +60,9 @@ def fill(spec: LinearFormat) -> PackedLinear:
         else:
             named[name] = ((torch.rand(shape, generator=generator) + 0.5) * 0.01).to(dtype)
     if spec.weight.sparsity is not None:
-        kept = torch.zeros(ROWS * COLUMNS // 4, 4, dtype=torch.uint8)
+        kept = torch.zeros(ROWS * spec.columns // 4, 4, dtype=torch.uint8)
         kept[:, 1::2] = 1
-        named["pattern"] = pack_bits(kept.view(ROWS, COLUMNS), 1)
+        named["pattern"] = pack_bits(kept.view(ROWS, spec.columns), 1)
     return PackedLinear.from_tensors(spec, {name: tensor.cuda() for name, tensor in named.items()})
 
 

@@ -65,7 +65,7 @@ MODES = [{}, {"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True
 
 
 @pytest.mark.parametrize("settings", MODES, ids=["plain", "mode", "options"])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 100, 200, 1000])
 def test_it_computes_what_eager_does_call_after_call(block: Block, tokens: int, settings: dict[str, Any]) -> None:
     compiled = torch.compile(block, backend=slim, fullgraph=True, **settings)
     for _ in range(4):

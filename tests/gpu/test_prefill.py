@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from slimc.backends.cuda.prefill import PREFILL, Activation, LaunchShape, launch
 from slimc.errors import KernelError
 from slimc.runtime.activations import quantize_tokens
 from slimc.runtime.modules import SlimLinear
-from slimc.runtime.packing import PackedLinear
+from slimc.runtime.packing import PackedLinear, PackedWeight
 
 
 def run(
@@ -43,14 +44,21 @@ def rounded(x: Tensor, activation: Activation) -> Tensor:
     return codes.double() * scale.double()
 
 
+def unrounded(packed: PackedWeight) -> Tensor:
+    """Decode a weight in float64, where no product of a code and a scale is rounded."""
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in packed.tensors().items()}
+    return PackedWeight(replace(packed.format, dtype=torch.float64), **tensors).decode()
+
+
 def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, activation: Activation) -> None:
     """Each result must be as near to the product with rounded activations as its roundings allow.
 
-    Sums of int8 products are exact. Of float8 products the tensor cores keep about 13 bits below the largest of a sum;
-    codes, which are subnormal numbers there, may lie three bits lower. An H100 lost up to 2^-7 of the magnitudes.
+    Sums of int8 products are exact, and scales multiply them: no product of a code and a scale is rounded. Of float8
+    products the tensor cores keep about 13 bits below the largest of a sum; codes, which are subnormal numbers there,
+    may lie three bits lower. An H100 lost up to 2^-7 of the magnitudes.
     """
     unit = torch.finfo(x.dtype).eps / 2
-    weight, kept = packed.weight.decode().double(), rounded(x, activation)
+    weight, kept = unrounded(packed.weight), rounded(x, activation)
     exact, size = kept @ weight.T, kept.abs() @ weight.abs().T
     bound = (2**-20 if activation == "int8" else 2**-6) * size
     if packed.left is not None and packed.right is not None:
@@ -115,6 +123,19 @@ def test_forms_with_activations_of_8_bits(
     x[5] = 0
     bias = torch.randn(160, dtype=dtype, device="cuda")
     check_8_bits(packed, x, bias, run(packed, x, bias, activation), activation)
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("columns", [8192, 8200, 16392, 33000])
+def test_tokens_of_any_length_are_rounded(
+    random_layer: Any, columns: int, sparse: bool, activation: Activation
+) -> None:
+    # Registers of a thread, threads of a block, and neither hold a token.
+    packed = random_layer(16, columns, 0, sparse=sparse)
+    x = torch.randn(130, columns, dtype=torch.bfloat16, device="cuda")
+    x[3] *= 1e-31
+    check_8_bits(packed, x, None, run(packed, x, None, activation), activation)
 
 
 def test_groups_and_activations_of_8_bits_are_refused(random_layer: Any) -> None:

@@ -67,8 +67,32 @@ def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int) -> None:
     packed = random_layer(600, 1344, 130)
     form = shapes.Form(True, 0, True, torch.bfloat16)
     x = torch.randn(tile - 3, 1344, dtype=torch.bfloat16, device="cuda")
-    for shape in shapes.suiting(shapes.CANDIDATES, tile, form, ()):
+    for shape in shapes.suiting(shapes.CANDIDATES, tile, form):
         check(packed, x, None, run(packed, x, None, shape))
+
+
+SHAPES = [
+    LaunchShape(8, 1, 3, 1, 6, 2, 256, inputs=2),
+    LaunchShape(64, 1, 2, 1, 1, 1, 128, inputs=4),
+    LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4),
+    LaunchShape(64, 1, 3, 1, 3, 1, 128, stages=7, inputs=3),
+    LaunchShape(128, 1, 3, 1, 2, 1, 128, inputs=2),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rings_and_clusters(random_layer: Any, check: Any, shape: LaunchShape) -> None:
+    for columns in (1344, 1352):
+        packed = random_layer(600, columns, 130)
+        x = torch.randn(shape.tokens + 5, columns, dtype=torch.bfloat16, device="cuda")
+        check(packed, x, None, run(packed, x, None, shape))
+    parts = [random_layer(rows, 640, rank) for rows, rank in ((512, 57), (256, 130), (300, 20))]
+    layer = stack([prepare(part) for part in parts])
+    x = torch.randn(shape.tokens, 640, dtype=torch.bfloat16, device="cuda")
+    right = LaunchShape(min(shape.tokens, 64), 1, 1, 2, 2, 2, 128, 4)
+    y = launch(make_plan(layer, x.dtype, len(x), shape, right), x, layer, None)
+    for part, rows in zip(parts, (slice(512), slice(512, 768), slice(768, 1068)), strict=True):
+        check(part, x, None, y[:, rows])
 
 
 def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:

@@ -36,7 +36,6 @@ FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
 
 HEADERS = {
-    "hopper.cu": ("hopper.cuh", "wgmma.cuh"),
     "prefill.cu": ("hopper.cuh",),
     "stream.cu": ("hopper.cuh", "wgmma.cuh"),
 }

@@ -41,7 +41,10 @@ ACTIVATION_CODES: dict[Activation | None, int] = {None: 16, "int8": 8, "float8_e
 BOX_BYTES = 128
 """Bytes of a token that the copy engine brings at a time."""
 
-QUANTIZER_THREADS = 256
+QUANTIZER_THREADS = (128, 256, 512)
+QUANTIZER_COLUMNS = 64
+"""Columns of a token that a thread of the quantizer has registers for."""
+
 UNIT_CODE_BYTES = 512
 UNIT_METADATA_BYTES = 256
 SCALE_WORDS_BYTES = 32
@@ -200,6 +203,7 @@ class _Launch:
 class _Quantizer:
     launcher: driver.Launcher
     columns: int
+    threads: int
 
 
 @dataclass
@@ -270,7 +274,7 @@ def _quantize(
         columns,
         quantizer.columns,
         grid=(tokens, 1, 1),
-        block=(QUANTIZER_THREADS, 1, 1),
+        block=(quantizer.threads, 1, 1),
         stream=stream,
         programmatic=True,
     )
@@ -472,15 +476,18 @@ def _ready(layer: FragmentLayer, count: int) -> Counters:
 
 
 def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
+    enough = (threads for threads in QUANTIZER_THREADS if threads * QUANTIZER_COLUMNS >= columns)
+    threads = next(enough, QUANTIZER_THREADS[-1])
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 90,
         "SPARSE": int(form.sparse),
         "ACTIVATION": ACTIVATION_CODES[form.activation],
+        "THREADS": threads,
     }
     function = driver.load(source("quantize.cu"), QUANTIZER_NAME, device_index, defines).function(QUANTIZER_NAME)
     kinds = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 2
-    return _Quantizer(function.prepare(kinds), _round_up(columns, QUANTIZED_COLUMNS))
+    return _Quantizer(function.prepare(kinds), _round_up(columns, QUANTIZED_COLUMNS), threads)
 
 
 def _round_up(number: int, to: int) -> int:

@@ -1,22 +1,26 @@
 // Activations rounded to 8 bits with a scale a token: s = max |x| / LARGEST, q = x / s.
 //
-// A block rounds one token. Columns are put into the order in which prefill.cu multiplies bytes: of every 32 columns
-// groups of 4, or of every 16 pairs if the weight is dense, the first half between the second. What fills up a row is zero.
+// A block rounds one token, whose numbers its threads hold in registers from the search for the largest to the rounding.
+// Columns are put into the order in which prefill.cu multiplies bytes: of every 32 columns groups of 4, or of every 16
+// pairs if the weight is dense, the first half between the second. What fills up a row is zero.
 //
 // Compiled with -D, besides those of common.cuh:
 //   ACTIVATION 8: int8, 80: float8 e4m3
 //   SPARSE     1: for a 2:4 weight; 0: for a dense one
+//   THREADS    of a block
 
-#define THREADS 256
+#define KEPT 8  // times 8 numbers of a thread, in registers; those of longer tokens are read twice
 #define LARGEST (ACTIVATION == 8 ? 127.f : 448.f)
 
-// Two numbers of 8 bits, the first in the low byte.
+#if ACTIVATION == 8
+// Added to a number, it leaves the nearest integer, half to even, in the last bits.
+#define ROUNDER 12582912.f
+#endif
+
+// Two numbers of 8 bits, the first in the low byte. They are not beyond the largest, for s is not too small.
 __device__ __forceinline__ u32 round_pair(float first, float second) {
 #if ACTIVATION == 8
-    int low, high;
-    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(low) : "f"(first));
-    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(high) : "f"(second));
-    return (u32)(min(max(low, -127), 127) & 0xff) | (u32)(min(max(high, -127), 127) & 0xff) << 8;
+    return __byte_perm(__float_as_uint(first + ROUNDER), __float_as_uint(second + ROUNDER), 0x0040) & 0xffff;
 #else
     u16 v;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(v) : "f"(first), "f"(second));
@@ -29,6 +33,10 @@ __device__ __forceinline__ u32 larger_magnitudes(u32 a, u32 b) {
     return low | high << 16;
 }
 
+__device__ __forceinline__ u32 larger_magnitudes(u32 a, const uint4& v) {
+    return larger_magnitudes(larger_magnitudes(a, v.x), larger_magnitudes(v.y, larger_magnitudes(v.z, v.w)));
+}
+
 // x / s, rounded once: the division of IEEE 754 without its cases, which do not arise for such scales.
 __device__ __forceinline__ bool divides_plainly(float s) { return s > 1e-30f && s < 1e30f; }
 __device__ __forceinline__ float divide_plainly(float x, float s, float inverse) {
@@ -36,19 +44,46 @@ __device__ __forceinline__ float divide_plainly(float x, float s, float inverse)
     return __fmaf_rn(__fmaf_rn(-q, s, x), inverse, q);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint4* x, u16* q, float* scale, int columns, int filled) {
+// The 8 bytes that a thread writes: its own in part, in part those of another that has the other half.
+__device__ __forceinline__ uint2 exchange(u32 first, u32 second) {
+    const int lane = threadIdx.x % 32;
+#if SPARSE
+    // `first` and `second` are groups of 4 columns; those of threads 0 and 2, and of 1 and 3, of every 4 lie in turns.
+    const bool later = lane & 2;
+    const u32 other = __shfl_xor_sync(0xffffffff, later ? first : second, 2);
+    return later ? make_uint2(other, second) : make_uint2(first, other);
+#else
+    // Pairs of columns, two in a word; those of even and odd threads lie in turns.
+    const bool later = lane & 1;
+    const u32 other = __shfl_xor_sync(0xffffffff, later ? first : second, 1);
+    const u32 even = later ? other : first, odd = later ? second : other;
+    return make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+#endif
+}
+
+// Where those 8 bytes go, in units of them.
+__device__ __forceinline__ int place(int i) { return SPARSE ? i / 4 * 4 + i % 2 * 2 + i % 4 / 2 : i; }
+
+extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint4* x, uint2* q, float* scale, int columns, int filled) {
     __shared__ u32 largest[THREADS / 32];
     const size_t token = blockIdx.x;
-    const int thread = threadIdx.x, eighths = columns / 8;
+    const int thread = threadIdx.x, eighths = columns / 8, end = filled / 8;
     const uint4* const from = x + token * eighths;
+    uint2* const to = q + token * end;
+    const uint4 zeros = make_uint4(0, 0, 0, 0);
     wait_for_previous_launch();
     if (thread == 0) let_next_launch_begin();
 
-    u32 magnitudes = 0;
-    for (int i = thread; i < eighths; i += THREADS) {
-        const uint4 v = from[i];
-        magnitudes = larger_magnitudes(larger_magnitudes(magnitudes, v.x), larger_magnitudes(v.y, larger_magnitudes(v.z, v.w)));
+    uint4 kept[KEPT];
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k) {
+        const int i = thread + k * THREADS;
+        kept[k] = i < eighths ? from[i] : zeros;
     }
+    u32 magnitudes = 0;
+#pragma unroll
+    for (int k = 0; k < KEPT; ++k) magnitudes = larger_magnitudes(magnitudes, kept[k]);
+    for (int i = thread + KEPT * THREADS; i < eighths; i += THREADS) magnitudes = larger_magnitudes(magnitudes, from[i]);
     magnitudes = max(magnitudes & 0xffff, magnitudes >> 16);
     magnitudes = __reduce_max_sync(0xffffffff, magnitudes);
     if (thread % 32 == 0) largest[thread / 32] = magnitudes;
@@ -61,10 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint
     const float inverse = 1.f / s;
     if (thread == 0) scale[token] = s;
 
-    u16* const to = q + token * (filled / 2);
-    for (int i = thread; i < filled / 8; i += THREADS) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (i < eighths) v = from[i];
+    auto write = [&](int i, const uint4& v) {
         const u32 words[4] = {v.x, v.y, v.z, v.w};
         u32 pairs[4];
 #pragma unroll
@@ -73,13 +105,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint
             if (plainly) pairs[j] = round_pair(divide_plainly(first, s, inverse), divide_plainly(second, s, inverse));
             else pairs[j] = round_pair(first / s, second / s);
         }
-#if SPARSE
-        u32* const group = (u32*)to + i / 4 * 8 + i % 2 * 4 + i % 4 / 2;
-        group[0] = pairs[0] | pairs[1] << 16;
-        group[2] = pairs[2] | pairs[3] << 16;
-#else
+        const uint2 bytes = exchange(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+        if (i < end) to[place(i)] = bytes;
+    };
 #pragma unroll
-        for (int j = 0; j < 4; ++j) to[i / 2 * 8 + 2 * j + i % 2] = (u16)pairs[j];
-#endif
+    for (int k = 0; k < KEPT; ++k)
+        if (k * THREADS < end) write(thread + k * THREADS, kept[k]);
+    for (int first = KEPT * THREADS; first < end; first += THREADS) {
+        const int i = first + thread;
+        write(i, i < eighths ? from[i] : zeros);
     }
 }

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -39,8 +40,10 @@ RESERVED_BYTES = 2 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
 ALIGNMENT = 1024
+SLOT_ALIGNMENT = 128
+MOST_STAGES = 24
 TOKEN_TILES = (8, 16, 32, 64, 128)
-CLUSTERS = (1, 2, 4, 8)
+CLUSTERS = (1, 2, 3, 4, 6, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
 
@@ -77,7 +80,8 @@ class LaunchShape:
         cluster: blocks that share the columns.
         blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
         step: columns of a slot of the ring, 128 or 256.
-        stages: slots of the ring, at most; as many as fit beside the other blocks if 0.
+        stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
+        inputs: slots of the ring of activations, at most; as many as of weights if 0.
     """
 
     tokens: int
@@ -88,6 +92,7 @@ class LaunchShape:
     blocks: int
     step: int
     stages: int = 0
+    inputs: int = 0
 
     @property
     def tiles(self) -> int:
@@ -109,34 +114,48 @@ class LaunchShape:
         """Threads of a block: warpgroups that multiply, and a warp that brings what they read."""
         return 128 * self.row_groups * self.column_groups + 32
 
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of a slot of activations."""
+        return self.tokens * self.step * 2
+
     def slot_bytes(self, form: Form) -> int:
-        """Bytes of a slot: activations, codes, metadata, scales."""
-        activations = self.tokens * self.step * 2
+        """Bytes of a slot of weights: codes, metadata, scales."""
         weights = self.rows * self.step * 3 // 8 if form.sparse else self.rows * self.step // 2
         scales = self.rows * 2 * (self.step // form.group) if form.group else 0
-        return -(-(activations + weights + scales) // ALIGNMENT) * ALIGNMENT
+        return -(-(weights + scales) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
-    def stages_of(self, form: Form) -> int:
-        """Slots of the ring: a multiple of the warpgroups that take turns at them.
+    def stages_of(self, form: Form) -> tuple[int, int]:
+        """Slots of the rings of weights and of activations: multiples of the warpgroups that take turns at them.
 
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes
-        fitting = max(room // self.slot_bytes(form), 0)
-        stages = min(self.stages or fitting, fitting)
-        return stages // self.column_groups * self.column_groups
+        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes - ALIGNMENT
+        if self.inputs:
+            fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
+        else:
+            fitting = room // (self.slot_bytes(form) + self.input_bytes)
+        fitting = max(min(fitting, MOST_STAGES), 0)
+        stages = min(self.stages or fitting, fitting) // self.column_groups * self.column_groups
+        inputs = min(self.inputs or stages, stages) // self.column_groups * self.column_groups
+        return stages, inputs
 
     def fits(self, form: Form) -> bool:
-        """Whether warpgroups can wait for a slot while they hold another, and the ring takes their sums at the end."""
-        stages = self.stages_of(form)
+        """Whether warpgroups can wait for a slot while they hold another, and the rings take their sums at the end."""
+        _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
-        return fits and stages >= 2 * self.column_groups and stages * self.slot_bytes(form) >= sums
+        return fits and inputs >= 2 * self.column_groups and self._ring_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
-        """Dynamic shared memory of a block: the ring, sums that are sent to it, and results."""
-        return self.stages_of(form) * self.slot_bytes(form) + self._output_bytes
+        """Dynamic shared memory of a block: the rings, sums that are sent to it, and results."""
+        return self._ring_bytes(form) + self._output_bytes
+
+    def _ring_bytes(self, form: Form) -> int:
+        stages, inputs = self.stages_of(form)
+        weights = -(-stages * self.slot_bytes(form) // ALIGNMENT) * ALIGNMENT
+        return inputs * self.input_bytes + weights
 
     @property
     def _output_bytes(self) -> int:
@@ -152,11 +171,13 @@ class Measured:
     Attributes:
         rows: of the layer (with those it is stacked with), or ranks of all its factors.
         columns: of the layer.
+        tokens: of the call, rounded up to a size of `TOKEN_TILES`.
         shape: that took the least time.
     """
 
     rows: int
     columns: int
+    tokens: int
     shape: LaunchShape
 
 
@@ -173,7 +194,7 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
         columns: of the layer.
         tokens: of the call.
         form: of the weight.
-        starts: first rows of the members of a stack but the first; no block may hold rows of two.
+        starts: first rows of the members of a stack but the first; no block holds rows of two.
         processors: multiprocessors of the device.
 
     Raises:
@@ -188,24 +209,27 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int)
     Raises:
         KernelError: no shape suits the factor.
     """
-    tile = min(token_tile(tokens), 64)
-    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tile, form, (), processors)
+    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, token_tile(tokens), form, (), processors)
 
 
-def suiting(
-    candidates: dict[int, list[LaunchShape]], tile: int, form: Form, starts: Sequence[int]
-) -> Iterator[LaunchShape]:
+def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> Iterator[LaunchShape]:
     """Yield the candidates, with every number of blocks that share columns, that a layer can be launched with."""
     for candidate in candidates[tile]:
         for cluster in CLUSTERS:
             shape = replace(candidate, cluster=cluster)
-            if shape.fits(form) and all(start % shape.rows == 0 for start in starts):
+            if shape.fits(form):
                 yield shape
 
 
-def blocks_of(shape: LaunchShape, rows: int) -> int:
+def first_blocks(shape: LaunchShape, rows: int, starts: Sequence[int]) -> list[int]:
+    """Return the first block of each member of a stack but the first, and how many all have, columns not divided."""
+    bounds = [0, *starts, rows]
+    return list(accumulate(-(-(end - start) // shape.rows) for start, end in pairwise(bounds)))
+
+
+def blocks_of(shape: LaunchShape, rows: int, starts: Sequence[int] = ()) -> int:
     """Return how many blocks a launch has for one tile of tokens."""
-    return -(-rows // shape.rows) * shape.cluster
+    return first_blocks(shape, rows, starts)[-1] * shape.cluster
 
 
 def _choose(
@@ -218,22 +242,22 @@ def _choose(
     starts: Sequence[int],
     processors: int,
 ) -> LaunchShape:
-    of_this_tile = [one for one in measured()[table] if one.shape.tokens == tile]
+    of_this_tile = [one for one in measured()[table] if one.tokens == tile]
     for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
-        if one.shape.fits(form) and all(start % one.shape.rows == 0 for start in starts):
+        if one.shape.fits(form):
             return one.shape
-    possible = list(suiting(candidates, tile, form, starts))
+    possible = list(suiting(candidates, tile, form))
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
     # Blocks of a second wave begin late; too few leave multiprocessors idle.
     fewest, most, wanted = (round(share * processors) for share in FILLING)
-    filling = [shape for shape in possible if fewest <= blocks_of(shape, rows) <= most]
+    filling = [shape for shape in possible if fewest <= blocks_of(shape, rows, starts) <= most]
     if filling:
         like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
-        return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows) - wanted))
-    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows) / wanted)))
+        return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows, starts) - wanted))
+    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
 
 
 def _distance(one: Measured, rows: int, columns: int) -> float:
@@ -245,69 +269,97 @@ def measured() -> dict[str, list[Measured]]:
     """Return the shapes that were measured, of ``layers`` and of ``factors`` (for the launch that computes t)."""
     text = (files("slimc.backends.cuda") / "stream_shapes.json").read_text("utf-8")
     return {
-        table: [Measured(one["rows"], one["columns"], LaunchShape(**one["shape"])) for one in entries]
+        table: [Measured(one["rows"], one["columns"], one["tokens"], LaunchShape(**one["shape"])) for one in entries]
         for table, entries in json.loads(text)["measured"].items()
     }
 
 
-def _of(tile: int, *rest: tuple[int, int, int, int, int, int]) -> list[LaunchShape]:
-    """Return shapes from row tiles, row groups, column groups, blocks, columns of a slot, and slots."""
+def _of(tile: int, *rest: tuple[int, int, int, int, int, int, int]) -> list[LaunchShape]:
+    """Return shapes from row tiles, row groups, column groups, blocks, columns of a slot, and slots of the rings."""
     return [
-        LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages)
-        for row_tiles, row_groups, column_groups, blocks, step, stages in rest
+        LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages, inputs)
+        for row_tiles, row_groups, column_groups, blocks, step, stages, inputs in rest
     ]
 
 
 CANDIDATES = {
     8: _of(
         8,
-        (1, 2, 1, 2, 256, 0),
-        (1, 2, 1, 3, 256, 0),
-        (1, 1, 4, 2, 256, 0),
-        (1, 1, 3, 3, 128, 0),
-        (2, 2, 1, 2, 128, 0),
-        (1, 2, 2, 2, 256, 0),
-        (1, 2, 2, 2, 128, 0),
-        (1, 4, 1, 2, 128, 0),
+        (1, 2, 1, 2, 256, 0, 0),
+        (1, 2, 1, 3, 256, 0, 0),
+        (1, 1, 4, 2, 256, 0, 0),
+        (1, 1, 3, 3, 128, 0, 0),
+        (2, 2, 1, 2, 128, 0, 0),
+        (1, 2, 2, 2, 256, 0, 0),
+        (1, 1, 1, 3, 256, 0, 0),
+        (2, 1, 1, 2, 256, 0, 0),
+        (2, 1, 2, 2, 256, 0, 0),
+        (2, 1, 2, 3, 128, 0, 0),
     ),
     16: _of(
         16,
-        (1, 2, 1, 2, 256, 0),
-        (1, 2, 1, 3, 128, 0),
-        (1, 1, 2, 2, 256, 0),
-        (1, 2, 2, 2, 128, 0),
-        (1, 1, 4, 2, 128, 0),
-        (2, 2, 1, 2, 128, 0),
-        (1, 4, 1, 2, 128, 0),
+        (1, 2, 1, 2, 256, 0, 0),
+        (1, 2, 1, 3, 128, 0, 0),
+        (1, 1, 2, 2, 256, 0, 0),
+        (1, 1, 4, 2, 128, 0, 0),
+        (2, 2, 1, 2, 128, 0, 0),
+        (1, 1, 1, 3, 256, 0, 0),
+        (2, 1, 1, 2, 256, 0, 0),
+        (2, 1, 2, 2, 256, 0, 0),
+        (2, 1, 2, 2, 128, 0, 0),
     ),
-    32: _of(32, (1, 2, 1, 2, 128, 0), (2, 2, 1, 2, 128, 0), (1, 1, 2, 2, 128, 0), (1, 2, 1, 2, 256, 0)),
+    32: _of(
+        32,
+        (1, 2, 1, 2, 128, 0, 0),
+        (2, 2, 1, 2, 128, 0, 0),
+        (1, 1, 2, 2, 128, 0, 0),
+        (1, 2, 1, 2, 256, 0, 0),
+        (2, 1, 1, 2, 128, 0, 0),
+        (1, 1, 1, 1, 256, 0, 0),
+    ),
     64: _of(
         64,
-        (1, 2, 1, 2, 128, 4),
-        (1, 2, 1, 2, 128, 3),
-        (1, 2, 1, 2, 128, 5),
-        (1, 2, 2, 1, 128, 6),
-        (2, 2, 1, 1, 128, 4),
-        (1, 4, 1, 1, 128, 5),
-        (1, 1, 4, 1, 128, 8),
+        (1, 2, 1, 1, 128, 0, 0),
+        (1, 1, 1, 1, 256, 0, 3),
+        (1, 1, 1, 2, 128, 4, 0),
+        (1, 2, 1, 1, 256, 0, 3),
+        (1, 2, 1, 1, 256, 0, 0),
+        (2, 1, 1, 2, 128, 0, 0),
+        (2, 1, 1, 1, 128, 3, 0),
+        (2, 1, 1, 1, 128, 4, 0),
+        (2, 2, 1, 1, 256, 0, 3),
+        (1, 4, 1, 1, 256, 0, 3),
     ),
-    128: _of(128, (1, 2, 1, 1, 128, 4), (1, 2, 1, 1, 128, 3)),
+    128: _of(
+        128,
+        (1, 2, 1, 1, 128, 0, 0),
+        (1, 1, 1, 1, 256, 0, 3),
+        (1, 1, 1, 2, 128, 8, 3),
+        (1, 3, 1, 1, 128, 8, 3),
+        (1, 3, 1, 1, 128, 8, 6),
+        (2, 1, 1, 1, 128, 4, 0),
+        (1, 2, 1, 1, 128, 4, 0),
+        (1, 4, 1, 1, 128, 4, 0),
+    ),
 }
-"""Shapes worth measuring, by the tokens of a block, those that suit most layers first.
-
-Left out are those for which the assembler finds too few registers and runs products one after another.
-"""
+"""Shapes worth measuring, by the tokens of a block, those that suit most layers first."""
 
 RIGHT_CANDIDATES = {
-    8: _of(8, (1, 1, 2, 3, 256, 0), (1, 1, 4, 2, 128, 0), (1, 1, 3, 3, 128, 0)),
-    16: _of(16, (1, 1, 2, 3, 256, 0), (1, 1, 3, 3, 128, 0), (1, 1, 2, 3, 128, 0)),
-    32: _of(32, (1, 2, 1, 2, 128, 3), (1, 1, 2, 2, 128, 4)),
-    64: _of(64, (1, 2, 1, 2, 128, 2), (1, 2, 1, 2, 128, 3), (1, 1, 2, 2, 128, 4)),
+    8: _of(8, (1, 1, 2, 3, 256, 0, 0), (1, 1, 4, 2, 128, 0, 0), (1, 1, 3, 3, 128, 0, 0)),
+    16: _of(16, (1, 1, 2, 3, 256, 0, 0), (1, 1, 3, 3, 128, 0, 0), (1, 1, 2, 3, 128, 0, 0)),
+    32: _of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    64: [
+        *_of(64, (1, 2, 1, 2, 128, 2, 0), (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+        *_of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    ],
+    128: [
+        *_of(64, (1, 2, 1, 2, 128, 2, 0), (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+        *_of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
+    ],
 }
-"""The same for the launch that computes t."""
+"""The same for the launch that computes t. It ends sooner the more blocks there are, so they may take fewer tokens."""
 
 
-def as_entry(rows: int, columns: int, shape: LaunchShape) -> dict[str, object]:
+def as_entry(one: Measured) -> dict[str, object]:
     """Return an entry of the file of measured shapes."""
-    names = ("tokens", "row_tiles", "row_groups", "column_groups", "cluster", "blocks", "step", "stages")
-    return {"rows": rows, "columns": columns, "shape": dict(zip(names, astuple(shape), strict=True))}
+    return asdict(one)

@@ -1,7 +1,7 @@
 // y = scale * (x @ W^T) + t @ L^T + bias on Hopper, for up to 128 tokens: as fast as the weight comes from memory.
 //
-// The copy engine brings weights to shared memory in the order of their use, in a ring of slots, together with the
-// activations that meet them. Weights do not depend on the launch before: a block fills its ring while that still runs,
+// The copy engine brings weights to shared memory in the order of their use, in a ring of slots, and in another ring the
+// activations that meet them. Weights do not depend on the launch before: a block fills their ring while that still runs,
 // so that memory is busy between launches too. Warps take their codes from the ring, turn them into numbers in
 // registers, and multiply by activations with `wgmma`, or `wgmma.sp` if the weight is 2:4.
 //
@@ -19,12 +19,13 @@
 //   ROW_GROUPS     warpgroups with rows of their own
 //   COLUMN_GROUPS  warpgroups that share the columns of the same rows
 //   STEP           columns of a slot: 128 or 256
-//   STAGES         slots of the ring
+//   STAGES         slots of the ring of weights
+//   INPUTS         slots of the ring of activations, no more than STAGES
 //   CLUSTER        blocks that share the columns
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
-#if STAGES % COLUMN_GROUPS
-#error "a slot must always meet the same warpgroup: see LaunchShape.stages_of"
+#if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
+#error "a slot must always meet the same warpgroup, and weights are ahead: see LaunchShape.stages_of"
 #endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
@@ -36,17 +37,17 @@
 
 #define BOX_BYTES (TOKENS * 128)  // 64 columns of activations
 #define BOXES (STEP / 64)
-#define CODES_AT (BOXES * BOX_BYTES)
+#define INPUT_BYTES (BOXES * BOX_BYTES)
 #define CODE_BYTES (BLOCK_TILES * UNITS * 512)
-#define METADATA_AT (CODES_AT + CODE_BYTES)
+#define METADATA_AT CODE_BYTES
 #define METADATA_BYTES (SPARSE ? BLOCK_TILES * UNITS * 256 : 0)
 #define SCALES_AT (METADATA_AT + METADATA_BYTES)
 #define GROUPS (GROUP > 0 ? STEP / GROUP : 0)
 #define SCALE_BYTES (BLOCK_TILES * GROUPS * 32)
-#define SLOT_BYTES ((SCALES_AT + SCALE_BYTES + 1023) / 1024 * 1024)
+#define SLOT_BYTES ((SCALES_AT + SCALE_BYTES + 127) / 128 * 128)
 
 #define LEFT_CODE_BYTES (BLOCK_TILES * LEFT_UNITS * 512)
-#define LEFT_SCALES_AT (CODES_AT + LEFT_CODE_BYTES)
+#define LEFT_SCALES_AT LEFT_CODE_BYTES
 #define LEFT_SCALE_BYTES (BLOCK_TILES * LEFT_UNITS * 32)
 
 #define PIECES (ROW_TILES * (TOKENS / 8))  // of sums, each of 64 rows a row group by 8 tokens
@@ -76,51 +77,57 @@ struct Arguments {
     u32 zero;                  // 0, which the compiler does not know
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
     int members;               // of the stack
-    int first_row[MEMBERS];    // of each member of the stack
+    int first_block[MEMBERS];  // of each member of the stack
+    int first_row[MEMBERS];
     int first_rank[MEMBERS];   // that its L reads
     int rank_units[MEMBERS];   // of 64, that it reads
 };
 
 // ------------------------------------------------------------------------------------------------------------ ring
 
+template <int SLOTS, int BYTES>
 struct Ring {
     u32 slots, full, empty;
     int slot, parity;
 
     __device__ __forceinline__ void advance(int by) {
         slot += by;
-        if (slot >= STAGES) slot -= STAGES, parity ^= 1;
+        if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
     }
-    __device__ __forceinline__ u32 data() const { return slots + slot * SLOT_BYTES; }
+    __device__ __forceinline__ u32 data() const { return slots + slot * BYTES; }
     __device__ __forceinline__ u32 arrived() const { return full + 8 * slot; }
+    __device__ __forceinline__ u32 released() const { return empty + 8 * slot; }
     __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * slot, parity); }
     __device__ __forceinline__ void wait_empty() const { barrier_wait(empty + 8 * slot, parity ^ 1); }
 };
+using Weights = Ring<STAGES, SLOT_BYTES>;
+using Inputs = Ring<INPUTS, INPUT_BYTES>;
 
 // What a block brings: slots of W from `begin` on, then slots of L to `end`.
 struct Source {
     const Arguments& a;
     int tile, token, begin, end, first_rank;
 
-    __device__ __forceinline__ void bring_weights(const Ring& ring, int step) const {
-        const u32 to = ring.data() + CODES_AT, barrier = ring.arrived();
+    __device__ __forceinline__ void bring_weights(const Weights& ring, int step) const {
+        const u32 to = ring.data(), barrier = ring.arrived();
         if (!ADAPTERS || step < a.steps) {
-            barrier_expect(barrier, CODES_AT + CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
+            barrier_expect(barrier, CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
             load_box(to, &a.codes_map, barrier, 0, step * UNITS, tile);
 #if SPARSE
-            load_box(ring.data() + METADATA_AT, &a.metadata_map, barrier, 0, step * UNITS, tile);
+            load_box(to + METADATA_AT, &a.metadata_map, barrier, 0, step * UNITS, tile);
 #endif
 #if GROUP > 0
-            load_box(ring.data() + SCALES_AT, &a.scale_map, barrier, 0, step * GROUPS, tile);
+            load_box(to + SCALES_AT, &a.scale_map, barrier, 0, step * GROUPS, tile);
 #endif
         } else {
-            barrier_expect(barrier, LEFT_UNITS * BOX_BYTES + LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
+            barrier_expect(barrier, LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
             load_box(to, &a.left_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
-            load_box(ring.data() + LEFT_SCALES_AT, &a.left_scale_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
+            load_box(to + LEFT_SCALES_AT, &a.left_scale_map, barrier, 0, (step - a.steps) * LEFT_UNITS, tile);
         }
     }
 
-    __device__ __forceinline__ void bring_x(const Ring& ring, int step) const {
+    __device__ __forceinline__ void bring_x(const Inputs& ring, int step) const {
+        barrier_expect(ring.arrived(), INPUT_BYTES);
         if (a.whole) {
             load_box(ring.data(), &a.x_map, ring.arrived(), 0, token, step * BOXES);
         } else {
@@ -130,12 +137,13 @@ struct Source {
         }
     }
 
-    __device__ __forceinline__ void bring_t(const Ring& ring, int step) const {
+    __device__ __forceinline__ void bring_t(const Inputs& ring, int step) const {
+        barrier_expect(ring.arrived(), LEFT_UNITS * BOX_BYTES);
         load_box(ring.data(), &a.t_map, ring.arrived(), 0, token, first_rank / 64 + (step - a.steps) * LEFT_UNITS);
     }
 
-    // Weights go ahead of activations as far as the ring reaches.
-    __device__ __forceinline__ void run(Ring ring) const {
+    // Weights go ahead of activations as far as their ring reaches.
+    __device__ __forceinline__ void run(Weights weights, Inputs inputs) const {
         prefetch_map(&a.codes_map);
         if (SPARSE) prefetch_map(&a.metadata_map);
         if (GROUP > 0) prefetch_map(&a.scale_map);
@@ -145,14 +153,19 @@ struct Source {
             prefetch_map(&a.left_scale_map);
             prefetch_map(&a.t_map);
         }
-        Ring ahead = ring;
         int next = begin;
-        auto bring_next = [&]() {
-            if (next - begin >= STAGES) ahead.wait_empty();
-            bring_weights(ahead, next++);
-            ahead.advance(1);
+        while (next < min(end, begin + STAGES)) {
+            bring_weights(weights, next++);
+            weights.advance(1);
+        }
+        // Who has released the activations of a step has the weights of the next one in registers.
+        auto follow = [&](int step) {
+            if (step - begin + 1 >= INPUTS && next < end) {
+                weights.wait_empty();
+                bring_weights(weights, next++);
+                weights.advance(1);
+            }
         };
-        while (next < min(end, begin + STAGES)) bring_next();
 #if ADAPTERS
         while (load_acquire(a.flags) != a.mark) {}
 #else
@@ -162,16 +175,18 @@ struct Source {
         asm volatile("fence.proxy.async.global;" ::: "memory");
         const int middle = max(begin, min(end, a.steps));
         int step = begin;
-        for (; step < middle; ++step, ring.advance(1)) {
-            if (step >= next) bring_next();
-            bring_x(ring, step);
+        for (; step < middle; ++step, inputs.advance(1)) {
+            if (step - begin >= INPUTS) inputs.wait_empty();
+            bring_x(inputs, step);
+            follow(step);
         }
 #if ADAPTERS
         wait_for_previous_launch();
         asm volatile("fence.proxy.async.global;" ::: "memory");
-        for (; step < end; ++step, ring.advance(1)) {
-            if (step >= next) bring_next();
-            bring_t(ring, step);
+        for (; step < end; ++step, inputs.advance(1)) {
+            if (step - begin >= INPUTS) inputs.wait_empty();
+            bring_t(inputs, step);
+            follow(step);
         }
         if (atomicAdd(a.flags + 1, 1) == gridDim.x - 1) a.flags[0] = a.flags[1] = 0;
 #endif
@@ -192,25 +207,33 @@ __device__ __forceinline__ float4 load_shared_sums(u32 address) {
 
 // One warpgroup's part of the product.
 struct Multiplier {
-    Ring ring;
+    Weights weights;
+    Inputs inputs;
     int row_group, warp, lane;
-    int previous;  // slot whose products may still run, or -1
+    int previous;  // slot of activations whose products may still run, or -1
     u32 zero;
 
     // Place of the warp's tile `m` among the block's tiles of 16 rows.
     __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
+
+    // What a warp reads of a slot is in its registers.
+    __device__ __forceinline__ void release_weights() {
+        __syncwarp();
+        barrier_arrive_if(lane == 0, weights.released());
+        weights.advance(COLUMN_GROUPS);
+    }
 
     // All products but those of the last batch are done; so are those with the slot before.
     __device__ __forceinline__ void end_batch(bool first_of_slot) {
         wgmma_commit();
         wgmma_wait<1>();
         // Without a branch: products on both sides of one would run one after another.
-        if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, ring.empty + 8 * previous);
+        if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, inputs.empty + 8 * previous);
     }
 
     __device__ __forceinline__ void next_slot() {
-        previous = ring.slot;
-        ring.advance(COLUMN_GROUPS);
+        previous = inputs.slot;
+        inputs.advance(COLUMN_GROUPS);
     }
 
     __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS]) {
@@ -223,13 +246,13 @@ struct Multiplier {
 #if GROUP > 0
         u32 scales[GROUPS][ROW_TILES];
 #endif
-        ring.wait_full();
-        const u32 data = ring.data();
+        weights.wait_full();
+        const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) {
-                codes[u][m] = load_shared_words(data + CODES_AT + (place(m) * UNITS + u) * 512 + lane * 16);
+                codes[u][m] = load_shared_words(data + (place(m) * UNITS + u) * 512 + lane * 16);
 #if SPARSE
                 metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
 #endif
@@ -240,6 +263,8 @@ struct Multiplier {
                 scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
 #endif
         }
+        release_weights();
+        const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * UNITS / BATCH; ++batch) {
             const int set = batch & 1;
@@ -258,11 +283,12 @@ struct Multiplier {
 #endif
                 }
             }
+            if (batch == 0) inputs.wait_full();
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4, column = u * UNIT + j * (UNIT / 4);
-                const u64 box = describe(data + column / 64 * BOX_BYTES + column % 64 * 2);
+                const u64 box = describe(boxes + column / 64 * BOX_BYTES + column % 64 * 2);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
 #if SPARSE
@@ -283,16 +309,18 @@ struct Multiplier {
         u32 of[2][BATCH][ROW_TILES][4];
         uint4 codes[LEFT_UNITS][ROW_TILES];
         u32 scales[LEFT_UNITS][ROW_TILES];
-        ring.wait_full();
-        const u32 data = ring.data();
+        weights.wait_full();
+        const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < LEFT_UNITS; ++u) {
-                codes[u][m] = load_shared_words(data + CODES_AT + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
+                codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
                 scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
             }
         }
+        release_weights();
+        const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
             const int set = batch & 1;
@@ -305,11 +333,12 @@ struct Multiplier {
                     apply_scales(of[set][i][m], scales[u][m]);
                 }
             }
+            if (batch == 0) inputs.wait_full();
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
-                const u64 box = describe(data + u * BOX_BYTES + j * 32);
+                const u64 box = describe(boxes + u * BOX_BYTES + j * 32);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
@@ -356,14 +385,15 @@ __device__ __forceinline__ float4 add_up(u32 from, int count, u32 step) {
 // 8 tokens of 64 rows at a time lie as fragments in the threads of a warpgroup; memory wants the rows of a token together.
 struct Output {
     const Arguments& a;
+    int end_row;           // of the member of the stack
     u32 staged;            // this row group's room: 8 rows of 128 bytes, their 16 bytes in an order of their own
     unsigned char* from;
     int barrier;
 
     __device__ __forceinline__ void write(const float4& s, int first_row, int first_token, int warp, int lane) const {
         const int own_row = first_row + warp * 16 + lane / 4;
-        const float low = a.bias && own_row < a.rows ? to_float(a.bias[own_row]) : 0.f;
-        const float high = a.bias && own_row + 8 < a.rows ? to_float(a.bias[own_row + 8]) : 0.f;
+        const float low = a.bias && own_row < end_row ? to_float(a.bias[own_row]) : 0.f;
+        const float high = a.bias && own_row + 8 < end_row ? to_float(a.bias[own_row + 8]) : 0.f;
         const u32 first = from_float(s.x + low) | (u32)from_float(s.y + low) << 16;
         const u32 second = from_float(s.z + high) | (u32)from_float(s.w + high) << 16;
         const int place = lane & 7, half = 2 * warp + ((lane >> 3) & 1);
@@ -371,7 +401,7 @@ struct Output {
         wait_named(barrier, 128);
         const int thread = threadIdx.x % 128, at = thread / 8, piece = thread % 8;
         const int token = first_token + at, row = first_row + 8 * piece;
-        if (thread < 64 && token < a.tokens && row < a.rows) {
+        if (thread < 64 && token < a.tokens && row < end_row) {
             const uint4 v = *(const uint4*)(from + at * 128 + ((piece ^ at) << 4));
             u16* const to = a.y + (size_t)token * a.rows + row;
             if (a.rows % 8 == 0) {
@@ -380,7 +410,7 @@ struct Output {
                 const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
                 for (int k = 0; k < 8; ++k)
-                    if (row + k < a.rows) to[k] = (u16)(words[k / 2] >> (16 * (k & 1)));
+                    if (row + k < end_row) to[k] = (u16)(words[k / 2] >> (16 * (k & 1)));
             }
         }
         wait_named(barrier, 128);
@@ -391,27 +421,33 @@ struct Output {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 2 * INPUTS + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int share = blockIdx.x % CLUSTER, work = blockIdx.x / CLUSTER;
-    const int block_tile = work / a.token_tiles * BLOCK_TILES, token = work % a.token_tiles * TOKENS;
+    const int block = work / a.token_tiles, token = work % a.token_tiles * TOKENS;
     // All rows of a block belong to one member of the stack.
     int member = 0;
-    if (ADAPTERS)
-        while (member + 1 < a.members && block_tile * 16 >= a.first_row[member + 1]) ++member;
+    while (member + 1 < a.members && block >= a.first_block[member + 1]) ++member;
+    const int block_tile = a.first_row[member] / 16 + (block - a.first_block[member]) * BLOCK_TILES;
+    const int end_row = member + 1 < a.members ? a.first_row[member + 1] : a.rows;
     const int total = a.steps + (ADAPTERS ? (a.rank_units[member] + LEFT_UNITS - 1) / LEFT_UNITS : 0);
     const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
-    const u32 sums = slots + STAGES * SLOT_BYTES, staged = sums + SUM_BYTES;
-    const u32 arrived = shared_address(barriers + 2 * STAGES);
-    const Ring ring{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
+    const u32 sums = slots + INPUTS * INPUT_BYTES + (STAGES * SLOT_BYTES + 1023) / 1024 * 1024, staged = sums + SUM_BYTES;
+    const u32 first_barrier = shared_address(barriers), arrived = first_barrier + 16 * (STAGES + INPUTS);
+    const Weights weights{slots + INPUTS * INPUT_BYTES, first_barrier, first_barrier + 8 * STAGES, 0, 0};
+    const Inputs inputs{slots, first_barrier + 16 * STAGES, first_barrier + 8 * (2 * STAGES + INPUTS), 0, 0};
     const int own = max(0, min(PIECES - share * OWN_PIECES, OWN_PIECES));
 
     if (threadIdx.x == 0) {
         let_next_launch_begin();
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(ring.full + 8 * i, 1);
-            barrier_init(ring.empty + 8 * i, 4 * ROW_GROUPS);
+            barrier_init(weights.full + 8 * i, 1);
+            barrier_init(weights.empty + 8 * i, 4 * ROW_GROUPS);
+        }
+        for (int i = 0; i < INPUTS; ++i) {
+            barrier_init(inputs.full + 8 * i, 1);
+            barrier_init(inputs.empty + 8 * i, 4 * ROW_GROUPS);
         }
         barrier_init(arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -425,7 +461,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #endif
 
     if (warp == CONSUMERS / 32) {
-        if (lane == 0) Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0}.run(ring);
+        if (lane == 0) Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0}.run(weights, inputs);
 #if CLUSTER > 1
         __syncwarp();
         cluster_wait();
@@ -449,8 +485,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #endif
     const int middle = max(begin, min(end, a.steps));
     float sum[ROW_TILES][SUMS] = {};
-    Multiplier by{ring, row_group, warp % 4, lane, -1, a.zero};
-    by.ring.advance(column_group);
+    Multiplier by{weights, inputs, row_group, warp % 4, lane, -1, a.zero};
+    by.weights.advance(column_group);
+    by.inputs.advance(column_group);
     int step = begin + column_group;
     for (; step < middle; step += COLUMN_GROUPS) by.multiply_weights(sum);
     wait_for_sums(sum);
@@ -475,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const int thread = row_group * 128 + threadIdx.x % 128;
 #endif
     const u32 room = staged + (column_group * ROW_GROUPS + row_group) * 1024;
-    const Output output{a, room, shared + (room - shared_address(shared)), 1 + column_group * ROW_GROUPS + row_group};
+    const Output output{a, end_row, room, shared + (room - shared_address(shared)), 1 + column_group * ROW_GROUPS + row_group};
     // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
     auto deliver = [&](int piece, const float4& s) {
 #if CLUSTER > 1
@@ -488,7 +525,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     cluster_wait();
 #endif
 #if COLUMN_GROUPS > 1
-    // Where the ring was, once nobody reads it.
+    // Where the rings were, once nobody reads them.
     wait_named(15, CONSUMERS);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)

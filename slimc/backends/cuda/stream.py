@@ -36,10 +36,7 @@ __all__ = ["STREAM", "defines_of", "launch", "make_plan"]
 KERNEL_NAME = "stream_linear"
 
 MAX_TOKENS = 128
-
-FASTEST_TOKENS = 64
-"""Up to so many tokens it is the fastest on an H100; from there on a launch is bound by products."""
-
+"""Of a call; for more the weight would be read again and again, and ``cuda-prefill`` takes less time."""
 
 BOX_COLUMNS = 64
 _MARKS = cycle(range(1 << 16, 1 << 31))
@@ -57,8 +54,8 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "whole", "row_scale", "steps", "token_tiles", "zero", "mark", "members",
         )),
-        *((name, ctypes.c_int * MOST_STACKED) for name in ("first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 7),  # a structure with tensor maps is a multiple of 64 bytes
+        *((name, ctypes.c_int * MOST_STACKED) for name in ("first_block", "first_row", "first_rank", "rank_units")),
+        ("padding", ctypes.c_int * 15),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -161,7 +158,7 @@ def make_plan(
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     whole = int(spec.columns % BOX_COLUMNS == 0)
     form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype)
-    starts = [rows.start for rows, _ in layer.parts[1:]]
+    starts = [] if layer.right is None else [rows.start for rows, _ in layer.parts[1:]]
     shape = shape or shapes.of_layer(spec.rows, spec.columns, tokens, form, starts, processors)
     arguments = _Arguments(
         scale=None if form.group else pointer(layer.scale),
@@ -170,9 +167,12 @@ def make_plan(
         whole=whole,
         row_scale=int(not spec.weight.per_tensor),
         steps=-(-spec.columns // shape.step),
-        members=len(layer.parts),
+        # Without adapters a block may hold rows of two.
+        members=1 if layer.right is None else len(layer.parts),
     )
-    for index, (rows, ranks) in enumerate(layer.parts):
+    blocks = shapes.first_blocks(shape, spec.rows, starts)
+    for index, (rows, ranks) in enumerate(layer.parts[: arguments.members]):
+        arguments.first_block[index] = blocks[index - 1] if index else 0
         arguments.first_row[index] = rows.start
         arguments.first_rank[index] = ranks.start
         arguments.rank_units[index] = (ranks.stop - ranks.start) // FACTOR_GROUP
@@ -180,14 +180,14 @@ def make_plan(
     if layer.left is not None and layer.left_scale is not None:
         driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, shape.left_units, 128))
         driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, shape.left_units, 8))
-    main = _plan_launch(arguments, shape, form, device_index)
+    main = _plan_launch(arguments, shape, form, blocks[-1], device_index)
     if layer.right is None or layer.right_scale is None:
         return Plan(main, None)
     form = Form(False, FACTOR_GROUP, False, dtype)
     shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors)
     arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
     _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
-    return Plan(main, _plan_launch(arguments, shape, form, device_index))
+    return Plan(main, _plan_launch(arguments, shape, form, -(-layer.ranks // shape.rows), device_index))
 
 
 def _describe_weight(
@@ -201,19 +201,20 @@ def _describe_weight(
         driver.encode_word_map(arguments.scale_map, scale, (shape.tiles, shape.step // form.group, 8))
 
 
-def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, device_index: int) -> _Launch:
+def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: int, device_index: int) -> _Launch:
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     if not shape.fits(form):
         raise KernelError(f"{shape} leaves too little shared memory for the ring of a {form}")
     module = driver.load(source("stream.cu"), KERNEL_NAME, device_index, defines_of(shape, form))
     shared_bytes = shape.shared_bytes(form)
     function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
-    grid = -(-arguments.rows // shape.rows) * arguments.token_tiles * shape.cluster
+    grid = blocks * arguments.token_tiles * shape.cluster
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid)
 
 
 def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
     """Return what the kernel of a shape and a form is compiled with."""
+    stages, inputs = shape.stages_of(form)
     return {
         "BFLOAT16": int(form.dtype == torch.bfloat16),
         "ARCH": 90,
@@ -225,7 +226,8 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "ROW_GROUPS": shape.row_groups,
         "COLUMN_GROUPS": shape.column_groups,
         "STEP": shape.step,
-        "STAGES": shape.stages_of(form),
+        "STAGES": stages,
+        "INPUTS": inputs,
         "CLUSTER": shape.cluster,
         "BLOCKS": shape.blocks,
     }
@@ -239,8 +241,4 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
     return refuses(spec, dtype, device)
 
 
-def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
-    return f"is slower for more than {FASTEST_TOKENS} tokens" if tokens > FASTEST_TOKENS else None
-
-
-STREAM = Kernel("cuda-stream", _accepts, prepare, run, stack_shared, expects=_expects)
+STREAM = Kernel("cuda-stream", _accepts, prepare, run, stack_shared)

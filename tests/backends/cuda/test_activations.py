@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
-from slimc.backends.cuda import decode, dense, hopper, layer, prefill, stream
+from slimc.backends.cuda import decode, dense, layer, prefill, stream
 from slimc.errors import KernelError
 from slimc.runtime.activations import round_tokens
 from slimc.runtime.formats import ACTIVATIONS, NM, LinearFormat, WeightFormat
@@ -42,7 +42,7 @@ def test_which_kernel_takes_them(gpu: SimpleNamespace, kind: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("module", [hopper, prefill, stream], ids=["hopper", "prefill", "stream"])
+@pytest.mark.parametrize("module", [prefill, stream], ids=["prefill", "stream"])
 def test_adapters_read_the_input_as_it_came(
     make_packed: Any, monkeypatch: pytest.MonkeyPatch, module: Any, kind: str
 ) -> None:

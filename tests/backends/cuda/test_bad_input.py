@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import FRAGMENT_KERNELS, KERNELS, private_folder, reference
-from slimc.backends.cuda import cache, compiler, compose, decode, dense, driver, hopper, layer, prefill, stored
+from slimc.backends.cuda import cache, compiler, compose, decode, dense, driver, layer, prefill, stored, stream
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.select import Choice, KernelTable, choices, choose
@@ -68,7 +68,7 @@ def test_inputs_of_another_dtype_are_left_to_the_reference(gpu: SimpleNamespace,
     assert "one 16-bit dtype" in chosen(dtype)[0].refusals["cuda-decode"]
 
 
-@pytest.mark.parametrize("module", [decode, hopper, prefill], ids=["decode", "hopper", "prefill"])
+@pytest.mark.parametrize("module", [decode, stream, prefill], ids=["decode", "stream", "prefill"])
 @pytest.mark.parametrize("view", ["misaligned", "strided", "transposed", "plain"])
 def test_inputs_reach_a_kernel_dense_and_aligned(
     make_packed: Any, monkeypatch: pytest.MonkeyPatch, module: Any, view: str

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimc.backends.cuda import driver
-from slimc.backends.cuda.hopper import _Arguments
+from slimc.backends.cuda.stream import _Arguments
 from slimc.errors import KernelError
 
 

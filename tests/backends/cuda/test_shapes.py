@@ -19,21 +19,23 @@ FACTOR = Form(sparse=False, group=64, adapters=False, dtype=torch.bfloat16)
 PROCESSORS = 132
 
 
-def test_a_slot_holds_activations_codes_metadata_and_scales() -> None:
+def test_slots_hold_activations_and_codes_metadata_and_scales() -> None:
     shape = LaunchShape(8, 1, 2, 1, cluster=1, blocks=2, step=256)
     assert shape.rows == 128
     # 8 tokens of 256 columns in 16 bits; 128 rows of 256 columns in 3 bits.
-    assert shape.slot_bytes(LAYER) == 8 * 256 * 2 + 128 * 256 * 3 // 8
-    # Dense codes, and 4 groups of 64 columns with a 16-bit scale a row; a multiple of 1024 bytes.
-    assert shape.slot_bytes(FACTOR) == 8 * 256 * 2 + 128 * 256 // 2 + 128 * 4 * 2
+    assert shape.input_bytes == 8 * 256 * 2
+    assert shape.slot_bytes(LAYER) == 128 * 256 * 3 // 8
+    # Dense codes, and 4 groups of 64 columns with a 16-bit scale a row; a multiple of 128 bytes.
+    assert shape.slot_bytes(FACTOR) == 128 * 256 // 2 + 128 * 4 * 2
 
 
 @pytest.mark.parametrize("tile", shapes.TOKEN_TILES)
 def test_blocks_of_a_shape_fit_on_a_multiprocessor(tile: int) -> None:
-    possible = list(shapes.suiting(shapes.CANDIDATES, tile, LAYER, ()))
+    possible = list(shapes.suiting(shapes.CANDIDATES, tile, LAYER))
     assert possible
     for shape in possible:
-        assert shape.stages_of(LAYER) >= 2 * shape.column_groups
+        stages, inputs = shape.stages_of(LAYER)
+        assert stages >= inputs >= 2 * shape.column_groups
         assert shape.blocks * (shape.shared_bytes(LAYER) + 1024) <= shapes.SHARED_BYTES
 
 
@@ -46,14 +48,26 @@ def test_a_ring_too_small_for_its_warpgroups_does_not_fit() -> None:
     assert not replace(shape, tokens=128).fits(LAYER)
 
 
+def test_fewer_slots_of_activations_leave_room_for_weights() -> None:
+    shape = LaunchShape(64, 1, 2, 1, cluster=1, blocks=1, step=128)
+    stages, inputs = shape.stages_of(LAYER)
+    assert stages == inputs
+    more, three = replace(shape, inputs=3).stages_of(LAYER)
+    assert three == 3
+    assert more > stages
+    # Weights are ahead of activations, never behind.
+    assert replace(shape, stages=2, inputs=3).stages_of(LAYER) == (2, 2)
+
+
 @pytest.mark.parametrize("column_groups", [1, 2, 3, 4])
 @pytest.mark.parametrize("step", [128, 256])
 def test_a_slot_always_meets_the_same_warpgroup(column_groups: int, step: int) -> None:
     for tokens in shapes.TOKEN_TILES:
         for asked in range(12):
             shape = LaunchShape(tokens, 1, 1, column_groups, cluster=1, blocks=2, step=step, stages=asked)
-            assert shape.stages_of(LAYER) % column_groups == 0
-            assert shape.stages_of(FACTOR) % column_groups == 0
+            for inputs in (0, 3, 5):
+                both = replace(shape, inputs=inputs)
+                assert all(slots % column_groups == 0 for form in (LAYER, FACTOR) for slots in both.stages_of(form))
 
 
 def test_measured_shapes_can_be_launched() -> None:
@@ -77,12 +91,19 @@ def test_every_layer_gets_a_shape_for_its_tokens(rows: int, columns: int, tokens
 
 
 def test_no_block_holds_rows_of_two_layers() -> None:
-    starts = (256, 768)
-    for tile in shapes.TOKEN_TILES:
-        shape = shapes.of_layer(1024, 4096, tile, LAYER, starts, PROCESSORS)
-        assert all(start % shape.rows == 0 for start in starts)
+    shape = LaunchShape(8, 1, 3, 1, cluster=2, blocks=1, step=128)
+    assert shape.rows == 192
+    # 256, 512 and 300 rows: each begins a block of its own.
+    assert shapes.first_blocks(shape, 1068, (256, 768)) == [2, 5, 7]
+    assert shapes.blocks_of(shape, 1068, (256, 768)) == 14
+    assert shapes.blocks_of(shape, 1068) == 12
+    assert shapes.of_layer(1068, 4096, 1, LAYER, (256, 768), PROCESSORS).fits(LAYER)
+
+
+def test_a_form_without_room_for_two_slots_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "SHARED_BYTES", 16 << 10)
     with pytest.raises(KernelError, match="no launch suits 1024 rows"):
-        shapes.of_layer(1024, 4096, 1, LAYER, (8,), PROCESSORS)
+        shapes.of_layer(1024, 4096, 128, LAYER, (), PROCESSORS)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
