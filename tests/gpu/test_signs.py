@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimc.backends import KERNELS
 from slimc.backends.cuda.signs import MOST_TOKENS, SignProduct
+from slimc.backends.dynamo import slim
 from slimc.runtime.formats import NM, Unstructured
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedBinary, PackedLinear, pack_signs, pack_weight
@@ -130,6 +131,6 @@ def test_a_compiled_layer_and_its_siblings() -> None:
         return first(x) + second(x)
 
     x = torch.randn(3, 640, device=CUDA, dtype=torch.bfloat16)
-    compiled: Callable[[Tensor], Tensor] = torch.compile(both, backend="slim")
+    compiled: Callable[[Tensor], Tensor] = torch.compile(both, backend=slim)
     with torch.no_grad():
         assert torch.allclose(compiled(x), both(x), atol=2**-6, rtol=2**-6)
