@@ -31,7 +31,7 @@ from slimc.passes.report import Report
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
-RATIOS = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7}
+RATIOS = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7, "80 %": 0.8}
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
