@@ -49,8 +49,11 @@ TABLE: dict[str, list[Pass]] = {
     "slab 2:4": alone(Decompose(ratio=None, pattern="2:4")),
     "slab 2:4, feedback": alone(Decompose(ratio=None, pattern="2:4", feedback=True)),
     "slab 4:8, 50 %": alone(Decompose(pattern="4:8")),
-    "slab 2:4 w4": alone(Decompose(ratio=None, pattern="2:4", bits=4)),
-    "slab 2:4 w4, feedback": alone(Decompose(ratio=None, pattern="2:4", bits=4, feedback=True)),
+    **{f"slab 2:4 w{bits}": alone(Decompose(ratio=None, pattern="2:4", bits=bits)) for bits in (4, 3)},
+    **{
+        f"slab 2:4 w{bits}, feedback": alone(Decompose(ratio=None, pattern="2:4", bits=bits, feedback=True))
+        for bits in (4, 3)
+    },
 }
 ABLATION: dict[str, list[Pass]] = {
     # What S keeps at 50 % when the binary part is paid for, without that part; and a low-rank part in its place.
