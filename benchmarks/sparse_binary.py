@@ -58,7 +58,7 @@ TABLE: dict[str, list[Pass]] = {
 ABLATION: dict[str, list[Pass]] = {
     # What S keeps at 50 % when the binary part is paid for, without that part; and a low-rank part in its place.
     "slab 50 %, S alone": alone(Prune(0.5629)),
-    "slab 50 %, adapters of equal bits for signs": [CALIBRATE, Prune(0.5629), LowRank(rank=26), Fuse()],
+    "slab 50 %, adapters in place of signs": [CALIBRATE, Prune(0.5629), LowRank(rank=26), Fuse()],
     **{f"slab 50 %, {rounds} rounds": alone(Decompose(rounds=rounds)) for rounds in (1, 2, 5, 10, 40)},
     **{f"slab 50 %, rank {rank}": alone(Decompose(rank=rank)) for rank in (2, 4, 16)},
     "slab 50 %, weighted": alone(Decompose(weighting="activations")),
