@@ -24,7 +24,7 @@ KERNEL_NAME = "add_signs"
 WARPS = 8
 WORD_COLUMNS = 32
 MOST_TOKENS = 64
-"""Above, each block reads so many activations that a dense product of written-out signs is less work."""
+"""Above, each block would read more activations than signs, and a dense product should be less work (not measured)."""
 
 TILE_ROWS, TILE_TOKENS = 16, 8
 LOAD_BYTES = 16
