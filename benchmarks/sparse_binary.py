@@ -31,7 +31,7 @@ from slimc.passes.report import Report
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
-RATIOS = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7}
+RATIOS = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7, "80 %": 0.8}
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
@@ -49,13 +49,16 @@ TABLE: dict[str, list[Pass]] = {
     "slab 2:4": alone(Decompose(ratio=None, pattern="2:4")),
     "slab 2:4, feedback": alone(Decompose(ratio=None, pattern="2:4", feedback=True)),
     "slab 4:8, 50 %": alone(Decompose(pattern="4:8")),
-    "slab 2:4 w4": alone(Decompose(ratio=None, pattern="2:4", bits=4)),
-    "slab 2:4 w4, feedback": alone(Decompose(ratio=None, pattern="2:4", bits=4, feedback=True)),
+    **{f"slab 2:4 w{bits}": alone(Decompose(ratio=None, pattern="2:4", bits=bits)) for bits in (4, 3)},
+    **{
+        f"slab 2:4 w{bits}, feedback": alone(Decompose(ratio=None, pattern="2:4", bits=bits, feedback=True))
+        for bits in (4, 3)
+    },
 }
 ABLATION: dict[str, list[Pass]] = {
     # What S keeps at 50 % when the binary part is paid for, without that part; and a low-rank part in its place.
     "slab 50 %, S alone": alone(Prune(0.5629)),
-    "slab 50 %, adapters of equal bits for signs": [CALIBRATE, Prune(0.5629), LowRank(rank=26), Fuse()],
+    "slab 50 %, adapters in place of signs": [CALIBRATE, Prune(0.5629), LowRank(rank=26), Fuse()],
     **{f"slab 50 %, {rounds} rounds": alone(Decompose(rounds=rounds)) for rounds in (1, 2, 5, 10, 40)},
     **{f"slab 50 %, rank {rank}": alone(Decompose(rank=rank)) for rank in (2, 4, 16)},
     "slab 50 %, weighted": alone(Decompose(weighting="activations")),

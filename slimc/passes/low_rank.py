@@ -99,7 +99,7 @@ class LowRank(SitePass):
         if self.rounds and self.method != "covariance" and fed_back:
             raise RecipeError(
                 f"low_rank: rounds={self.rounds} would store mask * (W - l r) in place of the weights that SparseGPT "
-                "corrected, which measures worse. Use rounds=0 with sparsegpt and feedback, or prune with wanda."
+                "corrected, which measures worse. Use rounds=0 with sparsegpt, or prune with wanda."
             )
 
     def check_site(self, name: str, shape: tuple[int, int]) -> None:

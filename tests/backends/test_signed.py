@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimc.backends import KERNELS, LAYOUTS, SIGNED, SIGNED_LAYOUTS
 from slimc.backends.cpu_signs import INT4PACK_SIGNS
 from slimc.backends.cuda import compiler, layout
 from slimc.backends.cuda.layer import prepare, source
 from slimc.backends.cuda.signs import SignProduct, launch_defines
+from slimc.backends.dynamo import slim
 from slimc.backends.signed import signed, signed_layout
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, WeightFormat
@@ -154,6 +155,23 @@ def test_the_int4_kernel_computes_signs(tokens: int, columns: int, rank: int) ->
         y = module(x)
     # The weight's rounding, that of x * right, of the products and of their sums.
     assert bool(((y.double() - exact).abs() <= 2**-9 * (3 + rank) * size).all())
+
+
+# What Dynamo and Inductor say about themselves is not slimc's.
+@pytest.mark.filterwarnings("ignore")
+def test_siblings_with_signs_are_computed_one_by_one_in_a_compiled_graph() -> None:
+    codes = torch.randint(0, 16, (ROWS, COLUMNS), dtype=torch.uint8)
+    weight = pack_weight(codes, bits=4, scale=torch.rand(ROWS, 1).to(BF16))
+    layers = [SlimLinear(PackedLinear(weight, binary=make_binary(rank)), kernels=KERNELS) for rank in (1, 2)]
+    siblings = nn.ModuleDict({"first": layers[0], "second": layers[1]})
+
+    def both(x: Tensor) -> Tensor:
+        return siblings["first"](x) + siblings["second"](x)
+
+    x = torch.randn(3, COLUMNS).to(BF16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(both, backend=slim, fullgraph=True)(x), both(x))
 
 
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 1), (1, 2), (2, 2)])

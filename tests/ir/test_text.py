@@ -106,8 +106,8 @@ return [%add_1]
 %_0_right_values : u8[2, 4] = @0.right_values
 %_0_right_scale : f32[2, 1] = @0.right_scale
 %linear : f32[s0, 5, 8] = slim.linear(%input_1, %_0_values, %_0_pattern, %_0_scale, None, None, %_0_left_values, \
-%_0_left_scale, %_0_right_values, %_0_right_scale, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, rank=2, \
-left_bits=4, left_group=64, right_bits=4, right_group=64, activation=0}  # 0
+%_0_left_scale, %_0_right_values, %_0_right_scale, None, None, None, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, \
+rank=2, left_bits=4, left_group=64, right_bits=4, right_group=64, activation=0}  # 0
 %relu : f32[s0, 5, 8] = aten.relu(%linear)                                                            # 1
 %_2_values : u8[4, 2] = @2.values
 %_2_pattern : u8[4, 1] = @2.pattern
@@ -199,8 +199,8 @@ return [%gelu]
 %_0_right_values : u8[2, 4] = @0.right_values
 %_0_right_scale : f32[2, 1] = @0.right_scale
 %linear : f32[s1, 4] = slim.linear(%view, %_0_values, %_0_pattern, %_0_scale, None, None, %_0_left_values, \
-%_0_left_scale, %_0_right_values, %_0_right_scale, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, rank=2, \
-left_bits=4, left_group=64, right_bits=4, right_group=64, activation=0}  # 0
+%_0_left_scale, %_0_right_values, %_0_right_scale, None, None, None, %_0_bias){n=2, m=4, bits=4, columns=8, group=0, \
+rank=2, left_bits=4, left_group=64, right_bits=4, right_group=64, activation=0}  # 0
 %view_1 : f32[s0, 5, 4] = aten.view(%linear, [%sym_size, 5, 4])                                       # 0
 %gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
 return [%gelu]
@@ -261,8 +261,8 @@ return [%gelu]
 %_0_right_values : f32[2, 8] = @0.right_values
 %_0_input_scale : f32[8] = @0.input_scale
 %linear : f32[s1, 4] = slim.linear(%view, %_0_values, None, %_0_scale, None, %_0_input_scale, %_0_left_values, None, \
-%_0_right_values, None, %_0_bias){n=0, m=0, bits=4, columns=8, group=0, rank=2, left_bits=0, left_group=0, \
-right_bits=0, right_group=0, activation=1}  # 0
+%_0_right_values, None, None, None, None, %_0_bias){n=0, m=0, bits=4, columns=8, group=0, rank=2, left_bits=0, \
+left_group=0, right_bits=0, right_group=0, activation=1}  # 0
 %view_1 : f32[s0, 5, 4] = aten.view(%linear, [%sym_size, 5, 4])                                       # 0
 %gelu : f32[s0, 5, 4] = aten.gelu(%view_1)                                                            # 1
 return [%gelu]

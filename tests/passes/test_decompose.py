@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import slimc
 from slimc.errors import NumericsError, RecipeError
+from slimc.ir.text import text
 from slimc.passes import Calibrate, Decompose, Fuse, LowRank
 from slimc.passes.report import Report, table_of_sites
 from slimc.runtime.packing import NM, Unstructured
@@ -88,6 +92,41 @@ def test_a_site_that_calibration_never_reaches_is_decomposed_by_its_weights(
         assert table_of_sites(outcome.rows)[0][-1] == "instead"
         exact = network.gate.weight.detach()
         assert float((program.sites["gate"].packed.decode() - exact).norm() / exact.norm()) < 0.3
+
+
+def test_a_resumed_run_gives_the_same_tensors(network: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+    passes = [Calibrate(), Decompose(pattern="2:4"), Fuse()]
+    first = slimc.compile(network, batches, passes, journal=tmp_path / "journal")
+    resumed = slimc.compile(network, batches, passes, journal=tmp_path / "journal", resume=True)
+    assert slimc.report(resumed).sites == slimc.report(first).sites
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor)
+
+
+def test_the_graph_before_and_after_fusion(batches: list[Tensor], run: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(32, 36, bias=False))
+    program, _ = run(layer, batches, [Calibrate(), Decompose(ratio=None, pattern="2:4", bits=4, group=8)])
+    lines = [re.sub(" +# 0$", "", line) for line in text(program).splitlines()]
+    attributes = "{bits=4, columns=32, group=8, n=2, m=4}"
+    assert lines[1:] == [
+        "%_0_values : u8[36, 8] = @0.values",
+        "%_0_pattern : u8[36, 4] = @0.pattern",
+        "%_0_scale : f32[36, 4] = @0.scale",
+        f"%dequant_nm : f32[36, 32] = slim.dequant_nm(%_0_values, %_0_pattern, %_0_scale){attributes}",
+        "%_0_signs : u8[36, 4] = @0.signs",
+        "%_0_sign_left : f32[36, 1] = @0.sign_left",
+        "%_0_sign_right : f32[1, 32] = @0.sign_right",
+        "%linear : f32[s0, 9, 36] = aten.linear(%input_1, %dequant_nm)",
+        "%sign_low_rank : f32[s0, 9, 36] = slim.sign_low_rank(%input_1, %_0_signs, %_0_sign_left, %_0_sign_right)",
+        "%add : f32[s0, 9, 36] = aten.add.Tensor(%linear, %sign_low_rank)",
+        "return [%add]",
+    ]
+    program, _ = run(layer, batches, [Calibrate(), Decompose(ratio=None, pattern="2:4", bits=4, group=8), Fuse()])
+    lines = [re.sub(" +# 0$", "", line) for line in text(program).splitlines()]
+    operands = "%input_1, %_0_values, %_0_pattern, %_0_scale, None, None, None, None, None, None"
+    signs = "%_0_signs, %_0_sign_left, %_0_sign_right"
+    assert lines[-2].startswith(f"%linear : f32[s0, 9, 36] = slim.linear({operands}, {signs}){{")
 
 
 def test_what_does_not_fit_a_site_is_refused_before_any_work(

@@ -14,7 +14,7 @@ from slimc.errors import FormatError
 from slimc.runtime.calls import prepared_linear
 from slimc.runtime.modules import SlimLinear, explain, use_kernels
 from slimc.runtime.ops import apply_packed
-from slimc.runtime.packing import NM, PackedLinear
+from slimc.runtime.packing import NM, PackedLinear, Unstructured
 from slimc.runtime.select import Kernel
 
 BIAS = torch.arange(6).to(torch.bfloat16)
@@ -213,9 +213,13 @@ class Block(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-@pytest.fixture(params=[None, "int8", "float8_e4m3fn"])
+@pytest.fixture(params=[None, "int8", "float8_e4m3fn", "signs"])
 def block(request: pytest.FixtureRequest, packed: PackedLinear, make_linear) -> Block:
-    first = SlimLinear(replace(packed, activation=request.param), BIAS)
+    if request.param == "signs":
+        packed = make_linear(6, 20, None, rank=3, signs=2, sparsity=Unstructured())
+    else:
+        packed = replace(packed, activation=request.param)
+    first = SlimLinear(packed, BIAS)
     return Block(first, SlimLinear(make_linear(4, 6, 8), kernels=[counting_kernel([])]))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import source
-from slimc.runtime.bits import unpack_bits
+from slimc.runtime.decode import unpack_signs
 from slimc.runtime.packing import PackedBinary
 
 __all__ = ["MOST_TOKENS", "SignProduct"]
@@ -24,12 +24,10 @@ KERNEL_NAME = "add_signs"
 WARPS = 8
 WORD_COLUMNS = 32
 MOST_TOKENS = 64
-"""Above, each block reads so many activations that a dense product of written-out signs is less work."""
+"""Above, each block would read more activations than signs, and a dense product should be less work (not measured)."""
 
 TILE_ROWS, TILE_TOKENS = 16, 8
 LOAD_BYTES = 16
-
-_BYTES = torch.arange(256, dtype=torch.uint8)[:, None]
 
 
 class _Arguments(ctypes.Structure):
@@ -45,16 +43,18 @@ class SignProduct:
     """The binary part of a layer, ready to be added to a result.
 
     Args:
-        packed: signs and factors; nothing is copied.
+        packed: signs and factors; nothing is copied unless it lies where the kernel cannot load it.
     """
 
     def __init__(self, packed: PackedBinary) -> None:
-        """Compile nothing yet."""
-        self.packed = packed
+        """Note how bytes of signs are written out; compile nothing yet."""
+        self.packed = PackedBinary(*(_aligned(tensor) for tensor in packed.tensors().values()))
         spec = packed.format
         self.rows, self.columns, self.rank = spec.rows, spec.columns, spec.rank
         self._launchers: dict[tuple[int, int], driver.Launcher] = {}
-        self._numbers: Tensor | None = None
+        # Made here, where memory stays: a call may be captured, or take its memory from the pool of a graph.
+        every_byte = torch.arange(256, dtype=torch.uint8, device=packed.signs.device)[:, None]
+        self._numbers = unpack_signs(every_byte, 8, spec.dtype)
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add ``sum_k ((x * right[k]) @ B^T) * left[:, k]`` to y [tokens, rows] and return it; x is [tokens, columns].
@@ -114,10 +114,7 @@ class SignProduct:
 
     def _dense(self) -> Tensor:
         """Return the matrix of +1 and -1, [rows, columns]."""
-        signs, dtype = self.packed.signs, self.packed.left.dtype
-        if self._numbers is None:
-            self._numbers = 1 - 2 * unpack_bits(_BYTES.to(signs.device), 1, 8).to(dtype)
-        numbers = functional.embedding(signs.int(), self._numbers)
+        numbers = functional.embedding(self.packed.signs.int(), self._numbers)
         return numbers.view(self.rows, -1)[:, : self.columns]
 
 
@@ -131,7 +128,7 @@ def launch_defines(dtype: torch.dtype, major: int, token_tiles: int, row_tiles: 
     }
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Return x with its rows one after another, from where the kernel can load 16 bytes on."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % LOAD_BYTES else x
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor with its rows one after another, from where the kernel can load 16 bytes on."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % LOAD_BYTES else tensor
