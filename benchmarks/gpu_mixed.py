@@ -38,7 +38,7 @@ def random_layer(rows: int, columns: int, mixture: tuple[int, ...]) -> PackedLin
     named: dict[str, Tensor] = {}
     for name, (shape, dtype) in spec.tensor_specs().items():
         if dtype == torch.uint8:
-            named[name] = torch.randint(0, 2 if name == "zero_point" else 256, shape, dtype=dtype, device="cuda")
+            named[name] = torch.randint(0, 1 if name == "zero_point" else 256, shape, dtype=dtype, device="cuda")
         else:
             named[name] = ((torch.rand(shape, device="cuda") + 0.5) * 0.01).to(dtype)
     return PackedLinear.from_tensors(spec, named)

@@ -28,7 +28,7 @@ def make_layer(
     generator = torch.Generator().manual_seed(rows + columns)
     codes = torch.cat([torch.randint(0, 1 << width, (rows, group), generator=generator) for width in widths], dim=1)
     scale = ((torch.rand(rows, len(widths), generator=generator) + 0.5) * 0.01).to(dtype)
-    zeros = [torch.randint(0, 1 << width, (rows, 1), generator=generator) for width in widths]
+    zeros = [torch.randint(0, 1 << width if width > 1 else 1, (rows, 1), generator=generator) for width in widths]
     weight = pack_weight(
         codes[:, :columns].to(torch.uint8),
         bits=None,
