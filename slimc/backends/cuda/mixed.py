@@ -44,6 +44,9 @@ LAUNCH_TOKENS = 16
 MOST_TOKENS = 64
 """Beyond this, 16 at a time, decoding the weight is faster."""
 
+RING_SLOTS = 64
+"""Units that a block has under way."""
+
 WIDEST = 4
 EXPAND_WARPS = 8
 MOST_GRID_ROWS = 65535
@@ -342,6 +345,11 @@ def _processors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+def _depth(tiles: int, warps: int) -> int:
+    """Return how many units of each tile a warp has under way: what fits into 48 KiB beside each other."""
+    return max(1, min(8, RING_SLOTS // (tiles * warps)))
+
+
 @cache
 def _launcher(
     kernel: str,
@@ -361,6 +369,7 @@ def _launcher(
         "TILES": tiles,
         "TOKEN_TILES": token_tiles,
         "WARPS": warps,
+        "DEPTH": _depth(tiles, warps),
     }
     return driver.load(source("mixed.cu"), "mixed", device_index, defines).function(kernel).prepare([_Arguments])
 

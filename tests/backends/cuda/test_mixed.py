@@ -91,7 +91,7 @@ def test_the_kernels_compile(
 ) -> None:
     defines = {
         "BFLOAT16": bfloat16, "ARCH": number, "ASYMMETRIC": asymmetric, "GROUP_UNITS": group, "TILES": tiles,
-        "TOKEN_TILES": tokens, "WARPS": warps,
+        "TOKEN_TILES": tokens, "WARPS": warps, "DEPTH": mixed._depth(tiles, warps),
     }  # fmt: skip
     cubin = compiler.compile_source(source("mixed.cu"), name="mixed", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
