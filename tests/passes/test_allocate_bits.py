@@ -32,6 +32,7 @@ CHAINS: list[list[Pass]] = [
     [AllocateBits(2, 8, direction="reverse"), Quantize("gptq", symmetric=True, calibrate="sqc")],
     [OUTPUT, Quantize("gptq", group=8, calibrate="sqc", preset="output", order="columns", static_groups=True)],
     [OUTPUT, Quantize("gptq", calibrate="sqc", preset="reference", order="groups")],
+    [OUTPUT, Quantize("gptq", calibrate="learned", order="columns")],
     [OUTPUT, Quantize("absmax", symmetric=False)],
     [OUTPUT, Quantize("gptq"), Prune("2:4")],
     [OUTPUT, Quantize("gptq"), Prune("1:4", "sparsegpt")],
@@ -156,6 +157,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
         ([Calibrate(), KL, Quantize("gptq"), Prune(0.5)], "a share of weights does not go with allocate_bits"),
         ([Calibrate(), KL, Quantize("gptq"), Prune("3:5")], "3:5 does not divide the groups of 8 columns"),
         ([Calibrate(), Quantize("gptq", 1, 8), Prune(0.5)], "a share of weights does not go with quantize"),
+        ([Calibrate(), Quantize("gptq", calibrate="learned")], "calibrate='learned' needs groups of columns"),
         ([Calibrate(), Prune(0.5), Quantize("gptq", 1, 8)], "signs do not go with a share of weights"),
     ],
 )

@@ -150,3 +150,12 @@ def test_tokens_are_taken_sixteen_at_a_time(tokens: int, monkeypatch: pytest.Mon
     assert sum(counts) == tokens
     assert max(counts) <= 16
     torch.testing.assert_close(y, mixed.run_dense(x, layer, bias))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "shape"),
+    [(4096, 1, (1, 4)), (8432, 8, (1, 4)), (8448, 8, (2, 8)), (8448, 9, (1, 4)), (22016, 16, (1, 4))],
+)
+def test_layers_of_many_rows_take_two_tiles_for_few_tokens(rows: int, tokens: int, shape: tuple[int, int]) -> None:
+    spec = WeightFormat(rows, 128, 2, 64, dtype=torch.bfloat16, widths=(2, 1))
+    assert mixed.launch_shape(spec, tokens, 132) == mixed.LaunchShape(*shape)
