@@ -4,14 +4,17 @@
 
 Groups have 128 columns and a zero point; ``3 bits`` mixes 2, 3 and 4, ``2 bits`` 1, 2 and 3. A call finds its weight in
 device memory, not in the cache: it goes round among copies that together exceed 150 MB. Calls are captured into a CUDA
-graph; a figure is the median of its replays, in microseconds a call. ``--shapes`` tries ways of dividing a launch.
+graph; a figure is the median of its replays, in microseconds a call. ``--shapes`` tries ways of dividing a launch, for
+which kernels are compiled first, in several processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -28,7 +31,7 @@ LAYERS = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "do
 MIXTURES = {"3 bits": (3, 2, 4, 3), "2 bits": (2, 1, 3, 2)}
 GROUP = 128
 DTYPE = torch.bfloat16
-SHAPES = [mixed.LaunchShape(tiles, warps) for tiles in (1, 2) for warps in (4, 8, 16)]
+SHAPES = [mixed.LaunchShape(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8, 16) if tiles * warps <= 32]
 
 
 def random_layer(rows: int, columns: int, mixture: tuple[int, ...]) -> PackedLinear:
@@ -38,10 +41,17 @@ def random_layer(rows: int, columns: int, mixture: tuple[int, ...]) -> PackedLin
     named: dict[str, Tensor] = {}
     for name, (shape, dtype) in spec.tensor_specs().items():
         if dtype == torch.uint8:
-            named[name] = torch.randint(0, 2 if name == "zero_point" else 256, shape, dtype=dtype, device="cuda")
+            named[name] = torch.randint(0, 1 if name == "zero_point" else 256, shape, dtype=dtype, device="cuda")
         else:
             named[name] = ((torch.rand(shape, device="cuda") + 0.5) * 0.01).to(dtype)
     return PackedLinear.from_tensors(spec, named)
+
+
+def compile_shape(shape: mixed.LaunchShape) -> None:
+    """Compile the launches of one shape, for this process and those after it."""
+    layer = mixed.prepare(random_layer(16, GROUP, (2,)))
+    for tokens in (8, 16):
+        launched(layer, torch.zeros(tokens, GROUP, dtype=DTYPE, device="cuda"), shape)
 
 
 def launched(layer: mixed.MixedLayer, x: Tensor, shape: mixed.LaunchShape) -> Tensor:
@@ -61,6 +71,9 @@ def main() -> None:
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
     counts = [int(count) for count in options.tokens.split(",")]
+    if options.shapes:
+        with ProcessPoolExecutor(len(SHAPES), get_context("spawn")) as pool:
+            list(pool.map(compile_shape, SHAPES))
     print(torch.cuda.get_device_name())
     results: list[dict[str, object]] = []
     for name, (rows, columns) in LAYERS.items():

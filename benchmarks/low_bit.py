@@ -32,37 +32,41 @@ CALIBRATE = Calibrate(samples=64, length=512)
 GROUP = 64
 
 
-def gptq(bits: int, **options: Any) -> list[Pass]:
-    """Return the recipe of GPTQ with ``options``."""
-    return [CALIBRATE, Quantize("gptq", bits, GROUP, **options), Fuse()]
+WIDEST = {4: 8, 3: 4, 2: 4}
+OUTPUT: dict[str, Any] = {"calibrate": "sqc", "preset": "output"}
+ORDER: dict[str, Any] = {"order": "columns", "static_groups": True}
 
 
-def slim_llm(bits: float, objective: str, **options: Any) -> list[Pass]:
-    """Return the recipe of GPTQ with ``options`` on widths that are chosen by ``objective``."""
-    allocation = AllocateBits(bits, GROUP, objective, widest=4 if bits < 4 else 8)
-    return [CALIBRATE, allocation, Quantize("gptq", **options), Fuse()]
+def recipe(bits: int, objective: str | None, **options: Any) -> list[Pass]:
+    """Return the recipe of GPTQ with ``options``, on widths that are chosen by an ``objective`` or all alike."""
+    if objective is None:
+        return [CALIBRATE, Quantize("gptq", bits, GROUP, **options), Fuse()]
+    return [CALIBRATE, AllocateBits(bits, GROUP, objective, widest=WIDEST[bits]), Quantize("gptq", **options), Fuse()]
 
 
 def rows() -> dict[str, list[Pass]]:
-    """Return all recipes by the name of their row."""
+    """Return all recipes by the name of their row: the methods, then the ingredients one by one."""
     found: dict[str, list[Pass]] = {}
-    for bits in (4, 3, 2):
+    for bits in (2, 3, 4):
+        found[f"slim-llm w{bits}"] = recipe(bits, "output", **OUTPUT, **ORDER)
+        found[f"gptq w{bits}"] = recipe(bits, None)
+        found[f"slim-llm, the paper's w{bits}"] = recipe(bits, "kl", calibrate="sqc", preset="paper")
         found[f"rtn w{bits}"] = [Quantize("absmax", bits, GROUP, symmetric=False), Fuse()]
-        found[f"gptq w{bits}"] = gptq(bits)
-        found[f"gptq act-order w{bits}"] = gptq(bits, order="columns", static_groups=True)
-        found[f"gptq groups w{bits}"] = gptq(bits, order="groups")
-        for preset in ("paper", "reference", "output"):
-            found[f"gptq sqc-{preset} w{bits}"] = gptq(bits, calibrate="sqc", preset=preset)
-        best = {"calibrate": "sqc", "preset": "output"}
-        found[f"sba w{bits}"] = slim_llm(bits, "kl")
-        found[f"slim-llm paper w{bits}"] = slim_llm(bits, "kl", calibrate="sqc", preset="paper")
-        found[f"output w{bits}"] = slim_llm(bits, "output")
-        found[f"output sqc-output w{bits}"] = slim_llm(bits, "output", **best)
-        found[f"output act-order sqc-output w{bits}"] = slim_llm(
-            bits, "output", order="columns", static_groups=True, **best
-        )
-        found[f"gptq act-order sqc-output w{bits}"] = gptq(bits, order="columns", static_groups=True, **best)
-        found[f"gptq groups sqc-output w{bits}"] = gptq(bits, order="groups", **best)
+    for bits in (2, 3):
+        found[f"gptq + sba w{bits}"] = recipe(bits, "kl")
+        found[f"gptq + widths by output w{bits}"] = recipe(bits, "output")
+        found[f"gptq + sqc, the paper's w{bits}"] = recipe(bits, None, calibrate="sqc", preset="paper")
+        found[f"gptq + sqc, the code's w{bits}"] = recipe(bits, None, calibrate="sqc", preset="reference")
+        found[f"gptq + sqc by output w{bits}"] = recipe(bits, None, **OUTPUT)
+        found[f"gptq + order w{bits}"] = recipe(bits, None, **ORDER)
+        found[f"slim-llm without widths w{bits}"] = recipe(bits, None, **OUTPUT, **ORDER)
+        found[f"slim-llm without order w{bits}"] = recipe(bits, "output", **OUTPUT)
+        found[f"slim-llm without feedback w{bits}"] = [
+            CALIBRATE,
+            AllocateBits(bits, GROUP, "output", widest=WIDEST[bits]),
+            Quantize("absmax", symmetric=False),
+            Fuse(),
+        ]
     return found
 
 

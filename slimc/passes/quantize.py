@@ -12,6 +12,7 @@ from torch import Tensor
 from slimc.errors import RecipeError, closest
 from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
+from slimc.passes.solvers.clipping import LearnedClipping
 from slimc.passes.solvers.gptq import WIDTHS, ChooseWidths, gptq
 from slimc.passes.solvers.quantization import (
     BITS,
@@ -22,7 +23,7 @@ from slimc.passes.solvers.quantization import (
     quantize_slim,
     round_to_grid,
 )
-from slimc.passes.solvers.ranges import PRESETS, group_grids
+from slimc.passes.solvers.ranges import PRESETS, RangeSearch, group_grids
 from slimc.passes.work import SiteWork
 from slimc.runtime.formats import MAX_SIDE
 
@@ -51,7 +52,8 @@ class Quantize(SitePass):
         fraction: share of the channels that counts as salient.
         factor: by how much they are enlarged.
         calibrate: of GPTQ: ``"range"`` puts the grid over the extremes of a group, ``"sqc"`` searches among
-            narrower and wider ranges (SliM-LLM, section 3.3).
+            narrower and wider ranges (SliM-LLM, section 3.3), ``"learned"`` finds them by gradient descent on the
+            output error (learned weight clipping, as in SliM-LLM+), for all groups beforehand.
         preset: what that search weighs and how far it goes, a key of :data:`slimc.passes.solvers.ranges.PRESETS`:
             ``"paper"``, ``"reference"`` (the authors' code), or ``"output"``, by what error feedback makes of a
             column's error.
@@ -70,7 +72,7 @@ class Quantize(SitePass):
     activation_aware: bool = False
     fraction: float = 0.01
     factor: float = 2.0
-    calibrate: Literal["range", "sqc"] = "range"
+    calibrate: Literal["range", "sqc", "learned"] = "range"
     preset: str = "paper"
     order: Literal["columns", "groups"] | None = None
     static_groups: bool = False
@@ -113,7 +115,10 @@ class Quantize(SitePass):
         self._check_gptq()
 
     def _check_gptq(self) -> None:
-        self._require(self.calibrate in ("range", "sqc"), f"calibrate must be 'range' or 'sqc', not {self.calibrate!r}")
+        self._require(
+            self.calibrate in ("range", "sqc", "learned"),
+            f"calibrate must be 'range', 'sqc' or 'learned', not {self.calibrate!r}",
+        )
         self._require(
             self.preset in list(PRESETS),
             f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}{closest(str(self.preset), PRESETS)}",
@@ -134,7 +139,10 @@ class Quantize(SitePass):
             "codes of 1 bit are signs, which need a scale for every group of columns: set group to a number of columns",
         )
         self._require(
-            self.order != "columns" or self.static_groups or not isinstance(self.group, int),
+            self.order != "columns"
+            or self.static_groups
+            or self.calibrate == "learned"
+            or not isinstance(self.group, int),
             "order='columns' visits columns of all groups in turn, so that none is reached as a whole: set "
             "static_groups=true, or order='groups'",
         )
@@ -144,6 +152,12 @@ class Quantize(SitePass):
         if self.method == "gptq":
             return frozenset({"activations", "gram"})
         return frozenset({"activations"}) if self.activation_aware else frozenset()
+
+    @property
+    def _search(self) -> RangeSearch | LearnedClipping | None:
+        if self.calibrate == "learned":
+            return LearnedClipping()
+        return PRESETS[self.preset] if self.calibrate == "sqc" else None
 
     @property
     def is_symmetric(self) -> bool:
@@ -157,6 +171,11 @@ class Quantize(SitePass):
             raise RecipeError(
                 "quantize comes after decompose, which stores its sparse part on a grid of its own. Remove quantize, "
                 "and give decompose bits= and group=."
+            )
+        if self.calibrate == "learned" and "allocate_bits" not in names and not isinstance(self.group, int):
+            raise RecipeError(
+                f"quantize: calibrate='learned' needs groups of columns, not group={self.group!r}. Set group to a "
+                "number of columns."
             )
         if self.name in names:
             raise RecipeError("quantize appears twice: a weight has one grid. Remove one of the two.")
@@ -182,7 +201,7 @@ class Quantize(SitePass):
                     f"quantize: group={self.group!r}, but allocate_bits chooses a width for every {allocation.group} "
                     "columns. Leave the group of quantize out, or make them the same."
                 )
-            if self.order == "columns" and not self.static_groups:
+            if self.order == "columns" and not self.static_groups and self.calibrate != "learned":
                 raise RecipeError("quantize: order='columns' after allocate_bits needs static_groups=true.")
 
     def apply(self, work: SiteWork) -> None:
@@ -269,7 +288,7 @@ class Quantize(SitePass):
             group=group,
             widths=choose,
             symmetric=self.is_symmetric,
-            search=PRESETS[self.preset] if self.calibrate == "sqc" else None,
+            search=self._search,
             order=self.order,
             static_groups=self.static_groups,
             scale_dtype=scale_dtype,

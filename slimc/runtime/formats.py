@@ -88,7 +88,7 @@ class WeightFormat:
         nonzeros: How many values an `Unstructured` weight stores; None otherwise.
         dtype: Type of the scales, or of the values when ``bits`` is None.
         widths: Bits a code, 1 to 8, of each group of columns, shared by all rows; None if all have ``bits``. A code of
-            1 bit is a sign: it stands for ``(2 * code - 1) * scale`` and reads no zero point.
+            1 bit is a sign: it stands for ``(2 * code - 1) * scale`` and has no zero point (0 is stored).
     """
 
     rows: int

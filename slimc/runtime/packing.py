@@ -76,12 +76,14 @@ class PackedWeight:
     def from_tensors(cls, spec: WeightFormat, tensors: Mapping[str, Tensor]) -> PackedWeight:
         """Put untrusted tensors together; raise `FormatError` unless they are exactly what ``spec`` needs.
 
-        Names, shapes and dtypes are checked, and that a pattern keeps as many positions as values are stored
-        (not on the meta device, where there is nothing to read).
+        Names, shapes and dtypes are checked, that a pattern keeps as many positions as values are stored, and that
+        the zero points of groups with widths of their own are codes (not on the meta device, where there is nothing to
+        read).
         """
         check_specs(spec.tensor_specs(), tensors)
         packed = cls(spec, **tensors)
         check_pattern(packed)
+        check_zero_points(packed)
         return packed
 
     def unpack(self) -> tuple[Tensor, Tensor | None]:
@@ -288,6 +290,7 @@ class PackedLinear:
         check_specs(spec.tensor_specs(), tensors)
         packed = cls.assemble(spec, tensors)
         check_pattern(packed.weight)
+        check_zero_points(packed.weight)
         if packed.binary is not None:
             check_signs(packed.binary)
         return packed
@@ -397,3 +400,14 @@ def check_pattern(packed: PackedWeight) -> None:
             raise FormatError(f"the pattern is not {spec.sparsity}: some group keeps another number of values")
     elif int(mask.sum()) != spec.nonzeros:
         raise FormatError(f"the pattern keeps {int(mask.sum())} positions, but {spec.nonzeros} values are stored")
+
+
+def check_zero_points(packed: PackedWeight) -> None:
+    """Raise `FormatError` unless the zero points of groups with widths of their own are codes of theirs, of signs 0."""
+    zero_point, widths = packed.zero_point, packed.format.widths
+    if zero_point is None or widths is None or zero_point.is_meta:
+        return
+    highest = zero_point.new_tensor([(1 << width) - 1 if width > 1 else 0 for width in widths])
+    if bool((zero_point > highest).any()):
+        group = int((zero_point > highest).any(dim=0).nonzero()[0])
+        raise FormatError(f"a zero point of group {group} is no code of {widths[group]} bits (signs have none: 0)")

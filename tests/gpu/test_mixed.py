@@ -28,7 +28,7 @@ def make_layer(
     generator = torch.Generator().manual_seed(rows + columns)
     codes = torch.cat([torch.randint(0, 1 << width, (rows, group), generator=generator) for width in widths], dim=1)
     scale = ((torch.rand(rows, len(widths), generator=generator) + 0.5) * 0.01).to(dtype)
-    zeros = [torch.randint(0, 1 << width, (rows, 1), generator=generator) for width in widths]
+    zeros = [torch.randint(0, 1 << width if width > 1 else 1, (rows, 1), generator=generator) for width in widths]
     weight = pack_weight(
         codes[:, :columns].to(torch.uint8),
         bits=None,
@@ -118,8 +118,9 @@ def test_a_layer_holds_its_codes_once_and_gives_the_same_bytes_back(check: Any) 
     with torch.no_grad():
         x = torch.randn(3, 640, dtype=torch.bfloat16, device="cuda")
         check(packed, x, bias, layer(x))
-    names = [choice.kernel.name for choice in layer.choices() if choice.kernel]
-    assert names == ["cuda-mixed", "cuda-mixed-dense"]
+    # A kernel may be named for several ranges of tokens, with other reasons against the others in each.
+    names = dict.fromkeys(choice.kernel.name for choice in layer.choices() if choice.kernel)
+    assert list(names) == ["cuda-mixed", "cuda-mixed-dense"]
     state = layer.state_dict()
     for name, tensor in packed.tensors().items():
         assert torch.equal(state[name], tensor)

@@ -49,7 +49,7 @@ gptq_quantizes = st.builds(
     st.integers(1, 8),
     groups,
     st.none() | st.booleans(),
-    calibrate=st.sampled_from(["range", "sqc"]),
+    calibrate=st.sampled_from(["range", "sqc", "learned"]),
     preset=st.sampled_from(["paper", "reference", "output"]),
     order=st.sampled_from([None, "groups", "columns"]),
     static_groups=st.just(True),

@@ -40,6 +40,7 @@ def random_weight(
     sparsity: Sparsity = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    widths: tuple[int, ...] | None = None,
 ) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(rows, columns, sparsity, generator)
@@ -47,14 +48,21 @@ def random_weight(
         values = torch.randn(rows, columns, generator=generator).to(dtype)
         return pack_weight(values, bits=None, mask=mask, sparsity=sparsity)
     shape = (1, 1) if per_tensor else (rows, -(-columns // (group or columns)))
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    if widths is not None:
+        limits = torch.tensor([1 << width for width in widths])
+        codes = (codes % limits.repeat_interleave(group or columns)[:columns]).to(torch.uint8)
+        zeros = (zeros % torch.where(limits == 2, 1, limits)).to(torch.uint8)
     return pack_weight(
-        torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator),
+        codes,
         bits=bits,
         scale=(torch.rand(shape, generator=generator) + 0.1).to(dtype),
-        zero_point=torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator) if asymmetric else None,
+        zero_point=zeros if asymmetric else None,
         group=group,
         mask=mask,
         sparsity=sparsity,
+        widths=widths,
     )
 
 

@@ -143,7 +143,9 @@ def test_adapters_must_fit() -> None:
         LinearFormat(INT4, left)
     with pytest.raises(FormatError, match="factors of 64 x 3 and 4 x 128 do not correct a weight of 64 x 128"):
         LinearFormat(INT4, left, WeightFormat(4, 128))
-    with pytest.raises(FormatError, match="the right factor is 2:4 fp32: factors are dense and symmetric"):
+    with pytest.raises(
+        FormatError, match="the right factor is 2:4 fp32: factors are dense, symmetric and of one width"
+    ):
         LinearFormat(INT4, left, WeightFormat(3, 128, sparsity=NM(2, 4)))
     with pytest.raises(FormatError, match="cannot be torch.int8: use one of bfloat16"):
         WeightFormat(64, 3, dtype=torch.int8)

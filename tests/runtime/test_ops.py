@@ -27,6 +27,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "int3 in short groups": {"bits": 3, "group": 16},
     "asymmetric unstructured": {"bits": 4, "group": 8, "asymmetric": True, "sparsity": Unstructured()},
     "asymmetric": {"bits": 2, "asymmetric": True},
+    "widths of groups": {"bits": 7, "group": 8, "widths": (1, 7, 3)},
+    "asymmetric 2:4 widths": {"bits": 4, "group": 8, "asymmetric": True, "sparsity": NM(2, 4), "widths": (4, 1, 2)},
     "1:2 int8": {"bits": 8, "sparsity": NM(1, 2)},
     "2:4 values": {"bits": None, "sparsity": NM(2, 4)},
     "values": {"bits": None},

@@ -5,7 +5,7 @@
 // rows, 8 apart, and 16 columns, as the tensor cores' left operand has them. All lanes meet the same width, so none waits.
 //
 // The warps of a block share the columns of its rows, unit by unit in turn, and add their sums up in shared memory. Each
-// has DEPTH units of words under way.
+// has DEPTH units under way to a ring of its own in shared memory, so that memory is busy whatever a warp waits for.
 //
 // Compiled with -D:
 //   ASYMMETRIC   1: with a zero point for each scale; 0: it is 2^(width - 1). Signs (1 bit) have none.
@@ -13,10 +13,9 @@
 //   TILES        tiles of a block
 //   TOKEN_TILES  tiles of 8 tokens, 1 or 2
 //   WARPS        of a block
+//   DEPTH        units of a ring
 
-#define DEPTH 4
 #define UNIT 64
-#define HELD 32  // units of which the lanes of a warp know the place
 
 typedef unsigned char u8;
 
@@ -37,29 +36,41 @@ struct Arguments {
     int lines;
 };
 
-struct Unit {
-    u32 words[TILES][4];
-    u16 scale[TILES][2];
-    u8 zero[TILES][2];
+// A unit of a tile, as the copies of a warp put it: its lines, and scales and zeros of 16 rows.
+struct __align__(16) Slot {
+    u32 words[4][32];
+    u16 scale[16];
+    u8 zero[16];
 };
 
-__device__ __forceinline__ void load_unit(const Arguments& a, Unit& unit, u32 place, int number, int tile, int lane) {
-    const int width = place & 7, row = lane / 4;
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-        const u64 here = min(tile + t, a.row_tiles - 1);
-        const u32* from = a.codes + (here * a.lines + place / 8) * 32 + lane;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i < width) unit.words[t][i] = load_once(from + 32 * i);
-        }
-        const u64 group = (here * a.groups + number / GROUP_UNITS) * 16 + row;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            unit.scale[t][i] = __ldg(a.scale + group + 8 * i);
-            unit.zero[t][i] = ASYMMETRIC ? __ldg(a.zero + group + 8 * i) : 1 << (width - 1);
-        }
+// What a lane computes with: of rows lane / 4 and 8 below.
+struct Unit {
+    u32 words[4];
+    u16 scale[2];
+    u8 zero[2];
+};
+
+__device__ __forceinline__ void start_copy(const Arguments& a, Slot& slot, u32 place, int number, int tile, int lane) {
+    const u64 here = min(tile, a.row_tiles - 1);
+    const u64 group = here * a.groups + number / GROUP_UNITS;
+    // 16 bytes a lane: eight lanes a line.
+    if (lane < 8 * (place & 7)) {
+        copy_async(shared_address(&slot.words[0][4 * lane]), a.codes + (here * a.lines + place / 8) * 32 + 4 * lane, 16);
     }
+    if (lane < 2) copy_async(shared_address(&slot.scale[8 * lane]), a.scale + group * 16 + 8 * lane, 16);
+    if (ASYMMETRIC && lane == 2) copy_async(shared_address(slot.zero), a.zero + group * 16, 16);
+}
+
+__device__ __forceinline__ Unit read_unit(const Slot& slot, int width, int lane) {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) unit.words[i] = i < width ? slot.words[i][lane] : 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        unit.scale[i] = slot.scale[lane / 4 + 8 * i];
+        unit.zero[i] = ASYMMETRIC ? slot.zero[lane / 4 + 8 * i] : 1 << (width - 1);
+    }
+    return unit;
 }
 
 // Two numbers that are their codes less zero; codes lie in the low bits of both halves, `mask` says how many.
@@ -91,25 +102,22 @@ __device__ __forceinline__ u32 negated_zero(u8 zero) { return (MAGIC | zero * 0x
 
 template <int WIDTH>
 __device__ __forceinline__ void multiply_unit(
-    float (&sums)[TILES][TOKEN_TILES][4], const Unit& unit, const u32 (&x)[TOKEN_TILES][8]) {
+    float (&sums)[TOKEN_TILES][4], const Unit& unit, const u32 (&x)[TOKEN_TILES][8]) {
+    const u32 minus_zero[2] = {negated_zero(unit.zero[0]), negated_zero(unit.zero[1])};
+    float products[TOKEN_TILES][4] = {};
 #pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-        const u32 minus_zero[2] = {negated_zero(unit.zero[t][0]), negated_zero(unit.zero[t][1])};
-        float products[TOKEN_TILES][4] = {};
+    for (int step = 0; step < 4; ++step) {
+        u32 w[4];
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            u32 w[4];
+        for (int i = 0; i < 4; ++i) w[i] = pair<WIDTH>(unit.words, 4 * step + i, minus_zero[i % 2]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) w[i] = pair<WIDTH>(unit.words[t], 4 * step + i, minus_zero[i % 2]);
+        for (int n = 0; n < TOKEN_TILES; ++n) multiply(products[n], w, x[n][2 * step], x[n][2 * step + 1]);
+    }
+    const float scale[2] = {to_float(unit.scale[0]), to_float(unit.scale[1])};
 #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; ++n) multiply(products[n], w, x[n][2 * step], x[n][2 * step + 1]);
-        }
-        const float scale[2] = {to_float(unit.scale[t][0]), to_float(unit.scale[t][1])};
+    for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[t][n][i] += scale[i / 2] * products[n][i];
-        }
+        for (int i = 0; i < 4; ++i) sums[n][i] += scale[i / 2] * products[n][i];
     }
 }
 
@@ -129,51 +137,73 @@ __device__ __forceinline__ void load_inputs(const Arguments& a, u32 (&x)[TOKEN_T
     }
 }
 
-extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Arguments a) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * TILES;
-    float sums[TILES][TOKEN_TILES][4] = {};
-    Unit units[DEPTH];
-    u32 x[2][TOKEN_TILES][8];
+union Shared {
+    Slot ring[WARPS][DEPTH][TILES];
+    // One number of padding a row: lanes that write have different banks.
+    float sums[WARPS][16 * TILES][8 * TOKEN_TILES + 1];
+};
 
-    for (int first = warp; first < a.unit_count; first += WARPS * HELD) {
-        const int own = first + WARPS * lane;
-        const u32 places = own < a.unit_count ? __ldg(a.units + own) : 0;
-        const int count = min(HELD, (a.unit_count - first + WARPS - 1) / WARPS);
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Arguments a) {
+    __shared__ Shared shared;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * TILES;
+    Slot(&ring)[DEPTH][TILES] = shared.ring[warp];
+    float sums[TILES][TOKEN_TILES][4] = {};
+    u32 x[TOKEN_TILES][8], next_x[TOKEN_TILES][8];
+
 #pragma unroll
-        for (int i = 0; i < DEPTH; ++i) {
-            const u32 place = __shfl_sync(~0u, places, i);
-            if (i < count) load_unit(a, units[i], place, first + WARPS * i, tile, lane);
+    for (int i = 0; i < DEPTH; ++i) {
+        const int number = warp + WARPS * i;
+        if (number < a.unit_count) {
+            const u32 place = __ldg(a.units + number);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) start_copy(a, ring[i][t], place, number, tile + t, lane);
         }
-        load_inputs(a, x[0], first, lane);
-        for (int from = 0; from < count; from += DEPTH) {
+        copies_commit();
+    }
+    if (warp < a.unit_count) load_inputs(a, next_x, warp, lane);
+
+    int slot = 0;
+    for (int number = warp; number < a.unit_count; number += WARPS) {
+        const int ahead = number + WARPS * DEPTH;
+        const u32 place_ahead = ahead < a.unit_count ? __ldg(a.units + ahead) : 0;
+        const int width = __ldg(a.units + number) & 7;
 #pragma unroll
-            for (int i = 0; i < DEPTH; ++i) {
-                const int now = from + i;
-                const u32 place = __shfl_sync(~0u, places, now % HELD);
-                const u32 next = __shfl_sync(~0u, places, (now + DEPTH) % HELD);
-                if (now < count) {
-                    if (now + 1 < count) load_inputs(a, x[(i + 1) % 2], first + WARPS * (now + 1), lane);
-                    switch (place & 7) {
-                        case 1: multiply_unit<1>(sums, units[i], x[i % 2]); break;
-                        case 2: multiply_unit<2>(sums, units[i], x[i % 2]); break;
-                        case 3: multiply_unit<3>(sums, units[i], x[i % 2]); break;
-                        default: multiply_unit<4>(sums, units[i], x[i % 2]);
-                    }
-                }
-                if (now + DEPTH < count) load_unit(a, units[i], next, first + WARPS * (now + DEPTH), tile, lane);
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[n][i] = next_x[n][i];
+        }
+        if (number + WARPS < a.unit_count) load_inputs(a, next_x, number + WARPS, lane);
+        copies_wait<DEPTH - 1>();
+        __syncwarp();
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            const Unit unit = read_unit(ring[slot][t], width, lane);
+            switch (width) {
+                case 1: multiply_unit<1>(sums[t], unit, x); break;
+                case 2: multiply_unit<2>(sums[t], unit, x); break;
+                case 3: multiply_unit<3>(sums[t], unit, x); break;
+                default: multiply_unit<4>(sums[t], unit, x);
             }
         }
+        __syncwarp();
+        if (ahead < a.unit_count) {
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) start_copy(a, ring[slot][t], place_ahead, ahead, tile + t, lane);
+        }
+        // Also without a copy, so that one group more is always one unit more.
+        copies_commit();
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
+    copies_wait<0>();
+    __syncthreads();
 
-    // One number of padding a row: lanes that write have different banks.
-    __shared__ float shared[WARPS][16 * TILES][8 * TOKEN_TILES + 1];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                shared[warp][16 * t + lane / 4 + 8 * (i / 2)][8 * n + 2 * (lane % 4) + i % 2] = sums[t][n][i];
+                shared.sums[warp][16 * t + lane / 4 + 8 * (i / 2)][8 * n + 2 * (lane % 4) + i % 2] = sums[t][n][i];
             }
         }
     }
@@ -183,7 +213,7 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
         if (row >= a.rows) continue;
         float sum = a.bias ? to_float(__ldg(a.bias + row)) : 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += shared[w][within][token];
+        for (int w = 0; w < WARPS; ++w) sum += shared.sums[w][within][token];
         a.y[(u64)token * a.rows + row] = from_float(sum);
     }
 }
@@ -193,11 +223,11 @@ __device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
         const int row = 16 * tile + lane / 4 + 8 * below;
-        const u32 minus_zero = negated_zero(unit.zero[0][below]), scale = unit.scale[0][below] * 0x10001u;
+        const u32 minus_zero = negated_zero(unit.zero[below]), scale = unit.scale[below] * 0x10001u;
         u32 v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            v[i] = pair<WIDTH>(unit.words[0], 2 * i + below, minus_zero);
+            v[i] = pair<WIDTH>(unit.words, 2 * i + below, minus_zero);
 #if ARCH >= 90 || !BFLOAT16
             asm("mul.rn." TYPE "x2 %0, %0, %1;" : "+r"(v[i]) : "r"(scale));
 #else
@@ -212,14 +242,19 @@ __device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit
     }
 }
 
-// The dense weight: one unit of a tile after the other for each warp. TILES is 1.
+// The dense weight: a warp makes one unit of a tile after the other.
 extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const Arguments a) {
-    const int lane = threadIdx.x % 32, number = blockIdx.x * WARPS + threadIdx.x / 32;
+    __shared__ Slot slots[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = blockIdx.x * WARPS + warp;
     if (number >= a.unit_count) return;
     const u32 place = __ldg(a.units + number);
     for (int tile = blockIdx.y; tile < a.row_tiles; tile += gridDim.y) {
-        Unit unit;
-        load_unit(a, unit, place, number, tile, lane);
+        start_copy(a, slots[warp], place, number, tile, lane);
+        copies_commit();
+        copies_wait<0>();
+        __syncwarp();
+        const Unit unit = read_unit(slots[warp], place & 7, lane);
+        __syncwarp();
         switch (place & 7) {
             case 1: expand_unit<1>(a, unit, number, tile, lane); break;
             case 2: expand_unit<2>(a, unit, number, tile, lane); break;

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_shape
+from slimc.passes.solvers.clipping import LearnedClipping, learn_grids
 from slimc.passes.solvers.error_feedback import by_columns, feed_back, inverse_factor, visiting_order
 from slimc.passes.solvers.quantization import SCALE_DTYPES, Group, Quantized, quantize_on
 from slimc.passes.solvers.ranges import RangeSearch, group_grids, solve_range
@@ -82,7 +83,7 @@ def gptq(
     group: Group = None,
     widths: Sequence[int] | ChooseWidths | None = None,
     symmetric: bool = False,
-    search: RangeSearch | None = None,
+    search: RangeSearch | LearnedClipping | None = None,
     order: Order = None,
     static_groups: bool = False,
     scale_dtype: torch.dtype = torch.float32,
@@ -106,7 +107,8 @@ def gptq(
         widths: of the codes of each group of columns, each 1 to 8, or what chooses them; needs ``group`` to be a
             number.
         symmetric: whether the grid has no zero point.
-        search: over the ranges of groups; ``None`` takes their extremes.
+        search: over the ranges of groups; ``None`` takes their extremes. Learned ones are static, and ``group`` must be
+            a number.
         order: in which columns are visited. ``"columns"`` (activation order) scatters groups, so that
             they need to be static; ``"groups"`` visits whole groups by falling energy, and the paper's is ``None``.
         static_groups: choose all grids on the original weights.
@@ -135,7 +137,7 @@ def gptq(
         raise RecipeError(f"gptq: scales cannot be stored as {scale_dtype}; choose float32, float16 or bfloat16")
     if block < 1 or not 0 < damping <= 1:
         raise RecipeError(f"gptq: block={block} must be at least 1 and damping={damping} above 0, at most 1")
-    if order == "columns" and count > 1 and not static_groups:
+    if order == "columns" and count > 1 and not static_groups and not isinstance(search, LearnedClipping):
         raise RecipeError(
             "gptq: order='columns' visits columns of all groups in turn, so no group is ever reached as a whole; set "
             "static_groups=true, or order='groups'"
@@ -143,23 +145,32 @@ def gptq(
     if order not in (None, "groups", "columns"):
         raise RecipeError(f"gptq: order={order!r} is not known; choose 'columns', 'groups' or null")
 
+    learned = search if isinstance(search, LearnedClipping) else None
+    if learned is not None and not isinstance(group, int):
+        raise RecipeError(f"gptq: clipping is learned for groups of columns, not for group={group!r}")
+
     places = torch.arange(columns, device=gram.device)
     if order is not None:
         places = visiting_order(gram, 1 if order == "columns" else size)
-    gram = gram[places][:, places]
+    own, gram = gram, gram[places][:, places]
     dead = gram.diagonal() <= 0
     factor = inverse_factor("gptq", gram, dead, damping)
     curvature = torch.empty(columns, device=gram.device)
     curvature[places] = torch.where(dead, 0.0, factor.diagonal().reciprocal().square())
     weight = weight.to(torch.float32) if mask is None else torch.where(mask, weight.to(torch.float32), 0.0)
+    ranges = search if isinstance(search, RangeSearch) else None
     if callable(widths):
-        widths = widths(weight, curvature, symmetric, search)
+        widths = widths(weight, curvature, symmetric, ranges)
     chosen = _checked_widths(widths, bits, group, count)
 
-    static = static_groups or count == 1
-    grid = _first_grid(
-        weight, group, chosen if static else [8] * count, symmetric, scale_dtype, search if static else None, curvature
-    )
+    static = static_groups or count == 1 or learned is not None
+    if learned is not None:
+        options: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": scale_dtype, "options": learned}
+        grid = learn_grids(weight, own.to(torch.float32), chosen, size, **options)
+    elif static:
+        grid = _first_grid(weight, group, chosen, symmetric, scale_dtype, ranges, curvature)
+    else:
+        grid = _first_grid(weight, group, [8] * count, symmetric, scale_dtype, None, curvature)
     grid = replace(grid, bits=max(chosen), widths=None if widths is None else tuple(chosen))
     rounder = ColumnRounder(grid, places)
     left = by_columns(weight[:, places])
@@ -176,7 +187,7 @@ def gptq(
             chosen[index],
             symmetric=symmetric,
             scale_dtype=scale_dtype,
-            search=search,
+            search=ranges,
             curvature=curvature[index * size : (index + 1) * size],
         )
         grid.scale[:, index] = scale.to(scale_dtype)

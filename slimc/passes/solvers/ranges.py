@@ -32,6 +32,7 @@ class RangeSearch:
         power: of the error.
         by_column: multiplies the weight of an entry by ``1 / U_jj^2``, the output error that error feedback makes of
             a unit of its squared rounding error.
+        shift: zero points up to so many codes from that of the range are tried, too.
     """
 
     lowest: float = 0.9
@@ -42,12 +43,13 @@ class RangeSearch:
     emphasis: float = 1.0
     power: float = 2.0
     by_column: bool = False
+    shift: int = 0
 
 
 PRESETS: Mapping[str, RangeSearch] = {
     "paper": RangeSearch(),
     "reference": RangeSearch(salient="salience", threshold=2.0, power=2.4),
-    "output": RangeSearch(lowest=0.5, highest=1.1, candidates=61, salient=None, by_column=True),
+    "output": RangeSearch(lowest=0.4, highest=1.1, candidates=36, salient=None, by_column=True, shift=1),
 }
 """Searches by name: equation 5 of the paper as printed; what the authors' code does; and the one of slimc.
 
@@ -101,7 +103,8 @@ def solve_range(
     if search is None:
         scale = storable(scale, scale_dtype)
     else:
-        scale = _searched(values, scale, zero, levels, scale_dtype, search, curvature)
+        shift = 0 if symmetric else search.shift
+        scale, zero = _searched(values, scale, zero, levels, scale_dtype, search, curvature, shift)
     return scale, None if symmetric else zero
 
 
@@ -172,21 +175,29 @@ def _searched(
     scale_dtype: torch.dtype,
     search: RangeSearch,
     curvature: Tensor,
-) -> Tensor:
-    """Return the scale with the least weighted error; of equal ones the first."""
+    shift: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the scale and the zero point with the least weighted error; of equal ones the first."""
     weights = _weights(values, search, curvature)
     taus = torch.linspace(search.lowest, search.highest, search.candidates, device=values.device)
     scales = storable(taus.view(-1, *[1] * scale.dim()) * scale, scale_dtype)
     chunk = max(1, (_CHUNK if values.device.type == "cpu" else 16 * _CHUNK) // values.numel())
-    low, high = -zero.unsqueeze(-1), levels - zero.unsqueeze(-1)
-    errors = []
-    for start in range(0, len(scales), chunk):
-        step = scales[start : start + chunk].unsqueeze(-1)
-        found = (values / step).round_().clamp_(low, high).mul_(step).sub_(values)
-        found = found.square_() if search.power == 2 else found.abs_().pow_(search.power)
-        errors.append(found.mul_(weights).sum(dim=-1))
-    best = torch.cat(errors).argmin(dim=0, keepdim=True)
-    return scales.gather(0, best).squeeze(0)
+    least = torch.full_like(scale, torch.inf)
+    best_scale, best_zero = scale, zero
+    for moved in (zero if not by else (zero + by).clamp_(0, levels) for by in range(-shift, shift + 1)):
+        low, high = -moved.unsqueeze(-1), levels - moved.unsqueeze(-1)
+        errors = []
+        for start in range(0, len(scales), chunk):
+            step = scales[start : start + chunk].unsqueeze(-1)
+            found = (values / step).round_().clamp_(low, high).mul_(step).sub_(values)
+            found = found.square_() if search.power == 2 else found.abs_().pow_(search.power)
+            errors.append(found.mul_(weights).sum(dim=-1))
+        error, index = torch.cat(errors).min(dim=0)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_zero = torch.where(better, moved, best_zero)
+        best_scale = torch.where(better, scales.gather(0, index.unsqueeze(0)).squeeze(0), best_scale)
+    return best_scale, best_zero
 
 
 def _weights(values: Tensor, search: RangeSearch, curvature: Tensor) -> Tensor:

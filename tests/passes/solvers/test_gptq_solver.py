@@ -10,7 +10,9 @@ from torch import Tensor
 
 from slimc.errors import InputError, NumericsError, RecipeError
 from slimc.passes.solvers import PRESETS, Group, RangeSearch, gptq, quantize_absmax
+from slimc.passes.solvers.clipping import LearnedClipping, learn_grids
 from slimc.passes.solvers.error_feedback import inverse_factor, visiting_order
+from slimc.passes.solvers.ranges import group_grids
 from tests.passes.solvers.test_sparsegpt_solver import layer, output_error
 
 OPTIONS: list[dict[str, Any]] = [
@@ -128,6 +130,23 @@ def test_searches_pay_and_the_salient_weigh_more() -> None:
     assert errors["salient"] > errors["wide"]
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("widths", [(2, 2, 2, 2), (1, 3, 2, 1)], ids=str)
+def test_learned_ranges_lower_the_output_error_of_plain_rounding(widths: tuple[int, ...], symmetric: bool) -> None:
+    weight, inputs = layer(6)
+    gram = inputs.T @ inputs
+    options: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": torch.bfloat16}
+    plain = group_grids(weight, widths, 16, **options, search=None, curvature=torch.ones(60))
+    learned = learn_grids(weight, gram, widths, 16, **options, options=LearnedClipping())
+    assert learned.widths == widths
+    assert output_error(inputs, weight, learned.dequantize()) < 0.95 * output_error(inputs, weight, plain.dequantize())
+    with torch.no_grad():
+        again = learn_grids(weight, gram, widths, 16, **options, options=LearnedClipping())
+    assert torch.equal(again.codes, learned.codes)
+    silent = learn_grids(0 * weight, 0 * gram, widths, 16, **options, options=LearnedClipping(steps=3))
+    assert bool((silent.scale == 1).all())
+
+
 def test_dead_inputs_are_rounded_as_they_are() -> None:
     weight, inputs = layer(5)
     inputs[:, ::3] = 0
@@ -187,6 +206,7 @@ def call(**options: Any) -> Tensor:
         ({"group": 0}, RecipeError, "the group 0 is not valid"),
         ({"scale_dtype": torch.float64}, RecipeError, "cannot be stored as torch.float64"),
         ({"damping": 0}, RecipeError, "damping=0 above 0"),
+        ({"search": LearnedClipping()}, RecipeError, "clipping is learned for groups of columns, not for group=None"),
         ({"group": 3, "order": "columns"}, RecipeError, "set static_groups=true, or order='groups'"),
         ({"order": "rows"}, RecipeError, "order='rows' is not known"),
         ({"gram": torch.eye(5)}, InputError, r"'gram' has shape \(5, 5\) where \(6, 6\) is needed"),

@@ -1,0 +1,191 @@
+"""AllocateBits and GPTQ in a recipe: what is stored, what comes before and after, refusals and fallbacks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimc
+from slimc.errors import RecipeError
+from slimc.passes import (
+    Activations,
+    AllocateBits,
+    Calibrate,
+    Fuse,
+    LowRank,
+    Pass,
+    Prune,
+    Quantize,
+    check_order,
+    from_config,
+)
+
+KL, OUTPUT = AllocateBits(3, 8), AllocateBits(2.5, 8, "output", widest=4)
+CHAINS: list[list[Pass]] = [
+    [KL, Quantize("gptq")],
+    [AllocateBits(2, 8, direction="reverse"), Quantize("gptq", symmetric=True, calibrate="sqc")],
+    [OUTPUT, Quantize("gptq", group=8, calibrate="sqc", preset="output", order="columns", static_groups=True)],
+    [OUTPUT, Quantize("gptq", calibrate="sqc", preset="reference", order="groups")],
+    [OUTPUT, Quantize("gptq", calibrate="learned", order="columns")],
+    [OUTPUT, Quantize("absmax", symmetric=False)],
+    [OUTPUT, Quantize("gptq"), Prune("2:4")],
+    [OUTPUT, Quantize("gptq"), Prune("1:4", "sparsegpt")],
+    [OUTPUT, Prune("2:4"), Quantize("gptq")],
+    [OUTPUT, Quantize("gptq"), LowRank(rank=4, bits=4, group=8, rounds=2)],
+    [OUTPUT, Quantize("gptq"), Prune("2:4"), Activations(), LowRank(rank=2)],
+    [Quantize("gptq", 1, 8), LowRank(rank=2)],
+    [Quantize("gptq", 5, "channel"), Prune(0.5)],
+    [Prune(0.5), Quantize("gptq", 3)],
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(one.name for one in chain))
+def test_bits_are_what_is_stored_and_the_graph_computes_it(
+    chain: list[Pass], network: nn.Module, batches: list[Tensor], run: Any
+) -> None:
+    program, outcome = run(network, batches, [Calibrate(), *chain, Fuse()])
+    for row in outcome.rows:
+        packed = program.sites[row.name].packed
+        form, shape = packed.format, row.shape[0] * row.shape[1]
+        assert row.bits == 8 * sum(tensor.nbytes for tensor in packed.tensors().values()) / shape
+        if isinstance(chain[0], AllocateBits):
+            widths = form.weight.widths or (form.weight.bits,) * form.weight.scale_shape[1]
+            sizes = [min(8, row.shape[1] - start) for start in range(0, row.shape[1], 8)]
+            spent = sum(width * size for width, size in zip(widths, sizes, strict=True)) / row.shape[1]
+            assert chain[0].bits - 1 < spent <= chain[0].bits
+    compressed, exact = program.run(batches[0]), network(batches[0]).detach()
+    assert float((compressed - exact).norm() / exact.norm()) < 0.9
+    again, _ = run(network, batches, [Calibrate(), *chain, Fuse()])
+    assert torch.equal(again.run(batches[0]), compressed)
+
+
+def test_what_later_passes_fit_to_is_what_is_stored(network: nn.Module, batches: list[Tensor], run: Any) -> None:
+    program, _ = run(network, batches, [Calibrate(), OUTPUT, Quantize("gptq"), Prune("2:4", "sparsegpt")])
+    site = program.sites["gate"].packed.weight
+    assert site.format.widths is not None
+    assert len(set(site.format.widths)) > 1
+    _, mask = site.unpack()
+    assert bool((mask.view(36, -1, 4).sum(2) == 2).all())
+
+
+def test_a_folder_keeps_the_widths(tmp_path: Path, network: nn.Module, batches: list[Tensor]) -> None:
+    passes = [Calibrate(), OUTPUT, Quantize("gptq"), Fuse()]
+    small = slimc.compile(network, batches, passes)
+    slimc.save(small, tmp_path / "model")
+    loaded = slimc.load(tmp_path / "model", model=copy.deepcopy(network))
+    with torch.no_grad():
+        assert torch.equal(small(batches[0]), loaded(batches[0]))
+    expressions = {row.name: row.expression for row in slimc.report(loaded).sites}
+    for name, expression in expressions.items():
+        packed = loaded.get_submodule(name).packed
+        assert expression == packed.format.describe()
+        assert packed.format.weight.widths is not None
+    assert "cuda-mixed" in str(slimc.explain(loaded))
+
+
+def test_a_resumed_run_takes_finished_sites_from_the_journal(
+    tmp_path: Path, network: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [Calibrate(), OUTPUT, Quantize("gptq"), Fuse()]
+    first = slimc.compile(network, batches, passes, journal=tmp_path / "journal")
+    monkeypatch.delattr(AllocateBits, "_solve")
+    again = slimc.compile(network, batches, passes, journal=tmp_path / "journal", resume=True)
+    with torch.no_grad():
+        assert torch.equal(first(batches[0]), again(batches[0]))
+    assert slimc.report(again).sites == slimc.report(first).sites
+
+
+@pytest.mark.parametrize("allocation", [[], [OUTPUT], [KL]], ids=["uniform", "output", "kl"])
+def test_a_site_that_calibration_never_reaches_is_rounded_to_the_nearest_codes(
+    allocation: list[Pass], network: nn.Module, batches: list[Tensor], run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = [torch.zeros_like(batch) for batch in batches]
+    with caplog.at_level(logging.WARNING, "slimc"):
+        program, outcome = run(network, silent, [Calibrate(), *allocation, Quantize("gptq", 3, 8)])
+    assert "Calibration never reached 'gate' and 'up'" in caplog.text
+    row = outcome.rows[0]
+    assert "weights were rounded to the nearest codes" in row.fallback
+    if allocation:
+        assert f"all groups have {int(allocation[0].bits)} bits" in row.fallback
+    bits = int(allocation[0].bits) if allocation else 3
+    expected, _ = run(network, batches, [Quantize("absmax", bits, 8, symmetric=False)])
+    assert torch.equal(program.sites["gate"].packed.decode(), expected.sites["gate"].packed.decode())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 0.5}, "bits must lie between narrowest=1 and widest=8, or the budget cannot be met; found 0.5"),
+        ({"bits": 4.5, "objective": "output", "widest": 4}, "the budget cannot be met"),
+        ({"bits": float("nan")}, "bits must lie between"),
+        ({"bits": "3"}, "bits must lie between"),
+        ({"bits": 2.5}, "'kl' searches among one bit less and one more.*objective 'output' takes any average"),
+        ({"bits": 1}, "must be a whole number from 2 to 7"),
+        ({"bits": 8}, "must be a whole number from 2 to 7"),
+        ({"group": 1}, "group must be a number of columns"),
+        ({"group": "channel"}, "group must be a number of columns"),
+        ({"objective": "mse"}, "objective must be 'kl' or 'output'"),
+        ({"direction": "both"}, "direction must be 'forward' or 'reverse'"),
+        ({"narrowest": 0}, "narrowest must be 1 to 8"),
+        ({"widest": 9}, "widest must be 1 to 8"),
+        ({"narrowest": 5, "widest": 4}, "narrowest=5 must not be above widest=4"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"allocate_bits: .*{message}"):
+        AllocateBits.from_options(options)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([Calibrate(), KL, KL, Quantize("gptq")], "allocate_bits appears twice"),
+        ([Calibrate(), Quantize("gptq"), KL], "allocate_bits comes after quantize. Put allocate_bits before it"),
+        ([Calibrate(), Prune(), KL, Quantize("gptq")], "allocate_bits comes after prune"),
+        ([KL, Quantize("absmax")], "allocate_bits needs calibrate before it"),
+        ([Quantize("gptq")], "quantize needs calibrate before it"),
+        ([Calibrate(), KL], "compresses nothing"),
+        ([Calibrate(), KL, Quantize()], "method 'slim' has one width for all; .* use method 'gptq' or 'absmax'"),
+        ([Calibrate(), KL, Quantize("gptq", group=16)], "group=16, but allocate_bits chooses a width for every 8"),
+        ([Calibrate(), KL, Quantize("gptq", order="columns")], "order='columns' after allocate_bits needs static"),
+        ([Calibrate(), KL, Quantize("gptq"), Prune(0.5)], "a share of weights does not go with allocate_bits"),
+        ([Calibrate(), KL, Quantize("gptq"), Prune("3:5")], "3:5 does not divide the groups of 8 columns"),
+        ([Calibrate(), Quantize("gptq", 1, 8), Prune(0.5)], "a share of weights does not go with quantize"),
+        ([Calibrate(), Quantize("gptq", calibrate="learned")], "calibrate='learned' needs groups of columns"),
+        ([Calibrate(), Prune(0.5), Quantize("gptq", 1, 8)], "signs do not go with a share of weights"),
+    ],
+)
+def test_an_order_that_cannot_work_is_refused(passes: list[Pass], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_order(passes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "gptq", "bits": 9}, "1 to 8"),
+        ({"method": "gptq", "bits": 1}, "signs, which need a scale for every group of columns"),
+        ({"method": "gptq", "group": 16, "order": "columns"}, "set static_groups=true, or order='groups'"),
+        ({"method": "absmax", "calibrate": "sqc"}, "calibrate belongs to method 'gptq', not to 'absmax'"),
+        ({"method": "gptq", "activation_aware": True}, "activation_aware belongs to method 'slim'"),
+        (
+            {"method": "gptq", "preset": "papper"},
+            "preset must be one of paper, reference, output.*did you mean 'paper'",
+        ),
+    ],
+)
+def test_options_of_gptq_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Quantize.from_options(options)
+
+
+def test_recipe_lines_read_back() -> None:
+    for one in (KL, OUTPUT, AllocateBits(bits=4)):
+        assert from_config([one.to_config()]) == [one]
+        assert eval(repr(one)) == one
