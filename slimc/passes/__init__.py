@@ -9,6 +9,7 @@ from slimc.passes.low_rank import LowRank
 from slimc.passes.pipeline import PASSES, check_order, from_config
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
+from slimc.passes.tune import Tune
 
 __all__ = [
     "PASSES",
@@ -21,6 +22,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "SitePass",
+    "Tune",
     "check_order",
     "from_config",
 ]
