@@ -93,16 +93,17 @@ class Tune(Pass):
                 settings["lr"] = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
             with torch.enable_grad():
                 loss = self._distance(dense, student, fitted[step % len(fitted)])
-            if not bool(loss.isfinite()):
+            found = float(loss.detach())
+            if not math.isfinite(found):
                 raise NumericsError(
-                    f"tune: the loss is {float(loss)} at step {step + 1} of {steps}. Lower the rate, or leave tune out."
+                    f"tune: the loss is {found} at step {step + 1} of {steps}. Lower the rate, or leave tune out."
                 )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-            progress.advance(self.name, note=f"loss {float(loss):.4f}")
-            if (step + 1) % len(fitted) == 0 and judges and (found := self._judge(dense, student, judges)) < best[0]:
-                best = found, [parameter.detach().clone() for parameter in parameters]
+            progress.advance(self.name, note=f"loss {found:.4f}")
+            if (step + 1) % len(fitted) == 0 and judges and (error := self._judge(dense, student, judges)) < best[0]:
+                best = error, [parameter.detach().clone() for parameter in parameters]
         progress.finish(self.name)
         if judges:
             for parameter, value in zip(parameters, best[1], strict=True):
