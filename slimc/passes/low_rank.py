@@ -132,7 +132,7 @@ class LowRank(SitePass):
         if first := share_of(self.before, rank):
             left, right = covariance_adapters(work.target, hessian, first)
             solve_stored(work, work.target - left @ right, hessian)
-        work.adapters = self._adapters(work, hessian)
+        work.adapters = self._adapters(work, hessian, final=not self.rounds)
         best, least = _State.of(work), self._remaining(work, hessian)
         for finished in range(self.rounds):
             residual = work.target - work.correction()
@@ -174,12 +174,20 @@ class LowRank(SitePass):
         work.base = residual if work.mask is None else residual * work.mask
         work.quantize()
 
-    def _adapters(self, work: SiteWork, hessian: Tensor | None = None) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    def _adapters(
+        self, work: SiteWork, hessian: Tensor | None = None, *, final: bool = True
+    ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
         error = work.target - work.effective_base()
         rank = resolve_rank(self.rank, *work.dense.shape)
         if hessian is not None and self.bits is not None:
             return quantized_covariance_adapters(
-                error, hessian, rank, self.bits, self.group, scale_dtype=work.scale_dtype, sweeps=self.sweeps
+                error,
+                hessian,
+                rank,
+                self.bits,
+                self.group,
+                scale_dtype=work.scale_dtype,
+                sweeps=self.sweeps if final else 0,
             )
         if hessian is not None:
             left, right = covariance_adapters(error, hessian, rank)

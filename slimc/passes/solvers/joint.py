@@ -119,7 +119,7 @@ def _settle_blocks(
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
         now = weight[:, here]
-        wanted = now - carried[:, here] @ inverted[index]
+        wanted = torch.addmm(now, carried[:, here], inverted[index], alpha=-1)
         grid = None if step is None else columns_of((step, lowest, highest), here)
         found = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index])
         change = found - wanted[:, None]
