@@ -23,6 +23,7 @@ from slimc.passes import (
     Pass,
     Prune,
     Quantize,
+    Tune,
     check_order,
     from_config,
 )
@@ -58,12 +59,23 @@ low_ranks = st.builds(
     shares,
 )
 compensates = st.builds(Compensate, shares, shares, st.booleans())
+tunes = st.builds(Tune, positive, shares, st.sampled_from(["kl", "mse"]))
 
 
 activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
 
 
-@given(calibrates | compensates | plain_quantizes | slim_quantizes | prunes | low_ranks | activations | st.just(Fuse()))
+@given(
+    calibrates
+    | compensates
+    | tunes
+    | plain_quantizes
+    | slim_quantizes
+    | prunes
+    | low_ranks
+    | activations
+    | st.just(Fuse())
+)
 def test_repr_recipe_line_and_json_are_one_grammar(one: Pass) -> None:
     assert eval(repr(one)) == one
     line = json.loads(json.dumps(one.to_config()))
