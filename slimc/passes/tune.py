@@ -223,7 +223,9 @@ class _Runner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Compute a node, a tuned product in place of a dense one."""
         if n.op == "get_attr":
-            return self.constants[n]
+            # Gradients of the user's own parameters are nobody's business here.
+            value = self.constants[n]
+            return value.detach() if isinstance(value, Tensor) else value
         if n in self.products:
             linear, use = self.products[n]
             return linear(self.env[use.input], None if use.bias is None else self.env[use.bias])

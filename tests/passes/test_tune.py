@@ -35,6 +35,7 @@ def test_it_lowers_the_distance_and_keeps_the_bytes(
     assert distance(after, network, batches) < 0.98 * distance(before, network, batches)
     assert [row.bits for row in tuned.rows] == [row.bits for row in outcome.rows]
     assert tuned.seconds["tune"] > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
     for name, site in before.sites.items():
         old, new = site.packed.tensors(), after.sites[name].packed.tensors()
         assert list(old) == list(new)
