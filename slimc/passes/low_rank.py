@@ -38,9 +38,9 @@ class LowRank(SitePass):
             on real models. The two halves minimise different norms, so a round can also make things worse: the best
             state is kept. It is the one with the least output error on held-out batches where there are any
             (``Calibrate(held_out=...)``), else with the least error weighted as the adapters weigh it. With
-            ``"covariance"`` both halves minimise the output error: a round stores ``W - l r`` by the column loop of
-            SparseGPT, in the pattern that is there (the later half of the rounds goes on from what is stored), and by
-            ``sweeps`` of coordinate descent, with mask, codes and scales free; then the adapters are solved again.
+            ``"covariance"`` both halves minimise the output error: a round stores ``W - l r`` anew, as ``Prune`` does
+            with method ``"joint"`` (the later half of the rounds goes on from what is stored), lowers its error by
+            ``sweeps`` of coordinate descent, with mask, codes and scales free, and solves the adapters again.
         sweeps: of coordinate descent in a round of ``"covariance"``.
         damping: of the Gram matrix, as a share of its mean diagonal, for ``"covariance"``.
         before: share of the rank that ``"covariance"`` spends before anything is stored: that much of the weight itself
