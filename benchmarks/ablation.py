@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ import torch
 
 import slimc
 from slimc.backends import hf
-from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Prune, Quantize, Tune
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
@@ -31,23 +32,27 @@ JOINT = Prune("2:4", method="joint")
 GROUPS = Quantize(group=128)
 
 
-def covariance(rank: int | float = 0.1, rounds: int = 2, **options: Any) -> LowRank:
+def covariance(rank: int | float = 0.1, rounds: int = 1, **options: Any) -> LowRank:
     """Return adapters of the full second moment, in 4 bits."""
     return LowRank("covariance", rank=rank, bits=4, rounds=rounds, **options)
 
 
+ONE_BY_ONE = Prune("2:4", method="sparsegpt")
+
 ROWS: dict[str, list[Pass]] = {
-    "covariance": [CALIBRATE, GROUPS, Prune("2:4", method="sparsegpt"), covariance(rounds=0), Fuse()],
+    "diagonal adapters": [CALIBRATE, GROUPS, ONE_BY_ONE, LowRank(rank=0.1, bits=4), Fuse()],
+    "covariance": [CALIBRATE, GROUPS, ONE_BY_ONE, covariance(rounds=0), Fuse()],
     "joint": [CALIBRATE, GROUPS, JOINT, covariance(rounds=0), Fuse()],
-    "joint, 2 rounds": [CALIBRATE, GROUPS, JOINT, covariance(), Fuse()],
-    "joint, 6 rounds": [CALIBRATE, GROUPS, JOINT, covariance(rounds=6), Fuse()],
+    "joint, 1 round": [CALIBRATE, GROUPS, JOINT, covariance(), Fuse()],
+    "joint, 4 rounds": [CALIBRATE, GROUPS, JOINT, covariance(rounds=4), Fuse()],
     "own input": [CALIBRATE, Compensate(residual=False), GROUPS, JOINT, covariance(), Fuse()],
     "sums": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(), Fuse()],
-    "sums, 0.5": [CALIBRATE, Compensate(strength=0.5), GROUPS, JOINT, covariance(), Fuse()],
     "sums, held out": [HELD_OUT, Compensate(), GROUPS, JOINT, covariance(), Fuse()],
-    "sums, channel": [CALIBRATE, Compensate(), Quantize(group="channel"), JOINT, covariance(0.115), Fuse()],
+    "sums, half": [CALIBRATE, Compensate(strength=0.5), GROUPS, JOINT, covariance(), Fuse()],
+    "sums, half of the rank first": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(before=0.5), Fuse()],
+    "sums, a scale a row": [CALIBRATE, Compensate(), Quantize(group="channel"), JOINT, covariance(0.115), Fuse()],
     "sums, damping 0.1": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(damping=0.1), Fuse()],
-    "2 rounds, damping 0.1": [CALIBRATE, GROUPS, JOINT, covariance(damping=0.1), Fuse()],
+    "sums, tuned": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(), Tune(), Fuse()],
 }
 
 
@@ -82,10 +87,12 @@ def main() -> None:
         found = perplexity(small, windows)
         results.append({"row": name, "bits": report.bits_per_weight, "perplexity": found, "seconds": seconds})
         shown = " ".join(f"{error:7.4f}" for error in errors)
+        shown += "  " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.seconds.items())
         print(f"{name:40} {report.bits_per_weight:6.3f} {found:8.3f} {seconds:8.1f} {shown}", flush=True)
         del small
     if options.json:
-        record = {"torch": str(torch.__version__), "device": torch.cuda.get_device_name(), "rows": results}
+        device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
+        record = {"torch": str(torch.__version__), "device": device, "rows": results}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

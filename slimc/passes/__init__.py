@@ -12,6 +12,7 @@ from slimc.passes.per_site import PerSite
 from slimc.passes.pipeline import PASSES, check_order, from_config
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
+from slimc.passes.tune import Tune
 
 __all__ = [
     "PASSES",
@@ -27,6 +28,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "SitePass",
+    "Tune",
     "check_order",
     "from_config",
 ]

@@ -38,9 +38,9 @@ class LowRank(SitePass):
             on real models. The two halves minimise different norms, so a round can also make things worse: the best
             state is kept. It is the one with the least output error on held-out batches where there are any
             (``Calibrate(held_out=...)``), else with the least error weighted as the adapters weigh it. With
-            ``"covariance"`` both halves minimise the output error: a round stores ``W - l r`` by the column loop of
-            SparseGPT, in the pattern that is there (the later half of the rounds goes on from what is stored), and by
-            ``sweeps`` of coordinate descent, with mask, codes and scales free; then the adapters are solved again.
+            ``"covariance"`` both halves minimise the output error: a round stores ``W - l r`` anew, as ``Prune`` does
+            with method ``"joint"`` (the later half of the rounds goes on from what is stored), lowers its error by
+            ``sweeps`` of coordinate descent, with mask, codes and scales free, and solves the adapters again.
         sweeps: of coordinate descent in a round of ``"covariance"``.
         damping: of the Gram matrix, as a share of its mean diagonal, for ``"covariance"``.
         before: share of the rank that ``"covariance"`` spends before anything is stored: that much of the weight itself
@@ -130,7 +130,7 @@ class LowRank(SitePass):
         if first := share_of(self.before, rank):
             left, right = covariance_adapters(work.target, hessian, first)
             solve_stored(work, work.target - left @ right - work.binary_part(), hessian)
-        work.adapters = self._adapters(work, hessian)
+        work.adapters = self._adapters(work, hessian, final=not self.rounds)
         best, least = _State.of(work), self._remaining(work, hessian)
         for finished in range(self.rounds):
             residual = work.target - work.correction() - work.binary_part()
@@ -173,12 +173,20 @@ class LowRank(SitePass):
         work.base = residual if work.mask is None else residual * work.mask
         work.quantize()
 
-    def _adapters(self, work: SiteWork, hessian: Tensor | None = None) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    def _adapters(
+        self, work: SiteWork, hessian: Tensor | None = None, *, final: bool = True
+    ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
         error = work.target - work.effective_base()
         rank = resolve_rank(self.rank, *work.dense.shape)
         if hessian is not None and self.bits is not None:
             return quantized_covariance_adapters(
-                error, hessian, rank, self.bits, self.group, scale_dtype=work.scale_dtype, sweeps=self.sweeps
+                error,
+                hessian,
+                rank,
+                self.bits,
+                self.group,
+                scale_dtype=work.scale_dtype,
+                sweeps=self.sweeps if final else 0,
             )
         if hessian is not None:
             left, right = covariance_adapters(error, hessian, rank)

@@ -30,6 +30,7 @@ from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
 from slimc.passes.sweep import Sweep
+from slimc.passes.tune import Tune
 from slimc.progress import Progress
 from slimc.runtime.files import write_bytes
 from slimc.runtime.packing import PackedLinear
@@ -47,6 +48,7 @@ PASSES: Mapping[str, type[Pass]] = {
         Decompose,
         LowRank,
         Activations,
+        Tune,
         PerSite,
         Fuse,
     )
@@ -187,6 +189,11 @@ def run(
         snapshot=snapshot,
     ).run()
     seconds["sweep"] = time.perf_counter() - started
+
+    for tune in (one for one in passes if isinstance(one, Tune)):
+        started = time.perf_counter()
+        tune.run(program, inputs, held_out=held_out, device=device, progress=progress)
+        seconds["tune"] = time.perf_counter() - started
 
     if dump_dir:
         dump.write_stages(site_passes)

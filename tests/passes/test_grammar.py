@@ -24,6 +24,7 @@ from slimc.passes import (
     Pass,
     Prune,
     Quantize,
+    Tune,
     check_order,
     from_config,
 )
@@ -71,6 +72,7 @@ low_ranks = st.builds(
     shares,
 )
 compensates = st.builds(Compensate, shares, shares, st.booleans())
+tunes = st.builds(Tune, positive, shares, st.sampled_from(["kl", "mse"]))
 
 
 activations = st.builds(Activations, kind=st.sampled_from(["int8", "fp8"]))
@@ -95,6 +97,7 @@ filled = st.builds(Decompose, ratio=st.none(), pattern=patterns, feedback=st.boo
     | filled
     | calibrates
     | compensates
+    | tunes
     | plain_quantizes
     | slim_quantizes
     | gptq_quantizes

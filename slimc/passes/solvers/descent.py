@@ -146,7 +146,7 @@ def _visit_blocks(
         here = slice(index * width, (index + 1) * width)
         now, slope = values[:, here].clone(), gradient[:, here]
         grid = None if step is None else columns_of((step, lowest, highest), here)
-        wanted = now - slope @ inverses[index]
+        wanted = torch.addmm(now, slope, inverses[index], alpha=-1)
         change = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index]) - now[:, None]
         gain, chosen = torch.linalg.vecdot(change @ squares[index] + 2 * slope[:, None], change).min(1)
         better = (gain < 0)[:, None]

@@ -1,10 +1,12 @@
 r"""Mask and codes chosen together, block by block, with the whole second moment of the inputs.
 
 SparseGPT and GPTQ visit columns one by one and let the later ones absorb what each has lost. Here a step is a whole N:M
-block. With ``U`` the upper Cholesky factor of the inverse Hessian, what a block loses, if all later
-columns are free to absorb it, is ``(q - t) B (q - t)^T`` with ``B^-1 = U_bb^T U_bb``: the Schur complement of the later
-columns. So all masks that the pattern allows can be compared by what they cost *in the end, rounding included*, which
-the score of single entries does not know. The error then moves into the later columns, ``-(t - q) U_bb^-1 U_b,later``.
+block. With ``H = R R^T``, ``R`` upper triangular, and ``E = Q - W`` the output error is ``|E R|^2``, and the columns of
+``E R`` in a block are ``E_b R_bb + S_b``, where ``S_b = sum E_a R_ab`` over the blocks before it is settled when the
+block is reached. So the block costs ``(q - t) B (q - t)^T`` with ``t = w - S_b R_bb^-1`` and ``B = R_bb R_bb^T``, and
+all masks that the pattern allows can be compared by what they cost *in the end, rounding included*, which the score
+of single entries does not know. (The same updates as with the Cholesky factor of the inverse, as Chee et al. 2023 have
+shown for GPTQ; but nothing is inverted.)
 """
 
 from __future__ import annotations
@@ -60,13 +62,13 @@ def solve_jointly(
     # Columns that all keep a value may stand in any block.
     order = _visiting_order(gram, width if kept < width else 1)
     left = weight[:, order].to(torch.float32)
-    factor = _inverse_factor(gram[order][:, order])
+    factor = factored(gram[order][:, order].flip(0, 1), _LEAST_DAMPING).flip(0, 1)
     blocks = columns // width
     position = torch.arange(blocks, device=gram.device)
     corner = factor.view(blocks, width, blocks, width)[position, :, position]
-    inverted = torch.linalg.inv(corner)
-    candidates = Candidates(inverted @ inverted.transpose(1, 2), kept)
-    inverted, factor = inverted.float(), factor.float()
+    candidates = Candidates(corner @ corner.transpose(1, 2), kept)
+    inverted, factor = torch.linalg.inv(corner).float(), factor.float()
+    carried = torch.zeros_like(left)
     entries = None
     if grid is not None:
         require_shape("solve_jointly", (rows, columns), grid=grid.codes)
@@ -77,9 +79,11 @@ def solve_jointly(
         part = slice(first, min(first + block, columns))
         inside = NO_GRID if entries is None else columns_of(entries, part)
         tables = (inverted[part.start // width : part.stop // width], *candidates.of(part))
-        values, mask[:, part], errors = replay(_eliminate, left[:, part], *inside, factor[part, part], *tables)
+        values, mask[:, part] = replay(
+            _settle_blocks, left[:, part], carried[:, part], *inside, factor[part, part], *tables
+        )
+        carried[:, part.stop :].addmm_(values - left[:, part], factor[part, part.stop :])
         left[:, part] = values
-        left[:, part.stop :] -= errors @ factor[part, part.stop :]
     back = order.argsort()
     if grid is not None and entries is not None:
         step, lowest, _ = entries
@@ -88,8 +92,9 @@ def solve_jointly(
     return left[:, back], mask[:, back]
 
 
-def _eliminate(
-    current: Tensor,
+def _settle_blocks(
+    weight: Tensor,
+    carried: Tensor,
     step: Tensor | None,
     lowest: Tensor | float | None,
     highest: Tensor | float | None,
@@ -101,44 +106,32 @@ def _eliminate(
     squares: Tensor,
     optimum: Tensor,
     onward: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Settle some columns, block by block; return their values, their mask and what later columns shall absorb.
+) -> tuple[Tensor, Tensor]:
+    """Return the values and the mask of some columns, settled block by block.
 
-    ``current`` and the grid are ``[rows, columns]``, ``factor`` is ``U`` within the columns, ``inverted`` the
-    ``U_bb^-1``, and what follows the tables of :class:`Candidates`.
+    ``weight``, ``carried`` (the part of ``E R`` that the columns before have left) and the grid are
+    ``[rows, columns]``, ``factor`` is ``R`` within the columns, ``inverted`` the ``R_bb^-1``, and what follows the
+    tables of :class:`Candidates`.
     """
-    current = current.clone()
-    mask, errors = torch.empty_like(current, dtype=torch.bool), torch.empty_like(current)
+    carried = carried.clone()
+    values, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
     width = masks.shape[1]
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
-        wanted = current[:, here].clone()
+        now = weight[:, here]
+        wanted = torch.addmm(now, carried[:, here], inverted[index], alpha=-1)
         grid = None if step is None else columns_of((step, lowest, highest), here)
         found = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index])
         change = found - wanted[:, None]
         chosen = torch.linalg.vecdot(change @ squares[index], change).min(1).indices
         taken = found.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
-        error = (wanted - taken) @ inverted[index]
-        current[:, here.start :].addmm_(error, factor[here, here.start :], alpha=-1)
-        current[:, here] = taken
-        errors[:, here] = error
+        carried[:, here.stop :].addmm_(taken - now, factor[here, here.stop :])
+        values[:, here] = taken
         mask[:, here] = masks[chosen]
-    return current, mask, errors
+    return values, mask
 
 
 def _visiting_order(gram: Tensor, width: int) -> Tensor:
     """Return the columns, whole blocks of ``width`` by falling energy."""
     blocks = gram.diagonal().view(-1, width).sum(1).argsort(descending=True, stable=True)
     return (blocks[:, None] * width + torch.arange(width, device=gram.device)).flatten()
-
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """Return the upper triangular ``U`` with ``U^T U = gram^-1`` up to a factor, float64.
-
-    Factored backwards, ``J H J = L L^T`` with ``J`` the reversal of the order, the inverse need never be formed:
-    ``H^-1 = (J L^-1 J)^T (J L^-1 J)``, and ``J L^-1 J`` is upper triangular.
-    """
-    lower = factored(gram.flip(0, 1), _LEAST_DAMPING)
-    identity = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).contiguous()
