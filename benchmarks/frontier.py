@@ -64,6 +64,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             "seconds": seconds,
         } | more
 
+    for path in options.plans:
+        yield row(PLANNER, path.stem.removeprefix("plan-"), path)
     for method in options.methods:
         if method == PLANNER:
             started = time.perf_counter()
@@ -72,6 +74,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             for budget in options.budgets:
                 plan = sensitivities.plan(budget)
                 more = {"predicted": plan.damage, "seconds to measure": seconds, "choices": plan.counts()}
+                if options.json:
+                    plan.save(options.json.with_name(f"plan-{budget}.yaml"))
                 yield row(method, budget, plan.recipe.build(), **more)
             continue
         for point in METHODS[method]:
@@ -149,6 +153,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--methods", nargs="*", default=[*METHODS, PLANNER], choices=[*METHODS, PLANNER])
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
+    parser.add_argument("--plans", type=Path, nargs="*", default=[], help="recipes that 'slimc plan' wrote before")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the results go")

@@ -42,6 +42,10 @@ _CIRCUMSTANCES = (*_DECIDES_THE_GRAPH, "device", "number of threads", "float32 m
 """The parts of a fingerprint that say where and with what a run computes, not what."""
 
 
+_TELLING = 300
+"""Longer values say nothing to a person."""
+
+
 class Journal:
     """The journal at ``folder``.
 
@@ -252,7 +256,7 @@ def _differences(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any], ch
 def _difference(key: str, recorded: Any, present: Any) -> str:
     """Say how one part of the fingerprint changed; digests and long lists would say nothing to a person."""
     shown = [value if isinstance(value, str | int) else json.dumps(value) for value in (recorded, present)]
-    if any(len(str(value)) > 300 for value in shown) or any(_is_digest(value) for value in shown):
+    if any(len(str(value)) > _TELLING for value in shown) or any(_is_digest(value) for value in shown):
         return f"the {key} changed"
     return f"the {key} changed from {shown[0]} to {shown[1]}"
 
@@ -265,7 +269,7 @@ def _recipe_difference(recorded: Any, present: Any) -> str:
         if names[0] != names[1]:
             return f"the passes changed from {', '.join(names[0])} to {', '.join(names[1])}"
         changes = [
-            f"{name}.{option} changed from {_option(old, option)} to {_option(new, option)}"
+            _change(f"{name}.{option}", _option(old, option), _option(new, option))
             for (name, old), (_, new) in zip(before, after, strict=True)
             for option in sorted(old.keys() | new.keys())
             if _option(old, option) != _option(new, option)
@@ -273,6 +277,12 @@ def _recipe_difference(recorded: Any, present: Any) -> str:
     except (AttributeError, TypeError, StopIteration):  # the journal comes from a file
         return "the recipe changed"
     return "; ".join(changes) or "the recipe changed"
+
+
+def _change(what: str, before: str, after: str) -> str:
+    """Say that something changed, and how if that is no long list."""
+    told = max(len(before), len(after)) <= _TELLING
+    return f"{what} changed from {before} to {after}" if told else f"{what} changed"
 
 
 def _option(options: Mapping[str, Any], name: str) -> str:

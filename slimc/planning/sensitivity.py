@@ -119,14 +119,14 @@ class Measure(SitePass):
             log.info("%s is not on the menu of %s: %s", name, work.name, error)
             return None
         packed = trial.pack()
-        damage, output_error = self._judge(trial, packed.decode().float())
+        damage, output_error = self.judge(name, trial, packed.decode().float())
         if not math.isfinite(damage):
             log.info("%s is not on the menu of %s: it overflows there", name, work.name)
             return None
         return Choice(name, packed.format, damage, output_error)
 
-    def _judge(self, trial: SiteWork, weight: Tensor) -> tuple[float, float]:
-        """Return the damage and the relative output error of ``weight``.
+    def judge(self, name: str, trial: SiteWork, weight: Tensor) -> tuple[float, float]:  # noqa: ARG002 - for ablations
+        """Return the damage and the relative output error of ``weight``, to which the expression ``name`` has led.
 
         Where nothing arrives (an expert that was never chosen) nothing tells what the site does to the model: then its
         output is taken for the model's own, which leaves it rather too many bits.
@@ -151,6 +151,7 @@ def measure(
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress,
+    by: type[Measure] = Measure,
 ) -> list[SiteChoices]:
     """Return the choices at every site of ``program``, in data-flow order; the program is left as it was.
 
@@ -163,6 +164,7 @@ def measure(
         seed: of what is drawn.
         device: where to compute, if not on the device of the model.
         progress: told what happens.
+        by: what judges the choices.
 
     Raises:
         CaptureError: gradients cannot be computed.
@@ -170,7 +172,7 @@ def measure(
     """
     judged = inputs[len(inputs) - held_out :] if held_out else inputs
     samples = site_samples(program, judged, vocabulary=vocabulary, seed=seed, device=device, progress=progress)
-    trial = Measure(menu, samples)
+    trial = by(menu, samples)
     try:
         Sweep(
             program,

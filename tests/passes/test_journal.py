@@ -282,3 +282,15 @@ def test_a_killed_process_is_resumed_byte_for_byte(tiny_llama_folder: Path, tmp_
     expected = {path.name: path.read_bytes() for path in (tmp_path / "straight").glob("slimc*")}
     assert len(expected) == 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "resumed").glob("slimc*")} == expected
+
+
+def test_a_plan_that_changed_is_told_without_all_its_sites(tmp_path: Path) -> None:
+    def recipe(chosen: str) -> dict[str, Any]:
+        sites = {f"model.layers.{index}.mlp.down_proj": chosen for index in range(40)}
+        return {"recipe": [{"per_site": {"expressions": {}, "sites": sites}}]}
+
+    record = Journal(tmp_path / "journal", resume=False)
+    record.begin(recipe("int3"))
+    (tmp_path / "journal" / "sites" / "finished.safetensors").touch()
+    with pytest.raises(ResumeError, match=r"belongs to another run: per_site.sites changed\. Resume"):
+        Journal(tmp_path / "journal", resume=True).begin(recipe("int4"))
