@@ -10,6 +10,8 @@ from slimc.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from slimc.backends.onnx.session import OnnxDecoder
+
 
 def open_model(model: str, *, dtype: str | None = None, device: str | None = None) -> tuple[nn.Module, Any]:
     """Return the model, ready to run, and its tokenizer (``None`` if it has none).
@@ -48,6 +50,23 @@ def open_language_model(model: str, *, device: str | None = None) -> tuple[nn.Mo
     if tokenizer is None:
         raise InputError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")
     return opened, tokenizer
+
+
+def open_onnx_model(folder: Path, *, device: str | None = None) -> tuple[OnnxDecoder, Any]:
+    """Return a decoder in ONNX Runtime, on a CUDA GPU if its provider is there, and the folder's tokenizer.
+
+    Raises:
+        InputError: onnxruntime is missing or too old, or lacks the provider, or the folder has no cache or tokenizer.
+        FormatError: Its files are damaged.
+    """
+    from slimc.backends import hf
+    from slimc.backends.onnx.session import OnnxDecoder, best_device
+
+    decoder = OnnxDecoder(folder, device=device or best_device())
+    tokenizer = hf.load_tokenizer(folder)
+    if tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")
+    return decoder, tokenizer
 
 
 def read_text(path: Path) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimc.cli.models import open_language_model, read_text
+from slimc.cli.models import open_language_model, open_onnx_model, read_text
 from slimc.cli.terminal import err, note, out, say
 from slimc.errors import InputError
 from slimc.progress import counted, duration, for_console
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from slimc.runtime.generate import Generation
 
 _ANY_MODEL = "A folder that slimc wrote, a Hugging Face folder or id, or a .gguf file."
 
@@ -83,7 +87,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a question in a chat.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
 ) -> None:
-    """Let a model continue a text.
+    """Let a model continue a text. A folder that 'slimc export --format onnx' wrote runs in ONNX Runtime.
 
     [bold]Examples[/bold]
 
@@ -93,14 +97,20 @@ def generate(
 
       slimc generate small --chat --prompt "Why is the sky blue?"
     """
-    from slimc.runtime.generate import generate_text
+    from slimc.backends.onnx.description import is_onnx_folder
 
-    opened, tokenizer = open_language_model(model, device=device)
+    continue_prompt: Callable[..., Generation]
+    if is_onnx_folder(Path(model)):
+        from slimc.backends.onnx.text import continue_text
+
+        continue_prompt = partial(continue_text, *open_onnx_model(Path(model), device=device))
+    else:
+        from slimc.runtime.generate import generate_text
+
+        continue_prompt = partial(generate_text, *open_language_model(model, device=device))
     if not chat:
         say(prompt, end="")
-    made = generate_text(
-        opened,
-        tokenizer,
+    made = continue_prompt(
         prompt,
         max_new_tokens=tokens,
         temperature=temperature,

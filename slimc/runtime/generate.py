@@ -50,7 +50,7 @@ def private_random_state(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class _TextStreamer:
+class TextStreamer:
     """Hands text to ``write`` as soon as tokens have come that complete it."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
@@ -148,7 +148,7 @@ def generate_text(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             logits_processor=[CheckFinite()],
-            streamer=None if write is None else _TextStreamer(tokenizer, write),
+            streamer=None if write is None else TextStreamer(tokenizer, write),
             **options,
         )
     new = output[0, ids.shape[1] :]

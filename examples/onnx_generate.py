@@ -1,0 +1,65 @@
+"""Let a model that was exported with its cache continue a text: onnxruntime, numpy and tokenizers, nothing else.
+
+    slimc export small -o onnx --format onnx
+    python examples/onnx_generate.py onnx --prompt "Once upon a time"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+
+def main() -> None:
+    """Continue the prompt, word by word."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--prompt", default="Once upon a time")
+    arguments.add_argument("--tokens", type=int, default=64)
+    arguments.add_argument("--provider", default="CPUExecutionProvider")
+    chosen = arguments.parse_args()
+
+    description = json.loads((chosen.folder / "slim_onnx.json").read_text())
+    config = json.loads((chosen.folder / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(chosen.folder / "tokenizer.json"))
+    options = onnxruntime.SessionOptions()
+    # Products that ONNX Runtime finds in the graph are then computed in its dtype, and not with inputs of 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    model = chosen.folder / description["model"]
+    session = onnxruntime.InferenceSession(str(model), options, providers=[chosen.provider])
+
+    cache = description["cache"]
+    names = [f"{layer}.{part}" for layer in range(cache["layers"]) for part in ("key", "value")]
+    ids = tokenizer.encode(chosen.prompt).ids
+    ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+    # A cache of nothing. (A longer one may be bound as input and output at once, if `shared` says so.)
+    past = [np.zeros((1, cache["heads"], 0, cache["size"]), dtype=cache["dtype"]) for _ in names]
+    new, tokens, read = ids, [], 0
+    started = time.perf_counter()
+    while len(tokens) < chosen.tokens:
+        read += len(new)
+        inputs = {
+            "input_ids": np.array([new]),
+            "attention_mask": np.ones((1, read), dtype=np.int64),
+            "position_ids": np.arange(read - len(new), read)[None],
+        }
+        inputs = {name: value for name, value in inputs.items() if name in description["inputs"]}
+        inputs |= {f"past_key_values.{name}": value for name, value in zip(names, past, strict=True)}
+        logits, *past = session.run(None, inputs)
+        new = [int(logits[0, -1].argmax())]
+        if new[0] in ends:
+            break
+        tokens += new
+    seconds = time.perf_counter() - started
+    print(chosen.prompt + tokenizer.decode(tokens))
+    print(f"{len(tokens)} tokens, {len(tokens) / seconds:.1f} a second")
+
+
+if __name__ == "__main__":
+    main()

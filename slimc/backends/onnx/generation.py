@@ -1,0 +1,111 @@
+"""A causal language model with its cache as an ONNX graph: traced, fused, and filled with its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import nn
+
+from slimc.backends.onnx.decoder import CacheGeometry, trace_decoder
+from slimc.backends.onnx.description import CacheLayout, Description
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime
+from slimc.backends.onnx.initializers import DATA_TYPES, Initializer
+from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
+from slimc.backends.onnx.weights import check_options, opset_of
+from slimc.runtime.modules import SlimLinear
+from slimc.runtime.positions import positions_of
+
+__all__ = ["DecoderGraph", "decoder_graph"]
+
+
+@dataclass
+class DecoderGraph:
+    """A decoder ready to be written.
+
+    Attributes:
+        model: the graph; what ``constants`` holds is not in it.
+        constants: the weights by name, made when they are written.
+        description: the content of ``slim_onnx.json``.
+        notes: for each layer what takes more bits than the packed form, and why.
+    """
+
+    model: ModelProto
+    constants: dict[str, Initializer]
+    description: Description
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def decoder_graph(
+    model: nn.Module,
+    *,
+    target: str = "portable",
+    dtype: torch.dtype = torch.float32,
+    opset: int | None = None,
+    accuracy_level: int = 0,
+) -> DecoderGraph:
+    """Return a causal language model of transformers as a graph that reads prompts and single tokens alike.
+
+    Args:
+        model: compressed or dense; left as it is.
+        target: ``portable`` (standard operators, and functions of them), ``ort`` (ONNX Runtime's own operators) or
+            ``dense`` (decoded weights).
+        dtype: what the graph computes in, float32 or float16.
+        opset: of the standard operators; None is the lowest that will do.
+        accuracy_level: of MatMulNBits, see `slimc.backends.onnx.weights.lower_linear`.
+
+    Raises:
+        InputError: the model cannot be exported with a cache, or an option is not known.
+        CaptureError: it cannot be traced.
+    """
+    check_options(target, dtype, opset)
+    packed = [module.packed for module in model.modules() if isinstance(module, SlimLinear)]
+    version = opset or opset_of(packed, target)
+    contrib = target == "ort"
+    decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version)
+    if contrib:
+        fuse_for_onnxruntime(decoder.program.model)
+    proto = onnx_ir.to_proto(decoder.program.model)
+    compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
+    dense = DenseMatrices(decoder.outline, dtype, contrib=contrib)
+    constants = fill(
+        proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings}
+    )
+    _declare_shapes(proto, decoder.cache, dtype)
+    layout = CacheLayout(
+        decoder.cache.layers, decoder.cache.heads, decoder.cache.size, str(dtype).removeprefix("torch."), contrib
+    )
+    description = Description(
+        target=target,
+        opset=version,
+        inputs=tuple(one.name for one in proto.graph.input),
+        outputs=tuple(one.name for one in proto.graph.output),
+        cache=layout,
+        positions=positions_of(model),
+    )
+    return DecoderGraph(proto, constants, description, compressed.notes)
+
+
+def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype) -> None:
+    """Name the axes of inputs and outputs; forget those in between, which the trace named by numbers."""
+    text = ["batch", "sequence"]
+    shapes: dict[str, tuple[int, list[str | int]]] = {
+        "input_ids": (TensorProto.INT64, [*text]),
+        "attention_mask": (TensorProto.INT64, ["batch", "total"]),
+        "position_ids": (TensorProto.INT64, [*text]),
+    }
+    for prefix, length in (("past_key_values", "past"), ("present", "total")):
+        for name in cache.names(prefix):
+            shapes[name] = (DATA_TYPES[dtype], ["batch", cache.heads, length, cache.size])
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name in shapes:
+            value.CopyFrom(helper.make_tensor_value_info(value.name, *shapes[value.name]))
+    logits = model.graph.output[0]
+    width = logits.type.tensor_type.shape.dim[2].dim_value
+    logits.CopyFrom(helper.make_tensor_value_info(logits.name, DATA_TYPES[dtype], [*text, width]))
+    del model.graph.value_info[:]
+    for name in ("producer_name", "producer_version", "doc_string"):
+        model.ClearField(name)  # type: ignore[arg-type]
+    model.producer_name = "slimc"

@@ -1,0 +1,222 @@
+"""What takes the place of placeholders: the nodes and constants of every matrix of a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
+from torch import Tensor, nn
+
+from slimc.backends.onnx.initializers import Initializer, of_tensor
+from slimc.backends.onnx.outline import PLACEHOLDER, Outline
+from slimc.backends.onnx.siblings import join
+from slimc.backends.onnx.weights import MICROSOFT, lower_linear
+from slimc.runtime.packing import PackedLinear
+
+_INSIDE = 1024
+"""Bytes up to which a constant stays inside the graph: shapes are inferred from some, and not from other files."""
+
+
+@dataclass
+class Filling:
+    """Nodes that take the place of one placeholder, and the constants that they read."""
+
+    nodes: list[NodeProto]
+    constants: dict[str, Initializer] = field(default_factory=dict)
+    functions: list[FunctionProto] = field(default_factory=list)
+
+
+    def extend(self, other: Filling) -> None:
+        """Take over what ``other`` holds."""
+        self.nodes += other.nodes
+        self.constants |= other.constants
+        self.functions += other.functions
+
+
+Lower = Callable[[Mapping[str, str], str], Filling]
+"""Returns what computes layers from one value (its name); for each layer by name, the name of its result."""
+
+
+def fill(model: ModelProto, lowerings: Mapping[str, Lower]) -> dict[str, Initializer]:
+    """Replace each placeholder of ``model`` by what the lowering of its kind returns; return the constants.
+
+    Small constants are put into the graph itself.
+
+    Args:
+        model: changed in place.
+        lowerings: for each kind of placeholder (``Compressed``, ``Linear``, ``Embedding``).
+    """
+    constants: dict[str, Initializer] = {}
+    small: dict[str, TensorProto] = {}
+    nodes: list[NodeProto] = []
+    functions = {(one.domain, one.name, one.overload): one for one in model.functions}
+    siblings = _siblings(model)
+    for node in model.graph.node:
+        if node.domain != PLACEHOLDER:
+            nodes.append(node)
+            continue
+        together = siblings.get((node.op_type, node.input[0]), [])
+        if not together or together[0] is not node:
+            continue
+        layers = {one.attribute[0].s.decode(): one.output[0] for one in together}
+        filling = lowerings[node.op_type](layers, node.input[0])
+        nodes += filling.nodes
+        for name, constant in filling.constants.items():
+            if constant.nbytes > _INSIDE:
+                constants[name] = constant
+            else:
+                small[name] = constant.proto(name)
+        functions |= {(one.domain, one.name, one.overload): one for one in filling.functions}
+    del model.graph.node[:], model.functions[:]
+    model.graph.node.extend(nodes)
+    model.functions.extend(functions.values())
+    model.graph.initializer.extend(small.values())
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)
+    domains = {node.domain for node in nodes} - {""}
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", opset))
+    model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in sorted(domains))
+    return constants
+
+
+def _siblings(model: ModelProto) -> dict[tuple[str, str], list[NodeProto]]:
+    """Return the placeholders of each kind and input, in the graph's order."""
+    found: dict[tuple[str, str], list[NodeProto]] = {}
+    for node in model.graph.node:
+        if node.domain == PLACEHOLDER:
+            found.setdefault((node.op_type, node.input[0]), []).append(node)
+    return found
+
+
+class CompressedMatrices:
+    """Compressed layers as `slimc.backends.onnx.weights` lowers them; for ONNX Runtime joined where that pays."""
+
+    def __init__(
+        self, outline: Outline, target: str, dtype: torch.dtype, opset: int, *, accuracy_level: int = 0
+    ) -> None:
+        self._outline = outline
+        self._target = target
+        self._options: dict[str, Any] = {"dtype": dtype, "opset": opset, "accuracy_level": accuracy_level}
+        self.notes: dict[str, list[str]] = {}
+
+    def linears(self, layers: Mapping[str, str], x: str) -> Filling:
+        """Multiply x by the packed weights of all layers, with what belongs to them."""
+        if self._target == "ort":
+            joined = self._joined(layers, x)
+            if joined is not None:
+                return joined
+        filling = Filling([])
+        for layer, result in layers.items():
+            alone = self._joined({layer: result}, x) if self._target == "ort" and len(layers) > 1 else None
+            filling.extend(alone or self._single(layer, x, result))
+        return filling
+
+    def _single(self, layer: str, x: str, result: str) -> Filling:
+        module = self._outline.linears[layer]
+        return self._lowered(layer, module.packed, module.bias, x, result)
+
+    def _joined(self, layers: Mapping[str, str], x: str) -> Filling | None:
+        """Return layers of one input as two products (see `slimc.backends.onnx.siblings`), None if that is not to be."""
+        modules = [self._outline.linears[layer] for layer in layers]
+        joined = join([module.packed for module in modules])
+        if joined is None:
+            return None
+        name = "+".join(layers)
+        inner, wide = f"{name}.t", f"{name}.xt"
+        product = f"{name}.wide"
+        filling = self._lowered(f"{name}.right", PackedLinear(joined.right), None, x, inner)
+        filling.nodes.append(helper.make_node("Concat", [x, inner], [wide], name=wide, axis=-1))
+        biased = [module.bias is not None for module in modules]
+        results = [f"{layer}.unbiased" if has else result for (layer, result), has in zip(layers.items(), biased, strict=True)]
+        whole = results[0] if len(layers) == 1 else product
+        filling.extend(self._lowered(f"{name}.joined", PackedLinear(joined.weight), None, wide, whole))
+        if len(layers) > 1:
+            sizes = f"{name}.rows"
+            filling.nodes.append(helper.make_node("Split", [product, sizes], results, name=f"{name}.split", axis=-1))
+            filling.constants[sizes] = of_tensor(torch.tensor(joined.rows))
+        for (layer, result), module, unbiased in zip(layers.items(), modules, results, strict=True):
+            if module.bias is not None:
+                filling.nodes.append(helper.make_node("Add", [unbiased, f"{layer}.bias"], [result], name=f"{layer}.add"))
+                filling.constants[f"{layer}.bias"] = of_tensor(module.bias, self._options["dtype"])
+        return filling
+
+    def _lowered(self, name: str, packed: PackedLinear, bias: Tensor | None, x: str, result: str) -> Filling:
+        lowered = lower_linear(packed, bias, self._target, name, **self._options)
+        if lowered.notes:
+            self.notes[name] = lowered.notes
+        names = {lowered.input: x, lowered.output: result}
+        for node in lowered.nodes:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+        return Filling(lowered.nodes, lowered.stored, lowered.functions)
+
+
+class DenseMatrices:
+    """Linear layers and embeddings that are not compressed, in the dtype of the export; tied ones are stored once."""
+
+    def __init__(self, outline: Outline, dtype: torch.dtype, *, contrib: bool) -> None:
+        self._outline = outline
+        self._dtype = dtype
+        self._contrib = contrib
+        self._tables = {_storage(module.weight): name for name, module in outline.embeddings.items()}
+
+    def embeddings(self, layers: Mapping[str, str], ids: str) -> Filling:
+        """Look rows up."""
+        return _one_by_one(self._embedding, layers, ids)
+
+    def linears(self, layers: Mapping[str, str], x: str) -> Filling:
+        """Multiply by the weights, and add the biases."""
+        return _one_by_one(self._linear, layers, x)
+
+    def _embedding(self, layer: str, ids: str, result: str) -> Filling:
+        table = self._table(layer)
+        node = helper.make_node("Gather", [table, ids], [result], name=layer)
+        return Filling([node], {table: of_tensor(self._outline.embeddings[layer].weight, self._dtype)})
+
+    def _linear(self, layer: str, x: str, result: str) -> Filling:
+        module = self._outline.dense[layer]
+        product = result if module.bias is None else f"{layer}.product"
+        filling = self._product(layer, module, x, product)
+        if module.bias is not None:
+            filling.nodes.append(helper.make_node("Add", [product, f"{layer}.bias"], [result], name=f"{layer}.add"))
+            filling.constants[f"{layer}.bias"] = of_tensor(module.bias, self._dtype)
+        return filling
+
+    def _product(self, layer: str, module: nn.Linear, x: str, product: str) -> Filling:
+        owner = self._tables.get(_storage(module.weight))
+        if owner is None:
+            weight = f"{layer}.weight"
+            node = helper.make_node("MatMul", [x, weight], [product], name=layer)
+            return Filling([node], {weight: of_tensor(module.weight, self._dtype, transposed=True)})
+        table = self._table(owner)
+        constants = {table: of_tensor(module.weight, self._dtype)}
+        if self._contrib:
+            node = helper.make_node("FusedMatMul", [x, table], [product], name=layer, domain=MICROSOFT, transB=1)
+            return Filling([node], constants)
+        turned = f"{table}.transposed"
+        return Filling(
+            [
+                helper.make_node("Transpose", [table], [turned], name=turned, perm=[1, 0]),
+                helper.make_node("MatMul", [x, turned], [product], name=layer),
+            ],
+            constants,
+        )
+
+    def _table(self, layer: str) -> str:
+        """Return the name of the constant that holds an embedding: that of the first layer with this storage."""
+        owner = self._tables[_storage(self._outline.embeddings[layer].weight)]
+        return f"{owner}.weight"
+
+
+def _storage(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _one_by_one(lower: Callable[[str, str, str], Filling], layers: Mapping[str, str], x: str) -> Filling:
+    filling = Filling([])
+    for layer, result in layers.items():
+        filling.extend(lower(layer, x, result))
+    return filling

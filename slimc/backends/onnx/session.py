@@ -1,0 +1,232 @@
+"""Text from an ONNX folder: ONNX Runtime and numpy, no PyTorch.
+
+The cache never leaves the device: outputs of one call are bound as inputs of the next. Where the graph holds
+GroupQueryAttention, one buffer is input and output at once, and a call writes its own tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slimc.backends.onnx.description import Description, read_description
+from slimc.errors import FormatError, InputError, NumericsError
+from slimc.runtime.files import file_inside, read_json
+
+__all__ = ["OnnxDecoder", "Tokens", "best_device", "end_tokens"]
+
+Array = npt.NDArray[Any]
+Tokens = Sequence[int]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def best_device() -> str:
+    """Return ``cuda`` where ONNX Runtime has a provider for it, else ``cpu``."""
+    return "cuda" if PROVIDERS["cuda"] in _import_runtime().get_available_providers() else "cpu"
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Return the tokens that end a text, as ``generation_config.json`` or ``config.json`` of a folder says."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            settings = read_json(file_inside(folder, name))
+            found = settings.get("eos_token_id") if isinstance(settings, dict) else None
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+@dataclass
+class _Pick:
+    """Chooses each row's next token from its logits [batch, vocabulary]."""
+
+    temperature: float
+    random: np.random.Generator
+
+    def __call__(self, logits: Array) -> Array:
+        logits = logits.astype(np.float32)
+        if np.isnan(logits).any() or np.isposinf(logits).any():
+            raise NumericsError("the model's logits hold NaN or Inf: its file is damaged or its activations overflow")
+        if self.temperature == 0:
+            return logits.argmax(axis=-1)
+        # The largest of logits with Gumbel noise is a sample of their softmax.
+        return (logits / self.temperature + self.random.gumbel(size=logits.shape)).argmax(axis=-1)
+
+
+class OnnxDecoder:
+    """A causal language model in ONNX Runtime.
+
+    Args:
+        folder: what ``slimc export --format onnx`` wrote.
+        device: ``cpu`` or ``cuda``.
+        threads: of the CPU; all cores by default.
+        accuracy_level: how exactly ONNX Runtime computes what it fuses from DequantizeLinear: 0 in the dtype of the
+            graph, 4 with inputs rounded to 8 bits, which is faster. (Nodes that say it themselves are not changed.)
+
+    Raises:
+        InputError: onnxruntime is not installed, too old, or lacks the provider.
+        FormatError: the folder is damaged.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, device: str = "cpu", threads: int | None = None, accuracy_level: int = 0
+    ) -> None:
+        self.folder = Path(folder)
+        self.description: Description = read_description(self.folder)
+        if self.description.cache is None:
+            raise InputError(f"{folder}: was exported without a cache, so it cannot generate text; export it with one")
+        self.cache = self.description.cache
+        self._device = device
+        self._runtime = _runtime(device)
+        self._session = self._open(threads, accuracy_level)
+        self._dtype = np.dtype(self.cache.dtype)
+
+    def _open(self, threads: int | None, accuracy_level: int) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        path = file_inside(self.folder, self.description.model)
+        providers = [PROVIDERS[self._device]] + (["CPUExecutionProvider"] if self._device != "cpu" else [])
+        try:
+            return self._runtime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            raise FormatError(
+                f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it: {reason}; the file is damaged, or this "
+                "ONNX Runtime is too old for it"
+            ) from error
+
+    def logits(self, ids: Array) -> Array:
+        """Return the logits [batch, length, vocabulary] of token ids [batch, length], with nothing before them."""
+        state = _State(self, ids.shape[0], ids.shape[1], capacity=ids.shape[1])
+        return state.run(ids.astype(np.int64))
+
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        max_new_tokens: int,
+        *,
+        stop: Iterable[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_tokens: Callable[[Sequence[int]], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt.
+
+        Args:
+            prompts: token ids, of any lengths; all are continued together.
+            max_new_tokens: how many tokens each prompt gets at most.
+            stop: tokens that end a text. They are part of the result.
+            temperature: 0 takes the likeliest token each time; otherwise tokens are sampled.
+            seed: of the sampling.
+            on_tokens: called with the newest token of every prompt.
+
+        Returns:
+            The new tokens of each prompt.
+
+        Raises:
+            InputError: a prompt is empty, or too long for the model.
+            NumericsError: NaN or Inf in the logits.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise InputError("a prompt is empty; give at least one token")
+        lengths = np.array([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        self._check_length(longest + max_new_tokens - 1)
+        stopping = frozenset(stop)
+        pick = _Pick(temperature, np.random.default_rng(seed))
+        ids = np.zeros((len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        state = _State(self, len(prompts), longest, capacity=longest + max_new_tokens, lengths=lengths)
+        tokens = pick(state.run(ids)[np.arange(len(prompts)), lengths - 1])
+        made: list[list[int]] = [[] for _ in prompts]
+        done = np.zeros(len(prompts), dtype=bool)
+        for step in range(max_new_tokens):
+            for row in np.flatnonzero(~done):
+                made[row].append(int(tokens[row]))
+            done |= np.isin(tokens, list(stopping))
+            if on_tokens is not None:
+                on_tokens([int(token) for token in tokens])
+            if done.all() or step == max_new_tokens - 1:
+                break
+            tokens = pick(state.run(tokens[:, None])[:, -1])
+        return made
+
+    def _check_length(self, length: int) -> None:
+        limit = self.description.positions
+        if limit is not None and length > limit:
+            raise InputError(f"{length} tokens do not fit this model, which has {limit} positions; ask for fewer")
+
+
+class _State:
+    """The cache of one batch of texts, and what the next call needs besides."""
+
+    def __init__(
+        self, decoder: OnnxDecoder, batch: int, longest: int, *, capacity: int, lengths: Array | None = None
+    ) -> None:
+        self._decoder = decoder
+        self._lengths = np.full(batch, longest) if lengths is None else lengths
+        # Padding follows a prompt: its tokens are masked, and what is generated comes after it in the mask.
+        self._mask = (np.arange(longest)[None] < self._lengths[:, None]).astype(np.int64)
+        self._positions = np.minimum(np.arange(longest)[None], self._lengths[:, None] - 1).astype(np.int64)
+        cache = decoder.cache
+        self._inputs, self._outputs = cache.names("past_key_values"), cache.names("present")
+        self._shared = cache.shared
+        shape = (batch, cache.heads, capacity if cache.shared else 0, cache.size)
+        self._past = [self._to_device(np.zeros(shape, dtype=decoder._dtype)) for _ in self._inputs]
+
+    def run(self, ids: Array) -> Array:
+        """Read tokens [batch, new]; return their logits."""
+        decoder = self._decoder
+        binding = decoder._session.io_binding()
+        values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": self._positions}
+        for name in decoder.description.inputs:
+            if name in values:
+                binding.bind_ortvalue_input(name, self._to_device(np.ascontiguousarray(values[name])))
+        for name, past in zip(self._inputs, self._past, strict=True):
+            binding.bind_ortvalue_input(name, past)
+        binding.bind_output("logits", "cpu")
+        for name, past in zip(self._outputs, self._past, strict=True):
+            if self._shared:
+                binding.bind_ortvalue_output(name, past)
+            else:
+                binding.bind_output(name, decoder._device)
+        decoder._session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        if not self._shared:
+            self._past = outputs[1:]
+        self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
+        self._positions = self._lengths[:, None].astype(np.int64)
+        self._lengths = self._lengths + 1
+        logits: Array = outputs[0].numpy()
+        return logits
+
+    def _to_device(self, array: Array) -> Any:
+        return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
+
+
+def _import_runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError("running an ONNX folder needs the package onnxruntime: pip install 'slimc[onnx]'") from None
+    return onnxruntime
+
+
+def _runtime(device: str) -> Any:
+    """Return ONNX Runtime after checking that it has the provider for a device."""
+    runtime = _import_runtime()
+    if device not in PROVIDERS:
+        raise InputError(f"an ONNX folder runs on {' or '.join(PROVIDERS)}, not on {device!r}")
+    if PROVIDERS[device] not in runtime.get_available_providers():
+        raise InputError(f"this onnxruntime has no {PROVIDERS[device]}: pip install onnxruntime-gpu, or use the cpu")
+    return runtime
