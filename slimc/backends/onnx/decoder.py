@@ -131,9 +131,7 @@ def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: i
     try:
         with torch.no_grad(), quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                _Step(core, fused=fused).eval(), arguments, dynamic_shapes=axes, strict=False
-            )
+            program = torch.export.export(_Step(core, fused=fused).eval(), arguments, dynamic_shapes=axes, strict=False)
             exported = torch.onnx.export(
                 program,
                 input_names=names,

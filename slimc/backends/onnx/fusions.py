@@ -110,7 +110,12 @@ def _bounds(node: ir.Node) -> tuple[int, int] | None:
     """Return from where to where a Slice goes along the last axis, None if it is not of that kind."""
     source = node.inputs[0]
     constants = [_constant(value) for value in node.inputs[1:]]
-    if source is None or source.shape is None or len(constants) < 3 or any(one is None or one.size != 1 for one in constants):
+    if (
+        source is None
+        or source.shape is None
+        or len(constants) < 3
+        or any(one is None or one.size != 1 for one in constants)
+    ):
         return None
     start, end, axis, *step = (int(one.reshape(())) for one in constants if one is not None)
     width, rank = source.shape[-1], len(source.shape)

@@ -70,9 +70,7 @@ def decoder_graph(
     proto = onnx_ir.to_proto(decoder.program.model)
     compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
     dense = DenseMatrices(decoder.outline, dtype, contrib=contrib)
-    constants = fill(
-        proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings}
-    )
+    constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
     _declare_shapes(proto, decoder.cache, dtype)
     layout = CacheLayout(
         decoder.cache.layers, decoder.cache.heads, decoder.cache.size, str(dtype).removeprefix("torch."), contrib

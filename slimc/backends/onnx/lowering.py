@@ -28,7 +28,6 @@ class Filling:
     constants: dict[str, Initializer] = field(default_factory=dict)
     functions: list[FunctionProto] = field(default_factory=list)
 
-
     def extend(self, other: Filling) -> None:
         """Take over what ``other`` holds."""
         self.nodes += other.nodes
@@ -130,7 +129,9 @@ class CompressedMatrices:
         filling = self._lowered(f"{name}.right", PackedLinear(joined.right), None, x, inner)
         filling.nodes.append(helper.make_node("Concat", [x, inner], [wide], name=wide, axis=-1))
         biased = [module.bias is not None for module in modules]
-        results = [f"{layer}.unbiased" if has else result for (layer, result), has in zip(layers.items(), biased, strict=True)]
+        results = [
+            f"{layer}.unbiased" if has else result for (layer, result), has in zip(layers.items(), biased, strict=True)
+        ]
         whole = results[0] if len(layers) == 1 else product
         filling.extend(self._lowered(f"{name}.joined", PackedLinear(joined.weight), None, wide, whole))
         if len(layers) > 1:
@@ -139,7 +140,9 @@ class CompressedMatrices:
             filling.constants[sizes] = of_tensor(torch.tensor(joined.rows))
         for (layer, result), module, unbiased in zip(layers.items(), modules, results, strict=True):
             if module.bias is not None:
-                filling.nodes.append(helper.make_node("Add", [unbiased, f"{layer}.bias"], [result], name=f"{layer}.add"))
+                filling.nodes.append(
+                    helper.make_node("Add", [unbiased, f"{layer}.bias"], [result], name=f"{layer}.add")
+                )
                 filling.constants[f"{layer}.bias"] = of_tensor(module.bias, self._options["dtype"])
         return filling
 
