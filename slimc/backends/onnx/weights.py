@@ -473,7 +473,7 @@ def _block_size(form: WeightFormat) -> int | None:
         fitting = [block for block in _BLOCKS if block <= _MOST_FOR_ANY]
     else:
         fitting = [block for block in _BLOCKS if (form.group or 0) % block == 0]
-    # Blocks of 16 have no fast kernels, so they are taken where nothing else will do.
+    # A scale for every 16 columns takes a lot of memory, so those are for where nothing else will do.
     usual = [block for block in fitting if block >= _LEAST_USUAL] or fitting
     return min(usual, key=lambda block: (-form.columns % block, -block), default=None)
 
