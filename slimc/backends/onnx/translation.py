@@ -136,9 +136,9 @@ def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Init
         constant = value.const_value
         if constant is None:
             raise CaptureError(f"PyTorch's ONNX exporter left the constant {name} without a value")
-        stored[name.removeprefix(PREFIX)] = _initializer(constant)
+        stored[name.removeprefix(PREFIX)] = initializer = _initializer(constant)
         value.const_value = onnx_ir.ExternalTensor(
-            "", 0, constant.nbytes, constant.dtype, shape=constant.shape, name=name
+            "", 0, initializer.nbytes, constant.dtype, shape=onnx_ir.Shape(initializer.dims), name=name
         )
     proto: ModelProto = onnx_ir.to_proto(model)
     del proto.graph.initializer[:]
