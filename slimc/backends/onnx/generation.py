@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import onnx_ir
 import torch
 from onnx import ModelProto, TensorProto, helper
@@ -11,31 +9,15 @@ from torch import nn
 
 from slimc.backends.onnx.decoder import CacheGeometry, trace_decoder
 from slimc.backends.onnx.description import CacheLayout, Description
+from slimc.backends.onnx.files import OnnxGraph
 from slimc.backends.onnx.fusions import fuse_for_onnxruntime
-from slimc.backends.onnx.initializers import DATA_TYPES, Initializer
+from slimc.backends.onnx.initializers import DATA_TYPES
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
 from slimc.backends.onnx.weights import check_options, opset_of
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.positions import positions_of
 
-__all__ = ["DecoderGraph", "decoder_graph"]
-
-
-@dataclass
-class DecoderGraph:
-    """A decoder ready to be written.
-
-    Attributes:
-        model: the graph; what ``constants`` holds is not in it.
-        constants: the weights by name, made when they are written.
-        description: the content of ``slim_onnx.json``.
-        notes: for each layer what takes more bits than the packed form, and why.
-    """
-
-    model: ModelProto
-    constants: dict[str, Initializer]
-    description: Description
-    notes: dict[str, list[str]] = field(default_factory=dict)
+__all__ = ["decoder_graph"]
 
 
 def decoder_graph(
@@ -45,7 +27,7 @@ def decoder_graph(
     dtype: torch.dtype = torch.float32,
     opset: int | None = None,
     accuracy_level: int = 0,
-) -> DecoderGraph:
+) -> OnnxGraph:
     """Return a causal language model of transformers as a graph that reads prompts and single tokens alike.
 
     Args:
@@ -70,9 +52,7 @@ def decoder_graph(
     proto = onnx_ir.to_proto(decoder.program.model)
     compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
     dense = DenseMatrices(decoder.outline, dtype, contrib=contrib)
-    constants = fill(
-        proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings}
-    )
+    constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
     _declare_shapes(proto, decoder.cache, dtype)
     layout = CacheLayout(
         decoder.cache.layers, decoder.cache.heads, decoder.cache.size, str(dtype).removeprefix("torch."), contrib
@@ -85,7 +65,7 @@ def decoder_graph(
         cache=layout,
         positions=positions_of(model),
     )
-    return DecoderGraph(proto, constants, description, compressed.notes)
+    return OnnxGraph(proto, constants, description, compressed.sites)
 
 
 def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype) -> None:
@@ -107,5 +87,5 @@ def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype)
     logits.CopyFrom(helper.make_tensor_value_info(logits.name, DATA_TYPES[dtype], [*text, width]))
     del model.graph.value_info[:]
     for name in ("producer_name", "producer_version", "doc_string"):
-        model.ClearField(name)  # type: ignore[arg-type]
+        model.ClearField(name)
     model.producer_name = "slimc"
