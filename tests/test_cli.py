@@ -50,7 +50,9 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"slimc {slimc.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["bench", "compress", "eval", "generate", "inspect", "recipes", "tune"])
+@pytest.mark.parametrize(
+    "command", ["bench", "compress", "eval", "export", "generate", "inspect", "recipes", "tune", "verify"]
+)
 def test_help_teaches_by_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

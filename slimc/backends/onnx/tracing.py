@@ -126,7 +126,7 @@ def trace(model: nn.Module, example: Batch) -> Traced:
 
 def _choose_traceable_code(model: nn.Module) -> None:
     """Have a model of transformers compute what can be exported: without a cache, experts by batched products."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     # The default is a grouped product, which ONNX does not have.

@@ -18,6 +18,8 @@ import onnxscript
 import torch
 from onnx import ModelProto, defs
 from onnx.defs import OpSchema
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
 
 from slimc.backends.onnx.initializers import Bytes, Initializer
 from slimc.backends.onnx.tracing import PREFIX, Traced, quiet
@@ -50,17 +52,20 @@ def to_onnx(traced: Traced, opset: int) -> tuple[ModelProto, dict[str, Initializ
                 opset_version=opset,
                 input_names=list(traced.inputs),
                 output_names=list(traced.outputs),
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            if exported is None:
+                raise CaptureError("PyTorch's ONNX exporter returned nothing")
+            _simplify(exported.model)
+        except CaptureError:
+            raise
         except Exception as error:
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise CaptureError(
                 f"PyTorch's ONNX exporter cannot translate the model: {reason[0]}. Another opset or another version of "
                 "torch and onnxscript may know more operators."
             ) from error
-    if exported is None:
-        raise CaptureError("PyTorch's ONNX exporter returned nothing")
     model, stored = _without_constants(exported.model)
     _forget_origin(model)
     _name_sizes(model)
@@ -102,6 +107,26 @@ def _schema(name: str, op: Op) -> OpSchema:
         type_constraints=[(f"T_{one}", [*_NUMBERS, "tensor(uint8)"], "") for one in plain],
         attributes=[OpSchema.Attribute(one, OpSchema.AttrType.INT, "") for one in op.attributes],
     )
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """Fold what does not depend on the inputs, and drop what nobody reads.
+
+    The exporter's own optimiser also tries some eighty patterns at every node, which takes longer than all else
+    together and finds nothing that runtimes would not find when they load the model.
+    """
+    fold_constants_ir(model, onnx_shape_inference=True)
+    for simplify in (
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        simplify(model)
 
 
 def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Initializer]]:

@@ -172,7 +172,8 @@ def _compared(what: str, piece: ModelProto, columns: int) -> Check:
     kind = helper.tensor_dtype_to_np_dtype(piece.graph.input[0].type.tensor_type.elem_type)
     x = np.random.default_rng(0).standard_normal((_SAMPLES * _LENGTH, columns)).astype(kind)
     inputs = {piece.graph.input[0].name: x}
-    expected = np.asarray(ReferenceEvaluator(piece, new_ops=[MatMulNBits]).run(None, inputs)[0])
+    evaluator: Any = ReferenceEvaluator(piece, new_ops=[MatMulNBits])
+    (expected,) = evaluator.run(None, inputs)
     (found,) = _session(piece.SerializeToString()).run(None, inputs)
     error = _relative_error(found, expected)
     limit = _LAYER_WITHIN[str(np.dtype(kind))]
