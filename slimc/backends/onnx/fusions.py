@@ -13,23 +13,30 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from slimc.backends.onnx.weights import MICROSOFT
 
-__all__ = ["fuse_for_onnxruntime", "remove_idle_reshapes"]
+__all__ = ["fuse_for_onnxruntime"]
 
 
 def fuse_for_onnxruntime(model: ir.Model) -> dict[str, int]:
     """Apply all rewrites to ``model``; return how often each was."""
     counts = {
         "RotaryEmbedding": _fuse_rotations(model),
-        "Reshape": remove_idle_reshapes(model),
+        "Reshape": _remove_idle_moves(model),
         "SkipSimplifiedLayerNormalization": _fuse_norms(model),
     }
     RemoveUnusedNodesPass()(model)
     return counts
 
 
-def remove_idle_reshapes(model: ir.Model) -> int:
-    """``Reshape(...Reshape(x)) -> x`` where the result has the shape of x."""
+def _remove_idle_moves(model: ir.Model) -> int:
+    """``Transpose(Transpose(x)) -> x`` and ``Reshape(...Reshape(x)) -> x`` where the result is x again."""
     removed = 0
+    for node in _nodes(model, "Transpose"):
+        earlier = _producer(node.inputs[0], "Transpose")
+        if earlier is None or earlier.inputs[0] is None or len(_perm(node)) != len(_perm(earlier)):
+            continue
+        if [_perm(earlier)[axis] for axis in _perm(node)] == list(range(len(_perm(node)))):
+            node.outputs[0].replace_all_uses_with(earlier.inputs[0], replace_graph_outputs=True)
+            removed += 1
     for node in _nodes(model, "Reshape"):
         source = node.inputs[0]
         while (earlier := _producer(source, "Reshape")) is not None:
