@@ -407,6 +407,7 @@ def export_onnx(
     opset: int | None = None,
     accuracy_level: int = 0,
     cache: bool | None = None,
+    embedding_bits: int | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> OnnxReport:
@@ -428,6 +429,8 @@ def export_onnx(
         dtype: what the graph computes in, ``"float32"`` or ``"float16"``.
         opset: of the graph; ``None`` is the lowest that has what the layers need.
         cache: whether the graph has one; ``None`` decides by the model, and means no if there are ``example_inputs``.
+        embedding_bits: with ``"ort"`` and a cache: 4 or 8 round the embedding of tokens, and the output embedding where
+            both are one. ``None`` leaves it dense.
         accuracy_level: of ``"ort"``: 0 is exact, 4 rounds the inputs of products to 8 bits and is faster on a CPU.
         tokenizer: saved beside the model.
         overwrite: replace an ONNX folder that slimc wrote.
@@ -464,6 +467,7 @@ def export_onnx(
         dtype=export.compute_dtype(dtype),
         opset=opset,
         accuracy_level=accuracy_level,
+        embedding_bits=embedding_bits,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )

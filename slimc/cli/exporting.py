@@ -68,6 +68,15 @@ def export(
             show_default=False,
         ),
     ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(
+            min=4,
+            max=8,
+            help="With --target ort: 4 or 8 round the embedding of tokens, and the output embedding if both are one.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX folder that slimc wrote.")] = False,
 ) -> None:
     """Write a model as an ONNX folder, which ONNX Runtime runs without PyTorch and without slimc.
@@ -90,6 +99,7 @@ def export(
         opset=opset,
         accuracy_level=accuracy_level,
         cache=cache,
+        embedding_bits=embedding_bits,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )

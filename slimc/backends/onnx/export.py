@@ -122,6 +122,7 @@ def export_folder(
     dtype: torch.dtype,
     opset: int | None,
     accuracy_level: int,
+    embedding_bits: int | None,
     tokenizer: Any,
     overwrite: bool,
 ) -> OnnxReport:
@@ -130,7 +131,13 @@ def export_folder(
     folder = check_destination(path, overwrite=overwrite)
     _, write_model_files = hf.saved_form(model, tokenizer)
     options: dict[str, Any] = {"target": target, "dtype": dtype, "opset": opset, "accuracy_level": accuracy_level}
-    graph = decoder_graph(model, **options) if example is None else export_module(model, example, **options)
+    if embedding_bits is not None and example is not None:
+        raise InputError("embeddings are rounded in models with a cache only; leave embedding_bits out")
+    graph = (
+        decoder_graph(model, embedding_bits=embedding_bits, **options)
+        if example is None
+        else export_module(model, example, **options)
+    )
     write_folder(graph, folder, write_extra=write_model_files, overwrite=overwrite)
     return report_of(graph, folder)
 

@@ -15,8 +15,13 @@ from slimc.backends.onnx.files import SiteSize
 from slimc.backends.onnx.initializers import Initializer, of_tensor
 from slimc.backends.onnx.outline import PLACEHOLDER, Outline
 from slimc.backends.onnx.siblings import join
-from slimc.backends.onnx.weights import MICROSOFT, lower_linear
-from slimc.runtime.packing import PackedLinear
+from slimc.backends.onnx.weights import MICROSOFT, LoweredLinear, lower_linear
+from slimc.errors import InputError
+from slimc.passes.solvers.quantization import quantize_absmax
+from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
+
+_EMBEDDING_GROUPS = {4: (32, 16), 8: (64, 32, 16)}
+"""Columns of an embedding that share a scale, for each number of bits, the most first."""
 
 
 @dataclass
@@ -179,13 +184,57 @@ class CompressedMatrices:
         return Filling(lowered.nodes, lowered.stored, lowered.functions, lowered.notes)
 
 
-class DenseMatrices:
-    """Linear layers and embeddings that are not compressed, in the dtype of the export; tied ones are stored once."""
+@dataclass(frozen=True)
+class _RoundedTable:
+    """An embedding in few bits, as MatMulNBits and GatherBlockQuantized read it.
 
-    def __init__(self, outline: Outline, dtype: torch.dtype, *, contrib: bool) -> None:
+    Attributes:
+        lowered: the table as a linear layer; its last node is the product.
+        packed: what it is made of.
+    """
+
+    lowered: LoweredLinear
+    packed: PackedWeight
+
+    @property
+    def product(self) -> NodeProto:
+        """The product by the table."""
+        return self.lowered.nodes[-1]
+
+
+class DenseMatrices:
+    """Linear layers and embeddings that are not compressed, in the dtype of the export; tied ones are stored once.
+
+    Args:
+        outline: of the model.
+        dtype: of the export.
+        contrib: whether ONNX Runtime's own operators may be used.
+        rounded: name of the embedding that is rounded, with what shares its weight; None for none.
+        bits: to how many, 4 or 8.
+        accuracy_level: of its product.
+
+    Raises:
+        InputError: rows of that embedding cannot be cut into groups of 16 or more.
+    """
+
+    def __init__(
+        self,
+        outline: Outline,
+        dtype: torch.dtype,
+        *,
+        contrib: bool,
+        rounded: str | None = None,
+        bits: int = 8,
+        accuracy_level: int = 0,
+    ) -> None:
         self._outline = outline
         self._dtype = dtype
         self._contrib = contrib
+        self._rounded_name = rounded
+        self._rounded = None
+        if rounded is not None:
+            weight = outline.embeddings[rounded].weight
+            self._rounded = _rounded_table(rounded, weight, bits, dtype, accuracy_level)
         self._tables = {_storage(module.weight): name for name, module in outline.embeddings.items()}
 
     def embeddings(self, layers: Mapping[str, str], ids: str) -> Filling:
@@ -198,6 +247,8 @@ class DenseMatrices:
 
     def _embedding(self, layer: str, ids: str, result: str) -> Filling:
         table = self._table(layer)
+        if self._rounded is not None and layer == self._rounded_name:
+            return self._rounded_rows(layer, self._rounded, ids, result)
         node = helper.make_node("Gather", [table, ids], [result], name=layer)
         return Filling([node], {table: of_tensor(self._outline.embeddings[layer].weight, self._dtype)})
 
@@ -217,6 +268,11 @@ class DenseMatrices:
             weight = f"{layer}.weight"
             node = helper.make_node("MatMul", [x, weight], [product], name=layer)
             return Filling([node], {weight: of_tensor(module.weight, self._dtype, transposed=True)})
+        if self._rounded is not None and owner == self._rounded_name:
+            node = NodeProto()
+            node.CopyFrom(self._rounded.product)
+            node.input[0], node.output[0] = x, product
+            return Filling([node])
         table = self._table(owner)
         constants = {table: of_tensor(module.weight, self._dtype)}
         if self._contrib:
@@ -231,10 +287,48 @@ class DenseMatrices:
             constants,
         )
 
+    def _rounded_rows(self, layer: str, table: _RoundedTable, ids: str, result: str) -> Filling:
+        """Look rows up in the constants of the product, whose blocks are an axis of their own."""
+        codes, scale = table.product.input[1:3]
+        form = table.packed.format
+        axis, shape = f"{layer}.axis", f"{layer}.shape"
+        rows = helper.make_node(
+            "GatherBlockQuantized",
+            [codes, ids, f"{layer}.scales"],
+            [f"{layer}.blocks"],
+            domain=MICROSOFT,
+            name=layer,
+            bits=form.bits,
+            block_size=form.group,
+            gather_axis=0,
+            quantize_axis=2,
+        )
+        nodes = [
+            *table.lowered.nodes[:-1],
+            helper.make_node("Unsqueeze", [scale, axis], [f"{layer}.scales"], name=f"{layer}.scales"),
+            rows,
+            helper.make_node("Reshape", [f"{layer}.blocks", shape], [result], name=f"{layer}.rows"),
+        ]
+        constants = {axis: of_tensor(torch.tensor([2])), shape: of_tensor(torch.tensor([0, 0, -1]))}
+        return Filling(nodes, table.lowered.stored | constants)
+
     def _table(self, layer: str) -> str:
         """Return the name of the constant that holds an embedding: that of the first layer with this storage."""
         owner = self._tables[_storage(self._outline.embeddings[layer].weight)]
         return f"{owner}.weight"
+
+
+def _rounded_table(name: str, weight: Tensor, bits: int, dtype: torch.dtype, accuracy_level: int) -> _RoundedTable:
+    group = next((size for size in _EMBEDDING_GROUPS[bits] if weight.shape[1] % size == 0), None)
+    if group is None:
+        raise InputError(
+            f"{name} has {weight.shape[1]} columns, no multiple of 16, so ONNX Runtime cannot hold it in {bits} bits; "
+            "export without rounding it"
+        )
+    found = quantize_absmax(weight.detach().to("cpu"), bits, group, scale_dtype=torch.float16)
+    packed = pack_weight(found.codes, bits=bits, scale=found.scale, group=group)
+    lowered = lower_linear(PackedLinear(packed), None, "ort", name, dtype=dtype, accuracy_level=accuracy_level)
+    return _RoundedTable(lowered, packed)
 
 
 def _storage(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
