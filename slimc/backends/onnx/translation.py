@@ -26,7 +26,7 @@ from slimc.backends.onnx.tracing import PREFIX, Traced, quiet
 from slimc.errors import CaptureError
 from slimc.runtime.ops import OPS, Op
 
-__all__ = ["PACKED", "to_onnx"]
+__all__ = ["PACKED", "simplify", "to_onnx"]
 
 PACKED = "slim.packed"
 """The domain of operators that are yet to be lowered."""
@@ -57,7 +57,7 @@ def to_onnx(traced: Traced, opset: int) -> tuple[ModelProto, dict[str, Initializ
             )
             if exported is None:
                 raise CaptureError("PyTorch's ONNX exporter returned nothing")
-            _simplify(exported.model)
+            simplify(exported.model)
         except CaptureError:
             raise
         except Exception as error:
@@ -109,14 +109,14 @@ def _schema(name: str, op: Op) -> OpSchema:
     )
 
 
-def _simplify(model: onnx_ir.Model) -> None:
+def simplify(model: onnx_ir.Model) -> None:
     """Fold what does not depend on the inputs, and drop what nobody reads.
 
     The exporter's own optimiser also tries some eighty patterns at every node, which takes longer than all else
     together and finds nothing that runtimes would not find when they load the model.
     """
     fold_constants_ir(model, onnx_shape_inference=True)
-    for simplify in (
+    for one in (
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -126,7 +126,7 @@ def _simplify(model: onnx_ir.Model) -> None:
         passes.OutputFixPass(),
         passes.NameFixPass(),
     ):
-        simplify(model)
+        one(model)
 
 
 def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Initializer]]:
