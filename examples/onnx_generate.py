@@ -1,7 +1,7 @@
 """Let a model that was exported with its cache continue a text: onnxruntime, numpy and tokenizers, nothing else.
 
-    slimc export small -o onnx --format onnx
-    python examples/onnx_generate.py onnx --prompt "Once upon a time"
+slimc export small -o onnx --format onnx
+python examples/onnx_generate.py onnx --prompt "Once upon a time"
 """
 
 from __future__ import annotations

@@ -574,10 +574,15 @@ def export_onnx(
     dtype: str = "float32",
     opset: int | None = None,
     accuracy_level: int = 0,
+    cache: bool | None = None,
+    embedding_bits: int | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> OnnxReport:
     """Write a model as an ONNX folder, which ONNX Runtime runs without PyTorch and without slimc.
+
+    A causal language model of Hugging Face gets a cache: the graph reads a prompt, or the next token of each text, and
+    hands out the keys and values that the call after it wants back. ``slimc generate`` runs such a folder.
 
     Compressed layers stay compressed: as codes of 4 or 8 bits (2 from opset 25 on), which ONNX Runtime multiplies by
     as they are. What ONNX cannot hold, such as 3 bits or the pattern of 2:4, takes more, and the report says how much.
@@ -591,6 +596,9 @@ def export_onnx(
             Runtime's own operators) or ``"dense"`` (decoded weights, for TensorRT, which finds the zeros of 2:4).
         dtype: what the graph computes in, ``"float32"`` or ``"float16"``.
         opset: of the graph; ``None`` is the lowest that has what the layers need.
+        cache: whether the graph has one; ``None`` decides by the model, and means no if there are ``example_inputs``.
+        embedding_bits: with ``"ort"`` and a cache: 4 or 8 round the embedding of tokens, and the output embedding where
+            both are one. ``None`` leaves it dense.
         accuracy_level: of ``"ort"``: 0 is exact, 4 rounds the inputs of products to 8 bits and is faster on a CPU.
         tokenizer: saved beside the model.
         overwrite: replace an ONNX folder that slimc wrote.
@@ -606,10 +614,16 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         require(package, "exporting to ONNX", extra="onnx")
     from slimc.backends.onnx import export
+    from slimc.backends.onnx.decoder import cache_geometry, has_cache
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
     _require_module(model)
-    if example_inputs is not None:
+    if cache and example_inputs is not None:
+        raise InputError("a graph with a cache has inputs of its own: leave example_inputs out, or pass cache=False.")
+    example: Batch | None = None
+    if cache or (cache is None and example_inputs is None and has_cache(model)):
+        cache_geometry(model)
+    elif example_inputs is not None:
         example = calibration_batches(model, [example_inputs], Calibrate())[0]
     else:
         example = export.images(model) or export.with_mask(model, example_batches(model, needed="example_inputs=")[0])
@@ -621,6 +635,7 @@ def export_onnx(
         dtype=export.compute_dtype(dtype),
         opset=opset,
         accuracy_level=accuracy_level,
+        embedding_bits=embedding_bits,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )

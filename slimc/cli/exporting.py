@@ -60,6 +60,23 @@ def export(
     accuracy_level: Annotated[
         int, typer.Option(min=0, max=4, help="With --target ort: 0 is exact, 4 rounds inputs to 8 bits.")
     ] = 0,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keys and values of earlier tokens as inputs and outputs; with a language model that has them.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(
+            min=4,
+            max=8,
+            help="With --target ort: 4 or 8 round the embedding of tokens, and the output embedding if both are one.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX folder that slimc wrote.")] = False,
 ) -> None:
     """Write a model as an ONNX folder, which ONNX Runtime runs without PyTorch and without slimc.
@@ -81,6 +98,8 @@ def export(
         dtype=dtype.value,
         opset=opset,
         accuracy_level=accuracy_level,
+        cache=cache,
+        embedding_bits=embedding_bits,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )

@@ -87,10 +87,11 @@ class DecodingStep:
             total = self.attention_mask.shape[1]
             readers = torch.arange(total - self.new, total)[:, None]
             read = torch.arange(total)[None, :]
-            visible = read <= readers
+            visible = (read <= readers) & (self.attention_mask[:, None, None, :] > 0)
             if window is not None:
-                visible = visible & (read > readers - window)
-            visible = visible & (self.attention_mask[:, None, None, :] > 0)
+                # Padding of a short prompt lies between its tokens and later ones, and is no distance.
+                places = self.attention_mask.cumsum(dim=1)
+                visible = visible & (places[:, None, None, :] > places[:, None, -self.new :, None] - window)
             self._biases[window, dtype] = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
         return self._biases[window, dtype]
 
@@ -129,10 +130,10 @@ def cache_of(step: DecodingStep) -> Any:
             return step.update(self.index, keys, values)
 
         def get_seq_length(self, *_: Any) -> int:
-            return int(self.keys.shape[2]) if isinstance(self.keys.shape[2], int) else self.keys.shape[2]
+            return self.keys.shape[2]
 
-        def get_mask_sizes(self, new: Any) -> tuple[int, int]:
-            return self.get_seq_length() + (new if isinstance(new, int | torch.SymInt) else new.shape[0]), 0
+        def get_mask_sizes(self, new: int) -> tuple[int, int]:
+            return self.get_seq_length() + new, 0
 
         def get_max_length(self) -> int:
             return -1
@@ -152,9 +153,9 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 - transformers passes it in this place
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001 - transformers passes it by this name
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,

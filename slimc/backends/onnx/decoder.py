@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimc.backends.hf_library import quiet
+from slimc.backends.hf_text import can_generate
 from slimc.backends.onnx.attention import ATTENTION, DecodingStep, cache_of, register_attention, tracing
 from slimc.backends.onnx.outline import Outline, outline_of
+from slimc.backends.onnx.tracing import quiet
+from slimc.backends.onnx.translation import simplify
 from slimc.errors import CaptureError, InputError
 
-__all__ = ["CacheGeometry", "Decoder", "cache_geometry", "trace_decoder"]
+__all__ = ["CacheGeometry", "Decoder", "cache_geometry", "has_cache", "trace_decoder"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def cache_geometry(model: nn.Module) -> CacheGeometry:
         InputError: the model is not one whose layers keep keys and values of one shape.
     """
     config: Any = getattr(model, "config", None)
-    if config is None or not getattr(model, "_supports_attention_backend", False):
+    if config is None or not can_generate(model) or not getattr(model, "_supports_attention_backend", False):
         raise InputError(
             f"a {type(model).__name__} cannot be exported with a cache: only causal language models of transformers "
             "that use its attention interface can; export it without one"
@@ -95,6 +96,15 @@ def cache_geometry(model: nn.Module) -> CacheGeometry:
     if kinds:
         raise InputError(f"layers of kind {', '.join(sorted(kinds))} keep no keys and values; export without a cache")
     return CacheGeometry(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
+
+
+def has_cache(model: nn.Module) -> bool:
+    """Tell whether ``model`` is a causal language model whose cache is known."""
+    try:
+        cache_geometry(model)
+    except InputError:
+        return False
+    return True
 
 
 def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: int) -> Decoder:
@@ -129,25 +139,23 @@ def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: i
     axes = (asked, asked, asked, [{0: rows, 2: before}] * (2 * geometry.layers))
     names = ["input_ids", "attention_mask", "position_ids", *geometry.names("past_key_values")]
     try:
-        with torch.no_grad(), quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                _Step(core, fused=fused).eval(), arguments, dynamic_shapes=axes, strict=False
-            )
+        with torch.no_grad(), quiet():
+            program = torch.export.export(_Step(core, fused=fused).eval(), arguments, dynamic_shapes=axes, strict=False)
             exported = torch.onnx.export(
                 program,
                 input_names=names,
                 output_names=["logits", *geometry.names("present")],
                 opset_version=opset,
                 dynamo=True,
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            if exported is None:
+                raise CaptureError("torch.onnx.export gave no graph")
+            simplify(exported.model)
     except (CaptureError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise CaptureError(f"{type(model).__name__} cannot be traced with its cache: {reason}") from error
-    if exported is None:
-        raise CaptureError(f"torch.onnx.export gave no graph of {type(model).__name__}")
     return Decoder(exported, outline, geometry)

@@ -94,8 +94,8 @@ def _description(record: dict[str, Any]) -> Description:
     if cache is not None:
         if cache["dtype"] not in ("float32", "float16"):
             raise ValueError("cache.dtype")
-        sizes = [int(cache[name]) for name in ("layers", "heads", "size")]
-        layout = CacheLayout(*sizes, dtype=cache["dtype"], shared=bool(cache["shared"]))
+        layers, heads, size = (int(cache[name]) for name in ("layers", "heads", "size"))
+        layout = CacheLayout(layers, heads, size, cache["dtype"], bool(cache["shared"]))
     return Description(
         target=str(record["target"]),
         opset=int(record["opset"]),

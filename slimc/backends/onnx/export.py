@@ -15,6 +15,7 @@ from torch import nn
 from slimc.backends import hf
 from slimc.backends.onnx.description import is_onnx_folder
 from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, write_folder
+from slimc.backends.onnx.generation import decoder_graph
 from slimc.backends.onnx.graph import export_module
 from slimc.backends.onnx.weights import COMPUTE_DTYPES, check_options
 from slimc.errors import InputError, closest
@@ -115,20 +116,28 @@ def check_destination(path: Path, *, overwrite: bool) -> Path:
 def export_folder(
     model: nn.Module,
     path: Path,
-    example: Batch,
+    example: Batch | None,
     *,
     target: str,
     dtype: torch.dtype,
     opset: int | None,
     accuracy_level: int,
+    embedding_bits: int | None,
     tokenizer: Any,
     overwrite: bool,
 ) -> OnnxReport:
-    """Export ``model`` and write its folder; see ``slimc.export_onnx``."""
+    """Export ``model`` and write its folder; see ``slimc.export_onnx``. Without an example it gets a cache."""
     check_options(target, dtype, opset)
     folder = check_destination(path, overwrite=overwrite)
     _, write_model_files = hf.saved_form(model, tokenizer)
-    graph = export_module(model, example, target=target, dtype=dtype, opset=opset, accuracy_level=accuracy_level)
+    options: dict[str, Any] = {"target": target, "dtype": dtype, "opset": opset, "accuracy_level": accuracy_level}
+    if embedding_bits is not None and example is not None:
+        raise InputError("embeddings are rounded in models with a cache only; leave embedding_bits out")
+    graph = (
+        decoder_graph(model, embedding_bits=embedding_bits, **options)
+        if example is None
+        else export_module(model, example, **options)
+    )
     write_folder(graph, folder, write_extra=write_model_files, overwrite=overwrite)
     return report_of(graph, folder)
 

@@ -13,23 +13,30 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from slimc.backends.onnx.weights import MICROSOFT
 
-__all__ = ["fuse_for_onnxruntime", "remove_idle_reshapes"]
+__all__ = ["fuse_for_onnxruntime"]
 
 
 def fuse_for_onnxruntime(model: ir.Model) -> dict[str, int]:
     """Apply all rewrites to ``model``; return how often each was."""
     counts = {
         "RotaryEmbedding": _fuse_rotations(model),
-        "Reshape": remove_idle_reshapes(model),
+        "Reshape": _remove_idle_moves(model),
         "SkipSimplifiedLayerNormalization": _fuse_norms(model),
     }
     RemoveUnusedNodesPass()(model)
     return counts
 
 
-def remove_idle_reshapes(model: ir.Model) -> int:
-    """``Reshape(...Reshape(x)) -> x`` where the result has the shape of x."""
+def _remove_idle_moves(model: ir.Model) -> int:
+    """``Transpose(Transpose(x)) -> x`` and ``Reshape(...Reshape(x)) -> x`` where the result is x again."""
     removed = 0
+    for node in _nodes(model, "Transpose"):
+        earlier = _producer(node.inputs[0], "Transpose")
+        if earlier is None or earlier.inputs[0] is None or len(_perm(node)) != len(_perm(earlier)):
+            continue
+        if [_perm(earlier)[axis] for axis in _perm(node)] == list(range(len(_perm(node)))):
+            node.outputs[0].replace_all_uses_with(earlier.inputs[0], replace_graph_outputs=True)
+            removed += 1
     for node in _nodes(model, "Reshape"):
         source = node.inputs[0]
         while (earlier := _producer(source, "Reshape")) is not None:
@@ -62,7 +69,7 @@ def _fuse_rotations(model: ir.Model) -> int:
         if key not in tables:
             tables[key] = _tables(model, cosines, sines)
         positions, *table = tables[key]
-        heads = x.shape[1] if x.shape is not None else None
+        heads = x.shape[1] if x.shape is not None and _rank(x) == 4 else None
         flat = _flat_heads(x)
         target, rotated = _merged_heads(node.outputs[0]), x
         attributes: dict[str, int] = {}
@@ -87,7 +94,7 @@ def _rotation(add: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
                 if x is None or not _is_rotated_half(half_turned, x):
                     continue
                 cos, sin = _angles(cosines, "Cos"), _angles(sines, "Sin")
-                if cos is not None and sin is not None:
+                if cos is not None and sin is not None and _width(cos) == _width(sin) == _width(x):
                     return x, cos, sin
     return None
 
@@ -95,8 +102,8 @@ def _rotation(add: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
 def _is_rotated_half(value: ir.Value | None, x: ir.Value) -> bool:
     """Tell whether ``value`` is ``concat(-x[half:], x[:half])`` along the last axis."""
     joined = _producer(value, "Concat")
-    width = x.shape[-1] if x.shape is not None else None
-    if joined is None or len(joined.inputs) != 2 or not isinstance(width, int):
+    width = _width(x)
+    if joined is None or len(joined.inputs) != 2 or width is None:
         return False
     negative = _producer(joined.inputs[0], "Neg")
     upper = _producer(negative.inputs[0], "Slice") if negative is not None else None
@@ -110,11 +117,11 @@ def _bounds(node: ir.Node) -> tuple[int, int] | None:
     """Return from where to where a Slice goes along the last axis, None if it is not of that kind."""
     source = node.inputs[0]
     constants = [_constant(value) for value in node.inputs[1:]]
-    if source is None or source.shape is None or len(constants) < 3 or any(one is None or one.size != 1 for one in constants):
+    width = _width(source)
+    if width is None or len(constants) < 3 or any(one is None or one.size != 1 for one in constants):
         return None
     start, end, axis, *step = (int(one.reshape(())) for one in constants if one is not None)
-    width, rank = source.shape[-1], len(source.shape)
-    if not isinstance(width, int) or axis not in (-1, rank - 1) or step not in ([], [1]):
+    if axis not in (-1, _rank(source) - 1) or step not in ([], [1]):
         return None
     return start % width if start < 0 else start, min(end, width) if end >= 0 else end + width
 
@@ -150,8 +157,7 @@ def _angles(value: ir.Value | None, function: str) -> ir.Value | None:
 def _tables(model: ir.Model, cosines: ir.Value, sines: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Make the operator's tables of the angles of this call, a row a token, and the number of each token's row."""
     latest = _latest(model.graph, [cosines, sines])
-    width = cosines.shape[-1] if cosines.shape is not None else 0
-    half = int(width) // 2 if isinstance(width, int) else 0
+    half = (_width(cosines) or 0) // 2
     added: list[ir.Node] = []
 
     def add(op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
@@ -180,7 +186,7 @@ def _flat_heads(x: ir.Value) -> ir.Value | None:
     moved = _producer(x, "Transpose")
     split = _producer(moved.inputs[0], "Reshape") if moved is not None and _perm(moved) == [0, 2, 1, 3] else None
     flat = split.inputs[0] if split is not None else None
-    return flat if flat is not None and flat.shape is not None and len(flat.shape) == 3 else None
+    return flat if _rank(flat) == 3 else None
 
 
 def _merged_heads(value: ir.Value) -> ir.Value | None:
@@ -192,7 +198,7 @@ def _merged_heads(value: ir.Value) -> ir.Value | None:
         if op_type == "Transpose" and _perm(uses[0].node) != [0, 2, 1, 3]:
             return None
         value = uses[0].node.outputs[0]
-    return value if value.shape is not None and len(value.shape) == 3 else None
+    return value if _rank(value) == 3 else None
 
 
 # ----------------------------------------------------------------------------------------------------------- norms
@@ -229,7 +235,7 @@ def _fuse_norms(model: ir.Model) -> int:
 def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
     """Return what is normalised, the weight and epsilon, if ``node`` is the last of a root mean square norm."""
     for weight, scaled in (node.inputs, reversed(node.inputs)):
-        if weight is None or _constant(weight) is None or weight.shape is None or len(weight.shape) != 1:
+        if weight is None or _constant(weight) is None or _rank(weight) != 1:
             continue
         product = _producer(_uncast(scaled), "Mul")
         if product is None:
@@ -291,6 +297,17 @@ def _constant_ints(value: ir.Value | None) -> list[int] | None:
     return None if found is None else [int(one) for one in found.reshape(-1)]
 
 
+def _rank(value: ir.Value | None) -> int:
+    """Return the number of axes, -1 if it is not known."""
+    return -1 if value is None or value.shape is None else len(value.shape)
+
+
+def _width(value: ir.Value | None) -> int | None:
+    """Return the size of the last axis, None if it is not known."""
+    size = value.shape[-1] if value is not None and value.shape is not None and len(value.shape) else None
+    return size if isinstance(size, int) else None
+
+
 def _same_shape(one: ir.Value | None, other: ir.Value) -> bool:
     return one is not None and one.shape is not None and other.shape is not None and one.shape == other.shape
 
@@ -303,7 +320,7 @@ def _latest(graph: ir.Graph, values: list[ir.Value]) -> ir.Node:
 
 def _take_place(fresh: ir.Value, old: ir.Value) -> None:
     """Let every reader of ``old`` read ``fresh``, under its name and shape."""
-    fresh.shape, fresh.dtype = old.shape, old.dtype
+    fresh.shape, fresh.type = old.shape, old.type
     name, old.name = old.name, f"{old.name}.unfused"
     old.replace_all_uses_with(fresh, replace_graph_outputs=True)
     fresh.name = name

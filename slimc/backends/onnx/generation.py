@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir
 import torch
@@ -11,31 +11,16 @@ from torch import nn
 
 from slimc.backends.onnx.decoder import CacheGeometry, trace_decoder
 from slimc.backends.onnx.description import CacheLayout, Description
+from slimc.backends.onnx.files import OnnxGraph
 from slimc.backends.onnx.fusions import fuse_for_onnxruntime
-from slimc.backends.onnx.initializers import DATA_TYPES, Initializer
+from slimc.backends.onnx.initializers import DATA_TYPES
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
 from slimc.backends.onnx.weights import check_options, opset_of
+from slimc.errors import InputError
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.positions import positions_of
 
-__all__ = ["DecoderGraph", "decoder_graph"]
-
-
-@dataclass
-class DecoderGraph:
-    """A decoder ready to be written.
-
-    Attributes:
-        model: the graph; what ``constants`` holds is not in it.
-        constants: the weights by name, made when they are written.
-        description: the content of ``slim_onnx.json``.
-        notes: for each layer what takes more bits than the packed form, and why.
-    """
-
-    model: ModelProto
-    constants: dict[str, Initializer]
-    description: Description
-    notes: dict[str, list[str]] = field(default_factory=dict)
+__all__ = ["decoder_graph"]
 
 
 def decoder_graph(
@@ -45,7 +30,8 @@ def decoder_graph(
     dtype: torch.dtype = torch.float32,
     opset: int | None = None,
     accuracy_level: int = 0,
-) -> DecoderGraph:
+    embedding_bits: int | None = None,
+) -> OnnxGraph:
     """Return a causal language model of transformers as a graph that reads prompts and single tokens alike.
 
     Args:
@@ -55,6 +41,8 @@ def decoder_graph(
         dtype: what the graph computes in, float32 or float16.
         opset: of the standard operators; None is the lowest that will do.
         accuracy_level: of MatMulNBits, see `slimc.backends.onnx.weights.lower_linear`.
+        embedding_bits: 4 or 8 round the embedding of tokens, and the output embedding if it is the same weight; for
+            ``ort`` only. None leaves them in ``dtype``.
 
     Raises:
         InputError: the model cannot be exported with a cache, or an option is not known.
@@ -64,15 +52,21 @@ def decoder_graph(
     packed = [module.packed for module in model.modules() if isinstance(module, SlimLinear)]
     version = opset or opset_of(packed, target)
     contrib = target == "ort"
+    rounded = _embedding_to_round(model, target, embedding_bits)
     decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version)
     if contrib:
         fuse_for_onnxruntime(decoder.program.model)
     proto = onnx_ir.to_proto(decoder.program.model)
     compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
-    dense = DenseMatrices(decoder.outline, dtype, contrib=contrib)
-    constants = fill(
-        proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings}
+    dense = DenseMatrices(
+        decoder.outline,
+        dtype,
+        contrib=contrib,
+        rounded=rounded,
+        bits=embedding_bits or 8,
+        accuracy_level=accuracy_level,
     )
+    constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
     _declare_shapes(proto, decoder.cache, dtype)
     layout = CacheLayout(
         decoder.cache.layers, decoder.cache.heads, decoder.cache.size, str(dtype).removeprefix("torch."), contrib
@@ -85,7 +79,28 @@ def decoder_graph(
         cache=layout,
         positions=positions_of(model),
     )
-    return DecoderGraph(proto, constants, description, compressed.notes)
+    return OnnxGraph(proto, constants, description, compressed.sites)
+
+
+def _embedding_to_round(model: nn.Module, target: str, bits: int | None) -> str | None:
+    """Return the name of the embedding of tokens if it is to be rounded and can be, None if it is not to be."""
+    if bits is None:
+        return None
+    if bits not in (4, 8):
+        raise InputError(f"embeddings can be rounded to 4 or 8 bits, not to {bits}")
+    if target != "ort":
+        raise InputError(
+            f"the target {target!r} has no operator that looks up rows of codes; round embeddings with target='ort'"
+        )
+    core: Any = model
+    table = core.get_input_embeddings()
+    if type(table) is not nn.Embedding:
+        raise InputError(
+            f"the embedding of {type(model).__name__} is a {type(table).__name__}, which computes more than rows; "
+            "export without rounding it"
+        )
+    names: list[str] = [name for name, module in model.named_modules() if module is table]
+    return names[0]
 
 
 def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype) -> None:
@@ -107,5 +122,5 @@ def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype)
     logits.CopyFrom(helper.make_tensor_value_info(logits.name, DATA_TYPES[dtype], [*text, width]))
     del model.graph.value_info[:]
     for name in ("producer_name", "producer_version", "doc_string"):
-        model.ClearField(name)  # type: ignore[arg-type]
+        model.ClearField(name)
     model.producer_name = "slimc"

@@ -283,10 +283,10 @@ def _cast(constant: Initializer, dtype: torch.dtype) -> Initializer:
 
 
 def _tensor_of(constant: Initializer) -> Tensor:
-    content = bytearray(constant.content().data)
-    dtype = _TYPES[constant.data_type]
-    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-    return flat.reshape(constant.dims)
+    """Return a constant as a tensor, without a copy if its content can be written to."""
+    content = constant.content()
+    flat = torch.from_numpy(content if content.flags.writeable else content.copy())
+    return flat.view(_TYPES[constant.data_type]).reshape(constant.dims)
 
 
 def _names_read(graph: GraphProto) -> set[str]:

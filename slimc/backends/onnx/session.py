@@ -50,13 +50,19 @@ class _Pick:
     random: np.random.Generator
 
     def __call__(self, logits: Array) -> Array:
+        """Return a token for each row."""
         logits = logits.astype(np.float32)
         if np.isnan(logits).any() or np.isposinf(logits).any():
             raise NumericsError("the model's logits hold NaN or Inf: its file is damaged or its activations overflow")
         if self.temperature == 0:
-            return logits.argmax(axis=-1)
+            return _likeliest(logits)
         # The largest of logits with Gumbel noise is a sample of their softmax.
-        return (logits / self.temperature + self.random.gumbel(size=logits.shape)).argmax(axis=-1)
+        return _likeliest(logits / self.temperature + self.random.gumbel(size=logits.shape))
+
+
+def _likeliest(scores: Array) -> Array:
+    tokens: Array = scores.argmax(axis=-1)
+    return tokens
 
 
 class OnnxDecoder:
@@ -100,8 +106,8 @@ class OnnxDecoder:
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
             raise FormatError(
-                f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it: {reason}; the file is damaged, or this "
-                "ONNX Runtime is too old for it"
+                f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it: {reason}; the file is damaged, or "
+                "this ONNX Runtime is too old for it"
             ) from error
 
     def logits(self, ids: Array) -> Array:
@@ -151,7 +157,7 @@ class OnnxDecoder:
         made: list[list[int]] = [[] for _ in prompts]
         done = np.zeros(len(prompts), dtype=bool)
         for step in range(max_new_tokens):
-            for row in np.flatnonzero(~done):
+            for row in np.flatnonzero(~done).tolist():
                 made[row].append(int(tokens[row]))
             done |= np.isin(tokens, list(stopping))
             if on_tokens is not None:

@@ -116,7 +116,9 @@ def _codes(packed: PackedWeight, group: int) -> tuple[Tensor, Tensor]:
     return codes, scale.expand(rows, columns)[:, ::group]
 
 
-def _stacked(parts: Sequence[tuple[Tensor, Tensor]], heights: Sequence[int], group: int, like: PackedWeight) -> PackedWeight:
+def _stacked(
+    parts: Sequence[tuple[Tensor, Tensor]], heights: Sequence[int], group: int, like: PackedWeight
+) -> PackedWeight:
     """Return matrices below each other, each filled up with rows of zeros to its height."""
     zero = 1 << ((like.format.bits or 1) - 1)
     codes = torch.full((sum(heights), parts[0][0].shape[1]), zero, dtype=torch.uint8)

@@ -18,13 +18,15 @@ import onnxscript
 import torch
 from onnx import ModelProto, defs
 from onnx.defs import OpSchema
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
 
-from slimc.backends.onnx.initializers import Bytes, Initializer
+from slimc.backends.onnx.initializers import DATA_TYPES, Initializer, of_tensor
 from slimc.backends.onnx.tracing import PREFIX, Traced, quiet
 from slimc.errors import CaptureError
 from slimc.runtime.ops import OPS, Op
 
-__all__ = ["PACKED", "to_onnx"]
+__all__ = ["PACKED", "simplify", "to_onnx"]
 
 PACKED = "slim.packed"
 """The domain of operators that are yet to be lowered."""
@@ -50,17 +52,20 @@ def to_onnx(traced: Traced, opset: int) -> tuple[ModelProto, dict[str, Initializ
                 opset_version=opset,
                 input_names=list(traced.inputs),
                 output_names=list(traced.outputs),
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            if exported is None:
+                raise CaptureError("PyTorch's ONNX exporter returned nothing")
+            simplify(exported.model)
+        except CaptureError:
+            raise
         except Exception as error:
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise CaptureError(
                 f"PyTorch's ONNX exporter cannot translate the model: {reason[0]}. Another opset or another version of "
                 "torch and onnxscript may know more operators."
             ) from error
-    if exported is None:
-        raise CaptureError("PyTorch's ONNX exporter returned nothing")
     model, stored = _without_constants(exported.model)
     _forget_origin(model)
     _name_sizes(model)
@@ -104,6 +109,26 @@ def _schema(name: str, op: Op) -> OpSchema:
     )
 
 
+def simplify(model: onnx_ir.Model) -> None:
+    """Fold what does not depend on the inputs, and drop what nobody reads.
+
+    The exporter's own optimiser also tries some eighty patterns at every node, which takes longer than all else
+    together and finds nothing that runtimes would not find when they load the model.
+    """
+    fold_constants_ir(model, onnx_shape_inference=True)
+    for one in (
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        one(model)
+
+
 def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Initializer]]:
     """Serialise a model without its constants, which stay where PyTorch has them until they are written."""
     stored = {}
@@ -111,10 +136,9 @@ def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Init
         constant = value.const_value
         if constant is None:
             raise CaptureError(f"PyTorch's ONNX exporter left the constant {name} without a value")
-        dims = tuple(int(size) for size in constant.shape.numpy())
-        stored[name.removeprefix(PREFIX)] = Initializer(int(constant.dtype), dims, _maker(constant))
+        stored[name.removeprefix(PREFIX)] = initializer = _initializer(constant)
         value.const_value = onnx_ir.ExternalTensor(
-            "", 0, constant.nbytes, constant.dtype, shape=onnx_ir.Shape(dims), name=name
+            "", 0, initializer.nbytes, constant.dtype, shape=onnx_ir.Shape(initializer.dims), name=name
         )
     proto: ModelProto = onnx_ir.to_proto(model)
     del proto.graph.initializer[:]
@@ -124,8 +148,13 @@ def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Init
     return proto, stored
 
 
-def _maker(constant: onnx_ir.TensorProtocol) -> Callable[[], Bytes]:
-    return lambda: np.frombuffer(constant.tobytes(), dtype=np.uint8)
+def _initializer(constant: onnx_ir.TensorProtocol) -> Initializer:
+    """Return a constant of the exporter's; a tensor of PyTorch's is not copied."""
+    raw = getattr(constant, "raw", None)
+    if isinstance(raw, torch.Tensor) and DATA_TYPES.get(raw.dtype) == int(constant.dtype):
+        return of_tensor(raw)
+    dims = tuple(int(size) for size in constant.shape.numpy())
+    return Initializer(int(constant.dtype), dims, lambda: np.frombuffer(constant.tobytes(), dtype=np.uint8))
 
 
 def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

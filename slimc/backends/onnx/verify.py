@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from torch import Tensor, nn
+from torch import nn
 
 from slimc.backends.hf_library import require
+from slimc.backends.onnx.compare import compare_decoder, compare_outputs, open_session, relative_error
 from slimc.backends.onnx.description import Description
 from slimc.backends.onnx.files import DATA, MODEL, open_folder
 from slimc.backends.onnx.initializers import BITS
-from slimc.backends.onnx.tracing import twin
 from slimc.backends.onnx.weights import MICROSOFT
 from slimc.errors import SlimError
 
@@ -35,10 +34,7 @@ _LAYER_WITHIN = {"float32": 1e-5, "float16": 2e-2}
 """The same for a layer alone in onnx.reference and in ONNX Runtime."""
 
 _SAMPLES, _LENGTH = 2, 7
-"""Sizes of the inputs that are tried."""
-
-_GREEDY = 8
-"""Tokens that a language model continues them by."""
+"""Sizes of the inputs that a layer is tried with."""
 
 Array = npt.NDArray[Any]
 
@@ -174,8 +170,8 @@ def _compared(what: str, piece: ModelProto, columns: int) -> Check:
     inputs = {piece.graph.input[0].name: x}
     evaluator: Any = ReferenceEvaluator(piece, new_ops=[MatMulNBits])
     (expected,) = evaluator.run(None, inputs)
-    (found,) = _session(piece.SerializeToString()).run(None, inputs)
-    error = _relative_error(found, expected)
+    (found,) = open_session(piece.SerializeToString()).run(None, inputs)
+    error = relative_error(found, expected)
     limit = _LAYER_WITHIN[str(np.dtype(kind))]
     return Check(what, error <= limit, f"onnx.reference and ONNX Runtime differ by {error:.1e} of the largest output")
 
@@ -216,89 +212,30 @@ def _unpacked(packed: Array, bits: int) -> Array:
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-def _session(model: bytes | str, entries: Mapping[str, str] | None = None) -> Any:
-    runtime = require("onnxruntime", "verifying an ONNX model", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    for key, value in ({"session.qdq_matmulnbits_accuracy_level": "0"} | dict(entries or {})).items():
-        options.add_session_config_entry(key, value)
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def _whole(
     path: Path, description: Description, record: Mapping[str, Any], against: nn.Module | None
 ) -> Iterator[Check]:
     try:
-        session = _session(str(path / MODEL), record.get("session"))
+        session = open_session(str(path / MODEL), record.get("session"))
     except Exception as error:
         yield Check("ONNX Runtime", False, f"cannot load it: {str(error).strip().splitlines()[0]}")
         return
     yield Check("ONNX Runtime", True, f"{require('onnxruntime', 'verifying', extra='onnx').__version__} loads it")
-    if against is None or description.cache is not None:
+    if against is None:
         return
     try:
-        yield from _against(session, against)
+        found = compare_decoder(path, against) if description.cache is not None else compare_outputs(session, against)
     except SlimError:
         raise
     except Exception as error:
         yield Check("outputs", False, str(error).strip().splitlines()[0])
-
-
-def _against(session: Any, model: nn.Module) -> Iterator[Check]:
-    exact = twin(model, torch.float32)
-    if hasattr(exact, "config") and hasattr(exact.config, "use_cache"):
-        exact.config.use_cache = False
-    inputs = {value.name: _example(value, exact) for value in session.get_inputs()}
-    expected, found = _torch_outputs(exact, inputs), _runtime_outputs(session, inputs)
-    error = max(_relative_error(one.numpy(), other.numpy()) for one, other in zip(found, expected, strict=False))
-    limit = _OUTPUTS_WITHIN[str(found[0].dtype).removeprefix("torch.")]
-    yield Check("outputs", error <= limit, f"ONNX Runtime and PyTorch differ by {error:.1e} of the largest output")
-    if "input_ids" not in inputs or session.get_outputs()[0].name != "logits":
         return
-    ours, theirs = dict(inputs), dict(inputs)
-    for _ in range(_GREEDY):
-        ours = _longer(ours, _runtime_outputs(session, ours)[0])
-        theirs = _longer(theirs, _torch_outputs(exact, theirs)[0])
-    equal = torch.equal(ours["input_ids"], theirs["input_ids"])
-    yield Check("tokens", equal, f"{_GREEDY} greedy tokens are {'equal' if equal else 'not equal'} to PyTorch's")
-
-
-def _example(value: Any, model: nn.Module) -> Tensor:
-    """Return an input of the shape and type that the graph asks for; open sizes are small numbers."""
-    sizes = [size if isinstance(size, int) else (_SAMPLES, _LENGTH)[axis > 0] for axis, size in enumerate(value.shape)]
-    generator = torch.Generator().manual_seed(0)
-    if "float" in value.type:
-        return torch.randn(sizes, generator=generator).to(torch.float16 if "16" in value.type else torch.float32)
-    if "mask" in value.name:
-        return torch.ones(sizes, dtype=torch.int64)
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 2))
-    return torch.randint(0, vocabulary if value.name == "input_ids" else 1, sizes, generator=generator)
-
-
-def _torch_outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        result = model(
-            **{name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-        )
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def _runtime_outputs(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    return [torch.from_numpy(one) for one in session.run(None, {name: value.numpy() for name, value in inputs.items()})]
-
-
-def _longer(inputs: Mapping[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
-    """Append the likeliest token of each sample, and to a mask a one."""
-    chosen = logits[:, -1].argmax(-1, keepdim=True)
-    return {
-        name: torch.cat([value, chosen if name == "input_ids" else torch.ones_like(chosen)], dim=1)
-        for name, value in inputs.items()
-    }
-
-
-def _relative_error(found: Array, expected: Array) -> float:
-    """Return the largest difference relative to the largest expected number; infinity for other shapes, or NaN."""
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
-    return float(difference / max(np.abs(expected).max(initial=0.0), np.finfo(np.float32).tiny))
+    if found is None:
+        yield Check("outputs", True, "not compared, because the model's inputs are nested")
+        return
+    limit = _OUTPUTS_WITHIN[found.dtype]
+    detail = f"ONNX Runtime and PyTorch differ by {found.error:.1e} of the largest output"
+    yield Check("outputs", found.error <= limit, detail)
+    if found.tokens is not None:
+        detail = f"{found.equal_tokens} of {found.tokens} greedy tokens are PyTorch's"
+        yield Check("tokens", found.equal_tokens == found.tokens, detail)

@@ -66,11 +66,11 @@ MIN_OPSET, MAX_OPSET = 21, 26
 OPSET_OF_2_BITS = 25
 """The first opset with integers of 2 bits."""
 
-_BLOCKS = (16, 256)
-"""The smallest and the largest block of MatMulNBits that every ONNX Runtime has a kernel for; powers of two."""
+_BLOCKS = (16, 32, 64, 128, 256)
+"""The block sizes of MatMulNBits that every ONNX Runtime has a kernel for."""
 
-_BLOCK = 128
-"""Its block size where the scale would allow any."""
+_LEAST_USUAL, _MOST_FOR_ANY = 32, 128
+"""The smallest block that is fast, and the largest that is taken where the scale would allow any."""
 
 _WORTH_A_CAST = 256
 """Elements below which a constant is not worth a node that widens it."""
@@ -437,6 +437,8 @@ def _n_bits_product(piece: _Piece, x: str, name: str, packed: PackedWeight, outp
         )
         return piece.node("MatMul", [x, weight], output)
     bits = _container(piece, name, packed, (2, 4, 8))
+    if bits == 2:
+        piece.note(f"{name}: 2-bit products need ONNX Runtime 1.23 or later, on CUDA one of after September 2026")
     blocks = -(-form.columns // block)
     shape = (form.rows, blocks, block * bits // 8)
     codes = Initializer(TensorProto.UINT8, shape, lambda: bytes_of(_blocked_codes(packed, bits, blocks * block)))
@@ -463,16 +465,17 @@ def _beside(name: str, what: str) -> str:
 
 
 def _block_size(form: WeightFormat) -> int | None:
-    """Return the block size of MatMulNBits for groups of this form, None if none of its blocks fits into a group."""
-    least, most = _BLOCKS
+    """Return the block size of MatMulNBits for groups of this form, None if none of its blocks fits into a group.
+
+    Of those that fit it is the largest that fills up the last block least: what is filled up is stored.
+    """
     if form.scale_shape[1] == 1:
-        block = least
-        while block < min(_BLOCK, form.columns):
-            block *= 2
-        return block
-    group = form.group or 0
-    block = min(group & -group, most)
-    return block if block >= least else None
+        fitting = [block for block in _BLOCKS if block <= _MOST_FOR_ANY]
+    else:
+        fitting = [block for block in _BLOCKS if (form.group or 0) % block == 0]
+    # A scale for every 16 columns takes a lot of memory, so those are for where nothing else will do.
+    usual = [block for block in fitting if block >= _LEAST_USUAL] or fitting
+    return min(usual, key=lambda block: (-form.columns % block, -block), default=None)
 
 
 def _blocked_codes(packed: PackedWeight, bits: int, columns: int) -> Tensor:

@@ -258,7 +258,7 @@ def test_onnx_runtime_keeps_the_codes(form: str, in_runtime: Runtime, tmp_path: 
         ("int5 asymmetric", "portable", 21, 8, "weight: codes of 5 bits are stored in 8"),
         ("int2", "portable", 21, 4, "weight: codes of 2 bits are stored in 4"),
         ("int2", "portable", 25, 2, None),
-        ("int2", "ort", 21, 2, None),
+        ("int2", "ort", 21, 2, "2-bit products need ONNX Runtime 1.23 or later"),
         ("2:4 int4", "portable", 21, 4, "is stored without its pattern"),
         ("int4", "dense", 21, 32, "is stored as numbers of 32 bits"),
     ],
@@ -305,6 +305,28 @@ def test_a_weight_alone(form: str, target: str, in_runtime: Runtime) -> None:
         assert torch.equal(torch.from_numpy(found), weight.decode().t())
 
 
+@pytest.mark.parametrize(
+    ("columns", "group", "block"),
+    [
+        (576, None, 64),
+        (1536, "channel", 128),
+        (57, None, 64),
+        (19, None, 32),
+        (576, 128, 64),
+        (4096, 128, 128),
+        (1024, 512, 256),
+        (96, 48, 16),
+        (96, 24, None),
+        (640, 32, 32),
+    ],
+)
+def test_blocks_are_large_and_waste_little(columns: int, group: int | str | None, block: int | None) -> None:
+    lowered = lower_linear(PackedLinear(pack_random(8, columns, group=group)), None, "ort", "layer")
+    products = [node for node in lowered.nodes if node.op_type == "MatMulNBits"]
+    found = [one.i for node in products for one in node.attribute if one.name == "block_size"]
+    assert found == ([] if block is None else [block])
+
+
 def test_names_are_those_of_the_layer() -> None:
     packed = FORMS["low-rank int4"]()
     for target in TARGETS:
@@ -326,3 +348,12 @@ def test_names_are_those_of_the_layer() -> None:
 def test_unknown_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         lower_linear(FORMS["int4"](), None, **{"target": "ort", "name": "layer", **options})
+
+
+def test_dense_weights_keep_the_zeros_of_2_of_4() -> None:
+    packed = FORMS["low-rank int4"]()
+    weight = lower_linear(packed, None, "dense", "layer").stored["layer.weight"]
+    numbers = torch.from_numpy(weight.content()).view(torch.float32).reshape(weight.dims)
+    kept = (numbers.t().reshape(packed.format.rows, -1, 4) != 0).sum(-1)
+    assert weight.dims == (packed.format.columns, packed.format.rows)
+    assert int(kept.max()) == 2, "of every four inputs two at most, adapters apart"

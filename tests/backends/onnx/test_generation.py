@@ -1,0 +1,273 @@
+"""Decoders with a cache in ONNX Runtime: the same tokens as PyTorch, whatever the batch and the target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from typer.testing import CliRunner
+
+import slimc
+from slimc.backends.onnx.description import read_description
+from slimc.backends.onnx.session import OnnxDecoder, end_tokens
+from slimc.cli import app
+from slimc.errors import FormatError, InputError
+from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
+
+PROMPTS = [list(range(5, 17)), [7, 8, 9], [300], list(range(100, 120))]
+NEW = 12
+
+
+def llama(num_hidden_layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def compressed(model: nn.Module) -> nn.Module:
+    passes = [Calibrate(), Quantize(bits=4, group=32), Prune("2:4"), LowRank(rank=0.25, bits=4), Fuse()]
+    batch = torch.arange(64).view(2, 32)
+    return slimc.compile(model, [batch], passes=passes)
+
+
+def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
+    with torch.no_grad():
+        made = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    result: list[int] = made[0, len(prompt) :].tolist()
+    return result
+
+
+def assert_same(model: nn.Module, folder: Path) -> OnnxDecoder:
+    """Check logits and tokens of a folder, one prompt alone and several of several lengths together."""
+    decoder = OnnxDecoder(folder, threads=1)
+    ids = np.arange(34).reshape(2, 17) * 7 % 384
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    found = decoder.logits(ids)
+    # Sums of a few thousand terms in another order, through two layers.
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    tokens = [greedy(model, prompt, NEW) for prompt in PROMPTS]
+    assert decoder.generate(PROMPTS, NEW) == tokens
+    assert decoder.generate(PROMPTS[:1], NEW) == tokens[:1]
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    return compressed(llama())
+
+
+@pytest.fixture(scope="module")
+def folders(small: nn.Module, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The compressed Llama, exported for each of two targets."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    made = {}
+    for target in ("portable", "ort"):
+        made[target] = tmp_path_factory.mktemp("onnx") / target
+        slimc.export_onnx(small, made[target], target=target, tokenizer=tokenizer)
+    return made
+
+
+def operators(folder: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_a_compressed_llama_writes_what_it_writes_in_pytorch(
+    small: nn.Module, folders: dict[str, Path], target: str
+) -> None:
+    decoder = assert_same(small, folders[target])
+    assert decoder.description.cache is not None
+    assert decoder.description.cache.shared == (target == "ort")
+    onnx.checker.check_model(folders[target] / "model.onnx")
+
+
+def test_onnx_runtimes_own_operators_take_the_place_of_everything_in_a_layer(folders: dict[str, Path]) -> None:
+    found = operators(folders["ort"])
+    assert found["GroupQueryAttention"] == 2
+    assert found["RotaryEmbedding"] == 4
+    # All norms but the first, which follows no sum.
+    assert found["SkipSimplifiedLayerNormalization"] == 4
+    # q, k, v are one weight with its adapters, and so are gate and up; o and down are alone.
+    assert found["MatMulNBits"] == 2 * 2 * 4
+    assert not found["Neg"] + found["Transpose"]
+
+
+def test_tied_embeddings_are_stored_once(folders: dict[str, Path]) -> None:
+    for folder in folders.values():
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        tables = [one for one in model.graph.initializer if 384 in one.dims]
+        assert [list(one.dims) for one in tables] == [[384, 64]]
+
+
+def test_windows_in_standard_operators(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=6,
+        initializer_range=0.3,
+    )
+    model = MistralForCausalLM(config).eval()
+    slimc.export_onnx(model, tmp_path / "mistral")
+    assert_same(model, tmp_path / "mistral")
+
+
+def test_windows_scaled_embeddings_and_norms_of_heads_in_onnx_runtimes_operators(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    slimc.export_onnx(model, tmp_path / "gemma", target="ort")
+    assert_same(model, tmp_path / "gemma")
+
+
+def test_learned_positions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=40, initializer_range=0.3)
+    config.bos_token_id, config.eos_token_id = 0, 1
+    model = GPT2LMHeadModel(config).eval()
+    slimc.export_onnx(model, tmp_path / "gpt2", target="ort")
+    decoder = assert_same(model, tmp_path / "gpt2")
+    with pytest.raises(InputError, match="41 tokens do not fit this model, which has 40 positions"):
+        decoder.generate([[1]], 41)
+
+
+def test_half_precision_keeps_the_cache_in_it(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    slimc.export_onnx(model, tmp_path / "half", target="ort", dtype="float16")
+    decoder = OnnxDecoder(tmp_path / "half", threads=1)
+    assert decoder.cache.dtype == "float16"
+    ids = np.arange(8)[None]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    error = np.abs(decoder.logits(ids).astype(np.float32) - expected).max()
+    # Some tens of roundings of 2^-11 in a row.
+    assert error <= 2**-5 * np.abs(expected).max()
+
+
+def test_sampling_follows_its_seed(folders: dict[str, Path]) -> None:
+    decoder = OnnxDecoder(folders["ort"], threads=1)
+    first, again, other = (decoder.generate(PROMPTS[:2], NEW, temperature=5.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_text_ends_at_a_stop_token(small: nn.Module, folders: dict[str, Path]) -> None:
+    decoder = OnnxDecoder(folders["portable"], threads=1)
+    expected = [greedy(small, prompt, NEW) for prompt in PROMPTS[:2]]
+    stop = expected[0][3]
+    seen: list[list[int]] = []
+    found = decoder.generate(PROMPTS[:2], NEW, stop=[stop], on_tokens=lambda tokens: seen.append(list(tokens)))
+    assert found == [one[: one.index(stop) + 1] if stop in one else one for one in expected]
+    assert [row[0] for row in seen[:4]] == expected[0][:4]
+
+
+def test_the_command_line_and_the_example_run_it(folders: dict[str, Path], small: nn.Module) -> None:
+    folder = folders["ort"]
+    assert end_tokens(folder) == {1}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = "Alice was"
+    words = greedy(small, tokenizer(prompt).input_ids, 8)
+    words = words[: words.index(1)] if 1 in words else words
+    text = prompt + tokenizer.decode(words)
+    result = CliRunner().invoke(app, ["generate", str(folder), "--prompt", prompt, "--tokens", "8"])
+    assert result.exit_code == 0, result.output
+    assert text in result.output
+    script = Path(__file__).parents[3] / "examples" / "onnx_generate.py"
+    command = [sys.executable, str(script), str(folder), "--prompt", prompt, "--tokens", "8"]
+    assert text in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+def test_models_without_a_known_cache_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    with pytest.raises(InputError, match="BertModel cannot be exported with a cache"):
+        slimc.export_onnx(bert, tmp_path / "bert", cache=True)
+    with pytest.raises(InputError, match="leave example_inputs out"):
+        slimc.export_onnx(llama(), tmp_path / "llama", torch.zeros(1, 3, dtype=torch.int64), cache=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_prompts_and_unknown_devices_are_refused(folders: dict[str, Path]) -> None:
+    decoder = OnnxDecoder(folders["ort"], threads=1)
+    for prompts in ([], [[1], []]):
+        with pytest.raises(InputError, match="a prompt is empty"):
+            decoder.generate(prompts, 1)
+    with pytest.raises(InputError, match="runs on cpu or cuda, not on 'tpu'"):
+        OnnxDecoder(folders["ort"], device="tpu")
+
+
+def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders["ort"], tmp_path / "copy")
+    (copy / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(FormatError, match="cannot open it"):
+        OnnxDecoder(copy)
+    description = json.loads((copy / "slim_onnx.json").read_text())
+    for change, message in (({"format": 9}, "is of format 9"), ({"cache": {}}, "lacks or garbles")):
+        (copy / "slim_onnx.json").write_text(json.dumps(description | change))
+        with pytest.raises(FormatError, match=message):
+            read_description(copy)
+    (copy / "slim_onnx.json").write_text(json.dumps(description | {"cache": None}))
+    with pytest.raises(InputError, match="was exported without a cache"):
+        OnnxDecoder(copy)
