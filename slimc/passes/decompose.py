@@ -105,7 +105,7 @@ class Decompose(SitePass):
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """It decides alone what is kept of a weight and on which grid."""
-        for other in (self.name, "prune", "quantize", "low_rank"):
+        for other in (self.name, "compensate", "allocate_bits", "prune", "quantize", "low_rank"):
             if other in [one.name for one in earlier]:
                 reason = "twice" if other == self.name else f"after {other}"
                 raise RecipeError(
