@@ -105,11 +105,11 @@ class Decompose(SitePass):
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
         """It decides alone what is kept of a weight and on which grid."""
-        for other in (self.name, "compensate", "allocate_bits", "prune", "quantize", "low_rank"):
+        for other in (self.name, "allocate_bits", "prune", "quantize", "low_rank"):
             if other in [one.name for one in earlier]:
                 reason = "twice" if other == self.name else f"after {other}"
                 raise RecipeError(
-                    f"decompose comes {reason}, but it starts from the dense weight and decides itself what is kept, "
+                    f"decompose comes {reason}, but it starts from the whole weight and decides itself what is kept, "
                     "with pattern= and ratio=, and on which grid, with bits=. Remove the other; low_rank may follow."
                 )
 

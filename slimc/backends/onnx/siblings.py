@@ -89,6 +89,7 @@ def _alike(one: PackedLinear, other: PackedLinear) -> bool:
         all(part.format.bits == one.weight.format.bits is not None and not part.format.asymmetric for part in parts)
         and other.input_scale is None
         and other.activation is None
+        and other.binary is None
         and other.weight.format.columns == one.weight.format.columns
         and all(part.format.dtype == one.weight.format.dtype for part in parts)
     )

@@ -170,9 +170,14 @@ def lower_linear(
             faster on processors.
 
     Raises:
-        InputError: ``target``, ``dtype`` or ``opset`` is not known.
+        InputError: ``target``, ``dtype`` or ``opset`` is not known, or the layer has a binary part.
     """
     check_options(target, dtype, opset)
+    if packed.binary is not None:
+        raise InputError(
+            f"'{name}' has signs ({packed.binary.format.describe()}), which have no form in ONNX yet; compress the "
+            "model without decompose to export it"
+        )
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
     {"portable": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target](piece, packed, bias)
     return piece.result
