@@ -58,6 +58,7 @@ def rows() -> dict[str, list[Pass]]:
         found[f"gptq + sqc, the paper's w{bits}"] = recipe(bits, None, calibrate="sqc", preset="paper")
         found[f"gptq + sqc, the code's w{bits}"] = recipe(bits, None, calibrate="sqc", preset="reference")
         found[f"gptq + sqc by output w{bits}"] = recipe(bits, None, **OUTPUT)
+        found[f"gptq groups w{bits}"] = recipe(bits, None, order="groups")
         found[f"gptq + order w{bits}"] = recipe(bits, None, **ORDER)
         found[f"slim-llm without widths w{bits}"] = recipe(bits, None, **OUTPUT, **ORDER)
         found[f"slim-llm without order w{bits}"] = recipe(bits, "output", **OUTPUT)

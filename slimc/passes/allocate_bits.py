@@ -18,7 +18,7 @@ from slimc.passes.solvers.ranges import RangeSearch, group_grids
 from slimc.passes.work import SiteWork
 from slimc.runtime.formats import MAX_SIDE
 
-SAMPLE_ROWS = 512
+SAMPLE_ROWS = 128
 """Rows by which the errors of groups are compared; all rows of a group share its width, so that some speak for all."""
 
 

@@ -384,6 +384,8 @@ def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> st
     weight = spec.weight
     if weight.widths is None:
         return "is for groups of columns with codes of different widths"
+    if spec != LinearFormat(weight, spec.left, spec.right, spec.input_scaled, spec.activation):
+        return f"computes codes and adapters, not all of {spec.describe()}"
     if weight.sparsity is not None:
         return f"knows dense weights, not {weight.describe()}"
     if (weight.bits or 0) > WIDEST:

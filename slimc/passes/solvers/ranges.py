@@ -49,7 +49,7 @@ class RangeSearch:
 PRESETS: Mapping[str, RangeSearch] = {
     "paper": RangeSearch(),
     "reference": RangeSearch(salient="salience", threshold=2.0, power=2.4),
-    "output": RangeSearch(lowest=0.4, highest=1.1, candidates=36, salient=None, by_column=True, shift=1),
+    "output": RangeSearch(lowest=0.4, highest=1.1, candidates=18, salient=None, by_column=True, shift=1),
 }
 """Searches by name: equation 5 of the paper as printed; what the authors' code does; and the one of slimc.
 
