@@ -15,6 +15,7 @@ from slimc.backends.onnx.files import OnnxGraph
 from slimc.backends.onnx.fusions import fuse_for_onnxruntime
 from slimc.backends.onnx.initializers import DATA_TYPES
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
+from slimc.backends.onnx.narrowing import narrow
 from slimc.backends.onnx.weights import check_options, opset_of
 from slimc.errors import InputError
 from slimc.runtime.modules import SlimLinear
@@ -67,6 +68,8 @@ def decoder_graph(
         accuracy_level=accuracy_level,
     )
     constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
+    if dtype == torch.float32 and target != "dense":
+        constants = narrow(proto.graph, constants, apart_from=compressed.sites)
     _declare_shapes(proto, decoder.cache, dtype)
     layout = CacheLayout(
         decoder.cache.layers, decoder.cache.heads, decoder.cache.size, str(dtype).removeprefix("torch."), contrib

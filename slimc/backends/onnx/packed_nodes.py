@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 from torch import Tensor
 
 from slimc.backends.onnx.description import Description
 from slimc.backends.onnx.files import OnnxGraph, site_sizes
 from slimc.backends.onnx.functions import DOMAIN, low_rank_function, round_activations_function, round_nodes
-from slimc.backends.onnx.initializers import DATA_TYPES, Initializer, of_tensor
+from slimc.backends.onnx.initializers import Initializer
+from slimc.backends.onnx.narrowing import names_read, narrow, tensor_of
 from slimc.backends.onnx.translation import PACKED
-from slimc.backends.onnx.weights import LoweredLinear, lower_linear, lower_weight, narrowest
+from slimc.backends.onnx.weights import LoweredLinear, lower_linear, lower_weight
 from slimc.errors import CaptureError
 from slimc.runtime.activations import ACTIVATION_NAMES
 from slimc.runtime.decode import unpack_mask
@@ -23,11 +24,6 @@ from slimc.runtime.ops import LINEAR_TENSORS, OPS
 from slimc.runtime.packing import PackedLinear, PackedWeight
 
 __all__ = ["lower"]
-
-_WORTH_A_CAST = 4096
-"""Elements below which a dense constant is not worth a node that widens it."""
-
-_TYPES = {number: dtype for dtype, number in DATA_TYPES.items()}
 
 
 def lower(
@@ -62,7 +58,7 @@ def lower(
     lowering.lower_graph(model.graph)
     lowering.drop_unused(model.graph)
     if dtype == torch.float32 and target != "dense":
-        lowering.narrow(model.graph)
+        lowering.kept = narrow(model.graph, lowering.kept, apart_from=lowering.notes)
     del model.opset_import[:]
     domains = {"": opset} | lowering.domains
     model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in domains.items())
@@ -231,72 +227,16 @@ class _Lowering:
         """
         if name not in self.stored:
             raise CaptureError(f"the packed tensor '{name}' is computed by the model; only constants can be exported")
-        return _tensor_of(self.stored[name])
+        return tensor_of(self.stored[name])
 
     def drop_unused(self, graph: GraphProto) -> None:
         """Drop constants and transpositions that nothing reads any more."""
-        needed = _names_read(graph)
+        needed = names_read(graph)
         spare = [node for node in graph.node if node.op_type == "Transpose" and node.output[0] not in needed]
         for node in spare:
             graph.node.remove(node)
-        needed = _names_read(graph) - {name for node in graph.node for name in node.output}
+        needed = names_read(graph) - {name for node in graph.node for name in node.output}
         self.kept = {name: constant for name, constant in self.kept.items() if name in needed}
-
-    def narrow(self, graph: GraphProto) -> None:
-        """Store other constants in 16 bits where that is exact."""
-        of_sites = tuple(f"{name}." for name in self.notes)
-        casts: list[NodeProto] = []
-        for name, constant in list(self.kept.items()):
-            elements = constant.nbytes // 4
-            if constant.data_type != TensorProto.FLOAT or elements < _WORTH_A_CAST or name.startswith(of_sites):
-                continue
-            kept = narrowest(_tensor_of(constant))
-            if kept == torch.float32:
-                continue
-            narrow = f"{name}.narrow"
-            self.kept = {
-                (narrow if one == name else one): (_cast(constant, kept) if one == name else value)
-                for one, value in self.kept.items()
-            }
-            self._widen_rows(graph, name, narrow)
-            if name in _names_read(graph):
-                casts.append(helper.make_node("Cast", [narrow], [name], to=TensorProto.FLOAT))
-        nodes = [*casts, *graph.node]
-        del graph.node[:]
-        graph.node.extend(nodes)
-
-    def _widen_rows(self, graph: GraphProto, name: str, narrow: str) -> None:
-        """Let those who look rows up (embeddings) widen the rows alone."""
-        nodes: list[NodeProto] = []
-        for node in graph.node:
-            nodes.append(node)
-            if node.op_type == "Gather" and node.input[0] == name:
-                output = node.output[0]
-                node.input[0], node.output[0] = narrow, f"{output}.narrow"
-                nodes.append(helper.make_node("Cast", [f"{output}.narrow"], [output], to=TensorProto.FLOAT))
-        del graph.node[:]
-        graph.node.extend(nodes)
-
-
-def _cast(constant: Initializer, dtype: torch.dtype) -> Initializer:
-    return Initializer(DATA_TYPES[dtype], constant.dims, lambda: of_tensor(_tensor_of(constant), dtype).make())
-
-
-def _tensor_of(constant: Initializer) -> Tensor:
-    content = bytearray(constant.content().data)
-    dtype = _TYPES[constant.data_type]
-    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-    return flat.reshape(constant.dims)
-
-
-def _names_read(graph: GraphProto) -> set[str]:
-    names = {value.name for value in graph.output}
-    for node in graph.node:
-        names.update(node.input)
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                names |= _names_read(inner)
-    return names
 
 
 def _weight_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> WeightFormat:

@@ -21,7 +21,7 @@ from onnx.defs import OpSchema
 from onnx_ir.passes import common as passes
 from onnxscript.optimizer import fold_constants_ir
 
-from slimc.backends.onnx.initializers import Bytes, Initializer
+from slimc.backends.onnx.initializers import DATA_TYPES, Initializer, of_tensor
 from slimc.backends.onnx.tracing import PREFIX, Traced, quiet
 from slimc.errors import CaptureError
 from slimc.runtime.ops import OPS, Op
@@ -136,10 +136,9 @@ def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Init
         constant = value.const_value
         if constant is None:
             raise CaptureError(f"PyTorch's ONNX exporter left the constant {name} without a value")
-        dims = tuple(int(size) for size in constant.shape.numpy())
-        stored[name.removeprefix(PREFIX)] = Initializer(int(constant.dtype), dims, _maker(constant))
+        stored[name.removeprefix(PREFIX)] = initializer = _initializer(constant)
         value.const_value = onnx_ir.ExternalTensor(
-            "", 0, constant.nbytes, constant.dtype, shape=onnx_ir.Shape(dims), name=name
+            "", 0, initializer.nbytes, constant.dtype, shape=onnx_ir.Shape(initializer.dims), name=name
         )
     proto: ModelProto = onnx_ir.to_proto(model)
     del proto.graph.initializer[:]
@@ -149,8 +148,13 @@ def _without_constants(model: onnx_ir.Model) -> tuple[ModelProto, dict[str, Init
     return proto, stored
 
 
-def _maker(constant: onnx_ir.TensorProtocol) -> Callable[[], Bytes]:
-    return lambda: np.frombuffer(constant.tobytes(), dtype=np.uint8)
+def _initializer(constant: onnx_ir.TensorProtocol) -> Initializer:
+    """Return a constant of the exporter's; a tensor of PyTorch's is not copied."""
+    raw = getattr(constant, "raw", None)
+    if isinstance(raw, torch.Tensor) and DATA_TYPES.get(raw.dtype) == int(constant.dtype):
+        return of_tensor(raw)
+    dims = tuple(int(size) for size in constant.shape.numpy())
+    return Initializer(int(constant.dtype), dims, lambda: np.frombuffer(constant.tobytes(), dtype=np.uint8))
 
 
 def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

@@ -314,3 +314,19 @@ def test_a_dense_model_is_exported_too(in_runtime: Runtime) -> None:
     (found,) = in_runtime(graph.whole().SerializeToString(), {graph.description.inputs[0]: x.numpy()})
     with torch.no_grad():
         assert relative_error(found, model(x)) < WITHIN
+
+
+def test_layers_with_equal_codes_stay_apart(in_runtime: Runtime) -> None:
+    """Equal constants may be merged, but a layer is known by the names of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False))
+    with torch.no_grad():
+        model[2].weight.copy_(2 * model[0].weight)
+    x = torch.randn(4, 32)
+    small = slimc.compile(model, [x], passes=[Quantize(bits=4, group=16, method="absmax"), Fuse()])
+    assert torch.equal(small[0].values, small[2].values)
+    graph = export_module(small, ((x,), {}))
+    (found,) = in_runtime(graph.whole().SerializeToString(), {graph.description.inputs[0]: x.numpy()})
+    with torch.no_grad():
+        assert relative_error(found, small(x)) < WITHIN
+    assert len(graph.sites) == 2

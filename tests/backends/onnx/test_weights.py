@@ -348,3 +348,12 @@ def test_names_are_those_of_the_layer() -> None:
 def test_unknown_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         lower_linear(FORMS["int4"](), None, **{"target": "ort", "name": "layer", **options})
+
+
+def test_dense_weights_keep_the_zeros_of_2_of_4() -> None:
+    packed = FORMS["low-rank int4"]()
+    weight = lower_linear(packed, None, "dense", "layer").stored["layer.weight"]
+    numbers = torch.from_numpy(weight.content()).view(torch.float32).reshape(weight.dims)
+    kept = (numbers.t().reshape(packed.format.rows, -1, 4) != 0).sum(-1)
+    assert weight.dims == (packed.format.columns, packed.format.rows)
+    assert int(kept.max()) == 2, "of every four inputs two at most, adapters apart"
