@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import statistics
 import time
@@ -48,6 +49,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    # Importing the quantiser has every package log what it does.
+    logging.getLogger().setLevel(logging.WARNING)
 
     folders = exported(chosen.model, chosen.compressed, chosen.work)
     tokenizer = hf.load_tokenizer(chosen.compressed[0])
@@ -76,7 +79,6 @@ def main() -> None:
             f"{name:34s} {readable(row['bytes']):>10s} {row['perplexity']:10.2f} {row['prefill']:9.1f} "
             f"{row['decode']:8.1f}  {row['over_fp32']:.2f} x"
         )
-    print(f"fp16 weights would take {readable(rows['fp32']['bytes'] // 2)}")
     if chosen.json is not None:
         settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int)}
         chosen.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
@@ -104,6 +106,7 @@ def exported(model: str, compressed: Sequence[Path], work: Path) -> dict[str, Pa
 def quantise(source: Path, folder: Path, level: int) -> None:
     """Round every matrix of a folder to 4 bits with ONNX Runtime's tool, in its symmetric form and blocks of 32."""
     model = onnx.load(source / "model.onnx")
+    widen(model)
     (head,) = (node for node in model.graph.node if node.op_type == "FusedMatMul")
     table = next(one for one in model.graph.initializer if one.name == head.input[1])
     model.graph.initializer.append(
@@ -124,6 +127,22 @@ def quantise(source: Path, folder: Path, level: int) -> None:
     folder.mkdir(parents=True)
     tool.model.save_model_to_file(str(folder / "model.onnx"), True)
     shutil.copy(source / DESCRIPTION, folder)
+
+
+def widen(model: onnx.ModelProto) -> None:
+    """Store as float32 what is float32 when it is read: the tool sees no constant behind a Cast."""
+    names = set()
+    for constant in model.graph.initializer:
+        if constant.data_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16):
+            names.add(constant.name)
+            wide = numpy_helper.to_array(constant).astype(np.float32)
+            constant.CopyFrom(numpy_helper.from_array(wide, constant.name))
+    casts = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in names]
+    widened = {node.output[0]: node.input[0] for node in casts}
+    for node in casts:
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [widened.get(name, name) for name in node.input]
 
 
 def measured(decoder: OnnxDecoder, prompt: list[int], tokens: int) -> tuple[float, list[float]]:
