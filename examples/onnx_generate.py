@@ -32,7 +32,10 @@ def main() -> None:
     # Products that ONNX Runtime finds in the graph are then computed in its dtype, and not with inputs of 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     model = chosen.folder / description["model"]
-    session = onnxruntime.InferenceSession(str(model), options, providers=[chosen.provider])
+    # Merging equal scales of several layers would keep it from finding those products.
+    session = onnxruntime.InferenceSession(
+        str(model), options, providers=[chosen.provider], disabled_optimizers=["ConstantSharing"]
+    )
 
     cache = description["cache"]
     names = [f"{layer}.{part}" for layer in range(cache["layers"]) for part in ("key", "value")]

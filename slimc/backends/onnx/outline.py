@@ -7,7 +7,6 @@ quick and in little memory, and it leaves the choice of the nodes that take its 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +65,6 @@ def outline_of(model: nn.Module, dtype: torch.dtype) -> Outline:
         InputError: the model cannot be copied.
     """
     outline = Outline(nn.Module())
-    instead: dict[int, object] = {}
     stands_for: dict[int, _Placeholder] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in stands_for:
@@ -80,18 +78,17 @@ def outline_of(model: nn.Module, dtype: torch.dtype) -> Outline:
         elif type(module) is nn.Embedding and not _hooked(module) and module.max_norm is None:
             outline.embeddings[name] = module
             stands_for[id(module)] = _Placeholder("Embedding", [name], module.embedding_dim, dtype)
-    instead |= stands_for
-    convert = _Converter(dtype)
+    instead: dict[int, object] = dict(stands_for)
     persistent = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     for module in model.modules():
         if id(module) in stands_for:
             continue
         for parameter in module._parameters.values():
             if parameter is not None:
-                instead[id(parameter)] = nn.Parameter(convert(parameter), requires_grad=False)
+                instead[id(parameter)] = nn.Parameter(_converted(parameter, dtype), requires_grad=False)
         for buffer in module._buffers.values():
             if buffer is not None:
-                instead[id(buffer)] = convert(buffer) if id(buffer) in persistent else buffer
+                instead[id(buffer)] = _converted(buffer, dtype) if id(buffer) in persistent else buffer
     try:
         outline.model = copy.deepcopy(model, instead)
     except CANNOT_BE_COPIED as error:
@@ -103,14 +100,6 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-@dataclass(frozen=True)
-class _Converter:
-    """Brings floating point tensors to a dtype, on the CPU; others stay."""
-
-    dtype: torch.dtype
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", self.dtype if tensor.is_floating_point() else None)
-
-
-Convert = Callable[[Tensor], Tensor]
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring a tensor to the CPU, and to ``dtype`` if its numbers are floating point."""
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)

@@ -102,7 +102,10 @@ class OnnxDecoder:
         path = file_inside(self.folder, self.description.model)
         providers = [PROVIDERS[self._device]] + (["CPUExecutionProvider"] if self._device != "cpu" else [])
         try:
-            return self._runtime.InferenceSession(str(path), options, providers=providers)
+            # Equal scales of several layers would become one constant, and those layers then no fused products.
+            return self._runtime.InferenceSession(
+                str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
+            )
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
             raise FormatError(

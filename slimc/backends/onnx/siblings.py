@@ -12,7 +12,7 @@ zeros of its other blocks are read for nothing, so layers are only joined where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -130,8 +130,3 @@ def _stacked(
         scale[down : down + len(part)] = part_scale
         down += height
     return pack_weight(codes, bits=like.format.bits, scale=scale, group=group)
-
-
-def as_linear(packed: PackedWeight) -> PackedLinear:
-    """Return a matrix as a layer without adapters."""
-    return PackedLinear(replace(packed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ from slimc.backends.onnx.session import OnnxDecoder, end_tokens
 from slimc.cli import app
 from slimc.errors import FormatError, InputError
 from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
+from slimc.passes.solvers.quantization import quantize_absmax
+from slimc.runtime.packing import pack_weight
 
 PROMPTS = [list(range(5, 17)), [7, 8, 9], [300], list(range(100, 120))]
 NEW = 12
@@ -192,14 +195,33 @@ def test_learned_positions(tmp_path: Path) -> None:
         decoder.generate([[1]], 41)
 
 
+def with_rounded_embedding(model: Any, bits: int, group: int) -> Any:
+    """Return a copy of a model whose embedding holds what ``embedding_bits`` makes of it."""
+    rounded = copy.deepcopy(model)
+    weight = rounded.get_input_embeddings().weight
+    found = quantize_absmax(weight.detach(), bits, group, scale_dtype=torch.float16)
+    packed = pack_weight(found.codes, bits=bits, scale=found.scale.float(), group=group)
+    with torch.no_grad():
+        weight.copy_(packed.decode())
+    return rounded
+
+
+def test_rounded_embeddings_are_one_constant_that_is_read_by_rows_and_multiplied_by(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    slimc.export_onnx(model, tmp_path / "four", target="ort", embedding_bits=4)
+    assert_same(with_rounded_embedding(model, 4, 32), tmp_path / "four")
+    graph = onnx.load(tmp_path / "four" / "model.onnx", load_external_data=False).graph
+    assert [list(one.dims) for one in graph.initializer if 384 in one.dims] == [[384, 2, 16], [384, 2]]
+
+
 def test_half_precision_keeps_the_cache_in_it(tmp_path: Path) -> None:
     model = llama(num_hidden_layers=1)
-    slimc.export_onnx(model, tmp_path / "half", target="ort", dtype="float16")
+    slimc.export_onnx(model, tmp_path / "half", target="ort", dtype="float16", embedding_bits=8)
     decoder = OnnxDecoder(tmp_path / "half", threads=1)
     assert decoder.cache.dtype == "float16"
     ids = np.arange(8)[None]
     with torch.no_grad():
-        expected = model(torch.from_numpy(ids)).logits.numpy()
+        expected = with_rounded_embedding(model, 8, 64)(torch.from_numpy(ids)).logits.numpy()
     error = np.abs(decoder.logits(ids).astype(np.float32) - expected).max()
     # Some tens of roundings of 2^-11 in a row.
     assert error <= 2**-5 * np.abs(expected).max()
@@ -246,6 +268,13 @@ def test_models_without_a_known_cache_are_refused_before_anything_is_written(tmp
         slimc.export_onnx(bert, tmp_path / "bert", cache=True)
     with pytest.raises(InputError, match="leave example_inputs out"):
         slimc.export_onnx(llama(), tmp_path / "llama", torch.zeros(1, 3, dtype=torch.int64), cache=True)
+    for options, message in (
+        ({"embedding_bits": 4}, "'portable' has no operator that looks up rows"),
+        ({"embedding_bits": 5, "target": "ort"}, "rounded to 4 or 8 bits, not to 5"),
+        ({"embedding_bits": 4, "cache": False}, "with a cache only"),
+    ):
+        with pytest.raises(InputError, match=message):
+            slimc.export_onnx(llama(num_hidden_layers=1), tmp_path / "llama", **options)
     assert not list(tmp_path.iterdir())
 
 

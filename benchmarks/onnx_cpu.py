@@ -1,0 +1,167 @@
+"""Decoding in ONNX Runtime on the CPU: compressed folders against the fp32 export and ONNX Runtime's own quantiser.
+
+    python benchmarks/onnx_cpu.py MODEL COMPRESSED... --text test.txt --work DIR
+
+MODEL is the dense model, each COMPRESSED a folder that ``slimc compress`` wrote. All are exported with one graph
+(fused attention, norms and rotations), so that only the weights differ; the quantiser gets that graph with the output
+embedding as a matrix of its own, which it rounds to 4 bits too. Exports are kept in DIR. Times are taken in rounds,
+each variant once a round, so that what else the machine does meets all alike; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+import slimc
+from slimc.backends import hf
+from slimc.backends.onnx.description import DESCRIPTION
+from slimc.backends.onnx.session import OnnxDecoder
+from slimc.runtime.files import readable
+
+LEVELS = (0, 4)
+"""Accuracy levels of MatMulNBits: products in float32, or of inputs rounded to 8 bits."""
+
+
+def main() -> None:
+    """Export, measure, print a table, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("compressed", nargs="+", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    # Importing the quantiser has every package log what it does.
+    logging.getLogger().setLevel(logging.WARNING)
+
+    folders = exported(chosen.model, chosen.compressed, chosen.work)
+    tokenizer = hf.load_tokenizer(chosen.compressed[0])
+    text = chosen.text.read_text()
+    ids = hf.tokenize_text(tokenizer, text, chosen.windows, chosen.length).numpy()
+    rows = {}
+    for name, folder in folders.items():
+        size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        rows[name] = {"bytes": size, "perplexity": perplexity(OnnxDecoder(folder, threads=chosen.threads), ids)}
+    decoders = {name: OnnxDecoder(folder, threads=chosen.threads) for name, folder in folders.items()}
+    prompt = ids[0, : chosen.prompt].tolist()
+    times = {name: measured(decoder, prompt, 4) for name, decoder in decoders.items()}  # to warm up
+    times = {name: ([], []) for name in decoders}
+    for _ in range(chosen.rounds):
+        for name, decoder in decoders.items():
+            prefill, steps = measured(decoder, prompt, chosen.tokens)
+            times[name][0].append(prefill)
+            times[name][1].append(statistics.median(steps))
+    for name, (prefills, steps) in times.items():
+        rows[name] |= {"prefill": chosen.prompt / statistics.median(prefills), "decode": 1 / statistics.median(steps)}
+        # Each round's own ratio: what else ran then, ran for both.
+        rows[name]["over_fp32"] = statistics.median(a / b for a, b in zip(times["fp32"][1], steps, strict=True))
+    print(f"{'':34s} {'size':>10s} {'perplexity':>10s} {'prefill':>9s} {'decode':>8s}  tokens a second; over fp32")
+    for name, row in rows.items():
+        print(
+            f"{name:34s} {readable(row['bytes']):>10s} {row['perplexity']:10.2f} {row['prefill']:9.1f} "
+            f"{row['decode']:8.1f}  {row['over_fp32']:.2f} x"
+        )
+    if chosen.json is not None:
+        settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int)}
+        chosen.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+
+
+def exported(model: str, compressed: Sequence[Path], work: Path) -> dict[str, Path]:
+    """Return the folders of all variants, exporting those that ``work`` does not hold yet."""
+    folders = {"fp32": work / "fp32"}
+    if not folders["fp32"].exists():
+        slimc.export_onnx(hf.load_model(model)[0], folders["fp32"], target="ort")
+    for level in LEVELS:
+        name = f"ORT's quantiser, level {level}"
+        folders[name] = work / f"quantised-{level}"
+        if not folders[name].exists():
+            quantise(folders["fp32"], folders[name], level)
+        for folder in compressed:
+            name = f"{folder.name}, level {level}"
+            folders[name] = work / f"{folder.name}-{level}"
+            if not folders[name].exists():
+                small = slimc.load(folder)
+                slimc.export_onnx(small, folders[name], target="ort", accuracy_level=level, embedding_bits=4)
+    return folders
+
+
+def quantise(source: Path, folder: Path, level: int) -> None:
+    """Round every matrix of a folder to 4 bits with ONNX Runtime's tool, in its symmetric form and blocks of 32."""
+    model = onnx.load(source / "model.onnx")
+    widen(model)
+    (head,) = (node for node in model.graph.node if node.op_type == "FusedMatMul")
+    table = next(one for one in model.graph.initializer if one.name == head.input[1])
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(table).T), "head")
+    )
+    alone = helper.make_node("MatMul", [head.input[0], "head"], list(head.output), name=head.name)
+    head.CopyFrom(alone)
+    tool = MatMulNBitsQuantizer(
+        model,
+        bits=4,
+        block_size=32,
+        is_symmetric=True,
+        accuracy_level=level,
+        op_types_to_quantize=("MatMul", "Gather"),
+        quant_axes=(("MatMul", 0), ("Gather", 1)),
+    )
+    tool.process()
+    folder.mkdir(parents=True)
+    tool.model.save_model_to_file(str(folder / "model.onnx"), True)
+    shutil.copy(source / DESCRIPTION, folder)
+
+
+def widen(model: onnx.ModelProto) -> None:
+    """Store as float32 what is float32 when it is read: the tool sees no constant behind a Cast."""
+    names = set()
+    for constant in model.graph.initializer:
+        if constant.data_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16):
+            names.add(constant.name)
+            wide = numpy_helper.to_array(constant).astype(np.float32)
+            constant.CopyFrom(numpy_helper.from_array(wide, constant.name))
+    casts = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in names]
+    widened = {node.output[0]: node.input[0] for node in casts}
+    for node in casts:
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [widened.get(name, name) for name in node.input]
+
+
+def measured(decoder: OnnxDecoder, prompt: list[int], tokens: int) -> tuple[float, list[float]]:
+    """Return the seconds until the first token, and those of each token after it."""
+    stamps = [time.perf_counter()]
+    decoder.generate([prompt], tokens, on_tokens=lambda _: stamps.append(time.perf_counter()))
+    return stamps[1] - stamps[0], np.diff(stamps[1:]).tolist()
+
+
+def perplexity(decoder: OnnxDecoder, windows: np.ndarray) -> float:
+    """Return the perplexity of token ids [windows, length]: each but a window's first is predicted."""
+    losses = []
+    for window in windows:
+        logits = decoder.logits(window[None])[0, :-1].astype(np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(logits, window[1:, None], axis=-1)[:, 0]
+        losses.append(np.log(np.exp(logits).sum(axis=-1)) - chosen)
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Rewrites into ONNX Runtime's operators: what they compute, and what they leave alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime
+
+Runtime = Callable[[bytes, Mapping[str, np.ndarray]], list[np.ndarray]]
+
+ROTATION = """
+<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+graph (float[2,3,16] states, float[2,3,4] {first}, float[2,3,4] other) => (float[2,3,16] result)
+<int64[4] split = {{2, 3, 2, 8}}, int64[3] merge = {{2, 3, 16}}, int64[1] heads = {{1}}, int64[1] zero = {{0}},
+ int64[1] half = {{{half}}}, int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}>
+{{
+    angles = Concat <axis = -1> ({first}, {second})
+    cos = Cos(angles)
+    sin = Sin(angles)
+    cosines = Unsqueeze(cos, heads)
+    sines = Unsqueeze(sin, heads)
+    apart = Reshape(states, split)
+    x = Transpose <perm = [0, 2, 1, 3]> (apart)
+    lower = Slice(x, zero, half, last)
+    upper = Slice(x, half, end, last)
+    negative = Neg(upper)
+    turned = Concat <axis = -1> (negative, lower)
+    straight = Mul(x, cosines)
+    across = Mul(turned, sines)
+    rotated = Add(straight, across)
+    back = Transpose <perm = [0, 2, 1, 3]> (rotated)
+    result = Reshape(back, merge)
+}}
+"""
+
+NORM = """
+<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+graph (float[2,3,4] a, float[{shape}] b) => (float[2,3,4] sum, float[2,3,4] result)
+<float[4] weight = {{1.0, 2.0, 3.0, 4.0}}, float[1] two = {{{exponent}}}, int64[1] last = {{{axis}}},
+ float[1] epsilon = {{0.01}}>
+{{
+    sum = Add(a, b)
+    square = Pow(sum, two)
+    mean = ReduceMean <keepdims = 1> (square, last)
+    shifted = Add(mean, epsilon)
+    root = Sqrt(shifted)
+    inverse = Reciprocal(root)
+    scaled = Mul(sum, inverse)
+    result = Mul(weight, scaled)
+}}
+"""
+
+
+def fused(text: str) -> tuple[onnx.ModelProto, onnx.ModelProto, Counter[str]]:
+    """Return a model with the shapes of all values, what it is rewritten to, and the operators in that."""
+    before = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    model = ir.from_proto(before)
+    fuse_for_onnxruntime(model)
+    return before, ir.to_proto(model), Counter(node.op_type for node in model.graph)
+
+
+def assert_equal_results(before: onnx.ModelProto, after: onnx.ModelProto, in_runtime: Runtime) -> None:
+    random = np.random.default_rng(0)
+    shapes = {one.name: [size.dim_value for size in one.type.tensor_type.shape.dim] for one in before.graph.input}
+    inputs = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = in_runtime(before.SerializeToString(), inputs)
+    found = in_runtime(after.SerializeToString(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        # Fewer than 16 roundings of numbers below 16.
+        np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-16)
+
+
+def test_a_rotation_reads_angles_of_this_call_as_its_table(in_runtime: Runtime) -> None:
+    before, after, operators = fused(ROTATION.format(first="one", second="one", half=4))
+    assert operators["RotaryEmbedding"] == 1
+    assert not operators["Neg"] + operators["Transpose"] + operators["Unsqueeze"]
+    assert_equal_results(before, after, in_runtime)
+
+
+@pytest.mark.parametrize(
+    "change", [{"second": "other"}, {"half": 2}], ids=["halves of other angles", "halves of other sizes"]
+)
+def test_other_rotations_stay(change: dict[str, object]) -> None:
+    _, _, operators = fused(ROTATION.format(**({"first": "one", "second": "one", "half": 4} | change)))
+    assert not operators["RotaryEmbedding"]
+    assert operators["Neg"] == 1
+
+
+def test_a_sum_and_its_norm_become_one(in_runtime: Runtime) -> None:
+    before, after, operators = fused(NORM.format(shape="2,3,4", exponent=2.0, axis=-1))
+    assert operators == {"SkipSimplifiedLayerNormalization": 1}
+    assert_equal_results(before, after, in_runtime)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": "4"}, {"exponent": 3.0}, {"axis": 1}],
+    ids=["a broadcast sum", "another power", "another axis"],
+)
+def test_other_norms_stay(change: dict[str, object]) -> None:
+    _, _, operators = fused(NORM.format(**({"shape": "2,3,4", "exponent": 2.0, "axis": -1} | change)))
+    assert operators["Reciprocal"] == 1
+    assert not operators["SkipSimplifiedLayerNormalization"]
+
+
+def test_a_second_run_changes_nothing() -> None:
+    for text in (ROTATION.format(first="one", second="one", half=4), NORM.format(shape="2,3,4", exponent=2.0, axis=-1)):
+        _, after, _ = fused(text)
+        model = ir.from_proto(after)
+        assert not any(fuse_for_onnxruntime(model).values())
+
+
+def test_moves_that_lead_back_are_dropped_and_others_kept() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    graph (float[2,3,4] x) => (float[2,3,4] same, float[2,6,2] other)
+    <int64[2] flat = {6, 4}, int64[3] whole = {2, 3, 4}, int64[3] else = {2, 6, 2}>
+    {
+        a = Reshape(x, flat)
+        b = Reshape(a, whole)
+        same = Neg(b)
+        c = Reshape(a, else)
+        other = Neg(c)
+    }
+    """
+    _, _, operators = fused(text)
+    assert operators == {"Neg": 2, "Reshape": 2}
