@@ -34,8 +34,9 @@ lint: .venv/ready
 types: lint
 	$(TEST) -m mypy
 
+# A file's tests stay together, since they share models; a thread for each process, since more would wait for each other.
 pytest: types
-	$(TEST) -m pytest
+	OMP_NUM_THREADS=1 $(TEST) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 format: .venv/ready  ## put the code into its canonical form
 	$(TEST) -m ruff check --fix .
