@@ -1,8 +1,8 @@
 """Codes of one width for weights that have several, and for signs: ONNX has one width a matrix and none of 1 bit.
 
 The result is exact. Symmetric codes keep their distance from the zero point, which is that of the widest ones;
-asymmetric codes and their zero points stay as they are. A sign, which is a step of -1 or +1 and never 0, becomes the code below or
-above a zero point, for which it takes 2 bits.
+asymmetric codes and their zero points stay as they are. A sign, which is a step of -1 or +1 and never 0, becomes the
+code below or above a zero point, for which it takes 2 bits.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def sign_products(binary: PackedBinary) -> SignProducts:
     return SignProducts(
         right=binary.right[0] if single else binary.right,
         signs=PackedWeight(
-            WeightFormat(
-                form.rows, form.columns, bits=1, group=form.columns, dtype=form.dtype, widths=(1,)
-            ),
+            WeightFormat(form.rows, form.columns, bits=1, group=form.columns, dtype=form.dtype, widths=(1,)),
             binary.signs,
             scale=-binary.left if single else binary.left.new_full((form.rows, 1), -1),
         ),

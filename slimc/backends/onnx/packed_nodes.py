@@ -166,8 +166,7 @@ class _Lowering:
         )
         renamed = {lowered.input: inputs["x"], lowered.output: output}
         if count > 1:
-            # A layer that is called again has values of its own, but the constants of the first call.
-            renamed |= {again: name + again.removeprefix(lowered.name) for again in lowered.stored}
+            renamed |= _constants_of_first_call(lowered, name)
         else:
             self.kept |= lowered.stored
             self.notes[name] = lowered.notes
@@ -188,18 +187,24 @@ class _Lowering:
 
     def _sign_low_rank(self, inputs: dict[str, str], output: str) -> list[NodeProto]:
         binary = PackedBinary(*(self._tensor(inputs[name]) for name in ("signs", "left", "right")))
-        name = inputs["signs"].removesuffix("signs").rstrip("._")
+        layer = inputs["signs"].removesuffix("signs").rstrip("._")
+        name = f"{layer}.sign_low_rank"
+        count = self._uses[name] = self._uses.get(name, 0) + 1
         lowered = lower_signs(
             binary,
             self.target,
-            f"{name}.sign_low_rank",
+            name if count == 1 else f"{name}.call_{count}",
             dtype=self.dtype,
             opset=self.opset,
             accuracy_level=self.accuracy_level,
         )
-        self.kept |= lowered.stored
-        self.notes.setdefault(name, []).extend(lowered.notes)
-        return self._adopted(lowered, {lowered.input: inputs["x"], lowered.output: output})
+        renamed = {lowered.input: inputs["x"], lowered.output: output}
+        if count > 1:
+            renamed |= _constants_of_first_call(lowered, name)
+        else:
+            self.kept |= lowered.stored
+            self.notes.setdefault(layer, []).extend(lowered.notes)
+        return self._adopted(lowered, renamed)
 
     def _low_rank(self, inputs: dict[str, str], output: str) -> list[NodeProto]:
         nodes: list[NodeProto] = []
@@ -298,6 +303,11 @@ class _Lowering:
                 nodes.append(helper.make_node("Cast", [f"{output}.narrow"], [output], to=TensorProto.FLOAT))
         del graph.node[:]
         graph.node.extend(nodes)
+
+
+def _constants_of_first_call(lowered: LoweredLinear, name: str) -> dict[str, str]:
+    """Return new names for a layer that is called again: it has values of its own, but the constants of ``name``."""
+    return {again: name + again.removeprefix(lowered.name) for again in lowered.stored}
 
 
 def _cast(constant: Initializer, dtype: torch.dtype) -> Initializer:

@@ -145,9 +145,10 @@ def check_options(target: str, dtype: torch.dtype, opset: int | None) -> None:
 
 def opset_of(layers: Sequence[PackedLinear], target: str) -> int:
     """Return the lowest opset in which no code of these layers has to be widened more than ONNX's integers ask for."""
+    signs = [sign_products(layer.binary).signs for layer in layers if layer.binary is not None]
     parts = [part for layer in layers for part in (layer.weight, layer.left, layer.right) if part is not None]
-    signs = any(layer.binary is not None for layer in layers)
-    wants_2_bits = target == "portable" and (signs or any(_code_bits(part) == 2 for part in parts))
+    narrow = any(_code_bits(part) == 2 and _whole_bytes(part.format) for part in (*parts, *signs))
+    wants_2_bits = target == "portable" and narrow
     return OPSET_OF_2_BITS if wants_2_bits and _has_2_bits(OPSET_OF_2_BITS) else MIN_OPSET
 
 
@@ -384,7 +385,8 @@ class _HeldCodes:
 def _held_codes(piece: _Piece, name: str, packed: PackedWeight) -> _HeldCodes:
     """Store codes as [columns, rows] beside their scales: one, [rows], or [groups, rows]."""
     form, scale = packed.format, _scale(packed)
-    bits = _container(piece, name, packed, (2, 4, 8) if _has_2_bits(piece.opset) else (4, 8))
+    narrow = _has_2_bits(piece.opset) and _whole_bytes(form)
+    bits = _container(piece, name, packed, (2, 4, 8) if narrow else (4, 8))
     data_type = TensorProto.DataType.Value((_UNSIGNED if form.asymmetric else _SIGNED)[bits])
     codes = piece.constant(
         name, of_codes(data_type, (form.columns, form.rows), lambda: _signed_or_unsigned(packed).t())
@@ -412,6 +414,11 @@ def _scale(packed: PackedWeight) -> Tensor:
     if packed.scale is None:
         raise ValueError("a weight of numbers has no scale")
     return packed.scale
+
+
+def _whole_bytes(form: WeightFormat) -> bool:
+    """Tell whether 2-bit codes of a column fill their bytes: ONNX Runtime 1.32 makes a wrong MatMulNBits of others."""
+    return form.rows % 4 == 0
 
 
 def _has_2_bits(opset: int) -> bool:
