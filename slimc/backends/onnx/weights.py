@@ -246,8 +246,14 @@ def lower_signs(
         if products.left is not None:
             inputs.append(piece.numbers("sign_left", products.left))
         function = sign_low_rank_function(opset, several=products.left is not None)
-        attributes = {"signs_axis": held.axis, "signs_block_size": held.block}
-        piece.node("sign_low_rank", inputs, result.output, function=function, **attributes)
+        piece.node(
+            "sign_low_rank",
+            inputs,
+            result.output,
+            function=function,
+            signs_axis=held.axis,
+            signs_block_size=held.block,
+        )
     return result
 
 
@@ -611,9 +617,9 @@ def _lower_dense(piece: _Piece, packed: PackedLinear, bias: Tensor | None) -> No
     # Signs leave no zeros that a second product could profit from; where both read the same input, one will do.
     whole = packed.binary if packed.input_scale is None and packed.activation is None else None
     if whole is not None:
-        piece.note(f"weight: {whole.format.describe()} are part of its numbers, and its pattern is not")
+        piece.note(f"weight: {whole.format.describe()} are added to its numbers, which leaves no zeros")
         packed = replace(packed, binary=None)
-    if packed.weight.format.bits is not None:
+    if packed.weight.format.bits is not None or whole is not None:
         bits = 8 * piece.dtype.itemsize
         piece.note(f"weight: {packed.weight.format.describe()} is stored as numbers of {bits} bits")
     _lower_products(piece, packed, bias, product)

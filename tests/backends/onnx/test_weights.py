@@ -292,16 +292,21 @@ def test_rounded_inputs(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_float16(target: str, in_runtime: Runtime) -> None:
-    packed = FORMS["scaled low-rank bf16"]()
+@pytest.mark.parametrize(
+    ("form", "roundings"),
+    # Scales, decoded weights, the scaled input, products, and sums; of signs two factors, their products, three ranks.
+    [("scaled low-rank bf16", 8), ("int3-1-2-4/16 asymmetric", 8), ("signs", 8), ("signs 3 ranks", 12)],
+)
+def test_float16(form: str, roundings: int, target: str, in_runtime: Runtime) -> None:
+    packed = FORMS[form]()
     x, bias = inputs_of(packed, torch.float16), bias_of(packed).half()
     lowered = lower_linear(packed, bias, target, "layer.0", dtype=torch.float16)
     model = model_of(lowered, packed, torch.float16)
     onnx.checker.check_model(model, full_check=True)
     (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
     ideal, size = unrounded_product(packed, x, bias)
-    # Roundings to float16 of scales, decoded weights, the scaled input, products, and sums; products add up in float32.
-    bound = 8 * 2.0**-11 * size + bound_of(packed, size)
+    # Products add up in float32, all else is rounded to float16.
+    bound = roundings * 2.0**-11 * size + bound_of(packed, size)
     assert found.dtype == np.float16
     assert ((torch.from_numpy(found).double() - ideal).abs() <= bound).all()
 
