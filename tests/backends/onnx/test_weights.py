@@ -333,6 +333,22 @@ def test_onnx_runtime_keeps_the_codes(form: str, in_runtime: Runtime, tmp_path: 
     ), "nothing is folded to numbers"
 
 
+@pytest.mark.parametrize("opset", [21, 25])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_onnx_runtime_keeps_signs_as_codes(ranks: int, opset: int, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    packed = with_signs(_linear(pack_random(24, 64)), ranks)
+    model = model_of(lower_linear(packed, None, "portable", "layer", opset=opset), packed, torch.float32, opset)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx").graph
+    operators = [node.op_type for node in optimised.node]
+    assert operators.count("MatMulNBits") == 2
+    assert not {"MatMul", "DequantizeLinear"} & set(operators)
+
+
 @pytest.mark.parametrize(
     ("form", "target", "opset", "bits", "note"),
     [
