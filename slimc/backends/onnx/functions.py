@@ -30,6 +30,7 @@ __all__ = [
     "low_rank_function",
     "round_activations_function",
     "round_nodes",
+    "sign_low_rank_function",
 ]
 
 DOMAIN = "slim"
@@ -38,8 +39,13 @@ VERSION = 1
 INPUTS = (
     *("x", "weight", "scale", "zero_point", "input_scale"),
     *("left", "left_scale", "right", "right_scale", "bias"),
+    *("sign_right", "signs", "signs_scale", "sign_left"),
 )
-"""Inputs of ``slim::linear`` by position: weight [columns, rows], left [rank, rows], right [columns, rank]."""
+"""Inputs of ``slim::linear`` by position: weight [columns, rows], left [rank, rows], right [columns, rank].
+
+Signs are codes [columns, rows] with a scale of [rows], sign_right is [columns] and there is no sign_left if their
+magnitude is of rank 1; of other ranks they are [rank, columns] and [rank, rows].
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class LinearOverload:
         left_codes: the left factor is codes with a scale.
         right_codes: the right factor is codes with a scale.
         bias: there is one.
+        sign_ranks: rank of the signs' magnitude, 0 without signs.
         activation: what the input of the weight is rounded to, one of `slimc.runtime.formats.ACTIVATIONS`, or None.
     """
 
@@ -64,6 +71,7 @@ class LinearOverload:
     left_codes: bool = False
     right_codes: bool = False
     bias: bool = False
+    sign_ranks: int = 0
     activation: str | None = None
 
     @property
@@ -74,7 +82,13 @@ class LinearOverload:
         if self.low_rank:
             words += ["left_codes" if self.left_codes else "left", "right_codes" if self.right_codes else "right"]
         words += [word for word in ("bias",) if self.bias]
+        words += [sign_overload(several=self.sign_ranks > 1)] if self.sign_ranks else []
         return ".".join(words + ([self.activation] if self.activation else []))
+
+
+def sign_overload(*, several: bool) -> str:
+    """Return the name of an overload for signs whose magnitude is of rank 1, or of several ranks."""
+    return "sign_ranks" if several else "signs"
 
 
 def dequantize_node(codes: str, scale: str, zero_point: str | None, result: str, *, prefix: str) -> NodeProto:
@@ -135,7 +149,10 @@ def round_nodes(x: str, result: str, kind: str, prefix: str) -> list[NodeProto]:
 
 
 def linear_function(overload: LinearOverload, opset: int) -> FunctionProto:
-    """Return ``slim::linear``: ``round(x * input_scale) @ W + bias + (x @ R) @ L`` of weights held as [in, out]."""
+    """Return ``slim::linear``: ``round(x * input_scale) @ W + bias + (x @ R) @ L + binary`` of weights [in, out].
+
+    ``binary`` is `sign_low_rank_function`.
+    """
     nodes: list[NodeProto] = []
     attributes: list[str] = []
 
@@ -157,17 +174,25 @@ def linear_function(overload: LinearOverload, opset: int) -> FunctionProto:
         operand = "rounded_input"
     weight = decoded("weight", overload.codes, "", overload.zero_point)
     nodes.append(helper.make_node("MatMul", [operand, weight], ["product"]))
-    terms = ["product"]
+    total = "product"
     if overload.bias:
         nodes.append(helper.make_node("Add", ["product", "bias"], ["biased"]))
-        terms = ["biased"]
+        total = "biased"
     if overload.low_rank:
         right = decoded("right", overload.right_codes, "right_")
         left = decoded("left", overload.left_codes, "left_")
         nodes.append(helper.make_node("MatMul", ["x", right], ["inner"]))
         nodes.append(helper.make_node("MatMul", ["inner", left], ["correction"]))
-        terms.append("correction")
-    nodes.append(helper.make_node("Add" if len(terms) > 1 else "Identity", terms, ["y"]))
+        last = "corrected" if overload.sign_ranks else "y"
+        nodes.append(helper.make_node("Add", [total, "correction"], [last]))
+        total = last
+    if overload.sign_ranks:
+        signs = decoded("signs", True, "signs_")
+        nodes += _sign_nodes(signs, "binary", several=overload.sign_ranks > 1)
+        nodes.append(helper.make_node("Add", [total, "binary"], ["y"]))
+        total = "y"
+    if total != "y":
+        nodes.append(helper.make_node("Identity", [total], ["y"]))
     return _function("linear", INPUTS, "y", nodes, attributes, overload.name, opset)
 
 
@@ -196,6 +221,32 @@ def low_rank_function(opset: int) -> FunctionProto:
         helper.make_node("MatMul", ["inner", "left"], ["y"]),
     ]
     return _function("low_rank", ("x", "left", "right"), "y", nodes, [], "", opset)
+
+
+def sign_low_rank_function(opset: int, *, several: bool) -> FunctionProto:
+    """Return ``slim::sign_low_rank``: ``sum_k ((x * right[k]) @ signs) * left[k]``; of rank 1 the scale is ``left``."""
+    nodes = [dequantize_node("signs", "signs_scale", None, "signs_decoded", prefix="signs_")]
+    nodes += _sign_nodes("signs_decoded", "y", several=several)
+    inputs = ("x", "sign_right", "signs", "signs_scale", "sign_left")
+    attributes = ["signs_axis", "signs_block_size"]
+    return _function("sign_low_rank", inputs, "y", nodes, attributes, sign_overload(several=several), opset)
+
+
+def _sign_nodes(signs: str, result: str, *, several: bool) -> list[NodeProto]:
+    """Return the products by decoded signs; these are read once for all ranks, which are an axis of their own."""
+    if not several:
+        return [
+            helper.make_node("Mul", ["x", "sign_right"], ["sign_input"]),
+            helper.make_node("MatMul", ["sign_input", signs], [result]),
+        ]
+    return [
+        helper.make_node("Constant", [], ["sign_axis"], value_ints=[-2]),
+        helper.make_node("Unsqueeze", ["x", "sign_axis"], ["sign_x"]),
+        helper.make_node("Mul", ["sign_x", "sign_right"], ["sign_input"]),
+        helper.make_node("MatMul", ["sign_input", signs], ["sign_product"]),
+        helper.make_node("Mul", ["sign_product", "sign_left"], ["sign_terms"]),
+        helper.make_node("ReduceSum", ["sign_terms", "sign_axis"], [result], keepdims=0),
+    ]
 
 
 def _function(

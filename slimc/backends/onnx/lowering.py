@@ -158,6 +158,8 @@ class CompressedMatrices:
                 filling.constants[f"{layer}.bias"] = of_tensor(module.bias, self._options["dtype"])
         filling.notes.append("its adapters are part of its weight" + (", and so are its siblings" * (len(layers) > 1)))
         form = modules[0].format.weight
+        if any(module.format.weight.widths is not None for module in modules):
+            filling.notes.append(f"weight: {form.describe()} is stored in codes of {form.bits} bits")
         if form.sparsity is not None:
             filling.notes.append(f"weight: {form.describe()} is stored without its pattern, as {form.bits}-bit codes")
         self._account(name, [module.packed for module in modules], filling)

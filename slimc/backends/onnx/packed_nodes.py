@@ -15,13 +15,13 @@ from slimc.backends.onnx.functions import DOMAIN, low_rank_function, round_activ
 from slimc.backends.onnx.initializers import Initializer
 from slimc.backends.onnx.narrowing import names_read, narrow, tensor_of
 from slimc.backends.onnx.translation import PACKED
-from slimc.backends.onnx.weights import LoweredLinear, lower_linear, lower_weight
+from slimc.backends.onnx.weights import LoweredLinear, lower_linear, lower_signs, lower_weight
 from slimc.errors import CaptureError
 from slimc.runtime.activations import ACTIVATION_NAMES
 from slimc.runtime.decode import unpack_mask
-from slimc.runtime.formats import NM, LinearFormat, Sparsity, Unstructured, WeightFormat
+from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Sparsity, Unstructured, WeightFormat
 from slimc.runtime.ops import LINEAR_TENSORS, OPS
-from slimc.runtime.packing import PackedLinear, PackedWeight
+from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight
 
 __all__ = ["lower"]
 
@@ -129,21 +129,26 @@ class _Lowering:
 
     def _lowered(self, node: NodeProto) -> list[NodeProto]:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        widths = tuple(width for attribute in node.attribute if attribute.name == "widths" for width in attribute.ints)
         names = [name.rstrip("?") for name in OPS[f"slim::{node.op_type}"].inputs]
         inputs = {name: value for name, value in zip(names, node.input, strict=False) if value}
         output = node.output[0]
         if node.op_type == "linear":
-            return self._linear(inputs, attributes, output)
+            return self._linear(inputs, attributes, widths, output)
+        if node.op_type == "sign_low_rank":
+            return self._sign_low_rank(inputs, output)
         if node.op_type == "low_rank":
             return self._low_rank(inputs, output)
         if node.op_type == "round_activations":
             return self._round(inputs["x"], ACTIVATION_NAMES[attributes["activation"]], output)
-        return self._weight(inputs, attributes, output)
+        return self._weight(inputs, attributes, widths, output)
 
-    def _linear(self, inputs: dict[str, str], attributes: dict[str, int], output: str) -> list[NodeProto]:
+    def _linear(
+        self, inputs: dict[str, str], attributes: dict[str, int], widths: tuple[int, ...], output: str
+    ) -> list[NodeProto]:
         tensors = {name: self._tensor(inputs[name]) for name in LINEAR_TENSORS if name in inputs}
         name = inputs["values"].removesuffix(".values").removesuffix("_values")
-        packed = PackedLinear.from_tensors(_linear_format(tensors, attributes), tensors)
+        packed = PackedLinear.from_tensors(_linear_format(tensors, attributes, widths), tensors)
         bias = self._tensor(inputs["bias"]) if "bias" in inputs else None
         count = self._uses[name] = self._uses.get(name, 0) + 1
         lowered = lower_linear(
@@ -157,23 +162,45 @@ class _Lowering:
         )
         renamed = {lowered.input: inputs["x"], lowered.output: output}
         if count > 1:
-            # A layer that is called again has values of its own, but the constants of the first call.
-            renamed |= {again: name + again.removeprefix(lowered.name) for again in lowered.stored}
+            renamed |= _constants_of_first_call(lowered, name)
         else:
             self.kept |= lowered.stored
             self.notes[name] = lowered.notes
             self.formats.setdefault(name, packed.format)
         return self._adopted(lowered, renamed)
 
-    def _weight(self, inputs: dict[str, str], attributes: dict[str, int], output: str) -> list[NodeProto]:
+    def _weight(
+        self, inputs: dict[str, str], attributes: dict[str, int], widths: tuple[int, ...], output: str
+    ) -> list[NodeProto]:
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
-        packed = PackedWeight.from_tensors(_weight_format(tensors, attributes), tensors)
+        packed = PackedWeight.from_tensors(_weight_format(tensors, attributes, widths), tensors)
         name = inputs["values"].removesuffix("values").rstrip("._")
         lowered = lower_weight(packed, self.target, name, dtype=self.dtype, opset=self.opset)
         self.kept |= lowered.stored
-        self.notes[name] = lowered.notes
+        self.notes.setdefault(name, []).extend(lowered.notes)
         self.transposed[output] = lowered.output
         return [*self._adopted(lowered, {}), helper.make_node("Transpose", [lowered.output], [output], perm=[1, 0])]
+
+    def _sign_low_rank(self, inputs: dict[str, str], output: str) -> list[NodeProto]:
+        binary = PackedBinary(*(self._tensor(inputs[name]) for name in ("signs", "left", "right")))
+        layer = inputs["signs"].removesuffix("signs").rstrip("._")
+        name = f"{layer}.sign_low_rank"
+        count = self._uses[name] = self._uses.get(name, 0) + 1
+        lowered = lower_signs(
+            binary,
+            self.target,
+            name if count == 1 else f"{name}.call_{count}",
+            dtype=self.dtype,
+            opset=self.opset,
+            accuracy_level=self.accuracy_level,
+        )
+        renamed = {lowered.input: inputs["x"], lowered.output: output}
+        if count > 1:
+            renamed |= _constants_of_first_call(lowered, name)
+        else:
+            self.kept |= lowered.stored
+            self.notes.setdefault(layer, []).extend(lowered.notes)
+        return self._adopted(lowered, renamed)
 
     def _low_rank(self, inputs: dict[str, str], output: str) -> list[NodeProto]:
         nodes: list[NodeProto] = []
@@ -239,7 +266,9 @@ class _Lowering:
         self.kept = {name: constant for name, constant in self.kept.items() if name in needed}
 
 
-def _weight_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> WeightFormat:
+def _weight_format(
+    tensors: Mapping[str, Tensor], attributes: Mapping[str, int], widths: tuple[int, ...] = ()
+) -> WeightFormat:
     """Return the format of a weight from its tensors and from the attributes of its operator."""
     values, pattern, scale = tensors["values"], tensors.get("pattern"), tensors.get("scale")
     bits, group, m = attributes["bits"], attributes["group"], attributes.get("m", 0)
@@ -259,19 +288,33 @@ def _weight_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int])
         sparsity=sparsity,
         nonzeros=nonzeros,
         dtype=(values if scale is None else scale).dtype,
+        widths=widths or None,
     )
 
 
-def _linear_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> LinearFormat:
+def _linear_format(
+    tensors: Mapping[str, Tensor], attributes: Mapping[str, int], widths: tuple[int, ...]
+) -> LinearFormat:
     def factor(side: str, columns: int) -> WeightFormat | None:
         parts = {name.removeprefix(side): part for name, part in tensors.items() if name.startswith(side)}
         sizes = {"bits": attributes[f"{side}bits"], "group": attributes[f"{side}group"], "columns": columns}
         return _weight_format(parts, sizes) if parts else None
 
+    weight = _weight_format(tensors, attributes, widths)
+    binary = None
+    if "signs" in tensors:
+        left = tensors["sign_left"]
+        binary = BinaryFormat(weight.rows, weight.columns, left.shape[1], left.dtype)
     return LinearFormat(
-        _weight_format(tensors, attributes),
+        weight,
         factor("left_", attributes["rank"]),
         factor("right_", attributes["columns"]),
         "input_scale" in tensors,
         ACTIVATION_NAMES.get(attributes["activation"]),
+        binary,
     )
+
+
+def _constants_of_first_call(lowered: LoweredLinear, name: str) -> dict[str, str]:
+    """Return new names for a layer that is called again: it has values of its own, but the constants of ``name``."""
+    return {again: name + again.removeprefix(lowered.name) for again in lowered.stored}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimc.backends.onnx.one_width import common_codes
 from slimc.runtime.decode import expand_groups
 from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
 
@@ -111,7 +112,7 @@ def _scale_of(packed: PackedWeight) -> Tensor:
 
 def _codes(packed: PackedWeight, group: int) -> tuple[Tensor, Tensor]:
     """Return codes [rows, columns] and the scale of each ``group`` columns of a row."""
-    codes, _ = packed.unpack()
+    codes = common_codes(packed)
     rows, columns = codes.shape
     scale = expand_groups(_scale_of(packed), columns, packed.format.group or 0)
     return codes, scale.expand(rows, columns)[:, ::group]

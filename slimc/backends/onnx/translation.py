@@ -8,7 +8,7 @@ in its place afterwards.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def _translation(op: Op) -> Callable[..., Any]:
     name = op.name.partition("::")[2]
     node = onnxscript.values.Op(onnxscript.values.Opset(PACKED, 1), name, _schema(name, op))
 
-    def translate(*inputs: Any, **attributes: int) -> Any:
+    def translate(*inputs: Any, **attributes: int | Sequence[int]) -> Any:
         return node(*inputs, **attributes)
 
     return translate
@@ -96,6 +96,7 @@ def _schema(name: str, op: Op) -> OpSchema:
         # One variable for each input: their types are checked by slimc's own operators.
         return OpSchema.FormalParameter(plain, f"T_{plain}", param_option=option)
 
+    kinds = OpSchema.AttrType
     carrier = "x" if "x" in op.inputs else "scale" if "scale?" in op.inputs or "scale" in op.inputs else "values"
     plain = [spelled.rstrip("?") for spelled in op.inputs]
     return defs.OpSchema(
@@ -105,7 +106,10 @@ def _schema(name: str, op: Op) -> OpSchema:
         inputs=[parameter(spelled) for spelled in op.inputs],
         outputs=[OpSchema.FormalParameter("y", f"T_{carrier}")],
         type_constraints=[(f"T_{one}", [*_NUMBERS, "tensor(uint8)"], "") for one in plain],
-        attributes=[OpSchema.Attribute(one, OpSchema.AttrType.INT, "") for one in op.attributes],
+        attributes=[
+            OpSchema.Attribute(one.removesuffix("[]"), kinds.INTS if one.endswith("[]") else kinds.INT, "")
+            for one in op.attributes
+        ],
     )
 
 

@@ -7,8 +7,8 @@ weight is held:
 - ``ort``: ``com.microsoft::MatMulNBits``, which ONNX Runtime has for 2, 4 and 8 bits;
 - ``dense``: decoded numbers and MatMul, for TensorRT, which finds the zeros of 2:4 itself.
 
-ONNX has integers of 2, 4 and 8 bits and no pattern of kept positions: other widths are widened, and pruned positions
-hold the code of zero. `LoweredLinear.notes` says where that costs bits.
+ONNX has integers of 2, 4 and 8 bits, one width a matrix, and no pattern of kept positions: other widths are widened,
+signs are codes of 2 bits, and pruned positions hold the code of zero. `LoweredLinear.notes` says where that costs bits.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from slimc.backends.onnx.functions import (
     dequant_function,
     linear_function,
     round_nodes,
+    sign_low_rank_function,
 )
-from slimc.backends.onnx.initializers import DATA_TYPES, Initializer, bytes_of, of_codes, of_tensor
+from slimc.backends.onnx.initializers import DATA_TYPES, Bytes, Initializer, bytes_of, of_codes, of_tensor
+from slimc.backends.onnx.one_width import common_bits, common_codes, common_zero_point, sign_products
 from slimc.errors import InputError, closest
 from slimc.runtime.bits import pack_bits
 from slimc.runtime.formats import NM, Unstructured, WeightFormat
-from slimc.runtime.packing import PackedLinear, PackedWeight
+from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -47,6 +49,7 @@ __all__ = [
     "LoweredWeight",
     "check_options",
     "lower_linear",
+    "lower_signs",
     "lower_weight",
     "narrowest",
     "opset_of",
@@ -142,8 +145,10 @@ def check_options(target: str, dtype: torch.dtype, opset: int | None) -> None:
 
 def opset_of(layers: Sequence[PackedLinear], target: str) -> int:
     """Return the lowest opset in which no code of these layers has to be widened more than ONNX's integers ask for."""
+    signs = [sign_products(layer.binary).signs for layer in layers if layer.binary is not None]
     parts = [part for layer in layers for part in (layer.weight, layer.left, layer.right) if part is not None]
-    wants_2_bits = target == "portable" and any(_code_bits(part) == 2 for part in parts)
+    narrow = any(_code_bits(part) == 2 and _whole_bytes(part.format) for part in (*parts, *signs))
+    wants_2_bits = target == "portable" and narrow
     return OPSET_OF_2_BITS if wants_2_bits and _has_2_bits(OPSET_OF_2_BITS) else MIN_OPSET
 
 
@@ -170,14 +175,9 @@ def lower_linear(
             faster on processors.
 
     Raises:
-        InputError: ``target``, ``dtype`` or ``opset`` is not known, or the layer has a binary part.
+        InputError: ``target``, ``dtype`` or ``opset`` is not known.
     """
     check_options(target, dtype, opset)
-    if packed.binary is not None:
-        raise InputError(
-            f"'{name}' has signs ({packed.binary.format.describe()}), which have no form in ONNX yet; compress the "
-            "model without decompose to export it"
-        )
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
     {"portable": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target](piece, packed, bias)
     return piece.result
@@ -205,6 +205,55 @@ def lower_weight(
         piece.node(operator, inputs, result.output, function=function, axis=held.axis, block_size=held.block)
     else:
         piece.node("DequantizeLinear", held.inputs, result.output, axis=held.axis, block_size=held.block)
+    return result
+
+
+def lower_signs(
+    binary: PackedBinary,
+    target: str,
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    opset: int = MIN_OPSET,
+    accuracy_level: int = 0,
+) -> LoweredLinear:
+    """Return a binary part that is not fused with its layer, ``slim::sign_low_rank`` (see `lower_linear`).
+
+    Raises:
+        InputError: ``target``, ``dtype`` or ``opset`` is not known.
+    """
+    check_options(target, dtype, opset)
+    piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
+    result = piece.result
+    if target == "dense":
+        form = binary.format
+        weight = Initializer(
+            DATA_TYPES[dtype],
+            (form.columns, form.rows),
+            lambda: of_tensor(binary.decode(), dtype, transposed=True).make(),
+        )
+        piece.node("MatMul", [result.input, piece.constant("signs", weight)], result.output)
+    elif target == "ort":
+
+        def product(x: str, name: str, part: PackedWeight, output: str) -> str:
+            return _n_bits_product(piece, x, name, part, output)
+
+        _binary_product(piece, result.input, binary, product, result.output)
+    else:
+        products = sign_products(binary)
+        held = _held_codes(piece, "signs", products.signs)
+        inputs = [result.input, piece.numbers("sign_right", products.right), held.codes, held.scale]
+        if products.left is not None:
+            inputs.append(piece.numbers("sign_left", products.left))
+        function = sign_low_rank_function(opset, several=products.left is not None)
+        piece.node(
+            "sign_low_rank",
+            inputs,
+            result.output,
+            function=function,
+            signs_axis=held.axis,
+            signs_block_size=held.block,
+        )
     return result
 
 
@@ -295,6 +344,13 @@ def _lower_portable(piece: _Piece, packed: PackedLinear, bias: Tensor | None) ->
     left_codes = right_codes = False
     if packed.left is not None and packed.right is not None:
         left_codes, right_codes = hold("left", "left_", packed.left), hold("right", "right_", packed.right)
+    ranks = 0
+    if packed.binary is not None:
+        products, ranks = sign_products(packed.binary), packed.binary.format.rank
+        hold("signs", "signs_", products.signs)
+        inputs["sign_right"] = piece.numbers("sign_right", products.right)
+        if products.left is not None:
+            inputs["sign_left"] = piece.numbers("sign_left", products.left)
     if packed.input_scale is not None:
         inputs["input_scale"] = piece.numbers("input_scale", packed.input_scale)
     if bias is not None:
@@ -307,6 +363,7 @@ def _lower_portable(piece: _Piece, packed: PackedLinear, bias: Tensor | None) ->
         left_codes=left_codes,
         right_codes=right_codes,
         bias=bias is not None,
+        sign_ranks=ranks,
         activation=packed.activation,
     )
     pattern = packed.weight.format.sparsity
@@ -334,7 +391,8 @@ class _HeldCodes:
 def _held_codes(piece: _Piece, name: str, packed: PackedWeight) -> _HeldCodes:
     """Store codes as [columns, rows] beside their scales: one, [rows], or [groups, rows]."""
     form, scale = packed.format, _scale(packed)
-    bits = _container(piece, name, packed, (2, 4, 8) if _has_2_bits(piece.opset) else (4, 8))
+    narrow = _has_2_bits(piece.opset) and _whole_bytes(form)
+    bits = _container(piece, name, packed, (2, 4, 8) if narrow else (4, 8))
     data_type = TensorProto.DataType.Value((_UNSIGNED if form.asymmetric else _SIGNED)[bits])
     codes = piece.constant(
         name, of_codes(data_type, (form.columns, form.rows), lambda: _signed_or_unsigned(packed).t())
@@ -345,9 +403,9 @@ def _held_codes(piece: _Piece, name: str, packed: PackedWeight) -> _HeldCodes:
         return per_group.t().contiguous() if grouped else per_group.reshape(() if form.per_tensor else (-1,))
 
     prefix = "" if name == "weight" else f"{name}_"
-    zero_point = ""
-    if packed.zero_point is not None:
-        zeros = oriented(packed.zero_point)
+    zero_point, zeros = "", common_zero_point(packed)
+    if zeros is not None:
+        zeros = oriented(zeros)
         zero_point = piece.constant(f"{prefix}zero_point", of_codes(data_type, tuple(zeros.shape), lambda: zeros))
     return _HeldCodes(
         codes=codes,
@@ -364,35 +422,45 @@ def _scale(packed: PackedWeight) -> Tensor:
     return packed.scale
 
 
+def _whole_bytes(form: WeightFormat) -> bool:
+    """Tell whether 2-bit codes of a column fill their bytes: ONNX Runtime 1.32 makes a wrong MatMulNBits of others."""
+    return form.rows % 4 == 0
+
+
 def _has_2_bits(opset: int) -> bool:
     return opset >= OPSET_OF_2_BITS and hasattr(TensorProto, "INT2")
 
 
 def _signed_or_unsigned(packed: PackedWeight) -> Tensor:
     """Return codes [rows, columns] as uint8: asymmetric ones as they are, symmetric ones less their zero point."""
-    codes, _ = packed.unpack()
-    return codes if packed.format.asymmetric else codes - (1 << ((packed.format.bits or 1) - 1))
+    codes = common_codes(packed)
+    return codes if packed.format.asymmetric else codes - (1 << (common_bits(packed.format) - 1))
 
 
 def _code_bits(packed: PackedWeight) -> int:
     """Return the bits that codes and zero points need, 0 for numbers."""
-    bits = packed.format.bits or 0
     largest = 0 if packed.zero_point is None else int(packed.zero_point.max())
-    return max(bits, largest.bit_length())
+    return max(common_bits(packed.format), largest.bit_length())
 
 
 def _container(piece: _Piece, name: str, packed: PackedWeight, widths: Sequence[int]) -> int:
     """Return the least width that holds the codes, and note what that costs."""
     form = packed.format
     width = next(width for width in widths if width >= _code_bits(packed))
-    if width != form.bits:
-        piece.note(f"{name}: codes of {form.bits} bits are stored in {width}")
+    stored = {width} if form.bits is None else set(form.widths or (form.bits,))
+    if stored != {width}:
+        widths_of_codes = " to ".join(map(str, sorted({min(stored), max(stored)})))
+        piece.note(f"{name}: codes of {widths_of_codes} bit{'s' * (max(stored) > 1)} are stored in {width}")
     if form.sparsity is not None:
         piece.note(f"{name}: {form.describe()} is stored without its pattern, pruned positions as {width}-bit codes")
     return width
 
 
 # ----------------------------------------------------------------------------------------------------------- ort
+
+
+Product = Callable[[str, str, PackedWeight, str], str]
+"""``product(x, name, part, output)`` adds the product of x by a packed matrix, and returns its name."""
 
 
 def _lower_ort(piece: _Piece, packed: PackedLinear, bias: Tensor | None) -> None:
@@ -406,9 +474,9 @@ def _lower_products(
     piece: _Piece,
     packed: PackedLinear,
     bias: Tensor | None,
-    product: Callable[[str, str, PackedWeight, str], str],
+    product: Product,
 ) -> None:
-    """Write a layer as products and sums; ``product(x, name, part, output)`` adds one by a packed matrix."""
+    """Write a layer as products and sums."""
     x, y, named = piece.result.input, piece.result.output, piece.named
     operand = x
     if packed.input_scale is not None:
@@ -417,14 +485,32 @@ def _lower_products(
         piece.result.nodes += round_nodes(operand, named("rounded_input"), packed.activation, named("round_"))
         operand = named("rounded_input")
     low_rank = packed.left is not None and packed.right is not None
-    last = y if bias is None and not low_rank else named("product")
+    signed = packed.binary is not None
+    last = y if bias is None and not low_rank and not signed else named("product")
     total = product(operand, "weight", packed.weight, last)
     if bias is not None:
-        total = piece.node("Add", [total, piece.numbers("bias", bias)], named("biased") if low_rank else y)
+        last = named("biased") if low_rank or signed else y
+        total = piece.node("Add", [total, piece.numbers("bias", bias)], last)
     if packed.left is not None and packed.right is not None:
         inner = product(x, "right", packed.right, named("inner"))
         correction = product(inner, "left", packed.left, named("correction"))
-        piece.node("Add", [total, correction], y)
+        total = piece.node("Add", [total, correction], named("corrected") if signed else y)
+    if packed.binary is not None:
+        piece.node("Add", [total, _binary_product(piece, x, packed.binary, product, named("binary"))], y)
+
+
+def _binary_product(piece: _Piece, x: str, binary: PackedBinary, product: Product, output: str) -> str:
+    """Add ``sum_k ((x * right[k]) @ signs^T) * left[k]``; signs are read once for all ranks."""
+    products = sign_products(binary)
+    right = piece.numbers("sign_right", products.right)
+    if products.left is None:
+        return product(piece.node("Mul", [x, right], piece.named("sign_input")), "signs", products.signs, output)
+    axis = piece.constant("sign_axis", of_tensor(torch.tensor([-2])))
+    each = piece.node("Unsqueeze", [x, axis], piece.named("sign_x"))
+    scaled = piece.node("Mul", [each, right], piece.named("sign_input"))
+    ranks = product(scaled, "signs", products.signs, piece.named("sign_product"))
+    terms = piece.node("Mul", [ranks, piece.numbers("sign_left", products.left)], piece.named("sign_terms"))
+    return piece.node("ReduceSum", [terms, axis], output, keepdims=0)
 
 
 def _n_bits_product(piece: _Piece, x: str, name: str, packed: PackedWeight, output: str) -> str:
@@ -448,8 +534,9 @@ def _n_bits_product(piece: _Piece, x: str, name: str, packed: PackedWeight, outp
     shape = (form.rows, blocks, block * bits // 8)
     codes = Initializer(TensorProto.UINT8, shape, lambda: bytes_of(_blocked_codes(packed, bits, blocks * block)))
     inputs = [x, piece.constant(name, codes), _blocked_scale(piece, name, packed, block)]
-    if packed.zero_point is not None:
-        zeros = pack_bits(_per_block(packed.zero_point, form, block), bits)
+    zero_point = common_zero_point(packed)
+    if zero_point is not None:
+        zeros = pack_bits(_per_block(zero_point, form, block), bits)
         inputs.append(piece.constant(_beside(name, "zero_point"), of_tensor(zeros)))
     return piece.node(
         "MatMulNBits",
@@ -485,10 +572,10 @@ def _block_size(form: WeightFormat) -> int | None:
 
 def _blocked_codes(packed: PackedWeight, bits: int, columns: int) -> Tensor:
     """Return unsigned codes of ``bits`` bits, filled up to ``columns`` and packed: [rows, bytes]."""
-    codes, _ = packed.unpack()
+    codes = common_codes(packed)
     if not packed.format.asymmetric:
         # The zero point that MatMulNBits takes for granted, in place of that of the narrower codes.
-        codes = codes + ((1 << (bits - 1)) - (1 << ((packed.format.bits or 1) - 1)))
+        codes = codes + ((1 << (bits - 1)) - (1 << (common_bits(packed.format) - 1)))
     padded = torch.nn.functional.pad(codes, (0, columns - codes.shape[1]))
     return pack_bits(padded, bits)
 
@@ -522,9 +609,17 @@ def _blocked_scale(piece: _Piece, name: str, packed: PackedWeight, block: int) -
 
 def _lower_dense(piece: _Piece, packed: PackedLinear, bias: Tensor | None) -> None:
     def product(x: str, name: str, part: PackedWeight, output: str) -> str:
+        if name == "weight" and whole is not None:
+            weight = piece.constant(name, _sum_of(packed.weight, whole, piece.dtype))
+            return piece.node("MatMul", [x, weight], output)
         return piece.node("MatMul", [x, _decoded(piece, name, part)], output)
 
-    if packed.weight.format.bits is not None:
+    # Signs leave no zeros that a second product could profit from; where both read the same input, one will do.
+    whole = packed.binary if packed.input_scale is None and packed.activation is None else None
+    if whole is not None:
+        piece.note(f"weight: {whole.format.describe()} are added to its numbers, which leaves no zeros")
+        packed = replace(packed, binary=None)
+    if packed.weight.format.bits is not None or whole is not None:
         bits = 8 * piece.dtype.itemsize
         piece.note(f"weight: {packed.weight.format.describe()} is stored as numbers of {bits} bits")
     _lower_products(piece, packed, bias, product)
@@ -544,6 +639,17 @@ def _decoded(piece: _Piece, name: str, packed: PackedWeight) -> str:
         lambda: of_tensor(_decode_exactly(packed), piece.dtype, transposed=True).make(),
     )
     return piece.constant(name, kept)
+
+
+def _sum_of(packed: PackedWeight, binary: PackedBinary, dtype: torch.dtype) -> Initializer:
+    """Return the numbers of a weight and of its binary part together, [columns, rows]."""
+    form = packed.format
+
+    def make() -> Bytes:
+        weight = packed.decode().float() if form.bits is None else _decode_exactly(packed)
+        return of_tensor(weight + binary.decode(), dtype, transposed=True).make()
+
+    return Initializer(DATA_TYPES[dtype], (form.columns, form.rows), make)
 
 
 def _decode_exactly(packed: PackedWeight) -> Tensor:

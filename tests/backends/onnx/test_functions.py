@@ -28,6 +28,7 @@ OPSET = 21
 
 def every_function() -> list[FunctionProto]:
     found = [functions.low_rank_function(OPSET)]
+    found += [functions.sign_low_rank_function(OPSET, several=several) for several in (False, True)]
     found += [functions.round_activations_function(kind, OPSET) for kind in ACTIVATIONS]
     for name in ("dequant", "dequant_nm", "dequant_mask"):
         found.append(functions.dequant_function(name, codes=False, zero_point=False, opset=OPSET))
@@ -40,6 +41,8 @@ def every_function() -> list[FunctionProto]:
         for bias in flags
         for activation in (None, *ACTIVATIONS)
         for overload in (
+            functions.LinearOverload(codes=codes, low_rank=low_rank, bias=bias, sign_ranks=1, activation=activation),
+            functions.LinearOverload(codes=codes, low_rank=low_rank, bias=bias, sign_ranks=2, activation=activation),
             functions.LinearOverload(codes=codes, low_rank=low_rank, bias=bias, activation=activation),
             functions.LinearOverload(
                 codes=codes,

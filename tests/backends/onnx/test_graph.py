@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import slimc
 from slimc.errors import CaptureError, InputError
 from slimc.ir.capture import capture
-from slimc.passes import Activations, Fuse, LowRank, Prune, Quantize
+from slimc.passes import Activations, AllocateBits, Calibrate, Decompose, Fuse, LowRank, Prune, Quantize
 from slimc.passes.pipeline import run
 from slimc.progress import SilentProgress
 from slimc.runtime.modules import SlimLinear
@@ -167,14 +167,22 @@ def mlp(*widths: int) -> nn.Sequential:
         [Quantize(bits=3, group=32, method="absmax"), Prune("2:4", method="magnitude"), LowRank(rank=4, method="svd")],
         [Quantize(bits=4, group="channel", method="absmax"), Prune(0.5, method="magnitude"), Activations(kind="int8")],
         [Prune("2:4", method="magnitude")],
+        [Calibrate(), Decompose(ratio=None, pattern="2:4", bits=4, group=16)],
+        [Calibrate(), Decompose(rank=2)],
+        [Calibrate(), AllocateBits(2, 8, "output", widest=4), Quantize("gptq")],
+        [Calibrate(), AllocateBits(2.5, 8, "output", widest=4), Quantize("gptq", symmetric=True), Prune("2:4")],
     ],
-    ids=["3 bits, 2:4, low-rank", "unstructured, int8 inputs", "2:4 numbers"],
+    ids=[
+        *("3 bits, 2:4, low-rank", "unstructured, int8 inputs", "2:4 numbers"),
+        *("signs, 2:4 codes", "signs of 2 ranks", "widths", "symmetric widths, 2:4"),
+    ],
 )
 @pytest.mark.parametrize("fused", [False, True], ids=["stages", "fused"])
 def test_programs_at_every_stage(passes: list[Any], fused: bool, in_runtime: Runtime) -> None:
     x = torch.randn(4, 64)
     program = capture(mlp(64, 48, 32), [((x,), {})])
-    run(program, [*passes, *([Fuse()] if fused else [])], [], progress=SilentProgress())
+    batches = [[torch.randn(96, 64)], [torch.randn(96, 64)]]
+    run(program, [*passes, *([Fuse()] if fused else [])], batches, progress=SilentProgress())
     translated = to_onnx(trace(twin(program.module, torch.float32), ((x,), {})), 21)
     x = torch.randn(7, 64)
     expected = program.run(x)
@@ -186,6 +194,36 @@ def test_programs_at_every_stage(passes: list[Any], fused: bool, in_runtime: Run
         assert relative_error(found, expected) < WITHIN
         domains = {node.domain for node in whole.graph.node}
         assert domains <= {"", "slim"} if target == "portable" else domains <= {"", "com.microsoft"}
+
+
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(torch.relu(self.shared(x)))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["stages", "fused"])
+def test_signs_of_a_layer_that_is_called_twice_are_stored_once(fused: bool, in_runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 32)
+    program = capture(Twice(), [((x,), {})])
+    run(program, [Calibrate(), Decompose(), *([Fuse()] if fused else [])], [[x]], progress=SilentProgress())
+    for target in TARGETS:
+        graph = export_program(program, ((x,), {}), target=target)
+        whole = graph.whole()
+        onnx.checker.check_model(whole, full_check=True)
+        (found,) = in_runtime(whole.SerializeToString(), {graph.description.inputs[0]: x.numpy()})
+        assert relative_error(found, program.run(x)) < WITHIN
+        signs = [name for name in graph.stored if name.endswith(".signs")]
+        assert len(signs) == (0 if fused and target == "dense" else 1)
+        assert graph.sites["shared"].bytes == sum(
+            constant.nbytes for name, constant in graph.stored.items() if not name.endswith("bias")
+        ), "all constants but the bias are the layer's"
 
 
 def test_an_unfused_weight_reaches_its_product_without_a_transposition(in_runtime: Runtime) -> None:

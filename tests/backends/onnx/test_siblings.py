@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimc.backends.onnx.siblings import JoinedLayers, join
 from slimc.runtime.formats import NM
-from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
+from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight, pack_signs, pack_weight
 
 
 def packed(rows: int, columns: int, *, group: int | None = None, seed: int = 0, **options: object) -> PackedWeight:
@@ -65,6 +65,18 @@ def test_joined_layers_compute_what_the_layers_do(layers: list[PackedLinear]) ->
     assert (computed(joined, x) - reference).abs().max() <= 2**-40 * reference.abs().max()
 
 
+def test_groups_with_widths_of_their_own_are_joined_in_the_widest() -> None:
+    codes = torch.randint(0, 4, (24, 128), dtype=torch.uint8)
+    codes[:, 64:] *= 4
+    scale = torch.rand(24, 2) + 0.5
+    mixed = pack_weight(codes, bits=None, scale=scale, group=64, widths=(2, 4))
+    layers = [replace(layer(24, 7, group=64), weight=mixed), layer(8, 3, group=64, seed=5)]
+    x, joined = torch.randn(3, 128), join(layers)
+    assert joined is not None
+    reference = expected(layers, x)
+    assert (computed(joined, x) - reference).abs().max() <= 2**-40 * reference.abs().max()
+
+
 def test_pruned_positions_stay_zero() -> None:
     mask = torch.tensor([True, False, False, True]).repeat(16, 32)
     one = replace(layer(16, 5), weight=packed(16, 128, mask=mask, sparsity=NM(2, 4)))
@@ -80,6 +92,12 @@ def test_pruned_positions_stay_zero() -> None:
         [layer(8, 4, group=24)],
         [replace(layer(8, 4), input_scale=torch.ones(128))],
         [replace(layer(8, 4), activation="int8")],
+        [
+            replace(
+                layer(8, 4),
+                binary=PackedBinary(pack_signs(torch.ones(8, 128) < 0), torch.ones(8, 1), torch.ones(1, 128)),
+            )
+        ],
         [layer(8, 4), PackedLinear(packed(8, 128))],
         [layer(4096, 200), layer(4096, 200)],
         [replace(layer(8, 4), weight=packed(8, 128, zero_point=torch.zeros(8, 1, dtype=torch.uint8)))],
@@ -89,6 +107,7 @@ def test_pruned_positions_stay_zero() -> None:
         "odd groups",
         "scaled inputs",
         "rounded inputs",
+        "signs",
         "one without",
         "too many zeros",
         "zero points",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch
 from torch import Tensor
 
 from slimc.errors import InputError
-from slimc.runtime.packing import NM, PackedLinear, PackedWeight, Sparsity, Unstructured, pack_weight
+from slimc.runtime.decode import unpack_signs
+from slimc.runtime.packing import (
+    NM,
+    PackedBinary,
+    PackedLinear,
+    PackedWeight,
+    Sparsity,
+    Unstructured,
+    pack_signs,
+    pack_weight,
+)
 
 onnx = pytest.importorskip("onnx")
 
@@ -20,7 +31,14 @@ from onnx import helper  # noqa: E402 - after the check that it is there
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from slimc.backends.onnx.initializers import DATA_TYPES  # noqa: E402
-from slimc.backends.onnx.weights import TARGETS, LoweredLinear, lower_linear, lower_weight, opset_of  # noqa: E402
+from slimc.backends.onnx.weights import (  # noqa: E402
+    TARGETS,
+    LoweredLinear,
+    lower_linear,
+    lower_signs,
+    lower_weight,
+    opset_of,
+)
 
 Runtime = Callable[[bytes | Path, Mapping[str, Any]], list[np.ndarray]]
 
@@ -53,6 +71,37 @@ def pack_random(
     scale = (0.5 + torch.rand(shape, generator=generator)).to(dtype)
     zero_point = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8) if asymmetric else None
     return pack_weight(codes, bits=bits, scale=scale, zero_point=zero_point, group=width, mask=mask, sparsity=sparsity)
+
+
+def pack_widths(
+    *widths: int, group: int = 16, sparsity: NM | None = None, asymmetric: bool = False, last: int = 0
+) -> PackedWeight:
+    """Return 24 rows of groups of random codes, each of its own width; the last group is ``last`` columns short."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(below: int, columns: int) -> Tensor:
+        return torch.randint(0, below, (24, columns), generator=generator, dtype=torch.uint8)
+
+    codes = torch.cat([random(1 << width, group) for width in widths], 1)
+    codes = codes[:, : codes.shape[1] - last]
+    zeros = torch.cat([random(1 << width if width > 1 else 1, 1) for width in widths], 1) if asymmetric else None
+    mask = None
+    if sparsity is not None:
+        order = torch.rand(24, codes.shape[1] // sparsity.m, sparsity.m, generator=generator).argsort(-1)
+        mask = (order < sparsity.n).reshape(codes.shape)
+    scale = 0.5 + torch.rand(24, len(widths), generator=generator)
+    return pack_weight(
+        codes, bits=None, scale=scale, zero_point=zeros, group=group, widths=widths, mask=mask, sparsity=sparsity
+    )
+
+
+def with_signs(packed: PackedLinear, ranks: int = 1) -> PackedLinear:
+    """Return the layer with random signs, whose magnitude may be negative, as the storage form allows."""
+    form, generator = packed.format, torch.Generator().manual_seed(7)
+    negative = torch.rand(form.rows, form.columns, generator=generator) < 0.5
+    left = torch.randn(form.rows, ranks, generator=generator).to(form.weight.dtype)
+    right = torch.randn(ranks, form.columns, generator=generator).to(form.weight.dtype)
+    return replace(packed, binary=PackedBinary(pack_signs(negative), left, right))
 
 
 def model_of(lowered: LoweredLinear, packed: PackedLinear, dtype: torch.dtype, opset: int = 21) -> onnx.ModelProto:
@@ -88,6 +137,11 @@ def unrounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None) -> t
         left, right = exact(packed.left), exact(packed.right)
         ideal = ideal + x.double() @ right.T @ left.T
         size = size + x.double().abs() @ right.abs().T @ left.abs().T
+    if packed.binary is not None:
+        signs = unpack_signs(packed.binary.signs, packed.format.columns, torch.float64)
+        left, right = packed.binary.left.double(), packed.binary.right.double()
+        ideal = ideal + x.double() @ (signs * (left @ right)).T
+        size = size + x.double().abs() @ (left.abs() @ right.abs()).T
     if bias is not None:
         ideal, size = ideal + bias.double(), size + bias.double().abs()
     return ideal, size
@@ -146,6 +200,26 @@ FORMS: dict[str, Callable[[], PackedLinear]] = {
     "scaled low-rank bf16": lambda: _linear(
         pack_random(24, 64, group=32, dtype=torch.bfloat16), rank=20, factor=(4, 16), scaled=True
     ),
+    "odd sizes int2": lambda: _linear(pack_random(7, 36, bits=2, group=16)),
+    **{
+        f"int{'-'.join(map(str, widths))}/16{' asymmetric' * asymmetric}": (
+            lambda widths=widths, asymmetric=asymmetric: _linear(pack_widths(*widths, asymmetric=asymmetric))
+        )
+        for widths in ((3, 1, 2, 4), (2, 1, 2), (8, 1, 5), (1, 1))
+        for asymmetric in (False, True)
+    },
+    "int1-4/16 2:4": lambda: _linear(pack_widths(3, 1, 2, 4, sparsity=NM(2, 4))),
+    "int1-4/16 2:4 asymmetric": lambda: _linear(pack_widths(3, 1, 2, 4, sparsity=NM(2, 4), asymmetric=True)),
+    "int1-3/12 short last group": lambda: _linear(pack_widths(3, 1, 2, group=12, last=5)),
+    "int1-3/16 low-rank scaled": lambda: _linear(pack_widths(3, 1), rank=5, factor=(4, "channel"), scaled=True),
+    "signs": lambda: with_signs(_linear(pack_random(24, 64))),
+    "signs odd sizes": lambda: with_signs(_linear(pack_random(7, 33, bits=None))),
+    "signs 3 ranks": lambda: with_signs(_linear(pack_random(24, 64, group=32)), 3),
+    "signs 2:4 numbers bf16": lambda: with_signs(
+        _linear(pack_random(24, 64, bits=None, sparsity=NM(2, 4), dtype=torch.bfloat16))
+    ),
+    "signs unstructured": lambda: with_signs(_linear(pack_random(24, 64, bits=None, sparsity=Unstructured())), 2),
+    "signs scaled low-rank": lambda: with_signs(_linear(pack_widths(3, 1, 2), rank=5, factor=(4, 16), scaled=True), 2),
     "float16 scales": lambda: _linear(pack_random(24, 640, group=32, dtype=torch.float16)),
 }
 """Layers in every form that slimc can make."""
@@ -166,8 +240,12 @@ def inputs_of(packed: PackedLinear, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def bound_of(packed: PackedLinear, size: Tensor) -> Tensor:
-    """A rounding for each term of a sum, and four: two decoded weights meet in the adapters, and sums are added."""
-    return (packed.format.columns + packed.format.rank + 4) * 2.0**-24 * size
+    """A rounding for each term of a sum, and four: two decoded weights meet in the adapters, and sums are added.
+
+    Signs multiply the input by a factor and their product by another, and add up over their ranks.
+    """
+    ranks = packed.format.rank if packed.binary is None else packed.format.rank + packed.binary.format.rank + 1
+    return (packed.format.columns + ranks + 4) * 2.0**-24 * size
 
 
 def check(model: onnx.ModelProto, x: Tensor, ideal: Tensor, bound: Tensor, in_runtime: Runtime) -> None:
@@ -214,21 +292,28 @@ def test_rounded_inputs(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_float16(target: str, in_runtime: Runtime) -> None:
-    packed = FORMS["scaled low-rank bf16"]()
+@pytest.mark.parametrize(
+    ("form", "roundings"),
+    # Scales, decoded weights, the scaled input, products, and sums; of signs two factors, their products, three ranks.
+    [("scaled low-rank bf16", 8), ("int3-1-2-4/16 asymmetric", 8), ("signs", 8), ("signs 3 ranks", 12)],
+)
+def test_float16(form: str, roundings: int, target: str, in_runtime: Runtime) -> None:
+    packed = FORMS[form]()
     x, bias = inputs_of(packed, torch.float16), bias_of(packed).half()
     lowered = lower_linear(packed, bias, target, "layer.0", dtype=torch.float16)
     model = model_of(lowered, packed, torch.float16)
     onnx.checker.check_model(model, full_check=True)
     (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
     ideal, size = unrounded_product(packed, x, bias)
-    # Roundings to float16 of scales, decoded weights, the scaled input, products, and sums; products add up in float32.
-    bound = 8 * 2.0**-11 * size + bound_of(packed, size)
+    # Products add up in float32, all else is rounded to float16.
+    bound = roundings * 2.0**-11 * size + bound_of(packed, size)
     assert found.dtype == np.float16
     assert ((torch.from_numpy(found).double() - ideal).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("form", ["int4/32", "int4", "int4 channel", "int3", "int8", "int2", "int4 asymmetric tensor"])
+@pytest.mark.parametrize(
+    "form", ["int4/32", "int4", "int4 channel", "int3", "int8", "int2", "int4 asymmetric tensor", "int3-1-2-4/16"]
+)
 def test_onnx_runtime_keeps_the_codes(form: str, in_runtime: Runtime, tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     packed = FORMS[form]()
@@ -248,6 +333,22 @@ def test_onnx_runtime_keeps_the_codes(form: str, in_runtime: Runtime, tmp_path: 
     ), "nothing is folded to numbers"
 
 
+@pytest.mark.parametrize("opset", [21, 25])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_onnx_runtime_keeps_signs_as_codes(ranks: int, opset: int, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    packed = with_signs(_linear(pack_random(24, 64)), ranks)
+    model = model_of(lower_linear(packed, None, "portable", "layer", opset=opset), packed, torch.float32, opset)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx").graph
+    operators = [node.op_type for node in optimised.node]
+    assert operators.count("MatMulNBits") == 2
+    assert not {"MatMul", "DequantizeLinear"} & set(operators)
+
+
 @pytest.mark.parametrize(
     ("form", "target", "opset", "bits", "note"),
     [
@@ -258,9 +359,16 @@ def test_onnx_runtime_keeps_the_codes(form: str, in_runtime: Runtime, tmp_path: 
         ("int5 asymmetric", "portable", 21, 8, "weight: codes of 5 bits are stored in 8"),
         ("int2", "portable", 21, 4, "weight: codes of 2 bits are stored in 4"),
         ("int2", "portable", 25, 2, None),
+        ("odd sizes int2", "portable", 25, 4, "weight: codes of 2 bits are stored in 4"),
         ("int2", "ort", 21, 2, "2-bit products need ONNX Runtime 1.23 or later"),
         ("2:4 int4", "portable", 21, 4, "is stored without its pattern"),
         ("int4", "dense", 21, 32, "is stored as numbers of 32 bits"),
+        ("int3-1-2-4/16", "portable", 21, 4, "weight: codes of 1 to 4 bits are stored in 4"),
+        ("int3-1-2-4/16", "ort", 21, 4, "weight: codes of 1 to 4 bits are stored in 4"),
+        ("int8-1-5/16 asymmetric", "ort", 21, 8, "weight: codes of 1 to 8 bits are stored in 8"),
+        ("int2-1-2/16 asymmetric", "portable", 25, 2, "weight: codes of 1 to 2 bits are stored in 2"),
+        ("int1-1/16", "ort", 21, 2, "weight: codes of 1 bit are stored in 2"),
+        ("int3-1-2-4/16", "dense", 21, 32, "weight: int1-4/16 is stored as numbers of 32 bits"),
     ],
 )
 def test_bits_and_notes(form: str, target: str, opset: int, bits: int, note: str | None) -> None:
@@ -269,6 +377,61 @@ def test_bits_and_notes(form: str, target: str, opset: int, bits: int, note: str
     assert lowered.stored["layer.weight"].nbytes * 8 == bits * packed.format.rows * packed.format.columns
     assert all(proto.ByteSize() >= lowered.stored[name].nbytes for name, proto in lowered.initializers.items())
     assert (note is None and not lowered.notes) or any(note in line for line in lowered.notes)
+
+
+@pytest.mark.parametrize(("target", "opset", "bits"), [("portable", 25, 2), ("portable", 21, 4), ("ort", 21, 2)])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_signs_are_stored_once_in_the_fewest_bits(target: str, opset: int, bits: int, ranks: int) -> None:
+    packed = with_signs(_linear(pack_random(24, 64)), ranks)
+    assert opset_of([packed], "portable") == 25
+    lowered = lower_linear(packed, None, target, "layer", opset=opset)
+    signs = {name: constant for name, constant in lowered.stored.items() if name.startswith("layer.sign")}
+    assert signs["layer.signs"].nbytes * 8 == bits * 24 * 64
+    # A scale for each row, which is the left factor of rank 1; an axis in the graphs of several ranks.
+    numbers = 4 * (24 + 64 if ranks == 1 else 24 + ranks * (24 + 64)) + 8 * (target == "ort" and ranks > 1)
+    assert sum(constant.nbytes for constant in signs.values()) == signs["layer.signs"].nbytes + numbers
+    assert f"signs: codes of 1 bit are stored in {bits}" in lowered.notes
+
+
+def test_dense_weights_have_their_signs_in_them() -> None:
+    packed = with_signs(_linear(pack_random(24, 64, sparsity=NM(2, 4))))
+    lowered = lower_linear(packed, None, "dense", "layer")
+    assert [node.op_type for node in lowered.nodes] == ["MatMul"]
+    assert any("signs x rank 1" in note for note in lowered.notes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_signs_alone(target: str, ranks: int, in_runtime: Runtime) -> None:
+    packed = with_signs(_linear(pack_random(24, 64)), ranks)
+    assert packed.binary is not None
+    x = inputs_of(packed)
+    lowered = lower_signs(packed.binary, target, "layer")
+    model = model_of(lowered, packed, torch.float32)
+    onnx.checker.check_model(model, full_check=True)
+    (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
+    zero = pack_weight(torch.zeros(24, 64), bits=None)
+    ideal, size = unrounded_product(replace(packed, weight=zero), x, None)
+    assert ((torch.from_numpy(found).double() - ideal).abs() <= bound_of(packed, size)).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_signs_read_inputs_that_are_not_rounded(
+    kind: str, target: str, in_runtime: Runtime, rounded_product: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    packed = ROUNDED[kind]()
+    x, bias = inputs_of(packed), bias_of(packed)
+    signed = with_signs(packed)
+    lowered = lower_linear(signed, bias, target, "layer.0")
+    model = model_of(lowered, packed, torch.float32)
+    (found,) = in_runtime(model.SerializeToString(), {lowered.input: x.numpy()})
+    ideal, bound = rounded_product(packed, x, bias)
+    zero = replace(signed, weight=pack_weight(torch.zeros(24, 64), bits=None), left=None, right=None, input_scale=None)
+    signs, size = unrounded_product(zero, x, None)
+    excess = (torch.from_numpy(found).double() - ideal - signs).abs() - bound - bound_of(signed, size)
+    # The sum of the two is rounded once more.
+    assert (excess <= 2.0**-24 * (ideal.abs() + signs.abs())).all()
 
 
 @pytest.mark.parametrize("target", ["portable", "ort"])
@@ -286,7 +449,11 @@ def test_one_scale_takes_one_scale_whatever_the_blocks_of_the_runtime() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "form", ["int4/32", "int4 asymmetric", "2:4 int4", "unstructured int4", "2:4 numbers", "numbers"]
+    "form",
+    [
+        *("int4/32", "int4 asymmetric", "2:4 int4", "unstructured int4", "2:4 numbers", "numbers"),
+        *("int3-1-2-4/16", "int3-1-2-4/16 asymmetric", "int1-4/16 2:4", "int1-4/16 2:4 asymmetric", "int1-1/16"),
+    ],
 )
 def test_a_weight_alone(form: str, target: str, in_runtime: Runtime) -> None:
     weight = FORMS[form]().weight
