@@ -62,8 +62,8 @@ class Menu:
         ]
         if beside:
             raise RecipeError(
-                f"A menu has '{beside[0]}' beside per_site, where nobody measures what it takes or does. Put it into the "
-                "expressions that shall have it."
+                f"A menu has '{beside[0]}' beside per_site, where nobody measures what it takes or does. Put it into "
+                "the expressions that shall have it."
             )
         if DENSE in self.expressions:
             raise RecipeError(f"'{DENSE}' is on every menu already, as the choice to leave a site as it is.")
