@@ -188,6 +188,13 @@ def test_a_folder_is_replaced_if_asked(small: nn.Module, folder: Path) -> None:
     assert (folder / MODEL).read_bytes() != before
 
 
+def test_files_of_others_are_never_replaced(small: nn.Module, folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds 'notes.txt', which slimc did not write"):
+        slimc.export_onnx(small, folder, torch.randn(4, 128), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_equal_models_give_equal_bytes(small: nn.Module, exported: Path, tmp_path: Path) -> None:
     slimc.export_onnx(small, tmp_path / "again", torch.randn(4, 128))
     for path in exported.iterdir():
@@ -252,9 +259,33 @@ def forget_files(folder: Path) -> None:
     (folder / "slim_onnx.json").write_text(json.dumps({key: value for key, value in record.items() if key != "files"}))
 
 
+def forget_sizes(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    (folder / "slim_onnx.json").write_text(json.dumps(record | {"sizes": None}))
+
+
+def garble_a_site(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    (folder / "slim_onnx.json").write_text(json.dumps(record | {"sites": {"0": {"form": "int4", "bytes": 1}}}))
+
+
+def test_constants_beyond_the_end_of_their_file(folder: Path) -> None:
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    codes = next(constant for constant in model.graph.initializer if constant.name == "0.weight")
+    for entry in codes.external_data:
+        if entry.key == "offset":
+            entry.value = "9" * len(entry.value)
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    record["files"][MODEL] = (folder / MODEL).write_bytes(model.SerializeToString())
+    (folder / "slim_onnx.json").write_text(json.dumps(record))
+    assert any(name.startswith("layer ") or name == "ONNX Runtime" for name in failed(folder))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (forget_sizes, "lacks or garbles sizes"),
+        (garble_a_site, "lacks or garbles sites"),
         (remove, "model.onnx.data: cannot be read"),
         (cut, "has 100 bytes, not the"),
         (garble, "is not an ONNX model"),
