@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
@@ -16,10 +17,10 @@ from slimc.backends.onnx.initializers import Initializer
 from slimc.backends.onnx.narrowing import names_read, narrow, tensor_of
 from slimc.backends.onnx.translation import PACKED
 from slimc.backends.onnx.weights import LoweredLinear, lower_linear, lower_weight
-from slimc.errors import CaptureError
+from slimc.errors import CaptureError, InputError
 from slimc.runtime.activations import ACTIVATION_NAMES
 from slimc.runtime.decode import unpack_mask
-from slimc.runtime.formats import NM, LinearFormat, Sparsity, Unstructured, WeightFormat
+from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Sparsity, Unstructured, WeightFormat
 from slimc.runtime.ops import LINEAR_TENSORS, OPS
 from slimc.runtime.packing import PackedLinear, PackedWeight
 
@@ -128,7 +129,7 @@ class _Lowering:
                     node.input[1] = self.transposed[node.input[1]]
 
     def _lowered(self, node: NodeProto) -> list[NodeProto]:
-        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
         names = [name.rstrip("?") for name in OPS[f"slim::{node.op_type}"].inputs]
         inputs = {name: value for name, value in zip(names, node.input, strict=False) if value}
         output = node.output[0]
@@ -138,9 +139,14 @@ class _Lowering:
             return self._low_rank(inputs, output)
         if node.op_type == "round_activations":
             return self._round(inputs["x"], ACTIVATION_NAMES[attributes["activation"]], output)
+        if node.op_type == "sign_low_rank":
+            name = inputs["signs"].removesuffix("signs").rstrip("._")
+            raise InputError(
+                f"'{name}' has signs, which have no form in ONNX yet; compress the model without decompose to export it"
+            )
         return self._weight(inputs, attributes, output)
 
-    def _linear(self, inputs: dict[str, str], attributes: dict[str, int], output: str) -> list[NodeProto]:
+    def _linear(self, inputs: dict[str, str], attributes: dict[str, Any], output: str) -> list[NodeProto]:
         tensors = {name: self._tensor(inputs[name]) for name in LINEAR_TENSORS if name in inputs}
         name = inputs["values"].removesuffix(".values").removesuffix("_values")
         packed = PackedLinear.from_tensors(_linear_format(tensors, attributes), tensors)
@@ -165,7 +171,7 @@ class _Lowering:
             self.formats.setdefault(name, packed.format)
         return self._adopted(lowered, renamed)
 
-    def _weight(self, inputs: dict[str, str], attributes: dict[str, int], output: str) -> list[NodeProto]:
+    def _weight(self, inputs: dict[str, str], attributes: dict[str, Any], output: str) -> list[NodeProto]:
         tensors = {name: self._tensor(value) for name, value in inputs.items()}
         packed = PackedWeight.from_tensors(_weight_format(tensors, attributes), tensors)
         name = inputs["values"].removesuffix("values").rstrip("._")
@@ -239,7 +245,7 @@ class _Lowering:
         self.kept = {name: constant for name, constant in self.kept.items() if name in needed}
 
 
-def _weight_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> WeightFormat:
+def _weight_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> WeightFormat:
     """Return the format of a weight from its tensors and from the attributes of its operator."""
     values, pattern, scale = tensors["values"], tensors.get("pattern"), tensors.get("scale")
     bits, group, m = attributes["bits"], attributes["group"], attributes.get("m", 0)
@@ -259,19 +265,22 @@ def _weight_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int])
         sparsity=sparsity,
         nonzeros=nonzeros,
         dtype=(values if scale is None else scale).dtype,
+        widths=tuple(attributes.get("widths", ())) or None,
     )
 
 
-def _linear_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> LinearFormat:
+def _linear_format(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> LinearFormat:
     def factor(side: str, columns: int) -> WeightFormat | None:
         parts = {name.removeprefix(side): part for name, part in tensors.items() if name.startswith(side)}
         sizes = {"bits": attributes[f"{side}bits"], "group": attributes[f"{side}group"], "columns": columns}
         return _weight_format(parts, sizes) if parts else None
 
+    weight, magnitude = _weight_format(tensors, attributes), tensors.get("sign_left")
     return LinearFormat(
-        _weight_format(tensors, attributes),
+        weight,
         factor("left_", attributes["rank"]),
         factor("right_", attributes["columns"]),
         "input_scale" in tensors,
         ACTIVATION_NAMES.get(attributes["activation"]),
+        None if magnitude is None else BinaryFormat(weight.rows, weight.columns, magnitude.shape[1], magnitude.dtype),
     )

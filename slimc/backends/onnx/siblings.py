@@ -12,11 +12,12 @@ zeros of its other blocks are read for nothing, so layers are only joined where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from slimc.backends.onnx.weights import of_one_width
 from slimc.runtime.decode import expand_groups
 from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
 
@@ -49,6 +50,7 @@ def join(layers: Sequence[PackedLinear]) -> JoinedLayers | None:
 
     What it computes is the same but for the order of sums.
     """
+    layers = [replace(one, weight=of_one_width(one.weight)) for one in layers]
     first = layers[0]
     if first.left is None or first.right is None or not all(_alike(first, one) for one in layers):
         return None

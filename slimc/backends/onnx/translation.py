@@ -80,7 +80,7 @@ def _translation(op: Op) -> Callable[..., Any]:
     name = op.name.partition("::")[2]
     node = onnxscript.values.Op(onnxscript.values.Opset(PACKED, 1), name, _schema(name, op))
 
-    def translate(*inputs: Any, **attributes: int) -> Any:
+    def translate(*inputs: Any, **attributes: int | list[int]) -> Any:
         return node(*inputs, **attributes)
 
     return translate
@@ -96,6 +96,12 @@ def _schema(name: str, op: Op) -> OpSchema:
         # One variable for each input: their types are checked by slimc's own operators.
         return OpSchema.FormalParameter(plain, f"T_{plain}", param_option=option)
 
+    def attribute(spelled: str) -> OpSchema.Attribute:
+        kinds = OpSchema.AttrType
+        if spelled.endswith("[]"):
+            return OpSchema.Attribute(spelled.removesuffix("[]"), kinds.INTS, "", required=False)
+        return OpSchema.Attribute(spelled, kinds.INT, "")
+
     carrier = "x" if "x" in op.inputs else "scale" if "scale?" in op.inputs or "scale" in op.inputs else "values"
     plain = [spelled.rstrip("?") for spelled in op.inputs]
     return defs.OpSchema(
@@ -105,7 +111,7 @@ def _schema(name: str, op: Op) -> OpSchema:
         inputs=[parameter(spelled) for spelled in op.inputs],
         outputs=[OpSchema.FormalParameter("y", f"T_{carrier}")],
         type_constraints=[(f"T_{one}", [*_NUMBERS, "tensor(uint8)"], "") for one in plain],
-        attributes=[OpSchema.Attribute(one, OpSchema.AttrType.INT, "") for one in op.attributes],
+        attributes=[attribute(spelled) for spelled in op.attributes],
     )
 
 

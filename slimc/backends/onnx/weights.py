@@ -34,8 +34,9 @@ from slimc.backends.onnx.functions import (
 from slimc.backends.onnx.initializers import DATA_TYPES, Initializer, bytes_of, of_codes, of_tensor
 from slimc.errors import InputError, closest
 from slimc.runtime.bits import pack_bits
+from slimc.runtime.decode import expand_groups
 from slimc.runtime.formats import NM, Unstructured, WeightFormat
-from slimc.runtime.packing import PackedLinear, PackedWeight
+from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -49,6 +50,7 @@ __all__ = [
     "lower_linear",
     "lower_weight",
     "narrowest",
+    "of_one_width",
     "opset_of",
 ]
 
@@ -179,6 +181,7 @@ def lower_linear(
             "model without decompose to export it"
         )
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
+    packed = replace(packed, weight=_in_one_width(piece, target, packed.weight))
     {"portable": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target](piece, packed, bias)
     return piece.result
 
@@ -197,6 +200,7 @@ def lower_weight(
     if target == "dense" or packed.format.bits is None:
         piece.node("Identity", [_decoded(piece, "weight", packed)], result.output)
         return result
+    packed = _in_one_width(piece, target, packed)
     held = _held_codes(piece, "weight", packed)
     if target == "portable":
         operator = _DEQUANT[type(packed.format.sparsity)]
@@ -206,6 +210,41 @@ def lower_weight(
     else:
         piece.node("DequantizeLinear", held.inputs, result.output, axis=held.axis, block_size=held.block)
     return result
+
+
+def of_one_width(packed: PackedWeight) -> PackedWeight:
+    """Return the same weight with codes of one width where groups have widths of their own; signs take two bits."""
+    form = packed.format
+    if form.widths is None or form.group is None:
+        return packed
+    codes, mask = packed.unpack()
+    bits, zero_point = max(2, *form.widths), packed.zero_point
+    width = torch.tensor([form.widths], device=codes.device)
+    if zero_point is None:
+        shift = (1 << (bits - 1)) - torch.where(width == 1, 1, 1 << (width - 1))
+        shift = expand_groups(shift, form.columns, form.group)
+    else:
+        shift, zero_point = 0, torch.where(width == 1, 1, zero_point)
+    signs = expand_groups(width == 1, form.columns, form.group)
+    wide = (torch.where(signs, 2 * codes.short(), codes.short()) + shift).to(torch.uint8)
+    return pack_weight(
+        wide,
+        bits=bits,
+        scale=packed.scale,
+        zero_point=None if zero_point is None else zero_point.to(torch.uint8),
+        group=form.group,
+        mask=mask,
+        sparsity=form.sparsity,
+    )
+
+
+def _in_one_width(piece: _Piece, target: str, packed: PackedWeight) -> PackedWeight:
+    """Return `of_one_width` where codes are stored, and note what that costs."""
+    widths = packed.format.widths
+    if widths is None or target == "dense":
+        return packed
+    piece.note(f"weight: codes of {min(widths)} to {max(widths)} bits all take the most of these")
+    return of_one_width(packed)
 
 
 _DEQUANT: dict[type, str] = {type(None): "dequant", NM: "dequant_nm", Unstructured: "dequant_mask"}

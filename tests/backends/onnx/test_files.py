@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import slimc
 from slimc.errors import FormatError, InputError
-from slimc.passes import Fuse, LowRank, Prune, Quantize
+from slimc.passes import AllocateBits, Calibrate, Decompose, Fuse, LowRank, Prune, Quantize
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -211,6 +211,23 @@ def test_a_sound_folder_passes(target: str, small: nn.Module, tmp_path: Path) ->
     assert [check.name for check in checks if not check.passed] == []
     assert {"files", "rules of ONNX", "constants", "ONNX Runtime", "outputs"} <= {check.name for check in checks}
     assert sum(check.name.startswith("layer ") for check in checks) == 1, "both layers are of one form"
+
+
+@pytest.mark.parametrize("target", ["portable", "ort", "dense"])
+def test_groups_with_widths_are_exported_as_what_they_are(target: str, tmp_path: Path) -> None:
+    """SliM-LLM on a symmetric grid, whose zero is another code at each width; signs among them."""
+    passes = [Calibrate(), AllocateBits(2, 32), Quantize("gptq", symmetric=True)]
+    generator = torch.Generator().manual_seed(6)
+    small = slimc.compile(Two(), [torch.randn(64, 128, generator=generator)], passes=passes)
+    slimc.export_onnx(small, tmp_path / "out", torch.randn(4, 128), target)
+    assert failed(tmp_path / "out", small) == []
+
+
+def test_signs_are_refused_by_the_name_of_their_layer(tmp_path: Path) -> None:
+    passes = [Calibrate(), Decompose(rounds=1)]
+    small = slimc.compile(Two(), [torch.randn(64, 128)], passes=passes)
+    with pytest.raises(InputError, match=r"'0' has signs .*without decompose"):
+        slimc.export_onnx(small, tmp_path / "out", torch.randn(4, 128))
 
 
 def failed(folder: Path, against: nn.Module | None = None) -> list[str]:
