@@ -222,13 +222,12 @@ def of_one_width(packed: PackedWeight) -> PackedWeight:
     width = torch.tensor([form.widths], device=codes.device)
     if zero_point is None:
         shift = (1 << (bits - 1)) - torch.where(width == 1, 1, 1 << (width - 1))
-        shift = expand_groups(shift, form.columns, form.group)
     else:
-        shift, zero_point = 0, torch.where(width == 1, 1, zero_point)
+        shift, zero_point = torch.zeros_like(width), torch.where(width == 1, 1, zero_point)
     signs = expand_groups(width == 1, form.columns, form.group)
-    wide = (torch.where(signs, 2 * codes.short(), codes.short()) + shift).to(torch.uint8)
+    wide = torch.where(signs, 2 * codes.short(), codes.short()) + expand_groups(shift, form.columns, form.group)
     return pack_weight(
-        wide,
+        wide.to(torch.uint8),
         bits=bits,
         scale=packed.scale,
         zero_point=None if zero_point is None else zero_point.to(torch.uint8),
