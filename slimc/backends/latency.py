@@ -81,9 +81,14 @@ def example(form: LinearFormat, device: torch.device) -> PackedLinear:
     def fill(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if name == "pattern":
             return pack_bits(_kept(form.weight, device).to(torch.uint8), 1)
+        if name == "zero_point":
+            return torch.zeros(shape, dtype=dtype, device=device)
         if dtype.is_floating_point:
             return torch.full(shape, 2.0**-6, dtype=dtype, device=device)
-        return torch.randint(0, 256, shape, generator=generator, device=device, dtype=dtype)
+        codes = torch.randint(0, 256, shape, generator=generator, device=device, dtype=dtype)
+        # Layouts do not keep the bits after the last code, and a layer that they would change stays without them.
+        codes[..., -1] = 0
+        return codes
 
     specs = form.tensor_specs()
     return PackedLinear.assemble(form, {name: fill(name, shape, dtype) for name, (shape, dtype) in specs.items()})

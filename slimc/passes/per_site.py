@@ -88,7 +88,9 @@ class PerSite(SitePass):
         return frozenset().union(*(one.statistics() for passes in self.built.values() for one in passes))
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
-        """Each expression must be one that could stand here in full."""
+        """Each expression must be one that could stand here in full, and be the only one of its site."""
+        if self.name in [one.name for one in earlier]:
+            raise RecipeError("per_site appears twice: a site has one expression. Make one of the two.")
         for name, passes in self.built.items():
             for position, one in enumerate(passes):
                 try:

@@ -93,13 +93,29 @@ def check_order(passes: Sequence[Pass]) -> None:
         earlier = passes[:position]
         if "fuse" in [other.name for other in earlier]:
             raise RecipeError(f"'{one.name}' comes after fuse, which must be the last pass. Move fuse to the end.")
-        one.check_after(earlier)
+        for expressed in _expressed(earlier):
+            one.check_after(expressed)
         if one.statistics() and not any(isinstance(other, Calibrate) for other in earlier):
             raise RecipeError(
                 f"{one.name} needs calibrate before it, for statistics of the activations. Put calibrate first."
             )
     if not any(isinstance(one, SitePass) and one.compresses for one in passes):
         raise RecipeError("The recipe compresses nothing: it has neither quantize nor prune nor decompose.")
+    for expressed in _expressed(passes):
+        names = [one.name for one in expressed]
+        if "allocate_bits" in names and "quantize" not in names:
+            raise RecipeError(
+                "allocate_bits chooses the widths of codes, but nothing makes codes: put quantize after it."
+            )
+
+
+def _expressed(passes: Sequence[Pass]) -> list[list[Pass]]:
+    """Return what runs at a site, for each of the expressions that it may have."""
+    runs: list[list[Pass]] = [[]]
+    for one in passes:
+        choices = [[one, *inner] for inner in one.built.values()] if isinstance(one, PerSite) else [[one]]
+        runs = [[*run, *chosen] for run in runs for chosen in choices]
+    return runs
 
 
 def _require_passes(passes: Sequence[object]) -> None:

@@ -18,7 +18,7 @@ from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
-from slimc.passes.stored import improve_stored, solve_stored
+from slimc.passes.stored import has_signs, improve_stored, solve_stored
 from slimc.passes.work import SiteWork
 from slimc.runtime.packing import NM, Unstructured
 
@@ -35,7 +35,8 @@ class Prune(SitePass):
             also corrects the weights that stay for the ones that go (Frantar & Alistarh), on the grid if there is one;
             ``"joint"`` compares all masks of an N:M block by what they cost once the others have absorbed the error,
             rounding included.
-            Where calibration saw no input but zeros, all of them choose by magnitude.
+            Where some codes are signs, ``"sparsegpt"`` takes its place. Where calibration saw no input but zeros, all
+            of them choose by magnitude.
         damping: of the Gram matrix, as a share of its mean diagonal, for SparseGPT and for ``sweeps``.
         sweeps: how often coordinate descent then visits all columns, to choose mask, codes and scales anew given the
             rest. The output error on the calibration inputs falls with every sweep.
@@ -144,9 +145,10 @@ class Prune(SitePass):
     def apply(self, work: SiteWork) -> None:
         """Choose the site's mask, and with SparseGPT its values."""
         work.sparsity = self.sparsity
-        if self.method == "joint" and work.reached:
+        jointly = self.method == "joint" and not has_signs(work.quantized)
+        if jointly and work.reached:
             solve_stored(work, work.target, damped(work.require_gram(self.name), self.damping))
-        elif self.method == "sparsegpt" and work.reached:
+        elif self.method in ("sparsegpt", "joint") and work.reached:
             self._apply_sparsegpt(work)
         else:
             work.mask = self._mask(self._scores(work))

@@ -19,11 +19,16 @@ def solve_stored(work: SiteWork, weight: Tensor, hessian: Tensor) -> None:
         work: the site; its pattern is kept, and so is a mask of another kind.
         weight: what base and input scale shall amount to, float32 ``[out_features, in_features]``.
         hessian: damped, of the unscaled input, ``[in_features, in_features]``.
+
+    Where some codes are signs, which have no code of zero, the mask stays and the codes are those of the quantiser.
     """
     weight, hessian = _in_stored_coordinates(work, weight, hessian)
     grid = None if work.quantizer is None else work.quantizer(weight, None)
     pattern = _pattern(work)
-    if pattern is not None and can_be_tried(pattern):
+    if has_signs(grid):
+        work.base = weight if work.mask is None else weight * work.mask
+        work.quantize()
+    elif pattern is not None and can_be_tried(pattern):
         _take(work, *solve_jointly(weight, hessian, grid, pattern=pattern))
     elif work.mask is None and grid is not None:
         width = 4 if weight.shape[1] % 4 == 0 else 1
@@ -36,16 +41,25 @@ def solve_stored(work: SiteWork, weight: Tensor, hessian: Tensor) -> None:
 def improve_stored(work: SiteWork, weight: Tensor, hessian: Tensor, sweeps: int) -> None:
     """Lower the output error of what is stored for ``weight`` by coordinate descent; it never rises.
 
+    Where some codes are signs it stays as it is.
+
     Args:
         work: the site; an N:M mask may move, any other stays.
         weight: what base and input scale shall amount to, float32 ``[out_features, in_features]``.
         hessian: damped, of the unscaled input, ``[in_features, in_features]``.
         sweeps: how often every column is visited.
     """
+    if has_signs(work.quantized):
+        return
     weight, hessian = _in_stored_coordinates(work, weight, hessian)
     start = work.base if work.quantized is None else work.quantized
     result, mask = descend(weight, hessian, start, work.mask, pattern=_pattern(work), sweeps=sweeps)
     _take(work, result, mask)
+
+
+def has_signs(quantized: Quantized | None) -> bool:
+    """Tell whether some codes have 1 bit."""
+    return quantized is not None and 1 in (quantized.group_widths() or ())
 
 
 def _take(work: SiteWork, result: Tensor | Quantized, mask: Tensor | None) -> None:

@@ -144,10 +144,9 @@ class _TunedMatrix(nn.Module):
             start = stored
             self.unit = stored.float().square().mean().sqrt().to(device)
         else:
-            zero = (
-                2 ** ((packed.format.bits or 1) - 1) if packed.zero_point is None else self._spread(packed.zero_point)
-            )
-            self.signed = (stored.short() - zero).to(device)
+            # Less their zero points, whatever the widths are: what they stand for where every scale is 1.
+            steps = dataclasses.replace(packed, scale=torch.ones_like(start, dtype=torch.float32)).decode()
+            self.signed = steps.short().to(device)
             self.unit = start.float().to(device)
         self.start = start.float().to(device)
         self.share = nn.Parameter(torch.zeros_like(self.start))

@@ -9,7 +9,18 @@ from typing import Any
 
 from slimc import recipes
 from slimc.errors import RecipeError
-from slimc.passes import Calibrate, Pass, PerSite, SitePass, check_order
+from slimc.passes import (
+    AllocateBits,
+    Calibrate,
+    Decompose,
+    LowRank,
+    Pass,
+    PerSite,
+    Prune,
+    Quantize,
+    SitePass,
+    check_order,
+)
 
 DENSE = "dense"
 """The choice of leaving a site as it is; every menu has it."""
@@ -46,6 +57,14 @@ class Menu:
             )
         if not isinstance(self.passes[0], Calibrate):
             raise RecipeError("A menu starts with calibrate: choices are judged by what they do to the model on text.")
+        beside = [
+            one.name for one in self.passes if isinstance(one, Prune | Quantize | AllocateBits | Decompose | LowRank)
+        ]
+        if beside:
+            raise RecipeError(
+                f"A menu has '{beside[0]}' beside per_site, where nobody measures what it takes or does. Put it into "
+                "the expressions that shall have it."
+            )
         if DENSE in self.expressions:
             raise RecipeError(f"'{DENSE}' is on every menu already, as the choice to leave a site as it is.")
 

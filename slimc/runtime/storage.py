@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -280,15 +280,18 @@ def is_replaceable(path: Path) -> bool:
     """
     if not is_native_folder(path):
         return False
-    foreign = sorted(
-        name for name in files_in(path) - {DESCRIPTION, RUN, *extra_files(path)} if not _SHARD.fullmatch(name)
-    )
+    foreign = [name for name in files_in(path) - {DESCRIPTION, RUN, *extra_files(path)} if not _SHARD.fullmatch(name)]
+    refuse_foreign(path, foreign)
+    return True
+
+
+def refuse_foreign(path: Path, foreign: Collection[str]) -> None:
+    """Raise an InputError that names files of others in a folder that would be replaced, if there are any."""
     if foreign:
         raise InputError(
             f"{path}: holds {some(foreign)}, which slimc did not write, so it will not be replaced; move them "
             "elsewhere or choose another folder"
         )
-    return True
 
 
 def files_in(folder: Path) -> set[str]:

@@ -8,7 +8,8 @@ import torch
 from slimc.backends.latency import DecodeTimes, example
 from slimc.errors import RecipeError
 from slimc.progress import SilentProgress
-from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
+from slimc.runtime.bits import pack_bits
+from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
 FORMS = {
@@ -20,6 +21,10 @@ FORMS = {
         right=WeightFormat(6, 40, bits=4, group=16),
         input_scaled=True,
     ),
+    "signs": LinearFormat(
+        WeightFormat(24, 36, bits=4, dtype=torch.bfloat16), binary=BinaryFormat(24, 36, 1, torch.bfloat16)
+    ),
+    "widths": LinearFormat(WeightFormat(24, 40, bits=4, group=16, asymmetric=True, widths=(1, 4, 2))),
     "unstructured": LinearFormat(WeightFormat(24, 40, sparsity=Unstructured(), nonzeros=100)),
     "dense": LinearFormat(WeightFormat(24, 40, dtype=torch.bfloat16)),
 }
@@ -32,6 +37,18 @@ def test_an_example_is_a_whole_layer_of_its_form(form):
     checked = PackedLinear.from_tensors(form, layer.tensors())
     assert checked.format == form
     assert bool(checked.decode().isfinite().all())
+
+
+def test_nothing_follows_the_last_code_of_a_row():
+    """Layouts do not keep it, and a layer that is not restored bit for bit is timed without its kernels."""
+    form = LinearFormat(
+        WeightFormat(24, 40, bits=3, group=8),
+        left=WeightFormat(24, 11, bits=4, group=64),
+        right=WeightFormat(11, 40, bits=4, group=64),
+    )
+    layer = example(form, torch.device("cpu"))
+    codes, _ = layer.left.unpack()
+    assert torch.equal(pack_bits(codes, 4), layer.left.values)
 
 
 @pytest.mark.parametrize("target", ["speed", "decode@", "prefill@h100", ""])

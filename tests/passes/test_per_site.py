@@ -9,7 +9,21 @@ import pytest
 
 from slimc import recipes
 from slimc.errors import RecipeError
-from slimc.passes import Activations, Calibrate, Fuse, LowRank, PerSite, Prune, Quantize, check_order, from_config
+from slimc.passes import (
+    Activations,
+    AllocateBits,
+    Calibrate,
+    Compensate,
+    Fuse,
+    LowRank,
+    Pass,
+    PerSite,
+    Prune,
+    Quantize,
+    Tune,
+    check_order,
+    from_config,
+)
 from slimc.passes.journal import Journal
 
 EXPRESSIONS = {
@@ -106,3 +120,23 @@ def test_each_expression_must_be_in_an_order_that_works():
         check_order([Calibrate(), PerSite({"a": [LowRank(), Quantize()]}, default="a")])
     with pytest.raises(RecipeError, match="expression 'a': quantize appears twice"):
         check_order([Quantize(), PerSite({"a": [Quantize()]}, default="a")])
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        (Quantize(bits=4), "quantize appears twice"),
+        (Prune("2:4"), "prune appears twice"),
+        (Compensate(), "compensate comes after quantize"),
+        (PER_SITE, "per_site appears twice"),
+    ],
+)
+def test_what_follows_must_go_with_every_expression(later: Pass, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_order([Calibrate(), PER_SITE, later])
+    check_order([Calibrate(), PerSite({"a": [Quantize()], "b": [Prune()]}, default="a"), LowRank(), Tune()])
+
+
+def test_widths_need_codes_in_every_expression() -> None:
+    with pytest.raises(RecipeError, match="nothing makes codes: put quantize after it"):
+        check_order([Calibrate(), AllocateBits(), PerSite({"a": [Quantize("gptq")], "b": [Prune()]}, default="a")])

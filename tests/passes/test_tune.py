@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimc.errors import NumericsError, RecipeError
-from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize, Tune
+from slimc.passes import AllocateBits, Calibrate, Fuse, LowRank, Pass, Prune, Quantize, Tune
 from slimc.passes.pipeline import check_order
 
 RECIPES: list[list[Pass]] = [
@@ -17,6 +17,8 @@ RECIPES: list[list[Pass]] = [
     [Quantize("absmax", 3, symmetric=False), LowRank(rank=2)],
     [Quantize(bits=4, activation_aware=True, fraction=0.1), Prune(0.5)],
     [Prune("1:2")],
+    [AllocateBits(2, 8, direction="reverse"), Quantize("gptq", symmetric=True)],
+    [Quantize("gptq", 1, 8)],
 ]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import slimc
 from slimc import recipes
 from slimc.errors import InputError, RecipeError
-from slimc.passes import Activations, Calibrate, Fuse, PerSite, Quantize
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, PerSite, Quantize
 from slimc.planning.menu import JUDGED, PRESET, Menu
 from slimc.planning.plan import Sensitivities
 from slimc.planning.sensitivity import Choice, SiteChoices
@@ -134,6 +134,7 @@ def test_a_time_below_the_menu_is_refused_with_the_least(found):
         ({"a": ["quantise"]}, "did you mean 'quantize'"),
         ([Calibrate(), Quantize(), Fuse()], "one per_site.*has 0"),
         ([PerSite(MENU), Fuse()], "starts with calibrate"),
+        ([Calibrate(), PerSite(MENU), LowRank(), Fuse()], "'low_rank' beside per_site"),
         ("slim-w4", "one per_site.*has 0"),
         ("none.yaml", "there is no recipe file 'none.yaml'"),
     ],

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from slimc.backends import hf
-from slimc.backends.onnx.description import is_onnx_folder
-from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, write_folder
+from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, is_replaceable, write_folder
 from slimc.backends.onnx.generation import decoder_graph
 from slimc.backends.onnx.graph import export_module
 from slimc.backends.onnx.weights import COMPUTE_DTYPES, check_options
@@ -104,7 +103,7 @@ def check_destination(path: Path, *, overwrite: bool) -> Path:
         InputError: it cannot be written, or holds something that must not be replaced.
     """
     folder = folder_of(path)
-    check_replaceable(folder, overwrite=overwrite, replaceable=is_onnx_folder)
+    check_replaceable(folder, overwrite=overwrite, replaceable=is_replaceable)
     home = next(parent for parent in folder.absolute().parents if parent.exists())
     if not os.access(home, os.W_OK | os.X_OK):
         raise InputError(

@@ -33,9 +33,20 @@ from slimc.runtime.files import (
     write_file,
 )
 from slimc.runtime.formats import LinearFormat
+from slimc.runtime.storage import files_in, refuse_foreign
 from slimc.version import __version__
 
-__all__ = ["DATA", "MODEL", "OnnxGraph", "SiteSize", "folder_of", "open_folder", "site_sizes", "write_folder"]
+__all__ = [
+    "DATA",
+    "MODEL",
+    "OnnxGraph",
+    "SiteSize",
+    "folder_of",
+    "is_replaceable",
+    "open_folder",
+    "site_sizes",
+    "write_folder",
+]
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -176,12 +187,13 @@ def write_folder(
     content = described.SerializeToString(deterministic=True)
     record = _record(graph, files={MODEL: len(content), DATA: end})
     with publish_folder(
-        target, needed=end + len(content) + _ROOM_FOR_DESCRIPTION, overwrite=overwrite, replaceable=is_onnx_folder
+        target, needed=end + len(content) + _ROOM_FOR_DESCRIPTION, overwrite=overwrite, replaceable=is_replaceable
     ) as folder:
         _write_constants(folder / DATA, graph.stored, offsets)
         write_file(folder / MODEL, content)
         if write_extra is not None:
             write_extra(folder)
+        record["extra_files"] = sorted(files_in(folder) - {MODEL, DATA})
         write_file(folder / DESCRIPTION, json_bytes(record))
     return target
 
@@ -192,6 +204,28 @@ def _write_constants(path: Path, stored: Mapping[str, Initializer], offsets: Map
             file.write(bytes(offset - file.tell()))
             file.write(stored[name].content().data)
         flush_to_disk(file.fileno())
+
+
+def is_replaceable(path: Path) -> bool:
+    """Tell whether ``path`` is a folder with an ONNX model; one that others put files into is refused by name.
+
+    Raises:
+        InputError: it is such a folder and holds files that were not written with it.
+    """
+    if not is_onnx_folder(path):
+        return False
+    refuse_foreign(path, files_in(path) - {DESCRIPTION, MODEL, DATA, *_extra_files(path)})
+    return True
+
+
+def _extra_files(folder: Path) -> set[str]:
+    """Return the files beside the model that the description lists, none if it cannot be read."""
+    try:
+        record = read_json(folder / DESCRIPTION)
+    except FormatError:
+        return set()
+    names = record.get("extra_files") if isinstance(record, dict) else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _record(graph: OnnxGraph, files: Mapping[str, int]) -> dict[str, Any]:
@@ -230,6 +264,7 @@ def open_folder(path: Path) -> tuple[ModelProto, Description, dict[str, Any]]:
     sizes = record.get("files")
     if not isinstance(sizes, dict) or not {MODEL, DATA} <= sizes.keys():
         raise FormatError(f"{path / DESCRIPTION}: does not list {MODEL} and {DATA}; export the model again")
+    _check_record(record, path / DESCRIPTION)
     for name in (MODEL, DATA):
         size = regular_file_size(file_inside(path, name))
         if size != sizes[name]:
@@ -239,3 +274,20 @@ def open_folder(path: Path) -> tuple[ModelProto, Description, dict[str, Any]]:
     except Exception as error:
         raise FormatError(f"{path / MODEL}: is not an ONNX model ({error}); export it again") from error
     return model, description, record
+
+
+def _check_record(record: Mapping[str, Any], source: Path) -> None:
+    """Raise `FormatError` unless the sizes and the layers of a description are what a program can read."""
+    sites, sizes = record.get("sites"), record.get("sizes")
+    sound = isinstance(sizes, dict) and all(type(sizes.get(name)) is int for name in ("layers", "others"))
+    if not sound:
+        raise FormatError(f"{source}: lacks or garbles sizes; export the model again")
+    if not isinstance(sites, dict) or not all(map(_is_site, sites.values())):
+        raise FormatError(f"{source}: lacks or garbles sites; export the model again")
+
+
+def _is_site(site: object) -> bool:
+    if not isinstance(site, dict) or type(site.get("form")) is not str or type(site.get("bytes")) is not int:
+        return False
+    shape = site.get("shape")
+    return isinstance(shape, list) and [type(side) for side in shape] == [int, int] and min(shape) > 0

@@ -90,6 +90,10 @@ def _constants(model: ModelProto, record: Mapping[str, Any]) -> Check:
     """Add up the constants of each layer, which must be what the description says, and not numbers instead of codes."""
     sizes = {}
     for constant in model.graph.initializer:
+        if constant.data_type not in BITS:
+            return Check(
+                "constants", False, f"{constant.name} is of a type {constant.data_type} that slimc never writes"
+            )
         sizes[constant.name] = size = (prod(constant.dims) * BITS[constant.data_type] + 7) // 8
         place = {entry.key: entry.value for entry in constant.external_data}
         outside = place.get("location") == DATA and place.get("length") == str(size)
@@ -120,10 +124,10 @@ def _layers(path: Path, model: ModelProto, record: Mapping[str, Any]) -> Iterato
         candidate = (site["shape"][0] * site["shape"][1], name)
         smallest[site["form"]] = min(smallest.get(site["form"], candidate), candidate)
     for form, (_, name) in smallest.items():
-        piece = _piece(path, model, name, record["sites"][name]["shape"][1])
-        if piece is None:
-            continue
         try:
+            piece = _piece(path, model, name, record["sites"][name]["shape"][1])
+            if piece is None:
+                continue
             yield _compared(f"layer '{name}' ({form})", piece, record["sites"][name]["shape"][1])
         except Exception as error:
             yield Check(f"layer '{name}' ({form})", False, str(error).strip().splitlines()[0])

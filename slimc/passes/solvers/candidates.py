@@ -115,8 +115,11 @@ def columns_of(grid: Grid, part: slice | Tensor) -> Grid:
 
 
 def grid_of(quantized: Quantized) -> Grid:
-    """Return the grid of a quantised weight."""
+    """Return the grid of a quantised weight, none of whose codes are signs: these are no whole number of steps."""
     step, zero = quantized.grid()
+    if quantized.group_widths() is not None:
+        zero = zero.contiguous()
+        return step.contiguous(), -zero, torch.exp2(quantized.column_widths()) - 1 - zero
     highest = 2**quantized.bits - 1
     if quantized.zero_point is None:
         middle = 2 ** (quantized.bits - 1)

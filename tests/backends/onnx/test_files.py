@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import slimc
 from slimc.errors import FormatError, InputError
-from slimc.passes import Fuse, LowRank, Prune, Quantize
+from slimc.passes import AllocateBits, Calibrate, Decompose, Fuse, LowRank, Prune, Quantize
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -188,6 +188,13 @@ def test_a_folder_is_replaced_if_asked(small: nn.Module, folder: Path) -> None:
     assert (folder / MODEL).read_bytes() != before
 
 
+def test_files_of_others_are_never_replaced(small: nn.Module, folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds 'notes.txt', which slimc did not write"):
+        slimc.export_onnx(small, folder, torch.randn(4, 128), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_equal_models_give_equal_bytes(small: nn.Module, exported: Path, tmp_path: Path) -> None:
     slimc.export_onnx(small, tmp_path / "again", torch.randn(4, 128))
     for path in exported.iterdir():
@@ -204,6 +211,23 @@ def test_a_sound_folder_passes(target: str, small: nn.Module, tmp_path: Path) ->
     assert [check.name for check in checks if not check.passed] == []
     assert {"files", "rules of ONNX", "constants", "ONNX Runtime", "outputs"} <= {check.name for check in checks}
     assert sum(check.name.startswith("layer ") for check in checks) == 1, "both layers are of one form"
+
+
+@pytest.mark.parametrize("target", ["portable", "ort", "dense"])
+def test_groups_with_widths_are_exported_as_what_they_are(target: str, tmp_path: Path) -> None:
+    """SliM-LLM on a symmetric grid, whose zero is another code at each width; signs among them."""
+    passes = [Calibrate(), AllocateBits(2, 32), Quantize("gptq", symmetric=True)]
+    generator = torch.Generator().manual_seed(6)
+    small = slimc.compile(Two(), [torch.randn(64, 128, generator=generator)], passes=passes)
+    slimc.export_onnx(small, tmp_path / "out", torch.randn(4, 128), target)
+    assert failed(tmp_path / "out", small) == []
+
+
+@pytest.mark.parametrize("target", ["portable", "ort", "dense"])
+def test_signs_are_exported_as_what_they_are(target: str, tmp_path: Path) -> None:
+    small = slimc.compile(Two(), [torch.randn(64, 128)], passes=[Calibrate(), Decompose(rounds=1)])
+    slimc.export_onnx(small, tmp_path / "out", torch.randn(4, 128), target)
+    assert failed(tmp_path / "out", small) == []
 
 
 def failed(folder: Path, against: nn.Module | None = None) -> list[str]:
@@ -252,9 +276,33 @@ def forget_files(folder: Path) -> None:
     (folder / "slim_onnx.json").write_text(json.dumps({key: value for key, value in record.items() if key != "files"}))
 
 
+def forget_sizes(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    (folder / "slim_onnx.json").write_text(json.dumps(record | {"sizes": None}))
+
+
+def garble_a_site(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    (folder / "slim_onnx.json").write_text(json.dumps(record | {"sites": {"0": {"form": "int4", "bytes": 1}}}))
+
+
+def test_constants_beyond_the_end_of_their_file(folder: Path) -> None:
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    codes = next(constant for constant in model.graph.initializer if constant.name == "0.weight")
+    for entry in codes.external_data:
+        if entry.key == "offset":
+            entry.value = "9" * len(entry.value)
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    record["files"][MODEL] = (folder / MODEL).write_bytes(model.SerializeToString())
+    (folder / "slim_onnx.json").write_text(json.dumps(record))
+    assert any(name.startswith("layer ") or name == "ONNX Runtime" for name in failed(folder))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (forget_sizes, "lacks or garbles sizes"),
+        (garble_a_site, "lacks or garbles sites"),
         (remove, "model.onnx.data: cannot be read"),
         (cut, "has 100 bytes, not the"),
         (garble, "is not an ONNX model"),

@@ -15,6 +15,7 @@ from slimc.passes.solvers import (
     Group,
     Quantized,
     descend,
+    gptq,
     nm_mask,
     quantize_absmax,
     quantize_slim,
@@ -168,3 +169,14 @@ def test_what_cannot_be() -> None:
         descend(weight, gram, stored, mask[:3])
     with pytest.raises(NumericsError, match="'weight'.*NaN"):
         descend(weight * torch.nan, gram, stored, mask)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_different_widths_keep_theirs(symmetric: bool) -> None:
+    weight, gram = layer(3, columns=32)
+    start = gptq(weight, gram, bits=4, group=16, widths=(2, 4), symmetric=symmetric)
+    found, _ = descend(weight, gram, start)
+    before, after = (output_error(weight, gram, one.dequantize()) for one in (start, found))
+    assert after < before
+    narrow, wide = found.codes.split(16, dim=1)
+    assert int(narrow.max()) < 4 <= int(wide.max()) < 16
