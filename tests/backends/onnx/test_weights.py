@@ -165,24 +165,6 @@ def _linear(
     return PackedLinear(weight, left, right, None if scale is None else scale.to(dtype), activation)
 
 
-def pack_widths(widths: tuple[int, ...], *, asymmetric: bool = False, sparsity: NM | None = None) -> PackedWeight:
-    """Return random codes of a width of its own for every 32 columns."""
-    parts = [pack_random(24, 32, bits=max(one, 2), group=32, sparsity=sparsity, seed=one) for one in widths]
-    masks = [part.unpack()[1] for part in parts]
-    codes = torch.cat([part.unpack()[0] % 2**one for part, one in zip(parts, widths, strict=True)], dim=1)
-    zeros = torch.tensor([[0 if one == 1 else 2**one - 2 for one in widths]], dtype=torch.uint8).repeat(24, 1)
-    return pack_weight(
-        codes,
-        bits=None,
-        scale=torch.cat([part.scale for part in parts if part.scale is not None], dim=1),
-        zero_point=zeros if asymmetric else None,
-        group=32,
-        mask=torch.cat([mask for mask in masks if mask is not None], dim=1) if sparsity else None,
-        sparsity=sparsity,
-        widths=widths,
-    )
-
-
 FORMS: dict[str, Callable[[], PackedLinear]] = {
     "int4": lambda: _linear(pack_random(24, 64)),
     "int4 channel": lambda: _linear(pack_random(24, 64, group="channel")),
@@ -206,11 +188,6 @@ FORMS: dict[str, Callable[[], PackedLinear]] = {
     "2:4 int4/32 asymmetric": lambda: _linear(pack_random(24, 64, group=32, sparsity=NM(2, 4), asymmetric=True)),
     "1:4 int3 channel": lambda: _linear(pack_random(24, 64, bits=3, group="channel", sparsity=NM(1, 4))),
     "unstructured int4": lambda: _linear(pack_random(24, 64, sparsity=Unstructured())),
-    "int2-4": lambda: _linear(pack_widths((2, 4, 3))),
-    "int1-3": lambda: _linear(pack_widths((3, 1)), rank=5, factor=(4, 64)),
-    "int1": lambda: _linear(pack_widths((1, 1))),
-    "int1-4 asymmetric": lambda: _linear(pack_widths((1, 4, 2), asymmetric=True)),
-    "2:4 int1-4": lambda: _linear(pack_widths((1, 4, 2), sparsity=NM(2, 4))),
     "numbers": lambda: _linear(pack_random(24, 64, bits=None)),
     "2:4 numbers": lambda: _linear(pack_random(24, 64, bits=None, sparsity=NM(2, 4))),
     "unstructured numbers bf16": lambda: _linear(
