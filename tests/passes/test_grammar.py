@@ -44,12 +44,19 @@ slim_quantizes = st.builds(
     fraction=shares,
     factor=st.floats(1.1, 256),
 )
+# Codes of 1 bit need groups of columns.
+bits_and_groups = st.tuples(st.integers(2, 8), groups) | st.tuples(st.just(1), st.integers(2, 4096))
+
+
+def gptq(bits_and_group: tuple[int, int | str | None], **options: Any) -> Quantize:
+    bits, group = bits_and_group
+    return Quantize("gptq", bits, group, **options)
+
+
 gptq_quantizes = st.builds(
-    Quantize,
-    st.just("gptq"),
-    st.integers(1, 8),
-    groups,
-    st.none() | st.booleans(),
+    gptq,
+    bits_and_groups,
+    symmetric=st.none() | st.booleans(),
     calibrate=st.sampled_from(["range", "sqc", "learned"]),
     preset=st.sampled_from(["paper", "reference", "output"]),
     order=st.sampled_from([None, "groups", "columns"]),
