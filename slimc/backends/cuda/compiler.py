@@ -43,7 +43,7 @@ _LOG_LINES = 20
 class Nvrtc:
     """NVRTC, loaded: its functions, where it was found, and its version as ``"13.0"``."""
 
-    library: Any
+    functions: Any
     path: str
     version: str
 
@@ -106,7 +106,7 @@ def compile_source(source: str, *, name: str, arch: str, defines: Mapping[str, i
     nvrtc = find_nvrtc()
     with _program(nvrtc, source, name) as program:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        status = nvrtc.library.nvrtcCompileProgram(program, len(options), arguments)
+        status = nvrtc.functions.nvrtcCompileProgram(program, len(options), arguments)
         messages = _text(nvrtc, program)
         if status:
             raise KernelError(
@@ -187,28 +187,28 @@ def _macro(name: str, value: int | str) -> str:
 def _program(nvrtc: Nvrtc, source: str, name: str) -> Iterator[ctypes.c_void_p]:
     """Yield NVRTC's handle of a source, valid inside the block."""
     program = ctypes.c_void_p()
-    create = nvrtc.library.nvrtcCreateProgram
+    create = nvrtc.functions.nvrtcCreateProgram
     _check(nvrtc, create(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None))
     try:
         yield program
     finally:
-        nvrtc.library.nvrtcDestroyProgram(ctypes.byref(program))
+        nvrtc.functions.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def _cubin(nvrtc: Nvrtc, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
-    _check(nvrtc, nvrtc.library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+    _check(nvrtc, nvrtc.functions.nvrtcGetCUBINSize(program, ctypes.byref(size)))
     cubin = ctypes.create_string_buffer(size.value)
-    _check(nvrtc, nvrtc.library.nvrtcGetCUBIN(program, cubin))
+    _check(nvrtc, nvrtc.functions.nvrtcGetCUBIN(program, cubin))
     return cubin.raw
 
 
 def _text(nvrtc: Nvrtc, program: ctypes.c_void_p) -> str:
     """Return what the compiler has said about the program."""
     size = ctypes.c_size_t()
-    _check(nvrtc, nvrtc.library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
+    _check(nvrtc, nvrtc.functions.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
     messages = ctypes.create_string_buffer(max(size.value, 1))
-    _check(nvrtc, nvrtc.library.nvrtcGetProgramLog(program, messages))
+    _check(nvrtc, nvrtc.functions.nvrtcGetProgramLog(program, messages))
     return messages.value.decode(errors="replace").strip()
 
 
@@ -219,7 +219,7 @@ def _beginning(messages: str) -> str:
 
 
 def _reason(nvrtc: Nvrtc, status: int) -> str:
-    return str(nvrtc.library.nvrtcGetErrorString(status).decode())
+    return str(nvrtc.functions.nvrtcGetErrorString(status).decode())
 
 
 def _check(nvrtc: Nvrtc, status: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
@@ -150,23 +151,26 @@ class _Lowering:
         name = inputs["values"].removesuffix(".values").removesuffix("_values")
         packed = PackedLinear.from_tensors(_linear_format(tensors, attributes, widths), tensors)
         bias = self._tensor(inputs["bias"]) if "bias" in inputs else None
+        self.formats.setdefault(name, packed.format)
+        lowered = lower_linear(packed, bias, self.target, self._next_call(name), **self._options())
+        return self._called(lowered, name, name, inputs["x"], output)
+
+    def _options(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "opset": self.opset, "accuracy_level": self.accuracy_level}
+
+    def _next_call(self, name: str) -> str:
+        """Return how this call of a layer is named: the first as the layer itself."""
         count = self._uses[name] = self._uses.get(name, 0) + 1
-        lowered = lower_linear(
-            packed,
-            bias,
-            self.target,
-            name if count == 1 else f"{name}.call_{count}",
-            dtype=self.dtype,
-            opset=self.opset,
-            accuracy_level=self.accuracy_level,
-        )
-        renamed = {lowered.input: inputs["x"], lowered.output: output}
-        if count > 1:
+        return name if count == 1 else f"{name}.call_{count}"
+
+    def _called(self, lowered: LoweredLinear, name: str, layer: str, x: str, output: str) -> list[NodeProto]:
+        """Set a call in; the constants are stored, and noted at ``layer``, once for all calls of ``name``."""
+        renamed = {lowered.input: x, lowered.output: output}
+        if lowered.name != name:
             renamed |= _constants_of_first_call(lowered, name)
         else:
             self.kept |= lowered.stored
-            self.notes[name] = lowered.notes
-            self.formats.setdefault(name, packed.format)
+            self.notes.setdefault(layer, []).extend(lowered.notes)
         return self._adopted(lowered, renamed)
 
     def _weight(
@@ -185,22 +189,8 @@ class _Lowering:
         binary = PackedBinary(*(self._tensor(inputs[name]) for name in ("signs", "left", "right")))
         layer = inputs["signs"].removesuffix("signs").rstrip("._")
         name = f"{layer}.sign_low_rank"
-        count = self._uses[name] = self._uses.get(name, 0) + 1
-        lowered = lower_signs(
-            binary,
-            self.target,
-            name if count == 1 else f"{name}.call_{count}",
-            dtype=self.dtype,
-            opset=self.opset,
-            accuracy_level=self.accuracy_level,
-        )
-        renamed = {lowered.input: inputs["x"], lowered.output: output}
-        if count > 1:
-            renamed |= _constants_of_first_call(lowered, name)
-        else:
-            self.kept |= lowered.stored
-            self.notes.setdefault(layer, []).extend(lowered.notes)
-        return self._adopted(lowered, renamed)
+        lowered = lower_signs(binary, self.target, self._next_call(name), **self._options())
+        return self._called(lowered, name, layer, inputs["x"], output)
 
     def _low_rank(self, inputs: dict[str, str], output: str) -> list[NodeProto]:
         nodes: list[NodeProto] = []
