@@ -25,7 +25,7 @@ import torch
 
 import slimc
 from slimc.backends import hf
-from slimc.passes import AllocateBits, Calibrate, Fuse, Pass, Quantize
+from slimc.passes import AllocateBits, Calibrate, Fuse, LowRank, Pass, Prune, Quantize
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
@@ -68,6 +68,15 @@ def rows() -> dict[str, list[Pass]]:
             Quantize("absmax", symmetric=False),
             Fuse(),
         ]
+        found[f"slim-llm+, the paper's w{bits}"] = recipe(bits, "kl", calibrate="learned")
+        found[f"slim-llm+ w{bits}"] = recipe(bits, "output", calibrate="learned", order="columns")
+    slim_llm, adapters = recipe(3, "output", **OUTPUT, **ORDER)[:-1], LowRank(rank=0.1, bits=4, group=64)
+    found["slim-llm w3, 2:4"] = [*slim_llm, Prune("2:4", "sparsegpt"), Fuse()]
+    found["slim-llm w3, adapters"] = [*slim_llm, adapters, Fuse()]
+    found["slim-llm w3, 2:4, adapters"] = [*slim_llm, Prune("2:4", "sparsegpt"), adapters, Fuse()]
+    # An average between two whole numbers.
+    allocation = AllocateBits(2.5, GROUP, "output", widest=4)
+    found["slim-llm w2.5"] = [CALIBRATE, allocation, Quantize("gptq", **OUTPUT, **ORDER), Fuse()]
     return found
 
 
