@@ -1,6 +1,6 @@
 """What the plain forms of a layer cost on one GPU: each against the dense product in bfloat16.
 
-    python benchmarks/gpu_forms.py [--rows 4096] [--columns 4096] [--tokens 1,16,128,2048] [--forms ...] [--json FILE]
+    python benchmarks/gpu_forms.py [--layers 4096x4096 ...] [--tokens 1,16,128,2048] [--forms ...] [--json FILE]
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call, beside the kernel
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -138,8 +139,7 @@ def measure(name: str, spec: LinearFormat, tokens: Sequence[int]) -> list[dict[s
 def main() -> None:
     """Measure, print a table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--layers", nargs="*", default=["4096x4096"], help="rows x columns")
     parser.add_argument("--tokens", default="1,16,128,2048")
     parser.add_argument("--forms", nargs="*", help="names of forms; all if left out")
     parser.add_argument("--json", type=Path)
@@ -147,24 +147,26 @@ def main() -> None:
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
     tokens = [int(count) for count in options.tokens.split(",")]
-    print(f"{torch.cuda.get_device_name()}, {options.rows} x {options.columns}")
-    print(f"{'form':28} {'tokens':>6} {'kernel':16} {'us':>8} {'dense':>8} {'ratio':>6} {'stored':>9} {'held':>9}")
+    print(torch.cuda.get_device_name())
+    print(f"{'layer':12} {'form':28} {'tokens':>6} {'kernel':20} {'us':>8} {'dense':>8} {'ratio':>6} {'held':>9}")
     results: list[dict[str, object]] = []
-    chosen = {
-        name: spec
-        for name, spec in formats(options.rows, options.columns).items()
-        if options.forms is None or name in options.forms
-    }
-    for name, spec in chosen.items():
-        for row in measure(name, spec, tokens):
-            results.append(row)
-            print(
-                f"{name:28} {row['tokens']:6} {row['kernel']:16} {row['us']:8.1f} {row['dense_us']:8.1f} "
-                f"{row['ratio']:6.2f} {row['stored']:9} {row['held']:9}",
-                flush=True,
-            )
+    for layer in options.layers:
+        rows, columns = (int(side) for side in layer.split("x"))
+        for name, spec in formats(rows, columns).items():
+            if options.forms is not None and name not in options.forms:
+                continue
+            for row in measure(name, spec, tokens):
+                results.append({"layer": layer} | row)
+                print(
+                    f"{layer:12} {name:28} {row['tokens']:6} {row['kernel']:20} {row['us']:8.1f} "
+                    f"{row['dense_us']:8.1f} {row['ratio']:6.2f} {row['held']:9}",
+                    flush=True,
+                )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        parts = ["python", "benchmarks/gpu_forms.py", "--layers", *options.layers, "--tokens", options.tokens]
+        parts += [] if options.forms is None else ["--forms", *options.forms]
+        record = {"command": shlex.join(parts), "device": torch.cuda.get_device_name(), "rows": results}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_siblings_with_signs_are_computed_one_by_one_in_a_compiled_graph() -> No
         assert torch.equal(torch.compile(both, backend=slim, fullgraph=True)(x), both(x))
 
 
-@pytest.mark.parametrize("tiles", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)])
 @pytest.mark.parametrize(("arch", "major"), [("sm_80", 8), ("sm_90a", 9)])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_the_kernel_compiles(tiles: tuple[int, int], arch: str, major: int, dtype: torch.dtype) -> None:

@@ -14,6 +14,9 @@ from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear, pack_weight
 
 
+SHAPES = [mixed.LaunchShape(*shape) for shape in ((1, 4), (1, 16), (2, 8), (4, 4), (4, 8), (2, 16))]
+
+
 def make_layer(
     rows: int,
     columns: int,
@@ -64,7 +67,7 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None, shape: mixed.Launc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 50])
 def test_every_number_of_tokens(check: Any, tokens: int, asymmetric: bool, dtype: torch.dtype) -> None:
     packed = make_layer(200, 640, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3), dtype=dtype, asymmetric=asymmetric)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(200, dtype=dtype, device="cuda")
@@ -81,8 +84,11 @@ def test_each_width_by_itself(check: Any, width: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "group"), [(16, 64, 64), (1, 128, 128), (1000, 4160, 128), (4096, 11008, 64)]
 )
-@pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("shape", [mixed.LaunchShape(1, 4), mixed.LaunchShape(2, 8), mixed.LaunchShape(1, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [(shape, tokens) for shape in SHAPES for tokens in (1, 16, 32) if mixed.fits(shape, tokens)],
+    ids=str,
+)
 def test_shapes_of_layers_and_launches(
     check: Any, rows: int, columns: int, group: int, tokens: int, shape: mixed.LaunchShape
 ) -> None:

@@ -1,17 +1,18 @@
-// A linear layer whose groups of columns have codes of 1 to 4 bits, for up to 16 tokens; and its dense weight.
+// A linear layer whose groups of columns have codes of 1 to 4 bits, for up to 32 tokens; and its dense weight.
 //
 // Weights come in tiles of 16 rows. The codes of a tile are one stream: for 64 columns after the other (a unit) as many
 // lines of 32 words as a code has bits, a word of each line for each lane of a warp. A lane's words hold the codes of two
 // rows, 8 apart, and 16 columns, as the tensor cores' left operand has them. All lanes meet the same width, so none waits.
 //
 // The warps of a block share the columns of its rows, unit by unit in turn, and add their sums up in shared memory. Each
-// has DEPTH units under way to a ring of its own in shared memory, so that memory is busy whatever a warp waits for.
+// has DEPTH units under way to a ring of its own in shared memory, so that memory is busy whatever a warp waits for, the
+// first of them before the launch ahead has ended.
 //
 // Compiled with -D:
 //   ASYMMETRIC   1: with a zero point for each scale; 0: it is 2^(width - 1). Signs (1 bit) have none.
 //   GROUP_UNITS  units that share scales
 //   TILES        tiles of a block
-//   TOKEN_TILES  tiles of 8 tokens, 1 or 2
+//   TOKEN_TILES  tiles of 8 tokens, 1, 2 or 4
 //   WARPS        of a block
 //   DEPTH        units of a ring
 
@@ -129,8 +130,9 @@ __device__ __forceinline__ void load_inputs(const Arguments& a, u32 (&x)[TOKEN_T
         uint4 v[2] = {};
         if (token < a.tokens) {
             const uint4* from = (const uint4*)(a.x + (u64)token * a.columns + UNIT * number + 16 * (lane % 4));
-            v[0] = __ldg(from);
-            v[1] = __ldg(from + 1);
+            // Not by __ldg: what the launch ahead wrote must not come from a cache that was filled before.
+            v[0] = from[0];
+            v[1] = from[1];
         }
         x[n][0] = v[0].x, x[n][1] = v[0].y, x[n][2] = v[0].z, x[n][3] = v[0].w;
         x[n][4] = v[1].x, x[n][5] = v[1].y, x[n][6] = v[1].z, x[n][7] = v[1].w;
@@ -160,6 +162,8 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
         }
         copies_commit();
     }
+    let_next_launch_begin();
+    wait_for_previous_launch();
     if (warp < a.unit_count) load_inputs(a, next_x, warp, lane);
 
     int slot = 0;

@@ -1,6 +1,6 @@
 """``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 4 bits (``mixed.cu``).
 
-Up to 16 tokens are one launch that multiplies by codes; more are taken 16 at a time while that is faster than decoding
+Up to 32 tokens are one launch that multiplies by codes; more are taken 32 at a time while that is faster than decoding
 the weight for cuBLAS (``cuda-mixed-dense``). Adapters and an input scale are products beside it.
 
 The codes lie in an order of their own: tiles of 16 rows, and in them units of 64 columns, each in as many lines of 32
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda import driver
-from slimc.backends.cuda.layer import pointer, refuses_machine, source
+from slimc.backends.cuda.layer import pointer, refuses_machine, settle, source
 from slimc.backends.cuda.stored import StoredAdapters
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.errors import KernelError
@@ -40,15 +40,17 @@ TILE_ROWS = 16
 UNIT_COLUMNS = 64
 LINE_WORDS = 32
 TOKEN_TILE = 8
-LAUNCH_TOKENS = 16
+LAUNCH_TOKENS = 32
 MOST_TOKENS = 64
-"""Beyond this, 16 at a time, decoding the weight is faster."""
+"""Beyond this, 32 at a time, decoding the weight is faster."""
 
 TILES_OF_MANY_ROWS = 4
 """Tiles of a layer for each multiprocessor, from which on it has many rows."""
 
 RING_SLOTS = 64
 """Units that a block has under way."""
+
+STATIC_SHARED_BYTES = 48 << 10
 
 WIDEST = 4
 EXPAND_WARPS = 8
@@ -166,7 +168,7 @@ def prepare(packed: PackedLinear) -> MixedLayer:
     counts = [count for count, _ in spec.weight.group_streams()]
     codes = unpack_groups(weight.values, counts, spec.weight.widths)
     own = set(spec.weight.tensor_specs())
-    return MixedLayer(
+    layer = MixedLayer(
         spec,
         codes=code_lines(codes, unit_widths(spec.weight)),
         scale=_by_tiles(weight.scale),
@@ -174,6 +176,8 @@ def prepare(packed: PackedLinear) -> MixedLayer:
         units=_units(spec.weight, weight.values.device),
         rest={name: tensor for name, tensor in packed.tensors().items() if name not in own},
     )
+    settle(layer.codes.device)
+    return layer
 
 
 def _units(spec: WeightFormat, device: torch.device) -> Tensor:
@@ -204,7 +208,9 @@ def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> MixedL
     spec = formats[part]
     rest = {name: tensor for name, tensor in named.items() if name not in ("codes", "scale", "zero")}
     codes = named["codes"]
-    return MixedLayer(spec, codes, named["scale"], named.get("zero"), _units(spec.weight, codes.device), rest)
+    layer = MixedLayer(spec, codes, named["scale"], named.get("zero"), _units(spec.weight, codes.device), rest)
+    settle(codes.device)
+    return layer
 
 
 def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedLinear:
@@ -237,17 +243,20 @@ class LaunchShape:
 
 
 def launch_shape(spec: WeightFormat, tokens: int, processors: int) -> LaunchShape:
-    """Return how to divide a layer.
+    """Return how to divide a layer: the tiles of a block share what is read of the activations, if there are many."""
+    if -(-spec.rows // TILE_ROWS) < TILES_OF_MANY_ROWS * processors:
+        return LaunchShape(1, 16)
+    return LaunchShape(4, 8) if tokens <= 2 * TOKEN_TILE else LaunchShape(2, 8)
 
-    Of the two shapes whose results were compared with float64 on a card, the one that was faster there: in a layer of
-    many rows and few tokens two tiles share what is read of the activations.
-    """
-    many_rows = -(-spec.rows // TILE_ROWS) >= TILES_OF_MANY_ROWS * processors
-    return LaunchShape(2, 8) if many_rows and tokens <= TOKEN_TILE else LaunchShape(1, 4)
+
+def fits(shape: LaunchShape, tokens: int) -> bool:
+    """Return whether the sums of a block's warps fit into its shared memory."""
+    row = TOKEN_TILE * token_tiles(tokens) + 1
+    return 4 * shape.warps * shape.tiles * TILE_ROWS * row <= STATIC_SHARED_BYTES
 
 
 def run(x: Tensor, layer: MixedLayer, bias: Tensor | None) -> Tensor:
-    """Compute y [..., rows] from x [..., columns], 16 tokens at a time."""
+    """Compute y [..., rows] from x [..., columns], 32 tokens at a time."""
     spec = layer.format
     flat = x.reshape(-1, spec.columns)
     inputs = _rounded(flat, layer)
@@ -262,7 +271,7 @@ def run(x: Tensor, layer: MixedLayer, bias: Tensor | None) -> Tensor:
 
 
 def launch(layer: MixedLayer, shape: LaunchShape, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Compute y [tokens, rows] of up to 16 tokens x [tokens, columns], both contiguous."""
+    """Compute y [tokens, rows] of up to 32 tokens x [tokens, columns], both contiguous."""
     spec = layer.format.weight
     launcher = _launcher(
         LINEAR_KERNEL,
@@ -271,7 +280,7 @@ def launch(layer: MixedLayer, shape: LaunchShape, x: Tensor, bias: Tensor | None
         int(layer.zero is not None),
         _group_units(spec),
         shape.tiles,
-        -(-len(x) // TOKEN_TILE),
+        token_tiles(len(x)),
         shape.warps,
     )
     launcher(
@@ -279,7 +288,13 @@ def launch(layer: MixedLayer, shape: LaunchShape, x: Tensor, bias: Tensor | None
         grid=(-(-layer.codes.shape[0] // shape.tiles), 1, 1),
         block=(32 * shape.warps, 1, 1),
         stream=torch.cuda.current_stream(x.device).cuda_stream,
+        programmatic=True,
     )
+
+
+def token_tiles(tokens: int) -> int:
+    """Return how many tiles of 8 tokens a launch has: a power of two, so that few kernels are compiled."""
+    return 1 << (-(-tokens // TOKEN_TILE) - 1).bit_length()
 
 
 def run_dense(x: Tensor, layer: MixedLayer, bias: Tensor | None) -> Tensor:

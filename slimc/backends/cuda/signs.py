@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda import driver
-from slimc.backends.cuda.layer import source
+from slimc.backends.cuda.layer import settle, source
 from slimc.runtime.decode import unpack_signs
 from slimc.runtime.packing import PackedBinary
 
@@ -55,6 +55,7 @@ class SignProduct:
         # Made here, where memory stays: a call may be captured, or take its memory from the pool of a graph.
         every_byte = torch.arange(256, dtype=torch.uint8, device=packed.signs.device)[:, None]
         self._numbers = unpack_signs(every_byte, 8, spec.dtype)
+        settle(packed.signs.device)
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add ``sum_k ((x * right[k]) @ B^T) * left[:, k]`` to y [tokens, rows] and return it; x is [tokens, columns].
@@ -74,8 +75,7 @@ class SignProduct:
         tokens = len(x)
         token_tiles = 1 if tokens <= TILE_TOKENS else 2
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        # Two tiles of rows halve what is read of x; one gives each processor a block in small layers.
-        row_tiles = 2 if -(-self.rows // (2 * TILE_ROWS)) >= processors else 1
+        row_tiles = tiles_of_rows(self.rows, processors)
         packed = self.packed
         arguments = _Arguments(
             x=x.data_ptr(),
@@ -93,6 +93,7 @@ class SignProduct:
             grid=(-(-self.rows // (TILE_ROWS * row_tiles)), -(-tokens // (TILE_TOKENS * token_tiles)), 1),
             block=(32 * WARPS, 1, 1),
             stream=torch.cuda.current_stream(x.device).cuda_stream,
+            programmatic=True,
         )
         return y
 
@@ -116,6 +117,11 @@ class SignProduct:
         """Return the matrix of +1 and -1, [rows, columns]."""
         numbers = functional.embedding(self.packed.signs.int(), self._numbers)
         return numbers.view(self.rows, -1)[:, : self.columns]
+
+
+def tiles_of_rows(rows: int, processors: int) -> int:
+    """Return how many tiles of 16 rows a block has: more read less of x, but each processor shall have a block."""
+    return next((tiles for tiles in (4, 2) if -(-rows // (tiles * TILE_ROWS)) >= processors), 1)
 
 
 def launch_defines(dtype: torch.dtype, major: int, token_tiles: int, row_tiles: int) -> dict[str, int | str]:

@@ -84,7 +84,9 @@ def test_units_know_their_place() -> None:
     assert [(place // 8, place % 8) for place in places.tolist()] == [(0, 3), (3, 3), (6, 4), (10, 4), (14, 1)]
 
 
-@pytest.mark.parametrize(("asymmetric", "group", "tiles", "tokens", "warps"), [(0, 1, 1, 1, 4), (1, 2, 2, 2, 8)])
+@pytest.mark.parametrize(
+    ("asymmetric", "group", "tiles", "tokens", "warps"), [(0, 1, 1, 1, 16), (1, 2, 2, 4, 8), (1, 1, 4, 2, 8)]
+)
 @pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
 def test_the_kernels_compile(
     arch: str, number: int, bfloat16: int, asymmetric: int, group: int, tiles: int, tokens: int, warps: int
@@ -127,7 +129,7 @@ def test_many_tokens_are_for_the_dense_product(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 40])
-def test_tokens_are_taken_sixteen_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_taken_thirty_two_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = build(20, (2, 4, 1), 64, 192, True, 3)
     counts = []
 
@@ -148,14 +150,15 @@ def test_tokens_are_taken_sixteen_at_a_time(tokens: int, monkeypatch: pytest.Mon
     y = mixed.run(x, layer, bias)
     assert y.shape == (tokens, 1, 20)
     assert sum(counts) == tokens
-    assert max(counts) <= 16
+    assert max(counts) <= 32
     torch.testing.assert_close(y, mixed.run_dense(x, layer, bias))
 
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "shape"),
-    [(4096, 1, (1, 4)), (8432, 8, (1, 4)), (8448, 8, (2, 8)), (8448, 9, (1, 4)), (22016, 16, (1, 4))],
+    [(4096, 1, (1, 16)), (8432, 32, (1, 16)), (8448, 8, (4, 8)), (22016, 16, (4, 8)), (22016, 17, (2, 8))],
 )
-def test_layers_of_many_rows_take_two_tiles_for_few_tokens(rows: int, tokens: int, shape: tuple[int, int]) -> None:
+def test_layers_of_many_rows_take_several_tiles(rows: int, tokens: int, shape: tuple[int, int]) -> None:
     spec = WeightFormat(rows, 128, 2, 64, dtype=torch.bfloat16, widths=(2, 1))
     assert mixed.launch_shape(spec, tokens, 132) == mixed.LaunchShape(*shape)
+    assert mixed.fits(mixed.LaunchShape(*shape), tokens)
