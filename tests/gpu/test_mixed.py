@@ -13,7 +13,6 @@ from slimc.backends.cuda import mixed
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear, pack_weight
 
-
 SHAPES = [mixed.LaunchShape(*shape) for shape in ((1, 4), (1, 16), (2, 8), (4, 4), (4, 8), (2, 16))]
 
 
