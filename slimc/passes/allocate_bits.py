@@ -99,7 +99,7 @@ class AllocateBits(SitePass):
         work.width_group = self.group
         if not work.reached:
             widths = (int(self.bits),) * -(-work.dense.shape[1] // self.group)
-            work.fallback = f"calibration saw no input but zeros here, so all groups have {widths[0]} bits"
+            work.note(f"calibration saw no input but zeros here, so all groups have {widths[0]} bits")
             work.choose_widths = lambda _weight, _curvature, _symmetric, _search: widths
             return
         # Not the work itself: a cycle would keep each site's matrices until the garbage collector comes by.

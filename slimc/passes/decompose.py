@@ -137,7 +137,7 @@ class Decompose(SitePass):
         if work.reached:
             norms = (statistics.sum_squares / max(statistics.count, 1)).sqrt()
         else:
-            work.fallback = "calibration saw no input but zeros: entries were chosen by their magnitude"
+            work.note("calibration saw no input but zeros: entries were chosen by their magnitude")
         quantizer = self._quantizer(work)
         work.quantizer = quantizer
         found = slab(
@@ -181,6 +181,7 @@ class Decompose(SitePass):
             sparsity=share if self.nm is None else self.nm,
             grid=work.quantized,
             damping=self.damping,
+            note=work.note,
         )
         if isinstance(result, Quantized):
             work.quantized, result = result, result.dequantize()

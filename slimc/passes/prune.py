@@ -145,6 +145,8 @@ class Prune(SitePass):
     def apply(self, work: SiteWork) -> None:
         """Choose the site's mask, and with SparseGPT its values."""
         work.sparsity = self.sparsity
+        if self.method != "magnitude" and not work.reached:
+            work.note("calibration saw no input but zeros: entries were chosen by their magnitude")
         jointly = self.method == "joint" and not has_signs(work.quantized)
         if jointly and work.reached:
             solve_stored(work, work.target, damped(work.require_gram(self.name), self.damping))
@@ -178,7 +180,9 @@ class Prune(SitePass):
             weight = weight / work.input_scale
         sparsity = self.sparsity
         pattern = (sparsity.n, sparsity.m) if isinstance(sparsity, NM) else float(self.pattern)
-        result, work.mask = sparsegpt(weight, gram, sparsity=pattern, grid=work.quantized, damping=self.damping)
+        result, work.mask = sparsegpt(
+            weight, gram, sparsity=pattern, grid=work.quantized, damping=self.damping, note=work.note
+        )
         if isinstance(result, Quantized):
             work.quantized, result = result, result.dequantize()
         work.base = result * work.mask

@@ -185,12 +185,9 @@ class Quantize(SitePass):
                 "quantize before low_rank (LowRank(rounds=1) quantises once more after the adapters are known)."
             )
 
-        shares = [one.options().get("pattern") for one in earlier if one.name == "prune"]
-        if self.bits == 1 and any(isinstance(share, float) for share in shares):
-            raise RecipeError(
-                "quantize: signs do not go with a share of weights: each group of columns must store as many in every "
-                "row. Prune to a pattern such as '2:4'."
-            )
+        if self.bits == 1:
+            for pattern in (getattr(one, "pattern", None) for one in earlier if one.name == "prune"):
+                self._check_signs(pattern)
         for allocation in (one for one in earlier if isinstance(one, AllocateBits)):
             if self.method == "slim":
                 raise RecipeError(
@@ -204,6 +201,19 @@ class Quantize(SitePass):
             if self.order == "columns" and not self.static_groups and self.calibrate != "learned":
                 raise RecipeError("quantize: order='columns' after allocate_bits needs static_groups=true.")
 
+    def _check_signs(self, pattern: object) -> None:
+        """Each group of columns must store as many signs in every row."""
+        if not isinstance(pattern, str):
+            raise RecipeError(
+                "quantize: signs do not go with a share of weights: each group of columns must store as many in every "
+                "row. Prune to a pattern such as '2:4'."
+            )
+        if isinstance(self.group, int) and self.group % int(pattern.split(":")[1]):
+            raise RecipeError(
+                f"quantize: the pattern {pattern} of prune does not divide the groups of {self.group} columns, each of "
+                "which must store as many signs in every row. Use a group that its second number divides."
+            )
+
     def apply(self, work: SiteWork) -> None:
         """Put the site's weight on a grid."""
         if self.activation_aware:
@@ -211,19 +221,21 @@ class Quantize(SitePass):
             return
         # Not the work itself: a cycle would keep each site's matrices until the garbage collector comes by.
         dtype, choose, group = work.scale_dtype, work.choose_widths, work.width_group or self.group
+        notes: list[str] = []
         if self.method == "gptq":
             # Inputs that vary independently and alike make it plain rounding.
             gram = work.require_gram(self.name) if work.reached else torch.eye(work.dense.shape[1]).to(work.dense)
-            work.quantizer = lambda weight, mask: self._solve_gptq(weight, gram, mask, dtype, group, choose)
+            work.quantizer = lambda weight, mask: self._solve_gptq(weight, gram, mask, dtype, group, choose, notes)
             if not work.reached:
-                nearest = "calibration saw no input but zeros here, so weights were rounded to the nearest codes"
-                work.fallback = f"{work.fallback}; {nearest}" if work.fallback else nearest
+                work.note("calibration saw no input but zeros here, so weights were rounded to the nearest codes")
         elif choose is not None and isinstance(group, int):
             energy = work.require_gram(self.name).diagonal()
             work.quantizer = lambda weight, mask: self._solve_widths(weight, energy, mask, dtype, group, choose)
         else:
             work.quantizer = lambda weight, mask: self._solve(weight, mask, dtype)
         work.quantize()
+        for note in notes:
+            work.note(note)
 
     def _apply_activation_aware(self, work: SiteWork) -> None:
         """Find the step on the plain weight, then round the enlarged channels on that grid (the cap stays).
@@ -280,6 +292,7 @@ class Quantize(SitePass):
         scale_dtype: torch.dtype,
         group: Group,
         choose: ChooseWidths | None,
+        notes: list[str],
     ) -> Quantized:
         return gptq(
             weight,
@@ -294,4 +307,5 @@ class Quantize(SitePass):
             scale_dtype=scale_dtype,
             mask=mask,
             damping=self.damping,
+            note=notes.append,
         )

@@ -113,6 +113,11 @@ class SiteWork:
             raise RecipeError(f"{name} needs the Gram matrix of the input of '{self.name}': put calibrate before it.")
         return gram
 
+    def note(self, fallback: str) -> None:
+        """Say in the report what a pass did in place of what it was asked for, and why."""
+        said = [] if self.fallback is None else self.fallback.split("; ")
+        self.fallback = "; ".join(dict.fromkeys([*said, fallback]))
+
     def quantize(self) -> None:
         """Put ``base`` on the grid again, with the quantiser of this site."""
         if self.quantizer is None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import slimc
-from slimc.errors import RecipeError
+from slimc.errors import NumericsError, RecipeError
 from slimc.passes import (
     Activations,
     AllocateBits,
     Calibrate,
+    Decompose,
     Fuse,
     LowRank,
     Pass,
@@ -123,6 +124,59 @@ def test_a_site_that_calibration_never_reaches_is_rounded_to_the_nearest_codes(
 
 
 @pytest.mark.parametrize(
+    "passes",
+    [
+        [Quantize("gptq", 3, 8, damping=1e-18)],
+        [AllocateBits(3, 8), Quantize("gptq", calibrate="sqc", damping=1e-18)],
+        [Prune("2:4", "sparsegpt", damping=1e-18)],
+        [Quantize("gptq", 3, 8), Prune("2:4", "sparsegpt", damping=1e-18)],
+        [Decompose(ratio=None, pattern="2:4", feedback=True, damping=1e-18)],
+    ],
+    ids=lambda passes: "-".join(one.name for one in passes),
+)
+def test_a_singular_gram_matrix_is_damped_more_and_the_report_says_so(
+    passes: list[Pass], network: nn.Module, run: Any
+) -> None:
+    """Three tokens span 3 of 32 dimensions, so that nothing but damping makes their Gram matrix regular."""
+    few = [torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))]
+    program, outcome = run(network, few, [Calibrate(), *passes])
+    assert "the Gram matrix is singular with 1e-18 of its mean diagonal added, so " in outcome.rows[0].fallback
+    assert all(bool(site.packed.decode().isfinite().all()) for site in program.sites.values())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("chain", [[KL, Quantize("gptq")], [OUTPUT, Quantize("absmax")], [Quantize("gptq", 3, 8)]])
+def test_inputs_whose_gram_matrix_is_not_finite_name_the_site(
+    bad: float, chain: list[Pass], network: nn.Module, batches: list[Tensor], run: Any
+) -> None:
+    broken = [batch.clone() for batch in batches]
+    broken[1][0, 0, 0] = bad
+    with pytest.raises(NumericsError, match="calibration inputs of 'gate' contain NaN or Inf"):
+        run(network, broken, [Calibrate(), *chain])
+
+
+def test_groups_need_not_divide_the_width(network: nn.Module, batches: list[Tensor], run: Any) -> None:
+    """Layers of 32 and 36 columns: the last group of 7 is short, and counts for as much as it has columns."""
+    program, outcome = run(network, batches, [Calibrate(), AllocateBits(2.5, 7, "output"), Quantize("gptq")])
+    for row in outcome.rows:
+        form = program.sites[row.name].packed.format.weight
+        widths = form.widths or (form.bits,) * form.scale_shape[1]
+        sizes = [min(7, row.shape[1] - start) for start in range(0, row.shape[1], 7)]
+        assert sum(width * size for width, size in zip(widths, sizes, strict=True)) <= 2.5 * row.shape[1]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "joint"])
+def test_a_site_that_calibration_never_reaches_is_pruned_by_magnitude_and_the_report_says_so(
+    method: str, network: nn.Module, batches: list[Tensor], run: Any
+) -> None:
+    silent = [torch.zeros_like(batch) for batch in batches]
+    program, outcome = run(network, silent, [Calibrate(), Prune("2:4", method)])
+    assert outcome.rows[0].fallback == "calibration saw no input but zeros: entries were chosen by their magnitude"
+    expected, _ = run(network, batches, [Prune("2:4", "magnitude")])
+    assert torch.equal(program.sites["gate"].packed.decode(), expected.sites["gate"].packed.decode())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"bits": 0.5}, "bits must lie between narrowest=1 and widest=8, or the budget cannot be met; found 0.5"),
@@ -163,6 +217,9 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
         ([Calibrate(), Quantize("gptq", 1, 8), Prune(0.5)], "a share of weights does not go with quantize"),
         ([Calibrate(), Quantize("gptq", calibrate="learned")], "calibrate='learned' needs groups of columns"),
         ([Calibrate(), Prune(0.5), Quantize("gptq", 1, 8)], "signs do not go with a share of weights"),
+        ([Calibrate(), Prune(), Quantize("gptq", 1, 6)], "pattern 2:4 of prune does not divide the groups of 6"),
+        ([Calibrate(), Prune("1:8"), Quantize("gptq", 1, 12)], "Use a group that its second number divides"),
+        ([Calibrate(), Quantize("gptq", 1, 6), Prune()], "2:4 does not divide the groups of 6 columns of quantize"),
     ],
 )
 def test_an_order_that_cannot_work_is_refused(passes: list[Pass], message: str) -> None:

@@ -32,7 +32,11 @@ def visiting_order(gram: Tensor, width: int) -> Tensor:
     return torch.cat([(blocks[:, None] * width + places[:width]).flatten(), places[whole:]])
 
 
-def inverse_factor(caller: str, gram: Tensor, dead: Tensor, damping: float) -> Tensor:
+Note = Callable[[str], None]
+"""Told what a solver did in place of what it was asked for."""
+
+
+def inverse_factor(caller: str, gram: Tensor, dead: Tensor, damping: float, note: Note | None = None) -> Tensor:
     """Return the upper triangular ``U`` with ``U^T U = (gram + damping * mean * I)^-1`` up to a factor, float32.
 
     Factored backwards, ``J H J = L L^T`` with ``J`` the reversal of the order, the inverse need never be formed:
@@ -45,6 +49,7 @@ def inverse_factor(caller: str, gram: Tensor, dead: Tensor, damping: float) -> T
         gram: ``X^T X``, ``[columns, columns]``.
         dead: bool ``[columns]``, channels that saw nothing; they get the mean energy.
         damping: what is added to the diagonal, as a share of its mean.
+        note: told of a damping that had to be raised.
 
     Raises:
         NumericsError: no damping up to 1 makes the matrix positive definite.
@@ -54,9 +59,15 @@ def inverse_factor(caller: str, gram: Tensor, dead: Tensor, damping: float) -> T
     hessian = hessian / mean
     hessian.diagonal()[dead] = 1.0
     identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    asked = damping
     while damping <= 1:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping * identity).flip(0, 1))
         if not int(failed):
+            if damping > asked and note is not None:
+                note(
+                    f"the Gram matrix is singular with {asked:g} of its mean diagonal added, so {damping:g} of it was "
+                    f"added ({caller})"
+                )
             inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
             # The scale of the Hessian cancels out of the updates and of the ranking of the scores.
             return inverse.flip(0, 1).to(torch.float32).contiguous()

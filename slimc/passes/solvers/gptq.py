@@ -12,7 +12,7 @@ from torch import Tensor
 from slimc.errors import RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_shape
 from slimc.passes.solvers.clipping import LearnedClipping, learn_grids
-from slimc.passes.solvers.error_feedback import by_columns, feed_back, inverse_factor, visiting_order
+from slimc.passes.solvers.error_feedback import Note, by_columns, feed_back, inverse_factor, visiting_order
 from slimc.passes.solvers.quantization import SCALE_DTYPES, Group, Quantized, quantize_on
 from slimc.passes.solvers.ranges import RangeSearch, group_grids, solve_range
 
@@ -90,6 +90,7 @@ def gptq(
     mask: Tensor | None = None,
     block: int = 128,
     damping: float = 0.01,
+    note: Note | None = None,
 ) -> Quantized:
     """Round to a grid while the columns not yet visited absorb the error (Frantar et al. 2023, algorithm 1).
 
@@ -118,6 +119,7 @@ def gptq(
             chosen on the way are never split by it.
         damping: what is added to the diagonal, as a share of its mean; multiplied by ten, up to 1, until the matrix
             can be factored.
+        note: told of a damping that had to be raised.
 
     Raises:
         RecipeError: if an option is not valid, or two do not go together.
@@ -154,7 +156,7 @@ def gptq(
         places = visiting_order(gram, 1 if order == "columns" else size)
     own, gram = gram, gram[places][:, places]
     dead = gram.diagonal() <= 0
-    factor = inverse_factor("gptq", gram, dead, damping)
+    factor = inverse_factor("gptq", gram, dead, damping, note)
     curvature = torch.empty(columns, device=gram.device)
     curvature[places] = torch.where(dead, 0.0, factor.diagonal().reciprocal().square())
     weight = weight.to(torch.float32) if mask is None else torch.where(mask, weight.to(torch.float32), 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimc.errors import RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape, share_of
-from slimc.passes.solvers.error_feedback import by_columns, feed_back, inverse_factor, visiting_order
+from slimc.passes.solvers.error_feedback import Note, by_columns, feed_back, inverse_factor, visiting_order
 from slimc.passes.solvers.gptq import ColumnRounder
 from slimc.passes.solvers.pruning import keep_highest, require_ratio
 from slimc.passes.solvers.quantization import Quantized
@@ -24,6 +24,7 @@ def sparsegpt(
     grid: None = None,
     block: int = 128,
     damping: float = 0.01,
+    note: Note | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -36,6 +37,7 @@ def sparsegpt(
     grid: Quantized,
     block: int = 128,
     damping: float = 0.01,
+    note: Note | None = None,
 ) -> tuple[Quantized, Tensor]: ...
 
 
@@ -47,6 +49,7 @@ def sparsegpt(
     grid: Quantized | None = None,
     block: int = 128,
     damping: float = 0.01,
+    note: Note | None = None,
 ) -> tuple[Tensor | Quantized, Tensor]:
     """Prune to a pattern while the columns not yet visited absorb the error (Frantar & Alistarh 2023, algorithm 1).
 
@@ -74,6 +77,7 @@ def sparsegpt(
             sparsity, how far ahead the mask is chosen.
         damping: what is added to the diagonal, as a share of its mean; multiplied by ten, up to 1, until the matrix can
             be factored.
+        note: told of a damping that had to be raised.
 
     Returns:
         The pruned weight, float32 ``[rows, columns]``, or its codes on the grid; and the mask, bool, true where kept.
@@ -102,7 +106,7 @@ def sparsegpt(
         order = visiting_order(gram, pattern[1] if pattern is not None else 1)
     weight, gram = weight[:, order], gram[order][:, order]
     dead = gram.diagonal() <= 0
-    factor = inverse_factor("sparsegpt", gram, dead, damping)
+    factor = inverse_factor("sparsegpt", gram, dead, damping, note)
     # A dead column scores nothing, whatever its weight.
     importance = torch.where(dead, 0.0, factor.diagonal().reciprocal())
 
