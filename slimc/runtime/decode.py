@@ -10,7 +10,7 @@ Codes of 1 bit are signs: ``weight = (2 * code - 1) * scale``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -108,9 +108,27 @@ def pack_groups(codes: Tensor, counts: Sequence[int], widths: Sequence[int]) -> 
 
 def unpack_groups(values: Tensor, counts: Sequence[int], widths: Sequence[int]) -> Tensor:
     """Read the codes of `pack_groups` back."""
+    return _in_order([(groups, codes) for groups, _, codes in _alike(values, counts, widths)])
+
+
+def _alike(values: Tensor, counts: Sequence[int], widths: Sequence[int]) -> Iterator[tuple[list[int], int, Tensor]]:
+    """Yield numbers of groups of as many codes of one width, that width, and their codes [rows, groups, count].
+
+    Nothing here makes a tensor of numbers, which no CUDA graph could capture.
+    """
     sizes = [stream_bytes(count, width) for count, width in zip(counts, widths, strict=True)]
-    parts = zip(values.split_with_sizes(sizes, dim=1), counts, widths, strict=True)
-    return torch.cat([unpack_bits(part, width, count) for part, count, width in parts], dim=1)
+    parts = values.split_with_sizes(sizes, dim=1)
+    kinds: dict[tuple[int, int], list[int]] = {}
+    for index, kind in enumerate(zip(counts, widths, strict=True)):
+        kinds.setdefault(kind, []).append(index)
+    for (count, width), groups in kinds.items():
+        yield groups, width, unpack_bits(torch.stack([parts[index] for index in groups], dim=1), width, count)
+
+
+def _in_order(found: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Put groups of columns [rows, groups, count] side by side by their numbers."""
+    placed = {index: part for groups, codes in found for index, part in zip(groups, codes.unbind(1), strict=True)}
+    return torch.cat([placed[index] for index in range(len(placed))], dim=1)
 
 
 def _mixed_steps(
@@ -125,17 +143,18 @@ def _mixed_steps(
     widths: Sequence[int],
 ) -> Tensor:
     """Return codes less their zero point, int16 [rows, columns]; signs are -1 and 1, and what is not kept is 0."""
-    codes = unpack_groups(values, group_counts(columns, group, n, m), widths).to(torch.int16)
-    width = expand_groups(torch.tensor([list(widths)], device=values.device), columns, group)
-    if zero_point is None:
-        zero = (1 << (width - 1)).to(torch.int16)
-    else:
-        zero = expand_groups(zero_point, columns, group).to(torch.int16)
-    if pattern is not None:
-        mask = unpack_mask(pattern, columns)
-        codes = scatter(codes, mask, zero.expand(mask.shape))
-    steps = torch.where(width == 1, 2 * codes - 1, codes - zero)
-    return steps if pattern is None else steps * mask
+    found: list[tuple[list[int], Tensor]] = []
+    for groups, width, codes in _alike(values, group_counts(columns, group, n, m), widths):
+        steps = codes.to(torch.int16)
+        if width == 1:
+            steps = steps.mul_(2).sub_(1)
+        elif zero_point is None:
+            steps = steps.sub_(1 << (width - 1))
+        else:
+            steps = steps.sub_(torch.stack([zero_point[:, index] for index in groups], dim=1).unsqueeze(2))
+        found.append((groups, steps))
+    steps = _in_order(found)
+    return steps if pattern is None else scatter(steps, unpack_mask(pattern, columns), steps.new_zeros(1, 1))
 
 
 def _signed_2_of_4(values: Tensor, pattern: Tensor, columns: int) -> Tensor:
