@@ -116,6 +116,22 @@ def test_adapters_and_scaled_inputs(tokens: int, rank: int, scaled: bool) -> Non
         assert bool(((y.double() - exact).abs() <= 2**-8 * (exact.abs() + 4 * size)).all())
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_siblings_in_one_launch(check: Any, tokens: int) -> None:
+    """Rows that end within a tile and within a block, widths that differ, and more rows than one wave of blocks has."""
+    members = [
+        make_layer(200, 320, (2, 4, 1, 3, 2)),
+        make_layer(9000, 320, (3, 3, 2, 3, 4)),
+        make_layer(24, 320, (1, 2, 1, 4, 1)),
+    ]
+    stacked, parts = mixed.stack([mixed.prepare(packed) for packed in members])
+    x = torch.randn(tokens, 320, dtype=torch.bfloat16, device="cuda")
+    results = mixed.run(x, stacked, None).split([packed.format.rows for packed in members], dim=1)
+    for packed, y, part in zip(members, results, parts, strict=True):
+        check(packed, x, None, y)
+        check(packed, x, None, mixed.run(x, part, None))
+
+
 def test_a_layer_holds_its_codes_once_and_gives_the_same_bytes_back(check: Any) -> None:
     packed = make_layer(200, 640, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3))
     bias = torch.randn(200, dtype=torch.bfloat16, device="cuda")

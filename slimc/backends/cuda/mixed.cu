@@ -17,25 +17,41 @@
 //   DEPTH        units of a ring
 
 #define UNIT 64
+#define MOST_MEMBERS 8
 
 typedef unsigned char u8;
 
-struct Arguments {
-    const u16* x;      // [tokens][columns]
-    const u16* bias;   // [rows] or null
+// A layer, or one of several that read the same inputs: each has widths of its own.
+struct Member {
     const u32* codes;  // [row tiles][lines][32]
     const u16* scale;  // [row tiles][groups][16]
     const u8* zero;    // the same
     const u32* units;  // [unit count]: eight times the first line, and the width
-    u16* y;            // [tokens][rows], or the dense weight [rows][columns]
-    int tokens;
-    int rows;
-    int columns;
+    int lines;
     int row_tiles;
+    int rows;
+    int first_row;     // of its rows among those of all
+    int first_block;
+};
+
+struct Arguments {
+    const u16* x;     // [tokens][columns]
+    const u16* bias;  // [rows] or null
+    u16* y;           // [tokens][rows], or the dense weight [rows][columns]
+    Member members[MOST_MEMBERS];
+    int member_count;
+    int tokens;
+    int rows;         // of all members
+    int columns;
     int unit_count;
     int groups;
-    int lines;
 };
+
+__device__ __forceinline__ const Member& member_of_block(const Arguments& a) {
+    int found = 0;
+    while (found + 1 < a.member_count && blockIdx.x >= a.members[found + 1].first_block) ++found;
+    return a.members[found];
+}
 
 // A unit of a tile, as the copies of a warp put it: its lines, and scales and zeros of 16 rows.
 struct __align__(16) Slot {
@@ -51,15 +67,16 @@ struct Unit {
     u8 zero[2];
 };
 
-__device__ __forceinline__ void start_copy(const Arguments& a, Slot& slot, u32 place, int number, int tile, int lane) {
-    const u64 here = min(tile, a.row_tiles - 1);
+__device__ __forceinline__ void start_copy(
+    const Arguments& a, const Member& m, Slot& slot, u32 place, int number, int tile, int lane) {
+    const u64 here = min(tile, m.row_tiles - 1);
     const u64 group = here * a.groups + number / GROUP_UNITS;
     // 16 bytes a lane: eight lanes a line.
     if (lane < 8 * (place & 7)) {
-        copy_async(shared_address(&slot.words[0][4 * lane]), a.codes + (here * a.lines + place / 8) * 32 + 4 * lane, 16);
+        copy_async(shared_address(&slot.words[0][4 * lane]), m.codes + (here * m.lines + place / 8) * 32 + 4 * lane, 16);
     }
-    if (lane < 2) copy_async(shared_address(&slot.scale[8 * lane]), a.scale + group * 16 + 8 * lane, 16);
-    if (ASYMMETRIC && lane == 2) copy_async(shared_address(slot.zero), a.zero + group * 16, 16);
+    if (lane < 2) copy_async(shared_address(&slot.scale[8 * lane]), m.scale + group * 16 + 8 * lane, 16);
+    if (ASYMMETRIC && lane == 2) copy_async(shared_address(slot.zero), m.zero + group * 16, 16);
 }
 
 __device__ __forceinline__ Unit read_unit(const Slot& slot, int width, int lane) {
@@ -145,9 +162,10 @@ union Shared {
     float sums[WARPS][16 * TILES][8 * TOKEN_TILES + 1];
 };
 
-extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Arguments a) {
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * TILES;
+    const Member& m = member_of_block(a);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = (blockIdx.x - m.first_block) * TILES;
     Slot(&ring)[DEPTH][TILES] = shared.ring[warp];
     float sums[TILES][TOKEN_TILES][4] = {};
     u32 x[TOKEN_TILES][8], next_x[TOKEN_TILES][8];
@@ -156,9 +174,9 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
     for (int i = 0; i < DEPTH; ++i) {
         const int number = warp + WARPS * i;
         if (number < a.unit_count) {
-            const u32 place = __ldg(a.units + number);
+            const u32 place = __ldg(m.units + number);
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) start_copy(a, ring[i][t], place, number, tile + t, lane);
+            for (int t = 0; t < TILES; ++t) start_copy(a, m, ring[i][t], place, number, tile + t, lane);
         }
         copies_commit();
     }
@@ -169,8 +187,8 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
     int slot = 0;
     for (int number = warp; number < a.unit_count; number += WARPS) {
         const int ahead = number + WARPS * DEPTH;
-        const u32 place_ahead = ahead < a.unit_count ? __ldg(a.units + ahead) : 0;
-        const int width = __ldg(a.units + number) & 7;
+        const u32 place_ahead = ahead < a.unit_count ? __ldg(m.units + ahead) : 0;
+        const int width = __ldg(m.units + number) & 7;
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
@@ -192,7 +210,7 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
         __syncwarp();
         if (ahead < a.unit_count) {
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) start_copy(a, ring[slot][t], place_ahead, ahead, tile + t, lane);
+            for (int t = 0; t < TILES; ++t) start_copy(a, m, ring[slot][t], place_ahead, ahead, tile + t, lane);
         }
         // Also without a copy, so that one group more is always one unit more.
         copies_commit();
@@ -214,11 +232,11 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * TILES * a.tokens; i += 32 * WARPS) {
         const int within = i % (16 * TILES), token = i / (16 * TILES), row = 16 * tile + within;
-        if (row >= a.rows) continue;
-        float sum = a.bias ? to_float(__ldg(a.bias + row)) : 0.0f;
+        if (row >= m.rows) continue;
+        float sum = a.bias ? to_float(__ldg(a.bias + m.first_row + row)) : 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += shared.sums[w][within][token];
-        a.y[(u64)token * a.rows + row] = from_float(sum);
+        a.y[(u64)token * a.rows + m.first_row + row] = from_float(sum);
     }
 }
 
@@ -247,13 +265,14 @@ __device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit
 }
 
 // The dense weight: a warp makes one unit of a tile after the other.
-extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const Arguments a) {
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const __grid_constant__ Arguments a) {
     __shared__ Slot slots[WARPS];
+    const Member& m = a.members[0];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = blockIdx.x * WARPS + warp;
     if (number >= a.unit_count) return;
-    const u32 place = __ldg(a.units + number);
-    for (int tile = blockIdx.y; tile < a.row_tiles; tile += gridDim.y) {
-        start_copy(a, slots[warp], place, number, tile, lane);
+    const u32 place = __ldg(m.units + number);
+    for (int tile = blockIdx.y; tile < m.row_tiles; tile += gridDim.y) {
+        start_copy(a, m, slots[warp], place, number, tile, lane);
         copies_commit();
         copies_wait<0>();
         __syncwarp();

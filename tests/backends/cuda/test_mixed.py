@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from slimc.backends.cuda import compiler, mixed
 from slimc.backends.cuda.layer import source
+from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, pack_weight
 
@@ -99,6 +102,44 @@ def test_the_kernels_compile(
     assert cubin.startswith(b"\x7fELF")
 
 
+def test_siblings_are_one_launch_and_each_gets_its_bytes_back() -> None:
+    """Layers of other widths, rows that end within a tile, one of them with adapters."""
+    siblings = [build(40, (2, 4, 1), 64, 192, True, 0), build(20, (3, 1, 4), 64, 192, True, 3)]
+    siblings[1] = replace(siblings[1], input_scale=None)
+    layers = [mixed.prepare(packed) for packed in siblings]
+    stacked, parts = mixed.stack(layers)
+    assert parts == layers
+    assert sum(tensor.nbytes for tensor in mixed.tensors(stacked).values()) == sum(
+        tensor.nbytes for one in layers for tensor in mixed.tensors(one).values()
+    )
+    formats = tuple(packed.format for packed in siblings)
+    for part, packed in enumerate(siblings):
+        back = mixed.restore(formats, mixed.tensors(stacked), part)
+        assert back.format == packed.format
+        for name, tensor in packed.tensors().items():
+            assert torch.equal(back.tensors()[name], tensor)
+        again = mixed.assemble(formats, mixed.tensors(stacked), part)
+        assert again.codes.data_ptr() == layers[part].codes.data_ptr()
+    arguments = mixed._arguments(stacked.members, 2, None, None, torch.zeros(1))
+    places = [(one.first_row, one.first_block, one.rows) for one in arguments.members[:2]]
+    assert places == [(0, 0, 40), (40, 2, 20)]
+    assert (arguments.member_count, arguments.rows) == (2, 60)
+
+
+def test_layers_that_cannot_be_one_launch_stay_apart() -> None:
+    first = mixed.prepare(build(16, (2, 1), 64, 128, True, 0))
+    others = [
+        build(16, (2, 1), 64, 128, False, 0),
+        build(16, (2, 1), 128, 256, True, 0),
+        build(16, (2, 1), 64, 128, True, 3),
+    ]
+    for packed in others:
+        with pytest.raises(KernelError, match="cannot be stacked"):
+            mixed.stack([first, mixed.prepare(packed)])
+    with pytest.raises(KernelError, match="at most 8 layers can be stacked, not 9"):
+        mixed.stack([first] * 9)
+
+
 def refusal(spec: WeightFormat, monkeypatch: pytest.MonkeyPatch, tokens: int = 1) -> str | None:
     monkeypatch.setattr(mixed, "refuses_machine", lambda spec, dtype, device: None)
     return mixed.MIXED.accepts(LinearFormat(spec), torch.bfloat16, torch.device("cuda"), tokens)
@@ -159,6 +200,5 @@ def test_tokens_are_taken_thirty_two_at_a_time(tokens: int, monkeypatch: pytest.
     [(4096, 1, (1, 16)), (8432, 32, (1, 16)), (8448, 8, (4, 8)), (22016, 16, (4, 8)), (22016, 17, (2, 8))],
 )
 def test_layers_of_many_rows_take_several_tiles(rows: int, tokens: int, shape: tuple[int, int]) -> None:
-    spec = WeightFormat(rows, 128, 2, 64, dtype=torch.bfloat16, widths=(2, 1))
-    assert mixed.launch_shape(spec, tokens, 132) == mixed.LaunchShape(*shape)
+    assert mixed.launch_shape(rows, tokens, 132) == mixed.LaunchShape(*shape)
     assert mixed.fits(mixed.LaunchShape(*shape), tokens)
