@@ -52,10 +52,11 @@ def rows() -> dict[str, list[Pass]]:
         found[f"gptq w{bits}"] = recipe(bits, None)
         found[f"slim-llm, the paper's w{bits}"] = recipe(bits, "kl", calibrate="sqc", preset="paper")
         found[f"rtn w{bits}"] = [Quantize("absmax", bits, GROUP, symmetric=False), Fuse()]
-    for bits in (2, 3):
+    for bits in (2, 3, 4):
         found[f"gptq + sba w{bits}"] = recipe(bits, "kl")
-        found[f"gptq + widths by output w{bits}"] = recipe(bits, "output")
         found[f"gptq + sqc, the paper's w{bits}"] = recipe(bits, None, calibrate="sqc", preset="paper")
+    for bits in (2, 3):
+        found[f"gptq + widths by output w{bits}"] = recipe(bits, "output")
         found[f"gptq + sqc, the code's w{bits}"] = recipe(bits, None, calibrate="sqc", preset="reference")
         found[f"gptq + sqc by output w{bits}"] = recipe(bits, None, **OUTPUT)
         found[f"gptq groups w{bits}"] = recipe(bits, None, order="groups")
