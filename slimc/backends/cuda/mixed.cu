@@ -256,10 +256,20 @@ __device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit
             asm("fma.rn." TYPE "x2 %0, %0, %1, %2;" : "+r"(v[i]) : "r"(scale), "r"(0x80008000));
 #endif
         }
+        // Neighbours exchange halves, so that both write 16 columns of one at a time: whole sectors of memory.
+        const bool odd = lane & 1;
+        u32 mine[4], theirs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            mine[i] = odd ? v[4 + i] : v[i];
+            theirs[i] = __shfl_xor_sync(~0u, odd ? v[i] : v[4 + i], 1);
+        }
         if (row < a.rows) {
-            uint4* to = (uint4*)(a.y + (u64)row * a.columns + UNIT * number + 16 * (lane % 4));
-            to[0] = make_uint4(v[0], v[1], v[2], v[3]);
-            to[1] = make_uint4(v[4], v[5], v[6], v[7]);
+            uint4* to = (uint4*)(a.y + (u64)row * a.columns + UNIT * number + 16 * (lane % 4 & 2) + 8 * odd);
+            const uint4 own = make_uint4(mine[0], mine[1], mine[2], mine[3]);
+            const uint4 other = make_uint4(theirs[0], theirs[1], theirs[2], theirs[3]);
+            to[0] = odd ? other : own;
+            to[2] = odd ? own : other;
         }
     }
 }
