@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import slimc
+from slimc import recipes
 from slimc.errors import NumericsError, RecipeError
 from slimc.passes import (
     Activations,
@@ -68,6 +69,26 @@ def test_bits_are_what_is_stored_and_the_graph_computes_it(
     assert float((compressed - exact).norm() / exact.norm()) < 0.9
     again, _ = run(network, batches, [Calibrate(), *chain, Fuse()])
     assert torch.equal(again.run(batches[0]), compressed)
+
+
+@pytest.mark.parametrize("recipe", ["slim-llm-w3", "slim-llm-w2"])
+def test_the_recipes_may_be_followed_by_pruning_and_adapters(
+    recipe: str, network: nn.Module, batches: list[Tensor], run: Any
+) -> None:
+    *passes, fuse = recipes.load(recipe).build()
+    pruning, adapters = Prune("2:4", "sparsegpt"), LowRank(rank=4, bits=4, group=8)
+    errors = []
+    for more in ([], [adapters], [pruning], [pruning, adapters]):
+        program, outcome = run(network, batches, [*passes, *more, fuse])
+        errors.append(outcome.rows[0].output_error)
+        expression = outcome.rows[0].expression
+        assert expression.startswith("2:4" if pruning in more else "int")
+        assert expression.endswith("+ low-rank 4 int4/8" if adapters in more else "asymmetric")
+        exact, stream = network(batches[0]).detach(), program.run(batches[0])
+        assert float((stream - exact).norm() / exact.norm()) < 1
+    alone, corrected, pruned, pruned_and_corrected = errors
+    assert corrected < alone < pruned
+    assert pruned_and_corrected < pruned
 
 
 def test_files_are_as_large_as_the_bits_promise(tmp_path: Path) -> None:
