@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,39 @@ def test_groups_need_not_divide_the_width(network: nn.Module, batches: list[Tens
         widths = form.widths or (form.bits,) * form.scale_shape[1]
         sizes = [min(7, row.shape[1] - start) for start in range(0, row.shape[1], 7)]
         assert sum(width * size for width, size in zip(widths, sizes, strict=True)) <= 2.5 * row.shape[1]
+
+
+class PassedBy(nn.Module):
+    """A layer that no token comes to, as to an expert that is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.never = nn.Linear(32, 36), nn.Linear(32, 36)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.used(x), self.never(x[:, :0])], 1)
+
+
+@pytest.mark.parametrize(
+    ("passes", "fallback"),
+    [
+        ([KL, Quantize("gptq")], "all groups have 3 bits; .*rounded to the nearest codes"),
+        ([OUTPUT, Quantize("absmax")], "all groups have 2 bits"),
+        ([Quantize("gptq", 3, 8, calibrate="learned")], "rounded to the nearest codes"),
+        ([Decompose(ratio=None, pattern="2:4", bits=4, group=8, feedback=True)], "chosen by their magnitude"),
+        ([KL, Quantize("gptq"), Prune(), LowRank(rank=2)], "nearest codes; .*chosen by their magnitude"),
+    ],
+    ids=["kl", "output", "learned", "slab", "all"],
+)
+def test_a_site_that_sees_no_token_says_what_was_done_instead(
+    passes: list[Pass], fallback: str, batches: list[Tensor], run: Any
+) -> None:
+    torch.manual_seed(0)
+    program, outcome = run(PassedBy().eval(), batches, [Calibrate(), *passes, Fuse()])
+    used, never = outcome.rows
+    assert used.fallback is None
+    assert re.search(fallback, never.fallback)
+    assert bool(program.sites["never"].packed.decode().isfinite().all())
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "joint"])
