@@ -49,7 +49,7 @@ def decoder_graph(
         InputError: the model cannot be exported with a cache, or an option is not known.
         CaptureError: it cannot be traced.
     """
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     packed = [module.packed for module in model.modules() if isinstance(module, SlimLinear)]
     version = opset or opset_of(packed, target)
     contrib = target == "ort"
@@ -81,6 +81,8 @@ def decoder_graph(
         outputs=tuple(one.name for one in proto.graph.output),
         cache=layout,
         positions=positions_of(model),
+        accuracy_level=accuracy_level if contrib else 0,
+        embedding_bits=embedding_bits,
     )
     return OnnxGraph(proto, constants, description, compressed.sites)
 

@@ -70,6 +70,7 @@ def lower(
         opset=opset,
         inputs=tuple(value.name for value in model.graph.input),
         outputs=tuple(value.name for value in model.graph.output),
+        accuracy_level=accuracy_level if target == "ort" else 0,
     )
     return OnnxGraph(model, lowering.kept, description, site_sizes(lowering.formats, lowering.kept, lowering.notes))
 

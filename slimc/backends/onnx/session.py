@@ -6,6 +6,7 @@ GroupQueryAttention, one buffer is input and output at once, and a call writes i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +15,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimc.backends.onnx.description import Description, read_description
-from slimc.errors import FormatError, InputError, NumericsError
+from slimc.backends.onnx.description import Description, check_files, read_description
+from slimc.errors import FormatError, InputError, NumericsError, SlimError
 from slimc.runtime.files import file_inside, read_json
 
-__all__ = ["OnnxDecoder", "Tokens", "best_device", "end_tokens"]
+__all__ = ["OnnxDecoder", "Tokens", "best_device", "end_tokens", "import_runtime", "why_not_opened"]
 
 Array = npt.NDArray[Any]
 Tokens = Sequence[int]
+
+OLDEST_RUNTIME = (1, 22)
+"""The first ONNX Runtime that computes blocks of 4 bits and their products as exports need them."""
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def best_device() -> str:
     """Return ``cuda`` where ONNX Runtime has a provider for it, else ``cpu``."""
-    return "cuda" if PROVIDERS["cuda"] in _import_runtime().get_available_providers() else "cpu"
+    return "cuda" if PROVIDERS["cuda"] in import_runtime().get_available_providers() else "cpu"
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
@@ -90,8 +94,10 @@ class OnnxDecoder:
         self.cache = self.description.cache
         self._device = device
         self._runtime = _runtime(device)
+        check_files(self.folder)
         self._session = self._open(threads, accuracy_level)
         self._dtype = np.dtype(self.cache.dtype)
+        self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
 
     def _open(self, threads: int | None, accuracy_level: int) -> Any:
         options = self._runtime.SessionOptions()
@@ -107,11 +113,7 @@ class OnnxDecoder:
                 str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            raise FormatError(
-                f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it: {reason}; the file is damaged, or "
-                "this ONNX Runtime is too old for it"
-            ) from error
+            raise why_not_opened(path, self._runtime, error) from error
 
     def logits(self, ids: Array) -> Array:
         """Return the logits [batch, length, vocabulary] of token ids [batch, length], with nothing before them."""
@@ -184,6 +186,7 @@ class _State:
     ) -> None:
         self._decoder = decoder
         self._lengths = np.full(batch, longest) if lengths is None else lengths
+        self._binding = decoder._session.io_binding()
         # Padding follows a prompt: its tokens are masked, and what is generated comes after it in the mask.
         self._mask = (np.arange(longest)[None] < self._lengths[:, None]).astype(np.int64)
         self._positions = np.minimum(np.arange(longest)[None], self._lengths[:, None] - 1).astype(np.int64)
@@ -192,48 +195,81 @@ class _State:
         self._shared = cache.shared
         shape = (batch, cache.heads, capacity if cache.shared else 0, cache.size)
         self._past = [self._to_device(np.zeros(shape, dtype=decoder._dtype)) for _ in self._inputs]
+        if self._shared:
+            self._bind_cache()
 
     def run(self, ids: Array) -> Array:
         """Read tokens [batch, new]; return their logits."""
-        decoder = self._decoder
-        binding = decoder._session.io_binding()
+        decoder, binding = self._decoder, self._binding
         values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": self._positions}
         for name in decoder.description.inputs:
             if name in values:
                 binding.bind_ortvalue_input(name, self._to_device(np.ascontiguousarray(values[name])))
-        for name, past in zip(self._inputs, self._past, strict=True):
-            binding.bind_ortvalue_input(name, past)
-        binding.bind_output("logits", "cpu")
-        for name, past in zip(self._outputs, self._past, strict=True):
-            if self._shared:
-                binding.bind_ortvalue_output(name, past)
-            else:
-                binding.bind_output(name, decoder._device)
-        decoder._session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
+        logits = np.empty((*ids.shape, decoder.vocabulary), dtype=decoder._dtype)
+        binding.bind_ortvalue_output("logits", decoder._runtime.OrtValue.ortvalue_from_numpy(logits))
         if not self._shared:
-            self._past = outputs[1:]
+            self._bind_cache()
+        decoder._session.run_with_iobinding(binding)
+        if not self._shared:
+            # The logits were bound before the cache.
+            self._past = binding.get_outputs()[1:]
         self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
         self._positions = self._lengths[:, None].astype(np.int64)
         self._lengths = self._lengths + 1
-        logits: Array = outputs[0].numpy()
         return logits
+
+    def _bind_cache(self) -> None:
+        """Bind the cache; one that is input and output at once stays bound for all calls."""
+        for name, past in zip(self._inputs, self._past, strict=True):
+            self._binding.bind_ortvalue_input(name, past)
+        for name, past in zip(self._outputs, self._past, strict=True):
+            if self._shared:
+                self._binding.bind_ortvalue_output(name, past)
+            else:
+                self._binding.bind_output(name, self._decoder._device)
 
     def _to_device(self, array: Array) -> Any:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
 
 
-def _import_runtime() -> Any:
+def why_not_opened(path: Path, runtime: Any, error: Exception) -> SlimError:
+    """Return what to raise when ONNX Runtime refuses a file: it is too old for it, or the file is damaged."""
+    reason = " ".join(str(error).split())[:400]
+    unknown = ("Unsupported model IR version", "only *guarantees* support for models stamped", "is not a registered")
+    if any(words in reason for words in unknown):
+        return InputError(
+            f"{path}: ONNX Runtime {runtime.__version__} is too old for it: {reason}; pip install -U onnxruntime, or "
+            "export the model again with a lower opset"
+        )
+    return FormatError(
+        f"{path}: ONNX Runtime {runtime.__version__} cannot open it: {reason}; the file is damaged, or this ONNX "
+        "Runtime is too old for it"
+    )
+
+
+def import_runtime() -> Any:
+    """Import and return ONNX Runtime.
+
+    Raises:
+        InputError: it is missing, or older than `OLDEST_RUNTIME`.
+    """
     try:
         import onnxruntime
     except ImportError:
         raise InputError("running an ONNX folder needs the package onnxruntime: pip install 'slimc[onnx]'") from None
+    found = tuple(int(part) for part in re.findall(r"\d+", onnxruntime.__version__)[:2])
+    if found < OLDEST_RUNTIME:
+        oldest = ".".join(map(str, OLDEST_RUNTIME))
+        raise InputError(
+            f"onnxruntime {onnxruntime.__version__} is too old for what slimc exports: pip install -U "
+            f"'onnxruntime>={oldest}'"
+        )
     return onnxruntime
 
 
 def _runtime(device: str) -> Any:
     """Return ONNX Runtime after checking that it has the provider for a device."""
-    runtime = _import_runtime()
+    runtime = import_runtime()
     if device not in PROVIDERS:
         raise InputError(f"an ONNX folder runs on {' or '.join(PROVIDERS)}, not on {device!r}")
     if PROVIDERS[device] not in runtime.get_available_providers():

@@ -48,6 +48,7 @@ __all__ = [
     "LoweredLinear",
     "LoweredWeight",
     "check_options",
+    "decode_exactly",
     "lower_linear",
     "lower_signs",
     "lower_weight",
@@ -62,6 +63,9 @@ MICROSOFT = "com.microsoft"
 
 COMPUTE_DTYPES = (torch.float32, torch.float16)
 """What an ONNX graph computes in; processors have no product of bfloat16."""
+
+ACCURACY_LEVELS = range(5)
+"""Of MatMulNBits: 0 leaves it to ONNX Runtime (which is exact on CPUs), 1 to 4 are float32, float16, bfloat16, int8."""
 
 MIN_OPSET, MAX_OPSET = 21, 26
 """DequantizeLinear has blocks and integers of 4 bits from 21 on; ONNX Runtime 1.30 reads up to 26."""
@@ -132,8 +136,8 @@ class LoweredWeight(LoweredLinear):
     """A weight alone as a piece of a graph: nothing goes in, and ``name + ".y"`` is [columns, rows]."""
 
 
-def check_options(target: str, dtype: torch.dtype, opset: int | None) -> None:
-    """Raise `InputError` unless ``target``, ``dtype`` and ``opset`` (None: the lowest that will do) are known."""
+def check_options(target: str, dtype: torch.dtype, opset: int | None, accuracy_level: int = 0) -> None:
+    """Raise `InputError` unless all options are known; ``opset`` may be None, the lowest that will do."""
     if target not in TARGETS:
         raise InputError(f"there is no target {target!r}{closest(target, TARGETS)}: use one of {', '.join(TARGETS)}")
     if dtype not in COMPUTE_DTYPES:
@@ -141,6 +145,8 @@ def check_options(target: str, dtype: torch.dtype, opset: int | None) -> None:
         raise InputError(f"an ONNX graph cannot compute in {dtype}: use one of {names}")
     if opset is not None and not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"opset {opset} is not supported: use {MIN_OPSET} to {MAX_OPSET}, or none for the lowest")
+    if accuracy_level not in ACCURACY_LEVELS:
+        raise InputError(f"there is no accuracy level {accuracy_level}: use 0, which is exact, to 4, which is fastest")
 
 
 def opset_of(layers: Sequence[PackedLinear], target: str) -> int:
@@ -177,7 +183,7 @@ def lower_linear(
     Raises:
         InputError: ``target``, ``dtype`` or ``opset`` is not known.
     """
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
     {"portable": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target](piece, packed, bias)
     return piece.result
@@ -222,7 +228,7 @@ def lower_signs(
     Raises:
         InputError: ``target``, ``dtype`` or ``opset`` is not known.
     """
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
     result = piece.result
     if target == "dense":
@@ -636,7 +642,7 @@ def _decoded(piece: _Piece, name: str, packed: PackedWeight) -> str:
     kept = Initializer(
         DATA_TYPES[piece.dtype],
         (form.columns, form.rows),
-        lambda: of_tensor(_decode_exactly(packed), piece.dtype, transposed=True).make(),
+        lambda: of_tensor(decode_exactly(packed), piece.dtype, transposed=True).make(),
     )
     return piece.constant(name, kept)
 
@@ -646,12 +652,12 @@ def _sum_of(packed: PackedWeight, binary: PackedBinary, dtype: torch.dtype) -> I
     form = packed.format
 
     def make() -> Bytes:
-        weight = packed.decode().float() if form.bits is None else _decode_exactly(packed)
+        weight = packed.decode().float() if form.bits is None else decode_exactly(packed)
         return of_tensor(weight + binary.decode(), dtype, transposed=True).make()
 
     return Initializer(DATA_TYPES[dtype], (form.columns, form.rows), make)
 
 
-def _decode_exactly(packed: PackedWeight) -> Tensor:
+def decode_exactly(packed: PackedWeight) -> Tensor:
     """Decode in float32, as DequantizeLinear does, and not in the 16 bits of the scale."""
     return replace(packed, scale=_scale(packed).float()).decode()

@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 import slimc
 from slimc.backends.onnx.description import read_description
 from slimc.backends.onnx.session import OnnxDecoder, end_tokens
+from slimc.backends.onnx.verify import verify_folder
 from slimc.cli import app
 from slimc.errors import FormatError, InputError
 from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
@@ -287,12 +288,43 @@ def test_empty_prompts_and_unknown_devices_are_refused(folders: dict[str, Path])
         OnnxDecoder(folders["ort"], device="tpu")
 
 
+def test_a_runtime_that_is_too_old_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Unsupported model IR version: 99, max supported IR version: 13")
+
+    monkeypatch.setattr(runtime, "InferenceSession", refuse)
+    with pytest.raises(InputError, match="is too old for it: Unsupported model IR version: 99"):
+        OnnxDecoder(folders["ort"])
+    monkeypatch.setattr(runtime, "__version__", "1.9.0")
+    for opened in (lambda: OnnxDecoder(folders["ort"]), lambda: list(verify_folder(folders["ort"]))):
+        with pytest.raises(InputError, match=r"onnxruntime 1\.9\.0 is too old .*onnxruntime>=1\.22"):
+            opened()
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_rounded_exports_are_verified_as_what_they_are(small: nn.Module, level: int, tmp_path: Path) -> None:
+    slimc.export_onnx(small, tmp_path / "onnx", target="ort", embedding_bits=4, accuracy_level=level)
+    checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=small, tokens=8)}
+    assert [name for name, check in checks.items() if not check.passed] == []
+    if level == 0:
+        assert "40 of 40 greedy tokens" in checks["tokens"].detail
+
+
 def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(folders["ort"], tmp_path / "copy")
+    description = json.loads((copy / "slim_onnx.json").read_text())
     (copy / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(FormatError, match="has 8 bytes, not the"):
+        OnnxDecoder(copy)
+    sized = {**description["files"], "model.onnx": 8}
+    (copy / "slim_onnx.json").write_text(json.dumps(description | {"files": sized}))
     with pytest.raises(FormatError, match="cannot open it"):
         OnnxDecoder(copy)
-    description = json.loads((copy / "slim_onnx.json").read_text())
+    (copy / "model.onnx.data").unlink()
+    with pytest.raises(FormatError, match=r"model\.onnx\.data: is missing"):
+        OnnxDecoder(copy)
     for change, message in (({"format": 9}, "is of format 9"), ({"cache": {}}, "lacks or garbles")):
         (copy / "slim_onnx.json").write_text(json.dumps(description | change))
         with pytest.raises(FormatError, match=message):
