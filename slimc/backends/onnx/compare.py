@@ -90,7 +90,7 @@ def compare_decoder(folder: Path, model: nn.Module, *, tokens: int) -> Differenc
 
 
 def _round_embedding(model: Any, bits: int) -> None:
-    """Put the numbers that an export's rounded embedding stands for into the embedding of ``model``, and what is tied."""
+    """Put what an export makes of the embedding into the embedding of ``model`` and what is tied."""
     table = model.get_input_embeddings()
     packed = round_embedding("the embedding", table.weight, bits)
     # A twin shares its tensors with the model that it was made of.

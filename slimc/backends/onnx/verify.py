@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -168,8 +168,25 @@ def _piece(path: Path, model: ModelProto, name: str, columns: int) -> ModelProto
             del constant.external_data[:]
         graph.initializer.append(constant)
     return ModelProto(
-        ir_version=model.ir_version, graph=graph, opset_import=model.opset_import, functions=model.functions
+        ir_version=model.ir_version,
+        graph=graph,
+        opset_import=model.opset_import,
+        functions=_functions_of(nodes, model.functions),
     )
+
+
+def _functions_of(nodes: Iterable[NodeProto], functions: Iterable[FunctionProto]) -> list[FunctionProto]:
+    """Return the functions that nodes call, and those that these call: onnx.reference takes no heed of overloads."""
+    known = {(one.domain, one.name, one.overload): one for one in functions}
+    called: dict[tuple[str, str, str], FunctionProto] = {}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        key = (node.domain, node.op_type, node.overload)
+        if key in known and key not in called:
+            called[key] = known[key]
+            waiting += known[key].node
+    return list(called.values())
 
 
 def _number_type(model: ModelProto) -> int:

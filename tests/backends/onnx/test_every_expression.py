@@ -1,0 +1,121 @@
+"""Every expression that passes can make, through the public interface: exported, and compared with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimc
+from slimc.passes import (
+    Activations,
+    AllocateBits,
+    Calibrate,
+    Compensate,
+    Decompose,
+    Fuse,
+    LowRank,
+    Pass,
+    PerSite,
+    Prune,
+    Quantize,
+)
+from slimc.runtime.modules import SlimLinear
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from slimc.backends.onnx.verify import verify_folder  # noqa: E402 - after the check that onnx is there
+from slimc.backends.onnx.weights import TARGETS  # noqa: E402
+
+Runtime = Callable[[bytes | Path, Mapping[str, Any]], list[np.ndarray]]
+
+COLUMNS, ROWS = 64, 48
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 24, "channel", None)
+
+EXPRESSIONS: dict[str, list[Pass]] = {
+    **{f"int{bits}/{group}": [Quantize("absmax", bits, group)] for bits in BITS for group in GROUPS},
+    **{f"int{bits}/32 zero points": [Quantize("absmax", bits, 32, symmetric=False)] for bits in BITS},
+    "int4/tensor zero points": [Quantize("absmax", 4, symmetric=False)],
+    **{f"gptq int{bits}": [Quantize("gptq", bits, 32)] for bits in (1, 4, 7)},
+    "gptq int4/channel": [Quantize("gptq", 4, "channel", symmetric=True)],
+    "slim": [Quantize("slim")],
+    "input scale": [Quantize("slim", activation_aware=True)],
+    "2:4 numbers": [Prune("2:4")],
+    "unstructured numbers": [Prune(0.5)],
+    "2:4 int4": [Quantize("slim"), Prune("2:4")],
+    "1:4 int8": [Quantize("absmax", 8, 32), Prune("1:4")],
+    "3:8 int3": [Quantize("absmax", 3, 32), Prune("3:8", method="magnitude")],
+    "2:4 int2": [Quantize("absmax", 2, 32), Prune("2:4", method="sparsegpt")],
+    "unstructured int4": [Quantize("absmax", 4, 32), Prune(0.5)],
+    "adapters": [Quantize("slim"), Prune("2:4"), LowRank(rank=7)],
+    "4-bit adapters": [Quantize("absmax", 4, 64), LowRank(rank=0.1, bits=4)],
+    "4-bit adapters, groups": [Quantize("slim"), Prune("2:4"), LowRank(rank=9, bits=4, group=16)],
+    "4-bit adapters, input scale": [Quantize("slim", activation_aware=True), LowRank(rank=5, bits=4, group=64)],
+    "8-bit adapters on 2 bits": [Quantize("absmax", 2, 16), LowRank(rank=5, bits=8, method="svd")],
+    "numbers and adapters": [Prune("2:4"), LowRank(rank=5)],
+    "joint": [
+        Compensate(strength=0.5),
+        Quantize("slim", 4, 32),
+        Prune("2:4", method="joint"),
+        LowRank(method="covariance", rank=0.1, bits=4, group=64),
+    ],
+    "widths": [AllocateBits(2, 16, "output", widest=4), Quantize("gptq", calibrate="sqc")],
+    "symmetric widths": [AllocateBits(3, 16, "output"), Quantize("absmax", symmetric=True)],
+    "widths 2:4 adapters": [AllocateBits(3, 16, "output"), Quantize("absmax"), Prune("2:4"), LowRank(rank=5, bits=4)],
+    "signs": [Decompose(ratio=0.5, rounds=1)],
+    "signs 2:4 int4": [Decompose(ratio=None, pattern="2:4", bits=4, group=16, rounds=1)],
+    "signs 2 ranks": [Decompose(ratio=0.5, rounds=1, rank=2)],
+    "int8 inputs": [Quantize("absmax", 4, 32), Activations(kind="int8")],
+    "float8 inputs": [Quantize("slim"), Prune("2:4"), LowRank(rank=7, bits=4), Activations(kind="fp8")],
+}
+
+
+class OneOfEach(nn.Module):
+    """A layer for every expression, each with an input of its own, so that none has siblings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(COLUMNS, ROWS, bias=index % 2 > 0) for index in range(len(EXPRESSIONS)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x * (1 + index)) for index, layer in enumerate(self.layers))
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    sites = {f"layers.{index}": name for index, name in enumerate(EXPRESSIONS)}
+    passes = [Calibrate(), PerSite(EXPRESSIONS, sites), Fuse()]
+    return slimc.compile(OneOfEach(), [torch.randn(96, COLUMNS)], passes=passes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_expression_has_a_lowering(target: str, small: nn.Module, in_runtime: Runtime, tmp_path: Path) -> None:
+    assert sum(isinstance(module, SlimLinear) for module in small.modules()) == len(EXPRESSIONS)
+    report = slimc.export_onnx(small, tmp_path / "onnx", torch.randn(5, COLUMNS), target)
+    assert len(report.sites) == len(EXPRESSIONS)
+    x = torch.randn(3, COLUMNS)
+    with torch.no_grad():
+        expected = small(x)
+    name = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.input[0].name
+    found = in_runtime(tmp_path / "onnx" / "model.onnx", {name: x.numpy()})
+    for expression, ours, theirs in zip(EXPRESSIONS, found, expected, strict=True):
+        error = np.abs(ours - theirs.numpy()).max()
+        # Sums of 64 terms and a few more in another order; an input may round to the next of its 8-bit codes.
+        limit = 2**-5 if "inputs" in expression else 2**-17
+        assert error <= limit * theirs.abs().max(), f"{expression}: {error:.1e}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_expression_is_verified(target: str, small: nn.Module, tmp_path: Path) -> None:
+    slimc.export_onnx(small, tmp_path / "onnx", torch.randn(5, COLUMNS), target)
+    checks = list(verify_folder(tmp_path / "onnx"))
+    assert [check for check in checks if not check.passed] == []
+    assert sum(check.name.startswith("layer ") for check in checks) > 30, "layers of one form are tried once"
