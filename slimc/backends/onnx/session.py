@@ -100,11 +100,10 @@ class OnnxDecoder:
         if threads is not None:
             options.intra_op_num_threads = threads
         path = file_inside(self.folder, self.description.model)
-        providers = [PROVIDERS[self._device]] + (["CPUExecutionProvider"] if self._device != "cpu" else [])
         try:
             # Equal scales of several layers would become one constant, and those layers then no fused products.
-            return self._runtime.InferenceSession(
-                str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
+            session = self._runtime.InferenceSession(
+                str(path), options, providers=_providers(self._device), disabled_optimizers=["ConstantSharing"]
             )
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
@@ -112,6 +111,12 @@ class OnnxDecoder:
                 f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it: {reason}; the file is damaged, or "
                 "this ONNX Runtime is too old for it"
             ) from error
+        if PROVIDERS[self._device] not in session.get_providers():
+            raise InputError(
+                f"ONNX Runtime {self._runtime.__version__} could not start its {PROVIDERS[self._device]}, and says why "
+                "above; install the CUDA and cuDNN libraries that it was built for, or use the cpu"
+            )
+        return session
 
     def logits(self, ids: Array) -> Array:
         """Return the logits [batch, length, vocabulary] of token ids [batch, length], with nothing before them."""
@@ -223,6 +228,13 @@ class _State:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
 
 
+def _providers(device: str) -> list[Any]:
+    """Return the execution providers of a session; on CUDA products in float32 are not rounded to TF32."""
+    if device == "cpu":
+        return [PROVIDERS["cpu"]]
+    return [(PROVIDERS[device], {"use_tf32": "0"}), PROVIDERS["cpu"]]
+
+
 def _import_runtime() -> Any:
     try:
         import onnxruntime
@@ -238,4 +250,7 @@ def _runtime(device: str) -> Any:
         raise InputError(f"an ONNX folder runs on {' or '.join(PROVIDERS)}, not on {device!r}")
     if PROVIDERS[device] not in runtime.get_available_providers():
         raise InputError(f"this onnxruntime has no {PROVIDERS[device]}: pip install onnxruntime-gpu, or use the cpu")
+    if device == "cuda" and hasattr(runtime, "preload_dlls"):
+        # Finds the CUDA libraries of PyTorch or of NVIDIA's wheels, where the loader would not look.
+        runtime.preload_dlls()
     return runtime
