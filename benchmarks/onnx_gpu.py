@@ -1,10 +1,11 @@
 """Decoding in ONNX Runtime on a GPU: compressed folders against the dense exports and ONNX Runtime's own quantiser.
 
-    python benchmarks/onnx_gpu.py MODEL COMPRESSED... --text test.txt --work DIR
+    python benchmarks/onnx_gpu.py MODEL COMPRESSED... --text test.txt --work DIR --kernels slim_kernels.so
 
 MODEL is the dense model, each COMPRESSED a folder that ``slimc compress`` wrote. Everything runs in ONNX Runtime's CUDA
 provider, with the cache on the card. The quantiser gets the graph of the dense model in float16, with the output
-embedding as a matrix of its own, which it rounds to 4 bits too. Exports are kept in DIR.
+embedding as a matrix of its own, which it rounds to 4 bits too. Exports are kept in DIR. With a library of
+``slimc kernels`` the folders of target cuda are run by it as well.
 
 The greedy tokens of each folder are compared with those that PyTorch chooses for the same weights in float32; where they
 part, the line says by how little PyTorch preferred its own, as a share of its largest logit. Times are taken in rounds,
@@ -42,17 +43,17 @@ from slimc.runtime.files import readable
 
 DENSE = "dense"
 QUANTISED = "ORT's quantiser"
-TARGETS = ("portable", "ort")
-DTYPES = ("float32", "float16")
+FORMS = tuple((target, dtype) for target in ("portable", "ort") for dtype in ("float32", "float16"))
 FASTEST_DENSE = f"{DENSE}, ort, float16"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One exported folder, and which model its tokens are to be compared with (None: another model's weights)."""
+    """One exported folder, which model its tokens are to be compared with (None: another model's), and its kernels."""
 
     folder: Path
     model: str | None
+    kernels: Path | None = None
 
 
 def main() -> None:
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("compressed", nargs="+", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--kernels", type=Path, help="a library that 'slimc kernels' built for these folders")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
@@ -71,7 +73,7 @@ def main() -> None:
     # Importing the quantiser has every package log what it does.
     logging.getLogger().setLevel(logging.WARNING)
 
-    variants = exported(chosen.model, chosen.compressed, chosen.work)
+    variants = exported(chosen.model, chosen.compressed, chosen.work, chosen.kernels)
     tokenizer = hf.load_tokenizer(chosen.compressed[0])
     windows = hf.tokenize_text(tokenizer, chosen.text.read_text(), max(chosen.batches), chosen.prompt)
     expected = {
@@ -82,9 +84,9 @@ def main() -> None:
     decoders = {}
     for name, variant in variants.items():
         try:
-            decoder = OnnxDecoder(variant.folder, device="cuda")
+            decoder = OnnxDecoder(variant.folder, device="cuda", kernels=variant.kernels)
             size = sum(file.stat().st_size for file in variant.folder.glob("model.onnx*"))
-            rows[name] = {"bytes": size, "nodes": nodes_of(variant.folder, chosen.work)}
+            rows[name] = {"bytes": size, "nodes": nodes_of(variant, chosen.work)}
             for batch in chosen.batches:
                 made = decoder.generate(windows[:batch].tolist(), chosen.tokens)
                 if variant.model is not None:
@@ -110,17 +112,20 @@ def models(dense: str, compressed: Sequence[Path]) -> Any:
         yield folder.name, twin(slimc.load(folder), torch.float32).cuda()
 
 
-def exported(model: str, compressed: Sequence[Path], work: Path) -> dict[str, Variant]:
+def exported(
+    model: str, compressed: Sequence[Path], work: Path, kernels: Path | None
+) -> dict[str, Variant]:
     """Return all variants, exporting those that ``work`` does not hold yet."""
     variants = {}
     for name, source in [(DENSE, None), *((folder.name, folder) for folder in compressed)]:
-        for target in TARGETS:
-            for dtype in DTYPES:
-                folder = work / f"{name}-{target}-{dtype}"
-                variants[f"{name}, {target}, {dtype}"] = Variant(folder, name)
-                if not folder.exists():
-                    opened = hf.load_model(model)[0] if source is None else slimc.load(source)
-                    slimc.export_onnx(opened, folder, target=target, dtype=dtype)
+        for target, dtype in FORMS if source is None else (*FORMS, ("cuda", "float16")):
+            folder = work / f"{name}-{target}-{dtype}"
+            variants[f"{name}, {target}, {dtype}"] = Variant(folder, name)
+            if not folder.exists():
+                opened = hf.load_model(model)[0] if source is None else slimc.load(source)
+                slimc.export_onnx(opened, folder, target=target, dtype=dtype)
+        if source is not None and kernels is not None:
+            variants[f"{name}, slimc's kernels"] = Variant(folder, name, kernels)
     quantised = work / "quantised-float16"
     if not quantised.exists():
         quantise(work / f"{DENSE}-ort-float16", quantised)
@@ -176,7 +181,7 @@ def compared(made: Sequence[Sequence[int]], expected: Tensor, scores: Tensor) ->
     return {"equal": int((found == expected).sum()), "of": found.numel(), "parted": parted}
 
 
-def nodes_of(folder: Path, work: Path) -> dict[str, int]:
+def nodes_of(variant: Variant, work: Path) -> dict[str, int]:
     """Return how many nodes of the products' and attention's operators ONNX Runtime makes of a graph on the GPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -184,7 +189,9 @@ def nodes_of(folder: Path, work: Path) -> dict[str, int]:
     options.optimized_model_filepath = str(work / "optimised.onnx")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    path = str(folder / "model.onnx")
+    path = str(variant.folder / "model.onnx")
+    if variant.kernels is not None:
+        options.register_custom_ops_library(str(variant.kernels.absolute()))
     onnxruntime.InferenceSession(path, options, providers=providers, disabled_optimizers=["ConstantSharing"])
     graph = onnx.load(work / "optimised.onnx", load_external_data=False).graph
     counted = Counter(node.op_type for node in graph.node)

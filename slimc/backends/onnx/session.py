@@ -74,14 +74,21 @@ class OnnxDecoder:
         threads: of the CPU; all cores by default.
         accuracy_level: how exactly ONNX Runtime computes what it fuses from DequantizeLinear: 0 in the dtype of the
             graph, 4 with inputs rounded to 8 bits, which is faster. (Nodes that say it themselves are not changed.)
+        kernels: a library that ``slimc kernels`` built, whose kernels run the graph's ``slim::linear`` on ``cuda``.
 
     Raises:
-        InputError: onnxruntime is not installed, too old, or lacks the provider.
+        InputError: onnxruntime is not installed, too old, or lacks the provider; or the folder has nothing for kernels.
         FormatError: the folder is damaged.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str = "cpu", threads: int | None = None, accuracy_level: int = 0
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        accuracy_level: int = 0,
+        kernels: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.description: Description = read_description(self.folder)
@@ -90,8 +97,23 @@ class OnnxDecoder:
         self.cache = self.description.cache
         self._device = device
         self._runtime = _runtime(device)
+        self._kernels = None if kernels is None else self._checked(Path(kernels))
         self._session = self._open(threads, accuracy_level)
         self._dtype = np.dtype(self.cache.dtype)
+
+    def _checked(self, kernels: Path) -> Path:
+        """Return the path of a kernel library after checking that this decoder can use one."""
+        dtype = None if self.cache is None else self.cache.dtype
+        if self._device != "cuda":
+            raise InputError(f"{kernels}: its kernels run on cuda, not on {self._device}; leave it out")
+        if self.description.target not in ("portable", "cuda") or dtype != "float16":
+            raise InputError(
+                f"{self.folder}: is of target '{self.description.target}' in {dtype}, and kernels run in a graph of "
+                "target cuda in float16; export the model again with --target cuda --dtype float16"
+            )
+        if not kernels.is_file():
+            raise InputError(f"{kernels}: there is no such file; build it with: slimc kernels {self.folder} -o {kernels}")
+        return kernels.absolute()
 
     def _open(self, threads: int | None, accuracy_level: int) -> Any:
         options = self._runtime.SessionOptions()
@@ -99,6 +121,8 @@ class OnnxDecoder:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         if threads is not None:
             options.intra_op_num_threads = threads
+        if self._kernels is not None:
+            options.register_custom_ops_library(str(self._kernels))
         path = file_inside(self.folder, self.description.model)
         try:
             # Equal scales of several layers would become one constant, and those layers then no fused products.
