@@ -7,9 +7,9 @@ provider, with the cache on the card. The quantiser gets the graph of the dense 
 embedding as a matrix of its own, which it rounds to 4 bits too. Exports are kept in DIR. With a library of
 ``slimc kernels`` the folders of target cuda are run by it as well.
 
-The greedy tokens of each folder are compared with those that PyTorch chooses for the same weights in float32; where they
-part, the line says by how little PyTorch preferred its own, as a share of its largest logit. Times are taken in rounds,
-each variant once a round; medians are printed.
+The greedy tokens of each folder are compared with those that PyTorch chooses for the same weights in float32; where
+they part, the line says by how little PyTorch preferred its own, as a share of its largest logit. Times are taken in
+rounds, each variant once a round; medians are printed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
                 if variant.model is not None:
                     rows[name][f"tokens, batch {batch}"] = compared(made, *expected[variant.model][batch])
             decoders[name] = decoder
-        except Exception as error:  # noqa: BLE001 - the other variants are still worth measuring
+        except Exception as error:
             rows[name] = {"failed": " ".join(str(error).split())[:400]}
         print(name, json.dumps(rows[name]), flush=True)
     for batch in chosen.batches:
@@ -112,9 +112,7 @@ def models(dense: str, compressed: Sequence[Path]) -> Any:
         yield folder.name, twin(slimc.load(folder), torch.float32).cuda()
 
 
-def exported(
-    model: str, compressed: Sequence[Path], work: Path, kernels: Path | None
-) -> dict[str, Variant]:
+def exported(model: str, compressed: Sequence[Path], work: Path, kernels: Path | None) -> dict[str, Variant]:
     """Return all variants, exporting those that ``work`` does not hold yet."""
     variants = {}
     for name, source in [(DENSE, None), *((folder.name, folder) for folder in compressed)]:

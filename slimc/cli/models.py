@@ -52,9 +52,7 @@ def open_language_model(model: str, *, device: str | None = None) -> tuple[nn.Mo
     return opened, tokenizer
 
 
-def open_onnx_model(
-    folder: Path, *, device: str | None = None, kernels: Path | None = None
-) -> tuple[OnnxDecoder, Any]:
+def open_onnx_model(folder: Path, *, device: str | None = None, kernels: Path | None = None) -> tuple[OnnxDecoder, Any]:
     """Return a decoder in ONNX Runtime, on a CUDA GPU if its provider is there, and the folder's tokenizer.
 
     Raises:

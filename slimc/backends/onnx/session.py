@@ -103,16 +103,17 @@ class OnnxDecoder:
 
     def _checked(self, kernels: Path) -> Path:
         """Return the path of a kernel library after checking that this decoder can use one."""
-        dtype = None if self.cache is None else self.cache.dtype
         if self._device != "cuda":
             raise InputError(f"{kernels}: its kernels run on cuda, not on {self._device}; leave it out")
-        if self.description.target not in ("portable", "cuda") or dtype != "float16":
+        if self.description.target not in ("portable", "cuda") or self.cache.dtype != "float16":
             raise InputError(
-                f"{self.folder}: is of target '{self.description.target}' in {dtype}, and kernels run in a graph of "
-                "target cuda in float16; export the model again with --target cuda --dtype float16"
+                f"{self.folder}: is of target '{self.description.target}' in {self.cache.dtype}, and kernels run in a "
+                "graph of target cuda in float16; export the model again with --target cuda --dtype float16"
             )
         if not kernels.is_file():
-            raise InputError(f"{kernels}: there is no such file; build it with: slimc kernels {self.folder} -o {kernels}")
+            raise InputError(
+                f"{kernels}: there is no such file; build it with: slimc kernels {self.folder} -o {kernels}"
+            )
         return kernels.absolute()
 
     def _open(self, threads: int | None, accuracy_level: int) -> Any:

@@ -34,7 +34,17 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 
 SOURCES = ("library.cpp", "driver.hpp", "fragments.hpp", "runtime.hpp")
 
-OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-static-libstdc++")
+OPTIONS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-static-libstdc++",
+)
 
 _KERNEL_GROUPS = (128, 64)
 _TOKEN_TILES = (1, 2)
@@ -88,7 +98,7 @@ def build_library(
     Args:
         forms: of the layers that it is for.
         output: the file.
-        architectures: what the kernels are compiled for, such as ``"sm_80"``; a GPU runs those of its own major version.
+        architectures: what the kernels are compiled for, such as ``"sm_80"``; a GPU runs those of its major version.
         include: a folder with ``onnxruntime_c_api.h``, which is then compared with what the library takes for it.
 
     Returns:
@@ -105,7 +115,7 @@ def build_library(
         (work / "images.inc").write_text(_images(sorted(set(forms)), architectures, work), "utf-8")
         options = [*OPTIONS, *(["-isystem", str(include.resolve())] if include is not None else [])]
         made = work / "library.so"
-        run = subprocess.run(  # noqa: S603 - the compiler that the user chose
+        run = subprocess.run(
             [*command, *options, "library.cpp", "-o", made.name, "-ldl"],
             cwd=work, capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -122,7 +132,9 @@ def _form_of(folder: Path, node: NodeProto, constants: dict[str, TensorProto]) -
     name = inputs["weight"].removesuffix(".weight")
 
     def refuse(reason: str) -> InputError:
-        return InputError(f"{folder}: layer '{name}' {reason}; without a kernel library ONNX Runtime runs it by its body")
+        return InputError(
+            f"{folder}: layer '{name}' {reason}; without a kernel library ONNX Runtime runs it by its body"
+        )
 
     for unknown in ("zero_point", "input_scale", "signs"):
         if inputs.get(unknown):
@@ -145,7 +157,9 @@ def _form_of(folder: Path, node: NodeProto, constants: dict[str, TensorProto]) -
             raise refuse(f"has a {factor} factor that is no constant codes of 4 bits")
         size = attributes.get(f"{factor}_block_size", 0)
         if part is not None and its_scale is not None and prod(its_scale.dims[:-1]) > 1 and size % FACTOR_GROUP:
-            raise refuse(f"has a {factor} factor with groups of {size}, and the kernels know multiples of {FACTOR_GROUP}")
+            raise refuse(
+                f"has a {factor} factor with groups of {size}, and the kernels know multiples of {FACTOR_GROUP}"
+            )
     sparse = (attributes.get("n"), attributes.get("m")) == (2, 4)
     return Form(sparse, group, bool(inputs.get("left")))
 
