@@ -37,7 +37,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(path: Path, *passes: Pass, **options: str) -> Path:
     """Export a compressed layer of a bfloat16 model, or as ``options`` say."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 192, bias=False)).to(torch.bfloat16)
+    model = nn.Sequential(nn.Linear(128, 192)).to(torch.bfloat16)
     x = torch.randn(32, 128, dtype=torch.bfloat16)
     small = slimc.compile(model, [x], passes=[Calibrate(), *passes, Fuse()])
     slimc.export_onnx(small, path, x, **{"target": "cuda", "dtype": "float16"} | options)
