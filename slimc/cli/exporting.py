@@ -24,6 +24,7 @@ class Target(StrEnum):
 
     portable = "portable"
     ort = "ort"
+    cuda = "cuda"
     dense = "dense"
 
 
@@ -50,7 +51,8 @@ def export(
     target: Annotated[
         Target,
         typer.Option(
-            help="portable: any runtime of opset 21; ort: ONNX Runtime's own operators; dense: decoded weights."
+            help="portable: any runtime of opset 21; ort: ONNX Runtime's own operators; cuda: the same around layers "
+            "for 'slimc kernels'; dense: decoded weights."
         ),
     ] = Target.portable,
     dtype: Annotated[Precision, typer.Option(help="What the graph computes in.")] = Precision.float32,

@@ -44,7 +44,7 @@ class Description:
     """The content of ``slim_onnx.json``.
 
     Attributes:
-        target: ``portable``, ``ort`` or ``dense``.
+        target: ``portable``, ``ort``, ``cuda`` or ``dense``.
         opset: of the standard operators.
         inputs: names of the graph's inputs, in order.
         outputs: names of its outputs.

@@ -23,6 +23,7 @@ from onnx import ModelProto
 
 from slimc.backends.onnx.description import DESCRIPTION, Description, check_files, is_onnx_folder, read_description
 from slimc.backends.onnx.initializers import Initializer
+from slimc.backends.onnx.weights import CALLING
 from slimc.errors import FormatError, InputError
 from slimc.runtime.files import (
     file_inside,
@@ -268,7 +269,7 @@ def _record(graph: OnnxGraph, files: Mapping[str, int]) -> dict[str, Any]:
     return record | {
         "slimc_version": __version__,
         # ONNX Runtime rounds the inputs of the products that it finds to 8 bits unless it is told not to.
-        "session": {"session.qdq_matmulnbits_accuracy_level": "0"} if graph.description.target == "portable" else {},
+        "session": {"session.qdq_matmulnbits_accuracy_level": "0"} if graph.description.target in CALLING else {},
         "files": dict(files),
         "sizes": {
             "layers": in_sites,

@@ -78,14 +78,21 @@ class OnnxDecoder:
         threads: of the CPU; all cores by default.
         accuracy_level: how exactly ONNX Runtime computes what it fuses from DequantizeLinear: 0 in the dtype of the
             graph, 4 with inputs rounded to 8 bits, which is faster. (Nodes that say it themselves are not changed.)
+        kernels: a library that ``slimc kernels`` built, whose kernels run the graph's ``slim::linear`` on ``cuda``.
 
     Raises:
-        InputError: onnxruntime is not installed, too old, or lacks the provider.
+        InputError: onnxruntime is not installed, too old, or lacks the provider; or the folder has nothing for kernels.
         FormatError: the folder is damaged.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str = "cpu", threads: int | None = None, accuracy_level: int = 0
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        accuracy_level: int = 0,
+        kernels: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.description: Description = read_description(self.folder)
@@ -95,9 +102,25 @@ class OnnxDecoder:
         self._device = device
         self._runtime = _runtime(device)
         check_files(self.folder)
+        self._kernels = None if kernels is None else self._checked(Path(kernels))
         self._session = self._open(threads, accuracy_level)
         self._dtype = np.dtype(self.cache.dtype)
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+
+    def _checked(self, kernels: Path) -> Path:
+        """Return the path of a kernel library after checking that this decoder can use one."""
+        if self._device != "cuda":
+            raise InputError(f"{kernels}: its kernels run on cuda, not on {self._device}; leave it out")
+        if self.description.target not in ("portable", "cuda") or self.cache.dtype != "float16":
+            raise InputError(
+                f"{self.folder}: is of target '{self.description.target}' in {self.cache.dtype}, and kernels run in a "
+                "graph of target cuda in float16; export the model again with --target cuda --dtype float16"
+            )
+        if not kernels.is_file():
+            raise InputError(
+                f"{kernels}: there is no such file; build it with: slimc kernels {self.folder} -o {kernels}"
+            )
+        return kernels.absolute()
 
     def _open(self, threads: int | None, accuracy_level: int) -> Any:
         options = self._runtime.SessionOptions()
@@ -105,15 +128,22 @@ class OnnxDecoder:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         if threads is not None:
             options.intra_op_num_threads = threads
+        if self._kernels is not None:
+            options.register_custom_ops_library(str(self._kernels))
         path = file_inside(self.folder, self.description.model)
-        providers = [PROVIDERS[self._device]] + (["CPUExecutionProvider"] if self._device != "cpu" else [])
         try:
             # Equal scales of several layers would become one constant, and those layers then no fused products.
-            return self._runtime.InferenceSession(
-                str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
+            session = self._runtime.InferenceSession(
+                str(path), options, providers=_providers(self._device), disabled_optimizers=["ConstantSharing"]
             )
         except Exception as error:
             raise why_not_opened(path, self._runtime, error) from error
+        if PROVIDERS[self._device] not in session.get_providers():
+            raise InputError(
+                f"ONNX Runtime {self._runtime.__version__} could not start its {PROVIDERS[self._device]}, and says why "
+                "above; install the CUDA and cuDNN libraries that it was built for, or use the cpu"
+            )
+        return session
 
     def logits(self, ids: Array) -> Array:
         """Return the logits [batch, length, vocabulary] of token ids [batch, length], with nothing before them."""
@@ -232,6 +262,13 @@ class _State:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
 
 
+def _providers(device: str) -> list[Any]:
+    """Return the execution providers of a session; on CUDA products in float32 are not rounded to TF32."""
+    if device == "cpu":
+        return [PROVIDERS["cpu"]]
+    return [(PROVIDERS[device], {"use_tf32": "0"}), PROVIDERS["cpu"]]
+
+
 def why_not_opened(path: Path, runtime: Any, error: Exception) -> SlimError:
     """Return what to raise when ONNX Runtime refuses a file: it is too old for it, or the file is damaged."""
     reason = " ".join(str(error).split())[:400]
@@ -274,4 +311,7 @@ def _runtime(device: str) -> Any:
         raise InputError(f"an ONNX folder runs on {' or '.join(PROVIDERS)}, not on {device!r}")
     if PROVIDERS[device] not in runtime.get_available_providers():
         raise InputError(f"this onnxruntime has no {PROVIDERS[device]}: pip install onnxruntime-gpu, or use the cpu")
+    if device == "cuda" and hasattr(runtime, "preload_dlls"):
+        # Finds the CUDA libraries of PyTorch or of NVIDIA's wheels, where the loader would not look.
+        runtime.preload_dlls()
     return runtime

@@ -1,10 +1,11 @@
 """A packed linear layer as nodes and constants of an ONNX graph.
 
-The three targets compute the same, ``slimc.runtime.ops.linear`` in the arithmetic of ``dtype``, and differ in how the
+The targets compute the same, ``slimc.runtime.ops.linear`` in the arithmetic of ``dtype``, and differ in how the
 weight is held:
 
 - ``portable``: one node ``slim::linear`` (`slimc.backends.onnx.functions`), its codes in the integer types of ONNX;
 - ``ort``: ``com.microsoft::MatMulNBits``, which ONNX Runtime has for 2, 4 and 8 bits;
+- ``cuda``: ``slim::linear`` as in ``portable``, for a library of kernels, in a graph that is otherwise as for ``ort``;
 - ``dense``: decoded numbers and MatMul, for TensorRT, which finds the zeros of 2:4 itself.
 
 ONNX has integers of 2, 4 and 8 bits, one width a matrix, and no pattern of kept positions: other widths are widened,
@@ -40,7 +41,9 @@ from slimc.runtime.formats import NM, Unstructured, WeightFormat
 from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight
 
 __all__ = [
+    "CALLING",
     "COMPUTE_DTYPES",
+    "CONTRIB",
     "MAX_OPSET",
     "MICROSOFT",
     "MIN_OPSET",
@@ -56,8 +59,14 @@ __all__ = [
     "opset_of",
 ]
 
-TARGETS = ("portable", "dense", "ort")
+TARGETS = ("portable", "dense", "ort", "cuda")
 """What a folder can be written for."""
+
+CALLING = ("portable", "cuda")
+"""Targets whose layers are calls of slimc's operators."""
+
+CONTRIB = ("ort", "cuda")
+"""Targets whose attention and norms are ONNX Runtime's own operators."""
 
 MICROSOFT = "com.microsoft"
 
@@ -154,7 +163,7 @@ def opset_of(layers: Sequence[PackedLinear], target: str) -> int:
     signs = [sign_products(layer.binary).signs for layer in layers if layer.binary is not None]
     parts = [part for layer in layers for part in (layer.weight, layer.left, layer.right) if part is not None]
     narrow = any(_code_bits(part) == 2 and _whole_bytes(part.format) for part in (*parts, *signs))
-    wants_2_bits = target == "portable" and narrow
+    wants_2_bits = target in CALLING and narrow
     return OPSET_OF_2_BITS if wants_2_bits and _has_2_bits(OPSET_OF_2_BITS) else MIN_OPSET
 
 
@@ -185,7 +194,8 @@ def lower_linear(
     """
     check_options(target, dtype, opset, accuracy_level)
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
-    {"portable": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target](piece, packed, bias)
+    lower = {"portable": _lower_portable, "cuda": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target]
+    lower(piece, packed, bias)
     return piece.result
 
 
@@ -204,7 +214,7 @@ def lower_weight(
         piece.node("Identity", [_decoded(piece, "weight", packed)], result.output)
         return result
     held = _held_codes(piece, "weight", packed)
-    if target == "portable":
+    if target in CALLING:
         operator = _DEQUANT[type(packed.format.sparsity)]
         function = dequant_function(operator, codes=True, zero_point=bool(held.zero_point), opset=opset)
         inputs = [held.codes, held.scale, held.zero_point]

@@ -105,10 +105,10 @@ def small() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folders(small: nn.Module, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The compressed Llama, exported for each of two targets."""
+    """The compressed Llama, exported for each target but dense."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     made = {}
-    for target in ("portable", "ort"):
+    for target in ("portable", "ort", "cuda"):
         made[target] = tmp_path_factory.mktemp("onnx") / target
         slimc.export_onnx(small, made[target], target=target, tokenizer=tokenizer)
     return made
@@ -118,13 +118,13 @@ def operators(folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
 
 
-@pytest.mark.parametrize("target", ["portable", "ort"])
+@pytest.mark.parametrize("target", ["portable", "ort", "cuda"])
 def test_a_compressed_llama_writes_what_it_writes_in_pytorch(
     small: nn.Module, folders: dict[str, Path], target: str
 ) -> None:
     decoder = assert_same(small, folders[target])
     assert decoder.description.cache is not None
-    assert decoder.description.cache.shared == (target == "ort")
+    assert decoder.description.cache.shared == (target != "portable")
     onnx.checker.check_model(folders[target] / "model.onnx")
 
 
@@ -332,3 +332,8 @@ def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> 
     (copy / "slim_onnx.json").write_text(json.dumps(description | {"cache": None}))
     with pytest.raises(InputError, match="was exported without a cache"):
         OnnxDecoder(copy)
+
+
+def test_kernels_run_on_a_gpu_only(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its kernels run on cuda, not on cpu"):
+        OnnxDecoder(folders["cuda"], kernels=tmp_path / "slim_kernels.so")
