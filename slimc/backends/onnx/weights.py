@@ -156,6 +156,11 @@ def check_options(target: str, dtype: torch.dtype, opset: int | None, accuracy_l
         raise InputError(f"opset {opset} is not supported: use {MIN_OPSET} to {MAX_OPSET}, or none for the lowest")
     if accuracy_level not in ACCURACY_LEVELS:
         raise InputError(f"there is no accuracy level {accuracy_level}: use 0, which is exact, to 4, which is fastest")
+    if accuracy_level and target not in CONTRIB:
+        raise InputError(
+            f"a graph for {target!r} has no accuracy level of its own, it is chosen when ONNX Runtime opens it "
+            "(session.qdq_matmulnbits_accuracy_level); leave accuracy_level out, or export with target='ort'"
+        )
 
 
 def opset_of(layers: Sequence[PackedLinear], target: str) -> int:

@@ -173,6 +173,7 @@ def test_a_read_only_place(small: nn.Module, tmp_path: Path, monkeypatch: pytest
         ({"target": "tensorrt"}, "there is no target 'tensorrt'"),
         ({"opset": 99}, "opset 99 is not supported: use 21 to 26"),
         ({"accuracy_level": 9}, "there is no accuracy level 9"),
+        ({"accuracy_level": 4}, "'portable' has no accuracy level of its own"),
         ({"dtype": "bfloat16"}, "cannot compute in 'bfloat16'"),
         ({"example_inputs": None}, "Pass example_inputs= with at least one batch"),
     ],
