@@ -119,3 +119,36 @@ def test_every_expression_is_verified(target: str, small: nn.Module, tmp_path: P
     checks = list(verify_folder(tmp_path / "onnx"))
     assert [check for check in checks if not check.passed] == []
     assert sum(check.name.startswith("layer ") for check in checks) > 30, "layers of one form are tried once"
+
+
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "Bert": {**SMALL, "vocab_size": 96, "max_position_embeddings": 64},
+    "ViT": {**SMALL, "image_size": 16, "patch_size": 8},
+}
+PER_LAYER = {
+    "attention": [Quantize("absmax", 3, 16, symmetric=False)],
+    "adapted": [Quantize("slim"), Prune("2:4"), LowRank(rank=7, bits=4)],
+    "wide": [Prune(0.5), LowRank(rank=5)],
+}
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_verified(name: str, target: str, tmp_path: Path) -> None:
+    """Models without a cache, whose layers are not all of one form."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{name}Model")
+    model = kind(kind.config_class(**ENCODERS[name])).eval()
+    batch = (
+        {"pixel_values": torch.randn(4, 3, 16, 16)} if name == "ViT" else {"input_ids": torch.arange(96).view(4, 24)}
+    )
+    sites = {"re:.*(query|key|value).*|.*[qkv]_proj.*": "attention", "re:.*layers?\\.0.*(output|mlp).*": "wide"}
+    passes = [Calibrate(), PerSite(PER_LAYER, sites, default="adapted"), Fuse()]
+    small = slimc.compile(model, [batch], passes=passes)
+    report = slimc.export_onnx(small, tmp_path / "onnx", target=target)
+    assert len({site.form for site in report.sites.values()}) == 3
+    checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=small)}
+    assert [check for check in checks.values() if not check.passed] == []
+    assert "differ by" in checks["outputs"].detail
