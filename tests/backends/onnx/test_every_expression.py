@@ -152,3 +152,32 @@ def test_encoders_are_verified(name: str, target: str, tmp_path: Path) -> None:
     checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=small)}
     assert [check for check in checks.values() if not check.passed] == []
     assert "differ by" in checks["outputs"].detail
+
+
+@pytest.fixture(scope="module")
+def decoder() -> nn.Module:
+    """A Llama of all expressions in turn, so that siblings differ; but none of rounded inputs, whose codes may differ."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    chosen = {name: passes for name, passes in EXPRESSIONS.items() if "inputs" not in name}
+    config = transformers.LlamaConfig(
+        **{**SMALL, "num_hidden_layers": -(-len(chosen) // 7)},
+        vocab_size=96,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    leaves = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    leaves += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    layers = [f"model.layers.{index}.{leaf}" for index in range(config.num_hidden_layers) for leaf in leaves]
+    sites = dict(zip(layers, [*chosen, *chosen], strict=False))
+    return slimc.compile(model, [torch.arange(96).view(4, 24)], passes=[Calibrate(), PerSite(chosen, sites), Fuse()])
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_a_decoder_of_all_expressions(target: str, decoder: nn.Module, tmp_path: Path) -> None:
+    slimc.export_onnx(decoder, tmp_path / "onnx", target=target)
+    checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=decoder, tokens=16)}
+    assert [check for check in checks.values() if not check.passed] == []
+    assert checks["tokens"].detail.startswith("80 of 80")
