@@ -156,7 +156,7 @@ def test_encoders_are_verified(name: str, target: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def decoder() -> nn.Module:
-    """A Llama of all expressions in turn, so that siblings differ; but none of rounded inputs, whose codes may differ."""
+    """A Llama of all expressions in turn, so that siblings differ; none of rounded inputs, whose codes may differ."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     chosen = {name: passes for name, passes in EXPRESSIONS.items() if "inputs" not in name}
