@@ -59,9 +59,10 @@ def open_session(model: bytes | str, entries: Mapping[str, str] | None = None) -
 
 
 def compare_decoder(folder: Path, model: nn.Module, *, tokens: int) -> Difference:
-    """Compare a decoder with a cache: the logits of random prompts, and what both continue them by.
+    """Compare a decoder with a cache: the logits of random prompts, and what it continues them by.
 
-    ONNX Runtime continues four prompts of several lengths together and the first one alone, PyTorch each alone.
+    ONNX Runtime continues four prompts of several lengths together and the first one alone. PyTorch reads each text
+    as it has become, and every new token should be its own choice there.
 
     Args:
         folder: of the decoder.
@@ -82,10 +83,12 @@ def compare_decoder(folder: Path, model: nn.Module, *, tokens: int) -> Differenc
     ids = _token_ids((len(_PROMPTS), max(_PROMPTS)), exact)
     prompts = [row[:length] for row, length in zip(ids, _PROMPTS, strict=True)]
     (expected, *_), found = _torch_outputs(exact, {"input_ids": ids}), decoder.logits(ids.numpy())
-    chosen = torch.cat([_continued_with_cache(exact, prompt, tokens) for prompt in prompts])
     together = torch.tensor(decoder.generate([prompt.tolist() for prompt in prompts], tokens))
     alone = torch.tensor(decoder.generate([prompts[0].tolist()], tokens))
-    equal = int((together == chosen).sum()) + int((alone == chosen[:1]).sum())
+    equal = 0
+    for prompt, made in zip([*prompts, prompts[0]], [*together, *alone], strict=True):
+        chosen = _chosen(exact, {"input_ids": torch.cat((prompt, made))[None]}, tokens)
+        equal += int((chosen[0] == made).sum())
     return Difference(relative_error(found, expected.numpy()), together.numel() + alone.numel(), equal)
 
 
@@ -102,20 +105,13 @@ def _round_embedding(model: Any, bits: int) -> None:
     table.weight = rounded
 
 
-def _continued_with_cache(model: Any, prompt: Tensor, tokens: int) -> Tensor:
-    """Return the likeliest tokens [1, new] after a prompt, in PyTorch."""
-    with torch.no_grad():
-        made: Tensor = model.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt[None]),
-            max_new_tokens=tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=None,
-            pad_token_id=0,
-            repetition_penalty=1.0,
-        )
-    return made[:, len(prompt) :]
+def _chosen(model: nn.Module, inputs: Mapping[str, Tensor], new: int) -> Tensor:
+    """Return the tokens [samples, new] that PyTorch takes for the likeliest where the last ``new`` of the inputs stand.
+
+    If they are those that stand there, they are what PyTorch would have written itself, one after another.
+    """
+    logits = _torch_outputs(model, inputs)[0]
+    return logits[:, -new - 1 : -1].argmax(-1)
 
 
 def compare_outputs(session: Any, model: nn.Module, *, tokens: int) -> Difference | None:
@@ -131,9 +127,9 @@ def compare_outputs(session: Any, model: nn.Module, *, tokens: int) -> Differenc
     error = max(relative_error(one.numpy(), other.numpy()) for one, other in zip(found, expected, strict=False))
     if "input_ids" not in inputs or session.get_outputs()[0].name != "logits":
         return Difference(error)
-    ours = _continued(inputs, tokens, lambda longer: _runtime_outputs(session, longer)[0])
-    theirs = _continued(inputs, tokens, lambda longer: _torch_outputs(exact, longer)[0])
-    return Difference(error, ours.numel(), int((ours == theirs).sum()))
+    longer = _continued(inputs, tokens, lambda longer: _runtime_outputs(session, longer)[0])
+    made = longer["input_ids"][:, -tokens:]
+    return Difference(error, made.numel(), int((_chosen(exact, longer, tokens) == made).sum()))
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -180,13 +176,15 @@ def _runtime_outputs(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]
     return [torch.from_numpy(one) for one in session.run(None, {name: value.numpy() for name, value in inputs.items()})]
 
 
-def _continued(inputs: Mapping[str, Tensor], tokens: int, logits: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-    """Return the likeliest tokens [samples, new] after those of ``inputs``; a mask grows by ones."""
-    inputs, length = dict(inputs), inputs["input_ids"].shape[1]
+def _continued(
+    inputs: Mapping[str, Tensor], tokens: int, logits: Callable[[dict[str, Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """Return inputs with the likeliest ``tokens`` after them, one after another; a mask grows by ones."""
+    inputs = dict(inputs)
     for _ in range(tokens):
         chosen = logits(inputs)[:, -1].argmax(-1, keepdim=True)
         inputs = {
             name: torch.cat([value, chosen if name == "input_ids" else torch.ones_like(chosen)], dim=1)
             for name, value in inputs.items()
         }
-    return inputs["input_ids"][:, length:]
+    return inputs
