@@ -49,11 +49,15 @@ FASTEST_DENSE = f"{DENSE}, ort, float16"
 
 @dataclass(frozen=True)
 class Variant:
-    """One exported folder, which model its tokens are to be compared with (None: another model's), and its kernels."""
+    """One exported folder, which model its tokens are to be compared with (None: another model's), and its kernels.
+
+    ``replay``: steps are captured as CUDA graphs, where that can be.
+    """
 
     folder: Path
     model: str | None
     kernels: Path | None = None
+    replay: bool = True
 
 
 def main() -> None:
@@ -84,9 +88,9 @@ def main() -> None:
     decoders = {}
     for name, variant in variants.items():
         try:
-            decoder = OnnxDecoder(variant.folder, device="cuda", kernels=variant.kernels)
+            decoder = OnnxDecoder(variant.folder, device="cuda", kernels=variant.kernels, replay=variant.replay)
             size = sum(file.stat().st_size for file in variant.folder.glob("model.onnx*"))
-            rows[name] = {"bytes": size, "nodes": nodes_of(variant, chosen.work)}
+            rows[name] = {"bytes": size, "replayed": decoder.replays, "nodes": nodes_of(variant, chosen.work)}
             for batch in chosen.batches:
                 made = decoder.generate(windows[:batch].tolist(), chosen.tokens)
                 if variant.model is not None:
@@ -119,11 +123,14 @@ def exported(model: str, compressed: Sequence[Path], work: Path, kernels: Path |
         for target, dtype in FORMS if source is None else (*FORMS, ("cuda", "float16")):
             folder = work / f"{name}-{target}-{dtype}"
             variants[f"{name}, {target}, {dtype}"] = Variant(folder, name)
+            if (target, dtype) == ("ort", "float16"):
+                variants[f"{name}, {target}, {dtype}, no graphs"] = Variant(folder, name, replay=False)
             if not folder.exists():
                 opened = hf.load_model(model)[0] if source is None else slimc.load(source)
                 slimc.export_onnx(opened, folder, target=target, dtype=dtype)
         if source is not None and kernels is not None:
             variants[f"{name}, slimc's kernels"] = Variant(folder, name, kernels)
+            variants[f"{name}, slimc's kernels, no graphs"] = Variant(folder, name, kernels, replay=False)
     quantised = work / "quantised-float16"
     if not quantised.exists():
         quantise(work / f"{DENSE}-ort-float16", quantised)
