@@ -23,7 +23,6 @@ Array = npt.NDArray[Any]
 CAPACITY_MULTIPLE = 256
 """To which the room of a cache is rounded up, so that texts of other lengths find a graph that was captured before."""
 
-_DEVICE = "cuda"
 _NOT_CAPTURED = -1
 
 
@@ -57,8 +56,9 @@ class Replay:
 class Replays:
     """What a session has captured, by the number of texts and the room of their caches."""
 
-    def __init__(self, runtime: Any, session: Any, cache: CacheLayout) -> None:
+    def __init__(self, runtime: Any, session: Any, cache: CacheLayout, device: str) -> None:
         self._runtime = runtime
+        self._device = device
         self._session = session
         self._cache = cache
         self._dtype = np.dtype(cache.dtype)
@@ -92,7 +92,7 @@ class Replays:
         return Replay(self._session, binding, self._options(next(self._numbers)), past, inputs, logits, capacity)
 
     def _buffer(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        return self._runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=dtype), _DEVICE, 0)
+        return self._runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=dtype), self._device, 0)
 
     def _options(self, graph: int) -> Any:
         options = self._runtime.RunOptions()

@@ -134,7 +134,7 @@ class OnnxDecoder:
                 if "graph capture" not in str(error):
                     raise
             else:
-                return session, Replays(self._runtime, session, self.cache)
+                return session, Replays(self._runtime, session, self.cache, self._device)
         return self._open(threads, accuracy_level, {}), None
 
     def _open(self, threads: int | None, accuracy_level: int, settings: dict[str, str]) -> Any:
