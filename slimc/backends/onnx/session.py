@@ -91,7 +91,7 @@ class OnnxDecoder:
         threads: int | None = None,
         accuracy_level: int = 0,
         kernels: str | Path | None = None,
-        replay: bool = True,
+        replay: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.description: Description = read_description(self.folder)
