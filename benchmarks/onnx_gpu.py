@@ -49,11 +49,15 @@ FASTEST_DENSE = f"{DENSE}, ort, float16"
 
 @dataclass(frozen=True)
 class Variant:
-    """One exported folder, which model its tokens are to be compared with (None: another model's), and its kernels."""
+    """One exported folder, which model its tokens are to be compared with (None: another model's), and its kernels.
+
+    ``replay``: steps are captured as CUDA graphs, where that can be.
+    """
 
     folder: Path
     model: str | None
     kernels: Path | None = None
+    replay: bool = True
 
 
 def main() -> None:
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kernels", type=Path, help="a library that 'slimc kernels' built for these folders")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose names contain one of these")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
@@ -73,7 +78,7 @@ def main() -> None:
     # Importing the quantiser has every package log what it does.
     logging.getLogger().setLevel(logging.WARNING)
 
-    variants = exported(chosen.model, chosen.compressed, chosen.work, chosen.kernels)
+    variants = exported(chosen.model, chosen.compressed, chosen.work, chosen.kernels, chosen.only)
     tokenizer = hf.load_tokenizer(chosen.compressed[0])
     windows = hf.tokenize_text(tokenizer, chosen.text.read_text(), max(chosen.batches), chosen.prompt)
     expected = {
@@ -84,9 +89,9 @@ def main() -> None:
     decoders = {}
     for name, variant in variants.items():
         try:
-            decoder = OnnxDecoder(variant.folder, device="cuda", kernels=variant.kernels)
+            decoder = OnnxDecoder(variant.folder, device="cuda", kernels=variant.kernels, replay=variant.replay)
             size = sum(file.stat().st_size for file in variant.folder.glob("model.onnx*"))
-            rows[name] = {"bytes": size, "nodes": nodes_of(variant, chosen.work)}
+            rows[name] = {"bytes": size, "replayed": decoder.replays, "nodes": nodes_of(variant, chosen.work)}
             for batch in chosen.batches:
                 made = decoder.generate(windows[:batch].tolist(), chosen.tokens)
                 if variant.model is not None:
@@ -112,22 +117,31 @@ def models(dense: str, compressed: Sequence[Path]) -> Any:
         yield folder.name, twin(slimc.load(folder), torch.float32).cuda()
 
 
-def exported(model: str, compressed: Sequence[Path], work: Path, kernels: Path | None) -> dict[str, Variant]:
-    """Return all variants, exporting those that ``work`` does not hold yet."""
-    variants = {}
+def exported(
+    model: str, compressed: Sequence[Path], work: Path, kernels: Path | None, only: Sequence[str]
+) -> dict[str, Variant]:
+    """Return the variants that are asked for, exporting those that ``work`` does not hold yet."""
+    variants, sources = {}, {}
     for name, source in [(DENSE, None), *((folder.name, folder) for folder in compressed)]:
         for target, dtype in FORMS if source is None else (*FORMS, ("cuda", "float16")):
             folder = work / f"{name}-{target}-{dtype}"
+            sources[folder] = source
             variants[f"{name}, {target}, {dtype}"] = Variant(folder, name)
-            if not folder.exists():
-                opened = hf.load_model(model)[0] if source is None else slimc.load(source)
-                slimc.export_onnx(opened, folder, target=target, dtype=dtype)
+            if (target, dtype) == ("ort", "float16"):
+                variants[f"{name}, {target}, {dtype}, no graphs"] = Variant(folder, name, replay=False)
         if source is not None and kernels is not None:
             variants[f"{name}, slimc's kernels"] = Variant(folder, name, kernels)
-    quantised = work / "quantised-float16"
-    if not quantised.exists():
-        quantise(work / f"{DENSE}-ort-float16", quantised)
-    variants[f"{QUANTISED}, float16"] = Variant(quantised, None)
+            variants[f"{name}, slimc's kernels, no graphs"] = Variant(folder, name, kernels, replay=False)
+    variants[f"{QUANTISED}, float16"] = Variant(work / "quantised-float16", None)
+    variants = {name: one for name, one in variants.items() if any(part in name for part in only)}
+    for variant in variants.values():
+        if not variant.folder.exists() and variant.model is None:
+            quantise(work / f"{DENSE}-ort-float16", variant.folder)
+        elif not variant.folder.exists():
+            source = sources[variant.folder]
+            *_, target, dtype = variant.folder.name.split("-")
+            opened = hf.load_model(model)[0] if source is None else slimc.load(source)
+            slimc.export_onnx(opened, variant.folder, target=target, dtype=dtype)
     return variants
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slimc.backends.onnx.description import Description, check_files, read_description
+from slimc.backends.onnx.replay import Replays
 from slimc.errors import FormatError, InputError, NumericsError, SlimError
 from slimc.runtime.files import file_inside, read_json
 
@@ -79,6 +80,7 @@ class OnnxDecoder:
         accuracy_level: how exactly ONNX Runtime computes what it fuses from DequantizeLinear: 0 in the dtype of the
             graph, 4 with inputs rounded to 8 bits, which is faster. (Nodes that say it themselves are not changed.)
         kernels: a library that ``slimc kernels`` built, whose kernels run the graph's ``slim::linear`` on ``cuda``.
+        replay: capture decoding steps as CUDA graphs, where the cache is one buffer and all of a step runs on the GPU.
 
     Raises:
         InputError: onnxruntime is not installed, too old, or lacks the provider; or the folder has nothing for kernels.
@@ -93,6 +95,7 @@ class OnnxDecoder:
         threads: int | None = None,
         accuracy_level: int = 0,
         kernels: str | Path | None = None,
+        replay: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.description: Description = read_description(self.folder)
@@ -103,9 +106,14 @@ class OnnxDecoder:
         self._runtime = _runtime(device)
         check_files(self.folder)
         self._kernels = None if kernels is None else self._checked(Path(kernels))
-        self._session = self._open(threads, accuracy_level)
+        self._session, self._replays = self._opened(threads, accuracy_level, replay and device == "cuda")
         self._dtype = np.dtype(self.cache.dtype)
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+
+    @property
+    def replays(self) -> bool:
+        """Whether decoding steps are captured as CUDA graphs."""
+        return self._replays is not None
 
     def _checked(self, kernels: Path) -> Path:
         """Return the path of a kernel library after checking that this decoder can use one."""
@@ -122,7 +130,20 @@ class OnnxDecoder:
             )
         return kernels.absolute()
 
-    def _open(self, threads: int | None, accuracy_level: int) -> Any:
+    def _opened(self, threads: int | None, accuracy_level: int, replay: bool) -> tuple[Any, Replays | None]:
+        """Open a session, and one that captures graphs if it is wanted and can be."""
+        if replay and self.cache.shared:
+            try:
+                session = self._open(threads, accuracy_level, {"enable_cuda_graph": "1"})
+            except FormatError as error:
+                # It refuses where a part of a step runs on the processor.
+                if "graph capture" not in str(error):
+                    raise
+            else:
+                return session, Replays(self._runtime, session, self.cache, self._device)
+        return self._open(threads, accuracy_level, {}), None
+
+    def _open(self, threads: int | None, accuracy_level: int, settings: dict[str, str]) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
@@ -134,7 +155,10 @@ class OnnxDecoder:
         try:
             # Equal scales of several layers would become one constant, and those layers then no fused products.
             session = self._runtime.InferenceSession(
-                str(path), options, providers=_providers(self._device), disabled_optimizers=["ConstantSharing"]
+                str(path),
+                options,
+                providers=_providers(self._device, settings),
+                disabled_optimizers=["ConstantSharing"],
             )
         except Exception as error:
             raise why_not_opened(path, self._runtime, error) from error
@@ -224,12 +248,29 @@ class _State:
         self._inputs, self._outputs = cache.names("past_key_values"), cache.names("present")
         self._shared = cache.shared
         shape = (batch, cache.heads, capacity if cache.shared else 0, cache.size)
-        self._past = [self._to_device(np.zeros(shape, dtype=decoder._dtype)) for _ in self._inputs]
+        self._replay = None if decoder._replays is None else decoder._replays.of(batch, capacity)
+        self._past = (
+            [self._to_device(np.zeros(shape, dtype=decoder._dtype)) for _ in self._inputs]
+            if self._replay is None
+            else self._replay.past
+        )
+        self._begun = False
         if self._shared:
             self._bind_cache()
 
     def run(self, ids: Array) -> Array:
         """Read tokens [batch, new]; return their logits."""
+        if self._replay is not None and self._begun:
+            logits = self._replay.step(ids, self._positions)
+        else:
+            logits = self._run(ids)
+            self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
+        self._begun = True
+        self._positions = self._lengths[:, None].astype(np.int64)
+        self._lengths = self._lengths + 1
+        return logits
+
+    def _run(self, ids: Array) -> Array:
         decoder, binding = self._decoder, self._binding
         values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": self._positions}
         for name in decoder.description.inputs:
@@ -239,13 +280,12 @@ class _State:
         binding.bind_ortvalue_output("logits", decoder._runtime.OrtValue.ortvalue_from_numpy(logits))
         if not self._shared:
             self._bind_cache()
-        decoder._session.run_with_iobinding(binding)
+        decoder._session.run_with_iobinding(
+            binding, None if decoder._replays is None else decoder._replays.not_captured
+        )
         if not self._shared:
             # The logits were bound before the cache.
             self._past = binding.get_outputs()[1:]
-        self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
-        self._positions = self._lengths[:, None].astype(np.int64)
-        self._lengths = self._lengths + 1
         return logits
 
     def _bind_cache(self) -> None:
@@ -262,11 +302,11 @@ class _State:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
 
 
-def _providers(device: str) -> list[Any]:
+def _providers(device: str, settings: dict[str, str]) -> list[Any]:
     """Return the execution providers of a session; on CUDA products in float32 are not rounded to TF32."""
     if device == "cpu":
         return [PROVIDERS["cpu"]]
-    return [(PROVIDERS[device], {"use_tf32": "0"}), PROVIDERS["cpu"]]
+    return [(PROVIDERS[device], {"use_tf32": "0"} | settings), PROVIDERS["cpu"]]
 
 
 def why_not_opened(path: Path, runtime: Any, error: Exception) -> SlimError:

@@ -206,7 +206,7 @@ def test_equal_models_give_equal_bytes(small: nn.Module, exported: Path, tmp_pat
 # -------------------------------------------------------------------------------------------------------- verifying
 
 
-@pytest.mark.parametrize("target", ["portable", "ort", "dense"])
+@pytest.mark.parametrize("target", ["portable", "ort", "cuda", "dense"])
 def test_a_sound_folder_passes(target: str, small: nn.Module, tmp_path: Path) -> None:
     slimc.export_onnx(small, tmp_path / "out", torch.randn(4, 128), target)
     checks = list(verify_folder(tmp_path / "out", against=small))

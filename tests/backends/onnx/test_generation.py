@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from typer.testing import CliRunner
 
 import slimc
 from slimc.backends.onnx.description import read_description
+from slimc.backends.onnx.replay import Replays
 from slimc.backends.onnx.session import OnnxDecoder, end_tokens
 from slimc.backends.onnx.verify import verify_folder
 from slimc.cli import app
@@ -337,3 +339,12 @@ def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> 
 def test_kernels_run_on_a_gpu_only(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its kernels run on cuda, not on cpu"):
         OnnxDecoder(folders["cuda"], kernels=tmp_path / "slim_kernels.so")
+
+
+@pytest.mark.parametrize("target", ["ort", "cuda"])
+def test_steps_in_buffers_that_stay_are_the_same_steps(folders: dict[str, Path], target: str) -> None:
+    """What a CUDA graph would replay, run launch by launch on the CPU: a mask as long as the room for the cache."""
+    decoder, same = OnnxDecoder(folders[target], threads=1), OnnxDecoder(folders[target], threads=1)
+    same._replays = Replays(onnxruntime, same._session, same.cache, "cpu")
+    for prompts in (PROMPTS, PROMPTS[:1], [[7]], PROMPTS):
+        assert same.generate(prompts, NEW) == decoder.generate(prompts, NEW)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from math import prod
@@ -219,9 +220,12 @@ class _Image:
 def _images(forms: Sequence[Form], architectures: Sequence[str], work: Path) -> str:
     """Compile all images into ``work``; return the table of them, and the constants that decode.py launches with."""
     declared, rows = [], []
-    for number, image in enumerate(dict.fromkeys(_wanted(forms, architectures))):
+    images = list(dict.fromkeys(_wanted(forms, architectures)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cubins = pool.map(_Image.cubin, images)
+    for number, (image, cubin) in enumerate(zip(images, cubins, strict=True)):
         symbol = f"slim_image_{number}"
-        (work / f"{symbol}.cubin").write_bytes(image.cubin())
+        (work / f"{symbol}.cubin").write_bytes(cubin)
         declared.append(
             f'asm(".pushsection .rodata\\n.balign 64\\n{symbol}:\\n.incbin \\"{symbol}.cubin\\"\\n.popsection\\n");\n'
             f'extern const unsigned char {symbol}[] asm("{symbol}");'

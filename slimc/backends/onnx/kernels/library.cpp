@@ -112,9 +112,10 @@ class Device {
     // Room on the device for what a call computes on the way; the next call on this stream may write over it.
     cuda::Address room(cuda::Handle stream, size_t size) {
         const std::lock_guard lock(mutex_);
-        cuda::Memory& memory = rooms_[stream];
-        if (memory.size() < size) memory = cuda::Memory(size);
-        return memory.address();
+        auto& rooms = rooms_[stream];
+        // Smaller ones stay: a captured graph may use them.
+        if (rooms.empty() || rooms.back().size() < size) rooms.emplace_back(size);
+        return rooms.back().address();
     }
 
   private:
@@ -143,7 +144,7 @@ class Device {
     int processors_ = 0, major_ = 0;
     std::mutex mutex_;
     std::map<const Image*, Loaded> loaded_;
-    std::map<cuda::Handle, cuda::Memory> rooms_;
+    std::map<cuda::Handle, std::vector<cuda::Memory>> rooms_;
 };
 
 void launch(cuda::Handle function, int grid, int threads, int shared_bytes, cuda::Handle stream, void* arguments) {
@@ -338,7 +339,11 @@ class Kernel {
     Kernel(const ort::Api& api, const void* info) : api_(api), name_(api.node_name(info)) {
         Device::current();
         layer_ = layer_of(api, info);
-        for (const int tokens : {1, kTokensAtOnce}) plan(tokens);
+        for (int tokens = 1; tokens <= kTokensAtOnce; ++tokens) {
+            plans_.push_back(plan(tokens));
+            const DecodeArguments& a = plans_.back().arguments;
+            partial_bytes_ = std::max(partial_bytes_, static_cast<size_t>(a.splits) * tokens * a.ranks * sizeof(float));
+        }
     }
 
     void compute(void* context) {
@@ -421,30 +426,24 @@ class Kernel {
     }
 
     void decode(cuda::Handle stream, cuda::Address x, cuda::Address y, int tokens) {
-        Plan made;
-        {
-            const std::lock_guard lock(mutex_);
-            auto& kept = plans_[tokens];
-            if (!kept) kept = std::make_unique<Plan>(plan(tokens));
-            made = *kept;
-            made.arguments.x = x, made.arguments.y = y;
-            if (layer_.ranks) workspace(stream, made.arguments);
-        }
+        Plan made = plans_[tokens - 1];
+        made.arguments.x = x, made.arguments.y = y;
+        if (layer_.ranks) workspace(stream, made.arguments);
         launch(made.function, made.grid, 32 * kWarps, made.shared_bytes, stream, &made.arguments);
     }
 
     void workspace(cuda::Handle stream, DecodeArguments& arguments) {
         const auto& driver = cuda::Driver::get();
+        const std::lock_guard lock(mutex_);
         Workspace& own = workspaces_[stream];
-        const size_t partial = static_cast<size_t>(arguments.splits) * arguments.tokens * arguments.ranks * sizeof(float);
         if (!own.counters.size()) {
+            own.partial = cuda::Memory(2 * partial_bytes_);
             own.counters = cuda::Memory(2 * kCounterBytes);
             driver.check(driver.cuMemsetD8Async(own.counters.address(), 0, 2 * kCounterBytes, stream), "clearing counters");
         }
-        if (own.partial.size() < 2 * partial) own.partial = cuda::Memory(2 * partial);
         own.turn ^= 1;
         arguments.counters = own.counters.address() + own.turn * kCounterBytes;
-        arguments.partial = own.partial.address() + own.turn * (own.partial.size() / 2);
+        arguments.partial = own.partial.address() + own.turn * partial_bytes_;
     }
 
     void write_out(cuda::Handle stream, const Matrix& matrix, int sparse, int group, int rows, int columns, cuda::Address dense) const {
@@ -482,8 +481,9 @@ class Kernel {
     ort::Api api_;
     std::string name_;
     Layer layer_;
+    size_t partial_bytes_ = 0;  // of any launch: a captured graph holds on to the address
+    std::vector<Plan> plans_;  // for 1 to 16 tokens
     std::mutex mutex_;
-    std::map<int, std::unique_ptr<Plan>> plans_;
     std::map<cuda::Handle, Workspace> workspaces_;
 };
 
