@@ -5,7 +5,10 @@
 MODEL is the dense model, each COMPRESSED a folder that ``slimc compress`` wrote. All are exported with one graph
 (fused attention, norms and rotations), so that only the weights differ; the quantiser gets that graph with the output
 embedding as a matrix of its own, which it rounds to 4 bits too. Exports are kept in DIR. Times are taken in rounds,
-each variant once a round, so that what else the machine does meets all alike; medians are printed.
+each variant once a round, so that what else the machine does meets all alike; medians are printed, those of ratios
+over the rounds. Of the float16 export only size and perplexity are measured: processors compute in float32.
+
+Bind it to as many cores as it has threads: ``taskset -c 0,1 python benchmarks/onnx_cpu.py ... --threads 2``.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -60,10 +64,12 @@ def main() -> None:
     for name, folder in folders.items():
         size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         rows[name] = {"bytes": size, "perplexity": perplexity(OnnxDecoder(folder, threads=chosen.threads), ids)}
-    decoders = {name: OnnxDecoder(folder, threads=chosen.threads) for name, folder in folders.items()}
+    timed = {name: folder for name, folder in folders.items() if name != "fp16"}
+    decoders = {name: OnnxDecoder(folder, threads=chosen.threads) for name, folder in timed.items()}
     prompt = ids[0, : chosen.prompt].tolist()
-    times = {name: measured(decoder, prompt, 4) for name, decoder in decoders.items()}  # to warm up
-    times = {name: ([], []) for name in decoders}
+    for decoder in decoders.values():
+        measured(decoder, prompt, 4)  # to warm up
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in decoders}
     for _ in range(chosen.rounds):
         for name, decoder in decoders.items():
             prefill, steps = measured(decoder, prompt, chosen.tokens)
@@ -72,25 +78,39 @@ def main() -> None:
     for name, (prefills, steps) in times.items():
         rows[name] |= {"prefill": chosen.prompt / statistics.median(prefills), "decode": 1 / statistics.median(steps)}
         # Each round's own ratio: what else ran then, ran for both.
-        rows[name]["over_fp32"] = statistics.median(a / b for a, b in zip(times["fp32"][1], steps, strict=True))
-    print(f"{'':34s} {'size':>10s} {'perplexity':>10s} {'prefill':>9s} {'decode':>8s}  tokens a second; over fp32")
+        for other, label in (("fp32", "over_fp32"), (quantised(level_of(name)), "over_quantiser")):
+            rows[name][label] = statistics.median(a / b for a, b in zip(times[other][1], steps, strict=True))
+    print(f"{'':34s} {'':>10s} {'':>10s} {'tokens a second':>18s} {'decode over':>20s}")
+    print(f"{'':34s} {'size':>10s} {'perplexity':>10s} {'prefill':>9s} {'decode':>8s} {'fp32':>8s} {'quantiser':>11s}")
     for name, row in rows.items():
-        print(
-            f"{name:34s} {readable(row['bytes']):>10s} {row['perplexity']:10.2f} {row['prefill']:9.1f} "
-            f"{row['decode']:8.1f}  {row['over_fp32']:.2f} x"
-        )
+        speeds = ""
+        if name in times:
+            speeds = f"{row['prefill']:9.1f} {row['decode']:8.1f} {row['over_fp32']:8.2f} {row['over_quantiser']:11.2f}"
+        print(f"{name:34s} {readable(row['bytes']):>10s} {row['perplexity']:10.2f} {speeds}".rstrip())
     if chosen.json is not None:
         settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int)}
-        chosen.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        machine = {"cores": len(os.sched_getaffinity(0)), "onnxruntime": onnxruntime.__version__}
+        chosen.json.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def quantised(level: int) -> str:
+    """Return the name of the rows of ONNX Runtime's quantiser."""
+    return f"ORT's quantiser, level {level}"
+
+
+def level_of(name: str) -> int:
+    """Return the accuracy level of a row; that of fp32, which has none, is the exact one."""
+    return int(name[-1]) if "level" in name else 0
 
 
 def exported(model: str, compressed: Sequence[Path], work: Path) -> dict[str, Path]:
     """Return the folders of all variants, exporting those that ``work`` does not hold yet."""
-    folders = {"fp32": work / "fp32"}
-    if not folders["fp32"].exists():
-        slimc.export_onnx(hf.load_model(model)[0], folders["fp32"], target="ort")
+    folders = {"fp32": work / "fp32", "fp16": work / "fp16"}
+    for name, dtype in (("fp32", "float32"), ("fp16", "float16")):
+        if not folders[name].exists():
+            slimc.export_onnx(hf.load_model(model)[0], folders[name], target="ort", dtype=dtype)
     for level in LEVELS:
-        name = f"ORT's quantiser, level {level}"
+        name = quantised(level)
         folders[name] = work / f"quantised-{level}"
         if not folders[name].exists():
             quantise(folders["fp32"], folders[name], level)
@@ -126,7 +146,9 @@ def quantise(source: Path, folder: Path, level: int) -> None:
     tool.process()
     folder.mkdir(parents=True)
     tool.model.save_model_to_file(str(folder / "model.onnx"), True)
-    shutil.copy(source / DESCRIPTION, folder)
+    described = json.loads((source / DESCRIPTION).read_text())
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / DESCRIPTION).write_text(json.dumps(described | {"files": files, "accuracy_level": level}))
 
 
 def widen(model: onnx.ModelProto) -> None:

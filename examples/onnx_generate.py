@@ -25,7 +25,16 @@ def main() -> None:
     arguments.add_argument("--provider", default="CPUExecutionProvider")
     chosen = arguments.parse_args()
 
+    if not (chosen.folder / "slim_onnx.json").is_file():
+        arguments.error(f"{chosen.folder} is no folder that slimc export wrote: it has no slim_onnx.json")
     description = json.loads((chosen.folder / "slim_onnx.json").read_text())
+    for name, size in description["files"].items():
+        if not (chosen.folder / name).is_file() or (chosen.folder / name).stat().st_size != size:
+            arguments.error(f"{chosen.folder / name} is missing or not whole; copy the folder again")
+    if description["cache"] is None:
+        arguments.error(f"{chosen.folder} was exported without a cache, so it cannot generate text")
+    if not (chosen.folder / "tokenizer.json").is_file():
+        arguments.error(f"{chosen.folder} has no tokenizer.json; export the model with its tokenizer")
     config = json.loads((chosen.folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(chosen.folder / "tokenizer.json"))
     options = onnxruntime.SessionOptions()

@@ -593,7 +593,8 @@ def export_onnx(
         example_inputs: a call of the model: a tensor, a tuple of arguments or a dict of keyword arguments. ``None``:
             token ids and a mask for a language model, images for a vision model of Hugging Face.
         target: ``"portable"`` (functions of the domain ``slim``, which any runtime of opset 21 runs), ``"ort"`` (ONNX
-            Runtime's own operators) or ``"dense"`` (decoded weights, for TensorRT, which finds the zeros of 2:4).
+            Runtime's own operators), ``"cuda"`` (the same around layers for a library of ``slimc kernels``) or
+            ``"dense"`` (decoded weights, for TensorRT, which finds the zeros of 2:4).
         dtype: what the graph computes in, ``"float32"`` or ``"float16"``.
         opset: of the graph; ``None`` is the lowest that has what the layers need.
         cache: whether the graph has one; ``None`` decides by the model, and means no if there are ``example_inputs``.

@@ -10,6 +10,7 @@ from slimc.cli.benchmarking import bench
 from slimc.cli.compressing import compress
 from slimc.cli.exporting import export, verify
 from slimc.cli.inspection import inspect
+from slimc.cli.kernels import kernels
 from slimc.cli.planning import plan
 from slimc.cli.running import evaluate, generate
 from slimc.cli.showing import recipes
@@ -23,6 +24,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
 app.command()(export)
+app.command()(kernels)
 app.command()(verify)
 app.command()(recipes)
 app.command()(tune)

@@ -24,6 +24,7 @@ class Target(StrEnum):
 
     portable = "portable"
     ort = "ort"
+    cuda = "cuda"
     dense = "dense"
 
 
@@ -50,7 +51,8 @@ def export(
     target: Annotated[
         Target,
         typer.Option(
-            help="portable: any runtime of opset 21; ort: ONNX Runtime's own operators; dense: decoded weights."
+            help="portable: any runtime of opset 21; ort: ONNX Runtime's own operators; cuda: the same around layers "
+            "for 'slimc kernels'; dense: decoded weights."
         ),
     ] = Target.portable,
     dtype: Annotated[Precision, typer.Option(help="What the graph computes in.")] = Precision.float32,
@@ -115,6 +117,7 @@ def verify(
         str | None,
         typer.Option(metavar="MODEL", help="The model that an ONNX folder was exported from.", show_default=False),
     ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many greedy tokens are compared, with --against.")] = 64,
 ) -> None:
     """Check a folder: files, sizes, digests; of an ONNX folder also the graph, and what it computes.
 
@@ -122,7 +125,7 @@ def verify(
 
       slimc verify small
 
-      slimc verify small-onnx --against small        compares outputs and tokens with PyTorch's
+      slimc verify small-onnx --against small        compares outputs and 64 greedy tokens with PyTorch's
     """
     from slimc.backends.hf_library import require
     from slimc.runtime.storage import is_native_folder, open_folder
@@ -136,7 +139,7 @@ def verify(
 
     model = None if against is None else open_model(against, device="cpu")[0]
     failed = []
-    for check in verify_folder(folder, against=model):
+    for check in verify_folder(folder, against=model, tokens=tokens):
         say(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
         if not check.passed:
             failed.append(check.name)

@@ -52,7 +52,7 @@ def open_language_model(model: str, *, device: str | None = None) -> tuple[nn.Mo
     return opened, tokenizer
 
 
-def open_onnx_model(folder: Path, *, device: str | None = None) -> tuple[OnnxDecoder, Any]:
+def open_onnx_model(folder: Path, *, device: str | None = None, kernels: Path | None = None) -> tuple[OnnxDecoder, Any]:
     """Return a decoder in ONNX Runtime, on a CUDA GPU if its provider is there, and the folder's tokenizer.
 
     Raises:
@@ -62,7 +62,7 @@ def open_onnx_model(folder: Path, *, device: str | None = None) -> tuple[OnnxDec
     from slimc.backends import hf
     from slimc.backends.onnx.session import OnnxDecoder, best_device
 
-    decoder = OnnxDecoder(folder, device=device or best_device())
+    decoder = OnnxDecoder(folder, device=device or best_device(), kernels=kernels)
     tokenizer = hf.load_tokenizer(folder)
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")

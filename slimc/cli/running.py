@@ -86,6 +86,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="The seed of the choice when the temperature is above 0.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a question in a chat.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; a CUDA GPU if there is one.")] = None,
+    kernels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="For an ONNX folder on a GPU: a library of 'slimc kernels'.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Let a model continue a text. A folder that 'slimc export --format onnx' wrote runs in ONNX Runtime.
 
@@ -103,7 +109,9 @@ def generate(
     if is_onnx_folder(Path(model)):
         from slimc.backends.onnx.text import continue_text
 
-        continue_prompt = partial(continue_text, *open_onnx_model(Path(model), device=device))
+        continue_prompt = partial(continue_text, *open_onnx_model(Path(model), device=device, kernels=kernels))
+    elif kernels is not None:
+        raise InputError(f"{kernels}: a kernel library is for an ONNX folder, which {model} is not; leave it out")
     else:
         from slimc.runtime.generate import generate_text
 

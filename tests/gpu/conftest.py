@@ -17,6 +17,14 @@ collect_ignore = (
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
     else []
 )
+try:
+    import onnxruntime
+except ImportError:
+    _on_cuda = False
+else:
+    _on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+if not _on_cuda:
+    collect_ignore.append("test_onnx_kernels.py")
 
 PATTERNS = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
 """All masks that keep two of four."""

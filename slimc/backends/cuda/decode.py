@@ -22,7 +22,7 @@ from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
-__all__ = ["DECODE", "LaunchShape", "launch", "make_plan"]
+__all__ = ["DECODE", "LaunchShape", "launch", "launch_shapes", "make_plan"]
 
 KERNEL_NAME = "decode_linear"
 
@@ -155,7 +155,7 @@ def make_plan(
     grid = min(row_tiles, processors)
     staged_tokens = tokens if token_tiles == 1 else token_tiles * TOKEN_TILE
     shape, staging = _fitting(
-        [shape] if shape else _shapes(token_tiles, -(-row_tiles // grid)),
+        [shape] if shape else launch_shapes(token_tiles, -(-row_tiles // grid)),
         spec.columns,
         layer.unit_columns,
         staged_tokens,
@@ -262,7 +262,7 @@ def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape)
     return Staging(chunk, -(-columns // chunk), chunk // unit // shape.warp_columns, shared(chunk, False))
 
 
-def _shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
+def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
     """Return shapes for blocks that have ``block_tiles`` tiles of rows, best first, as measured on an H100.
 
     The last one needs the least shared memory.

@@ -12,17 +12,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from slimc.backends.hf_library import require
-from slimc.backends.onnx.session import OnnxDecoder
+from slimc.backends.onnx.lowering import round_embedding
+from slimc.backends.onnx.session import OnnxDecoder, import_runtime
 from slimc.backends.onnx.tracing import twin
+from slimc.backends.onnx.weights import decode_exactly
 
 __all__ = ["Difference", "compare_decoder", "compare_outputs", "open_session", "relative_error"]
 
 _SAMPLES, _LENGTH = 2, 7
 """Sizes of the inputs that are tried."""
 
-_GREEDY = 16
-"""Tokens that a language model continues them by."""
+_PROMPTS = (7, 12, 5, 9)
+"""Tokens of the prompts that a decoder continues, together and the first one alone."""
 
 Array = npt.NDArray[Any]
 
@@ -32,13 +33,11 @@ class Difference:
     """How far the two are apart.
 
     Attributes:
-        dtype: of the outputs in ONNX Runtime.
         error: the largest difference of an output, relative to the largest number in it.
         tokens: how many tokens both chose greedily, None if the model is no language model.
         equal_tokens: how many of them are equal.
     """
 
-    dtype: str
     error: float
     tokens: int | None = None
     equal_tokens: int = 0
@@ -51,7 +50,7 @@ def open_session(model: bytes | str, entries: Mapping[str, str] | None = None) -
         model: its content, or its path.
         entries: further settings of the session.
     """
-    runtime = require("onnxruntime", "verifying an ONNX model", extra="onnx")
+    runtime = import_runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     for key, value in ({"session.qdq_matmulnbits_accuracy_level": "0"} | dict(entries or {})).items():
@@ -59,27 +58,66 @@ def open_session(model: bytes | str, entries: Mapping[str, str] | None = None) -
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def compare_decoder(folder: Path, model: nn.Module) -> Difference:
-    """Compare a decoder with a cache: the logits of a prompt, and what both continue it by.
+def compare_decoder(folder: Path, model: nn.Module, *, tokens: int) -> Difference:
+    """Compare a decoder with a cache: the logits of random prompts, and what it continues them by.
+
+    ONNX Runtime continues four prompts of several lengths together and the first one alone. PyTorch reads each text
+    as it has become, and every new token should be its own choice there.
+
+    Args:
+        folder: of the decoder.
+        model: in PyTorch. If the folder's embedding was rounded, so is that of the copy which is compared with.
+        tokens: how many each prompt is continued by; fewer if the model has no more positions.
 
     Raises:
-        InputError: ONNX Runtime is not installed.
+        InputError: ONNX Runtime is not installed, or too old.
         FormatError: the folder is damaged.
     """
-    exact = _exact(model)
-    ids = _token_ids((_SAMPLES, _LENGTH), exact)
     decoder = OnnxDecoder(folder)
+    exact = _exact(model)
+    bits, positions = decoder.description.embedding_bits, decoder.description.positions
+    if positions is not None:
+        tokens = min(tokens, positions - max(_PROMPTS) + 1)
+    if bits is not None:
+        _round_embedding(exact, bits)
+    ids = _token_ids((len(_PROMPTS), max(_PROMPTS)), exact)
+    prompts = [row[:length] for row, length in zip(ids, _PROMPTS, strict=True)]
     (expected, *_), found = _torch_outputs(exact, {"input_ids": ids}), decoder.logits(ids.numpy())
-    made = torch.tensor(decoder.generate(ids.tolist(), _GREEDY))
-    chosen = _continued({"input_ids": ids}, lambda inputs: _torch_outputs(exact, inputs)[0])
-    equal = int((made == chosen).sum())
-    return Difference(str(found.dtype), relative_error(found, expected.numpy()), made.numel(), equal)
+    together = torch.tensor(decoder.generate([prompt.tolist() for prompt in prompts], tokens))
+    alone = torch.tensor(decoder.generate([prompts[0].tolist()], tokens))
+    equal = 0
+    for prompt, made in zip([*prompts, prompts[0]], [*together, *alone], strict=True):
+        chosen = _chosen(exact, {"input_ids": torch.cat((prompt, made))[None]}, tokens)
+        equal += int((chosen[0] == made).sum())
+    return Difference(relative_error(found, expected.numpy()), together.numel() + alone.numel(), equal)
 
 
-def compare_outputs(session: Any, model: nn.Module) -> Difference | None:
+def _round_embedding(model: Any, bits: int) -> None:
+    """Put what an export makes of the embedding into the embedding of ``model`` and what is tied."""
+    table = model.get_input_embeddings()
+    packed = round_embedding("the embedding", table.weight, bits)
+    # A twin shares its tensors with the model that it was made of.
+    rounded = nn.Parameter(decode_exactly(packed).to(table.weight.dtype), requires_grad=False)
+    for module in model.modules():
+        if getattr(module, "weight", None) is not table.weight or module is table:
+            continue
+        module.weight = rounded
+    table.weight = rounded
+
+
+def _chosen(model: nn.Module, inputs: Mapping[str, Tensor], new: int) -> Tensor:
+    """Return the tokens [samples, new] that PyTorch takes for the likeliest where the last ``new`` of the inputs stand.
+
+    If they are those that stand there, they are what PyTorch would have written itself, one after another.
+    """
+    logits = _torch_outputs(model, inputs)[0]
+    return logits[:, -new - 1 : -1].argmax(-1)
+
+
+def compare_outputs(session: Any, model: nn.Module, *, tokens: int) -> Difference | None:
     """Compare a model without a cache by random inputs; None if its inputs are nested, so that their names say little.
 
-    A model of token ids that returns logits is also asked for the tokens that it continues them by.
+    A model of token ids that returns logits is also asked for the ``tokens`` that it continues them by.
     """
     exact = _exact(model)
     inputs = {value.name: _example(value, exact) for value in session.get_inputs()}
@@ -87,12 +125,11 @@ def compare_outputs(session: Any, model: nn.Module) -> Difference | None:
         return None
     expected, found = _torch_outputs(exact, inputs), _runtime_outputs(session, inputs)
     error = max(relative_error(one.numpy(), other.numpy()) for one, other in zip(found, expected, strict=False))
-    dtype = str(found[0].dtype).removeprefix("torch.")
     if "input_ids" not in inputs or session.get_outputs()[0].name != "logits":
-        return Difference(dtype, error)
-    ours = _continued(inputs, lambda longer: _runtime_outputs(session, longer)[0])
-    theirs = _continued(inputs, lambda longer: _torch_outputs(exact, longer)[0])
-    return Difference(dtype, error, ours.numel(), int((ours == theirs).sum()))
+        return Difference(error)
+    longer = _continued(inputs, tokens, lambda longer: _runtime_outputs(session, longer)[0])
+    made = longer["input_ids"][:, -tokens:]
+    return Difference(error, made.numel(), int((_chosen(exact, longer, tokens) == made).sum()))
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -139,13 +176,15 @@ def _runtime_outputs(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]
     return [torch.from_numpy(one) for one in session.run(None, {name: value.numpy() for name, value in inputs.items()})]
 
 
-def _continued(inputs: Mapping[str, Tensor], logits: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-    """Return the likeliest tokens [samples, new] after those of ``inputs``; a mask grows by ones."""
-    inputs, length = dict(inputs), inputs["input_ids"].shape[1]
-    for _ in range(_GREEDY):
+def _continued(
+    inputs: Mapping[str, Tensor], tokens: int, logits: Callable[[dict[str, Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """Return inputs with the likeliest ``tokens`` after them, one after another; a mask grows by ones."""
+    inputs = dict(inputs)
+    for _ in range(tokens):
         chosen = logits(inputs)[:, -1].argmax(-1, keepdim=True)
         inputs = {
             name: torch.cat([value, chosen if name == "input_ids" else torch.ones_like(chosen)], dim=1)
             for name, value in inputs.items()
         }
-    return inputs["input_ids"][:, length:]
+    return inputs

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slimc.errors import FormatError
-from slimc.runtime.files import file_inside, json_bytes, read_json
+from slimc.runtime.files import file_inside, json_bytes, read_json, regular_file_size
 
-__all__ = ["DESCRIPTION", "CacheLayout", "Description", "is_onnx_folder", "read_description"]
+__all__ = ["DESCRIPTION", "CacheLayout", "Description", "check_files", "is_onnx_folder", "read_description"]
 
 DESCRIPTION = "slim_onnx.json"
 FORMAT = 1
@@ -44,13 +44,15 @@ class Description:
     """The content of ``slim_onnx.json``.
 
     Attributes:
-        target: ``portable``, ``ort`` or ``dense``.
+        target: ``portable``, ``ort``, ``cuda`` or ``dense``.
         opset: of the standard operators.
         inputs: names of the graph's inputs, in order.
         outputs: names of its outputs.
         cache: of a decoder, None if the graph has none.
         positions: how many tokens a learned table of positions has room for, None without one.
         model: name of the graph's file.
+        accuracy_level: what its MatMulNBits ask for: 0 is exact, 4 rounds inputs to 8 bits.
+        embedding_bits: to how many the embedding of tokens was rounded, None if it was not.
     """
 
     target: str
@@ -60,6 +62,8 @@ class Description:
     cache: CacheLayout | None = None
     positions: int | None = None
     model: str = "model.onnx"
+    accuracy_level: int = 0
+    embedding_bits: int | None = None
 
     def content(self) -> bytes:
         """Return the file."""
@@ -88,6 +92,28 @@ def read_description(folder: Path) -> Description:
         raise FormatError(f"{source}: lacks or garbles {error}; export the model again") from error
 
 
+def check_files(folder: Path) -> dict[str, int]:
+    """Return the files that ``slim_onnx.json`` lists, with their sizes, after checking that they are there.
+
+    Raises:
+        FormatError: a file is missing or of another size, or none is listed.
+    """
+    source = file_inside(folder, DESCRIPTION)
+    record = read_json(source)
+    sizes = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(sizes, dict) or not sizes:
+        raise FormatError(f"{source}: lists no files; export the model again")
+    for name, size in sizes.items():
+        if Path(name).name == name and not (folder / name).exists():
+            raise FormatError(
+                f"{folder / name}: is missing, but {DESCRIPTION} lists it; copy the whole folder, or export again"
+            )
+        found = regular_file_size(file_inside(folder, name))
+        if found != size:
+            raise FormatError(f"{folder / name}: has {found} bytes, not the {size} that {DESCRIPTION} promises")
+    return sizes
+
+
 def _description(record: dict[str, Any]) -> Description:
     cache = record["cache"]
     layout = None
@@ -104,4 +130,6 @@ def _description(record: dict[str, Any]) -> Description:
         cache=layout,
         positions=None if record["positions"] is None else int(record["positions"]),
         model=str(record["model"]),
+        accuracy_level=int(record["accuracy_level"]),
+        embedding_bits=None if record["embedding_bits"] is None else int(record["embedding_bits"]),
     )

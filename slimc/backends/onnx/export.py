@@ -126,7 +126,7 @@ def export_folder(
     overwrite: bool,
 ) -> OnnxReport:
     """Export ``model`` and write its folder; see ``slimc.export_onnx``. Without an example it gets a cache."""
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     folder = check_destination(path, overwrite=overwrite)
     _, write_model_files = hf.saved_form(model, tokenizer)
     options: dict[str, Any] = {"target": target, "dtype": dtype, "opset": opset, "accuracy_level": accuracy_level}

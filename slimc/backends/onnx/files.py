@@ -11,6 +11,7 @@ the memory that the largest of them takes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,9 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
-from slimc.backends.onnx.description import DESCRIPTION, Description, is_onnx_folder, read_description
+from slimc.backends.onnx.description import DESCRIPTION, Description, check_files, is_onnx_folder, read_description
 from slimc.backends.onnx.initializers import Initializer
+from slimc.backends.onnx.weights import CALLING
 from slimc.errors import FormatError, InputError
 from slimc.runtime.files import (
     file_inside,
@@ -29,7 +31,6 @@ from slimc.runtime.files import (
     json_bytes,
     publish_folder,
     read_json,
-    regular_file_size,
     write_file,
 )
 from slimc.runtime.formats import LinearFormat
@@ -41,6 +42,7 @@ __all__ = [
     "MODEL",
     "OnnxGraph",
     "SiteSize",
+    "damaged_files",
     "folder_of",
     "is_replaceable",
     "open_folder",
@@ -189,21 +191,53 @@ def write_folder(
     with publish_folder(
         target, needed=end + len(content) + _ROOM_FOR_DESCRIPTION, overwrite=overwrite, replaceable=is_replaceable
     ) as folder:
-        _write_constants(folder / DATA, graph.stored, offsets)
+        digest = _write_constants(folder / DATA, graph.stored, offsets)
         write_file(folder / MODEL, content)
         if write_extra is not None:
             write_extra(folder)
         record["extra_files"] = sorted(files_in(folder) - {MODEL, DATA})
+        record["sha256"] = {MODEL: hashlib.sha256(content).hexdigest(), DATA: digest} | {
+            name: _digest(folder / name) for name in record["extra_files"]
+        }
         write_file(folder / DESCRIPTION, json_bytes(record))
     return target
 
 
-def _write_constants(path: Path, stored: Mapping[str, Initializer], offsets: Mapping[str, int]) -> None:
+def _write_constants(path: Path, stored: Mapping[str, Initializer], offsets: Mapping[str, int]) -> str:
+    """Write the file of constants; return its SHA-256."""
+    digest = hashlib.sha256()
     with path.open("xb") as file:
         for name, offset in offsets.items():
-            file.write(bytes(offset - file.tell()))
-            file.write(stored[name].content().data)
+            for piece in (bytes(offset - file.tell()), stored[name].content().data):
+                file.write(piece)
+                digest.update(piece)
         flush_to_disk(file.fileno())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged_files(path: Path, record: Mapping[str, Any]) -> list[str]:
+    """Return the files of a folder that are missing or whose SHA-256 is not the one that its description has.
+
+    Raises:
+        FormatError: the description has none for the model's files.
+    """
+    digests = record.get("sha256")
+    if not isinstance(digests, dict) or not {MODEL, DATA} <= digests.keys():
+        raise FormatError(f"{path / DESCRIPTION}: has no SHA-256 of {MODEL} and {DATA}; export the model again")
+    return [name for name, expected in digests.items() if _digest_inside(path, name) != expected]
+
+
+def _digest_inside(path: Path, name: str) -> str | None:
+    """Return the SHA-256 of a file of a folder, None if it is not there."""
+    try:
+        return _digest(file_inside(path, name))
+    except FormatError:
+        return None
 
 
 def is_replaceable(path: Path) -> bool:
@@ -235,7 +269,7 @@ def _record(graph: OnnxGraph, files: Mapping[str, int]) -> dict[str, Any]:
     return record | {
         "slimc_version": __version__,
         # ONNX Runtime rounds the inputs of the products that it finds to 8 bits unless it is told not to.
-        "session": {"session.qdq_matmulnbits_accuracy_level": "0"} if graph.description.target == "portable" else {},
+        "session": {"session.qdq_matmulnbits_accuracy_level": "0"} if graph.description.target in CALLING else {},
         "files": dict(files),
         "sizes": {
             "layers": in_sites,
@@ -261,14 +295,9 @@ def open_folder(path: Path) -> tuple[ModelProto, Description, dict[str, Any]]:
         )
     description = read_description(path)
     record = read_json(file_inside(path, DESCRIPTION))
-    sizes = record.get("files")
-    if not isinstance(sizes, dict) or not {MODEL, DATA} <= sizes.keys():
+    if not {MODEL, DATA} <= check_files(path).keys():
         raise FormatError(f"{path / DESCRIPTION}: does not list {MODEL} and {DATA}; export the model again")
     _check_record(record, path / DESCRIPTION)
-    for name in (MODEL, DATA):
-        size = regular_file_size(file_inside(path, name))
-        if size != sizes[name]:
-            raise FormatError(f"{path / name}: has {size} bytes, not the {sizes[name]} that {DESCRIPTION} promises")
     try:
         model = onnx.load(str(path / MODEL), load_external_data=False)
     except Exception as error:

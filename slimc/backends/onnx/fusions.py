@@ -174,8 +174,10 @@ def _tables(model: ir.Model, cosines: ir.Value, sines: ir.Value) -> tuple[ir.Val
     axis, rows = whole("axis", [2]), whole("rows", [-1, half])
     halves = [add("Reshape", [add("Slice", [one, first, last, axis]), rows]) for one in (cosines, sines)]
     shape = add("Shape", [cosines], start=0, end=2)
-    tokens = add("ReduceProd", [shape], keepdims=0)
-    numbers = add("Range", [whole("zero", 0), tokens, whole("one", 1)])
+    # Counted from the tables themselves: a Range is computed on the processor, and a GPU would have to copy it.
+    corner = add("Slice", [halves[0], first, whole("single", [1]), whole("columns", [1])])
+    zeros = add("Mul", [add("Cast", [corner], to=int(ir.DataType.INT64)), whole("zero", 0)])
+    numbers = add("CumSum", [add("Add", [zeros, whole("one", 1)]), whole("rows_first", 0)], exclusive=1)
     positions = add("Reshape", [numbers, shape])
     model.graph.insert_after(latest, added)
     return positions, halves[0], halves[1]

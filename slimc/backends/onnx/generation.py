@@ -16,7 +16,7 @@ from slimc.backends.onnx.fusions import fuse_for_onnxruntime
 from slimc.backends.onnx.initializers import DATA_TYPES
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
 from slimc.backends.onnx.narrowing import narrow
-from slimc.backends.onnx.weights import check_options, opset_of
+from slimc.backends.onnx.weights import CONTRIB, check_options, opset_of
 from slimc.errors import InputError
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.positions import positions_of
@@ -37,22 +37,22 @@ def decoder_graph(
 
     Args:
         model: compressed or dense; left as it is.
-        target: ``portable`` (standard operators, and functions of them), ``ort`` (ONNX Runtime's own operators) or
-            ``dense`` (decoded weights).
+        target: ``portable`` (standard operators, and functions of them), ``ort`` (ONNX Runtime's own operators),
+            ``cuda`` (those, but for the layers, which are for a library of kernels) or ``dense`` (decoded weights).
         dtype: what the graph computes in, float32 or float16.
         opset: of the standard operators; None is the lowest that will do.
         accuracy_level: of MatMulNBits, see `slimc.backends.onnx.weights.lower_linear`.
         embedding_bits: 4 or 8 round the embedding of tokens, and the output embedding if it is the same weight; for
-            ``ort`` only. None leaves them in ``dtype``.
+            ``ort`` and ``cuda`` only. None leaves them in ``dtype``.
 
     Raises:
         InputError: the model cannot be exported with a cache, or an option is not known.
         CaptureError: it cannot be traced.
     """
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     packed = [module.packed for module in model.modules() if isinstance(module, SlimLinear)]
     version = opset or opset_of(packed, target)
-    contrib = target == "ort"
+    contrib = target in CONTRIB
     rounded = _embedding_to_round(model, target, embedding_bits)
     decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version)
     if contrib:
@@ -81,6 +81,8 @@ def decoder_graph(
         outputs=tuple(one.name for one in proto.graph.output),
         cache=layout,
         positions=positions_of(model),
+        accuracy_level=accuracy_level if contrib else 0,
+        embedding_bits=embedding_bits,
     )
     return OnnxGraph(proto, constants, description, compressed.sites)
 
@@ -91,7 +93,7 @@ def _embedding_to_round(model: nn.Module, target: str, bits: int | None) -> str 
         return None
     if bits not in (4, 8):
         raise InputError(f"embeddings can be rounded to 4 or 8 bits, not to {bits}")
-    if target != "ort":
+    if target not in CONTRIB:
         raise InputError(
             f"the target {target!r} has no operator that looks up rows of codes; round embeddings with target='ort'"
         )

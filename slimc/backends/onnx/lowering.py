@@ -130,16 +130,18 @@ class CompressedMatrices:
         return lowered
 
     def _joined(self, layers: Mapping[str, str], x: str) -> Filling | None:
-        """Return layers of one input as two products, None if `slimc.backends.onnx.siblings` advises against it."""
+        """Return layers of one input as fewer products, None if `slimc.backends.onnx.siblings` advises against it."""
         modules = [self._outline.linears[layer] for layer in layers]
         joined = join([module.packed for module in modules])
         if joined is None:
             return None
         name = joined_name(list(layers))
-        inner, wide = f"{name}.t", f"{name}.xt"
-        product = f"{name}.wide"
-        filling = self._lowered(f"{name}.right", PackedLinear(joined.right), None, x, inner)
-        filling.nodes.append(helper.make_node("Concat", [x, inner], [wide], name=wide, axis=-1))
+        wide, product = x, f"{name}.wide"
+        filling = Filling([])
+        if joined.right is not None:
+            inner, wide = f"{name}.t", f"{name}.xt"
+            filling.extend(self._lowered(f"{name}.right", PackedLinear(joined.right), None, x, inner))
+            filling.nodes.append(helper.make_node("Concat", [x, inner], [wide], name=wide, axis=-1))
         results = [
             result if module.bias is None else f"{layer}.unbiased"
             for (layer, result), module in zip(layers.items(), modules, strict=True)
@@ -156,7 +158,9 @@ class CompressedMatrices:
                     helper.make_node("Add", [unbiased, f"{layer}.bias"], [result], name=f"{layer}.add")
                 )
                 filling.constants[f"{layer}.bias"] = of_tensor(module.bias, self._options["dtype"])
-        filling.notes.append("its adapters are part of its weight" + (", and so are its siblings" * (len(layers) > 1)))
+        adapters = ["its adapters are part of its weight"] if joined.right is not None else []
+        siblings = ["it is one product with its siblings"] if len(layers) > 1 else []
+        filling.notes.append(", and ".join(adapters + siblings))
         form = modules[0].format.weight
         if any(module.format.weight.widths is not None for module in modules):
             filling.notes.append(f"weight: {form.describe()} is stored in codes of {form.bits} bits")
@@ -320,7 +324,12 @@ class DenseMatrices:
         return f"{owner}.weight"
 
 
-def _rounded_table(name: str, weight: Tensor, bits: int, dtype: torch.dtype, accuracy_level: int) -> _RoundedTable:
+def round_embedding(name: str, weight: Tensor, bits: int) -> PackedWeight:
+    """Return an embedding in 4 or 8 bits, with a scale of 16 bits for every 32 or 64 columns if those divide it.
+
+    Raises:
+        InputError: rows cannot be cut into groups of 16 or more.
+    """
     group = next((size for size in _EMBEDDING_GROUPS[bits] if weight.shape[1] % size == 0), None)
     if group is None:
         raise InputError(
@@ -328,7 +337,11 @@ def _rounded_table(name: str, weight: Tensor, bits: int, dtype: torch.dtype, acc
             "export without rounding it"
         )
     found = quantize_absmax(weight.detach().to("cpu"), bits, group, scale_dtype=torch.float16)
-    packed = pack_weight(found.codes, bits=bits, scale=found.scale, group=group)
+    return pack_weight(found.codes, bits=bits, scale=found.scale, group=group)
+
+
+def _rounded_table(name: str, weight: Tensor, bits: int, dtype: torch.dtype, accuracy_level: int) -> _RoundedTable:
+    packed = round_embedding(name, weight, bits)
     lowered = lower_linear(PackedLinear(packed), None, "ort", name, dtype=dtype, accuracy_level=accuracy_level)
     return _RoundedTable(lowered, packed)
 

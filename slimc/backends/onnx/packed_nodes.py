@@ -16,7 +16,7 @@ from slimc.backends.onnx.functions import DOMAIN, low_rank_function, round_activ
 from slimc.backends.onnx.initializers import Initializer
 from slimc.backends.onnx.narrowing import names_read, narrow, tensor_of
 from slimc.backends.onnx.translation import PACKED
-from slimc.backends.onnx.weights import LoweredLinear, lower_linear, lower_signs, lower_weight
+from slimc.backends.onnx.weights import CALLING, LoweredLinear, lower_linear, lower_signs, lower_weight
 from slimc.errors import CaptureError
 from slimc.runtime.activations import ACTIVATION_NAMES
 from slimc.runtime.decode import unpack_mask
@@ -70,6 +70,7 @@ def lower(
         opset=opset,
         inputs=tuple(value.name for value in model.graph.input),
         outputs=tuple(value.name for value in model.graph.output),
+        accuracy_level=accuracy_level if target == "ort" else 0,
     )
     return OnnxGraph(model, lowering.kept, description, site_sizes(lowering.formats, lowering.kept, lowering.notes))
 
@@ -203,7 +204,7 @@ class _Lowering:
             return self.transposed[factor]
 
         x, left, right = inputs["x"], held(inputs["left"]), held(inputs["right"])
-        if self.target == "portable":
+        if self.target in CALLING:
             return [*nodes, self._call(low_rank_function(self.opset), [x, left, right], output)]
         inner = f"{output}.inner"
         return [
@@ -213,7 +214,7 @@ class _Lowering:
         ]
 
     def _round(self, x: str, kind: str, output: str) -> list[NodeProto]:
-        if self.target == "portable":
+        if self.target in CALLING:
             return [self._call(round_activations_function(kind, self.opset), [x], output)]
         return round_nodes(x, output, kind, f"{output}.")
 

@@ -6,6 +6,7 @@ GroupQueryAttention, one buffer is input and output at once, and a call writes i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +15,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimc.backends.onnx.description import Description, read_description
-from slimc.errors import FormatError, InputError, NumericsError
+from slimc.backends.onnx.description import Description, check_files, read_description
+from slimc.backends.onnx.replay import Replays
+from slimc.errors import FormatError, InputError, NumericsError, SlimError
 from slimc.runtime.files import file_inside, read_json
 
-__all__ = ["OnnxDecoder", "Tokens", "best_device", "end_tokens"]
+__all__ = ["OnnxDecoder", "Tokens", "best_device", "end_tokens", "import_runtime", "why_not_opened"]
 
 Array = npt.NDArray[Any]
 Tokens = Sequence[int]
+
+OLDEST_RUNTIME = (1, 22)
+"""The first ONNX Runtime that computes blocks of 4 bits and their products as exports need them."""
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def best_device() -> str:
     """Return ``cuda`` where ONNX Runtime has a provider for it, else ``cpu``."""
-    return "cuda" if PROVIDERS["cuda"] in _import_runtime().get_available_providers() else "cpu"
+    return "cuda" if PROVIDERS["cuda"] in import_runtime().get_available_providers() else "cpu"
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
@@ -74,14 +79,23 @@ class OnnxDecoder:
         threads: of the CPU; all cores by default.
         accuracy_level: how exactly ONNX Runtime computes what it fuses from DequantizeLinear: 0 in the dtype of the
             graph, 4 with inputs rounded to 8 bits, which is faster. (Nodes that say it themselves are not changed.)
+        kernels: a library that ``slimc kernels`` built, whose kernels run the graph's ``slim::linear`` on ``cuda``.
+        replay: capture decoding steps as CUDA graphs, where the cache is one buffer and all of a step runs on the GPU.
 
     Raises:
-        InputError: onnxruntime is not installed, too old, or lacks the provider.
+        InputError: onnxruntime is not installed, too old, or lacks the provider; or the folder has nothing for kernels.
         FormatError: the folder is damaged.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str = "cpu", threads: int | None = None, accuracy_level: int = 0
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        accuracy_level: int = 0,
+        kernels: str | Path | None = None,
+        replay: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.description: Description = read_description(self.folder)
@@ -90,28 +104,70 @@ class OnnxDecoder:
         self.cache = self.description.cache
         self._device = device
         self._runtime = _runtime(device)
-        self._session = self._open(threads, accuracy_level)
+        check_files(self.folder)
+        self._kernels = None if kernels is None else self._checked(Path(kernels))
+        self._session, self._replays = self._opened(threads, accuracy_level, replay and device == "cuda")
         self._dtype = np.dtype(self.cache.dtype)
+        self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
 
-    def _open(self, threads: int | None, accuracy_level: int) -> Any:
+    @property
+    def replays(self) -> bool:
+        """Whether decoding steps are captured as CUDA graphs."""
+        return self._replays is not None
+
+    def _checked(self, kernels: Path) -> Path:
+        """Return the path of a kernel library after checking that this decoder can use one."""
+        if self._device != "cuda":
+            raise InputError(f"{kernels}: its kernels run on cuda, not on {self._device}; leave it out")
+        if self.description.target not in ("portable", "cuda") or self.cache.dtype != "float16":
+            raise InputError(
+                f"{self.folder}: is of target '{self.description.target}' in {self.cache.dtype}, and kernels run in a "
+                "graph of target cuda in float16; export the model again with --target cuda --dtype float16"
+            )
+        if not kernels.is_file():
+            raise InputError(
+                f"{kernels}: there is no such file; build it with: slimc kernels {self.folder} -o {kernels}"
+            )
+        return kernels.absolute()
+
+    def _opened(self, threads: int | None, accuracy_level: int, replay: bool) -> tuple[Any, Replays | None]:
+        """Open a session, and one that captures graphs if it is wanted and can be."""
+        if replay and self.cache.shared:
+            try:
+                session = self._open(threads, accuracy_level, {"enable_cuda_graph": "1"})
+            except FormatError as error:
+                # It refuses where a part of a step runs on the processor.
+                if "graph capture" not in str(error):
+                    raise
+            else:
+                return session, Replays(self._runtime, session, self.cache, self._device)
+        return self._open(threads, accuracy_level, {}), None
+
+    def _open(self, threads: int | None, accuracy_level: int, settings: dict[str, str]) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         if threads is not None:
             options.intra_op_num_threads = threads
+        if self._kernels is not None:
+            options.register_custom_ops_library(str(self._kernels))
         path = file_inside(self.folder, self.description.model)
-        providers = [PROVIDERS[self._device]] + (["CPUExecutionProvider"] if self._device != "cpu" else [])
         try:
             # Equal scales of several layers would become one constant, and those layers then no fused products.
-            return self._runtime.InferenceSession(
-                str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
+            session = self._runtime.InferenceSession(
+                str(path),
+                options,
+                providers=_providers(self._device, settings),
+                disabled_optimizers=["ConstantSharing"],
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            raise FormatError(
-                f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it: {reason}; the file is damaged, or "
-                "this ONNX Runtime is too old for it"
-            ) from error
+            raise why_not_opened(path, self._runtime, error) from error
+        if PROVIDERS[self._device] not in session.get_providers():
+            raise InputError(
+                f"ONNX Runtime {self._runtime.__version__} could not start its {PROVIDERS[self._device]}, and says why "
+                "above; install the CUDA and cuDNN libraries that it was built for, or use the cpu"
+            )
+        return session
 
     def logits(self, ids: Array) -> Array:
         """Return the logits [batch, length, vocabulary] of token ids [batch, length], with nothing before them."""
@@ -184,6 +240,7 @@ class _State:
     ) -> None:
         self._decoder = decoder
         self._lengths = np.full(batch, longest) if lengths is None else lengths
+        self._binding = decoder._session.io_binding()
         # Padding follows a prompt: its tokens are masked, and what is generated comes after it in the mask.
         self._mask = (np.arange(longest)[None] < self._lengths[:, None]).astype(np.int64)
         self._positions = np.minimum(np.arange(longest)[None], self._lengths[:, None] - 1).astype(np.int64)
@@ -191,51 +248,110 @@ class _State:
         self._inputs, self._outputs = cache.names("past_key_values"), cache.names("present")
         self._shared = cache.shared
         shape = (batch, cache.heads, capacity if cache.shared else 0, cache.size)
-        self._past = [self._to_device(np.zeros(shape, dtype=decoder._dtype)) for _ in self._inputs]
+        self._replay = None if decoder._replays is None else decoder._replays.of(batch, capacity)
+        self._past = (
+            [self._to_device(np.zeros(shape, dtype=decoder._dtype)) for _ in self._inputs]
+            if self._replay is None
+            else self._replay.past
+        )
+        self._begun = False
+        if self._shared:
+            self._bind_cache()
 
     def run(self, ids: Array) -> Array:
         """Read tokens [batch, new]; return their logits."""
-        decoder = self._decoder
-        binding = decoder._session.io_binding()
+        if self._replay is not None and self._begun:
+            logits = self._replay.step(ids, self._positions)
+        else:
+            logits = self._run(ids)
+            self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
+        self._begun = True
+        self._positions = self._lengths[:, None].astype(np.int64)
+        self._lengths = self._lengths + 1
+        return logits
+
+    def _run(self, ids: Array) -> Array:
+        decoder, binding = self._decoder, self._binding
         values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": self._positions}
         for name in decoder.description.inputs:
             if name in values:
                 binding.bind_ortvalue_input(name, self._to_device(np.ascontiguousarray(values[name])))
+        logits = np.empty((*ids.shape, decoder.vocabulary), dtype=decoder._dtype)
+        binding.bind_ortvalue_output("logits", decoder._runtime.OrtValue.ortvalue_from_numpy(logits))
+        if not self._shared:
+            self._bind_cache()
+        decoder._session.run_with_iobinding(
+            binding, None if decoder._replays is None else decoder._replays.not_captured
+        )
+        if not self._shared:
+            # The logits were bound before the cache.
+            self._past = binding.get_outputs()[1:]
+        return logits
+
+    def _bind_cache(self) -> None:
+        """Bind the cache; one that is input and output at once stays bound for all calls."""
         for name, past in zip(self._inputs, self._past, strict=True):
-            binding.bind_ortvalue_input(name, past)
-        binding.bind_output("logits", "cpu")
+            self._binding.bind_ortvalue_input(name, past)
         for name, past in zip(self._outputs, self._past, strict=True):
             if self._shared:
-                binding.bind_ortvalue_output(name, past)
+                self._binding.bind_ortvalue_output(name, past)
             else:
-                binding.bind_output(name, decoder._device)
-        decoder._session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
-        if not self._shared:
-            self._past = outputs[1:]
-        self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
-        self._positions = self._lengths[:, None].astype(np.int64)
-        self._lengths = self._lengths + 1
-        logits: Array = outputs[0].numpy()
-        return logits
+                self._binding.bind_output(name, self._decoder._device)
 
     def _to_device(self, array: Array) -> Any:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)
 
 
-def _import_runtime() -> Any:
+def _providers(device: str, settings: dict[str, str]) -> list[Any]:
+    """Return the execution providers of a session; on CUDA products in float32 are not rounded to TF32."""
+    if device == "cpu":
+        return [PROVIDERS["cpu"]]
+    return [(PROVIDERS[device], {"use_tf32": "0"} | settings), PROVIDERS["cpu"]]
+
+
+def why_not_opened(path: Path, runtime: Any, error: Exception) -> SlimError:
+    """Return what to raise when ONNX Runtime refuses a file: it is too old for it, or the file is damaged."""
+    reason = " ".join(str(error).split())[:400]
+    unknown = ("Unsupported model IR version", "only *guarantees* support for models stamped", "is not a registered")
+    if any(words in reason for words in unknown):
+        return InputError(
+            f"{path}: ONNX Runtime {runtime.__version__} is too old for it: {reason}; pip install -U onnxruntime, or "
+            "export the model again with a lower opset"
+        )
+    return FormatError(
+        f"{path}: ONNX Runtime {runtime.__version__} cannot open it: {reason}; the file is damaged, or this ONNX "
+        "Runtime is too old for it"
+    )
+
+
+def import_runtime() -> Any:
+    """Import and return ONNX Runtime.
+
+    Raises:
+        InputError: it is missing, or older than `OLDEST_RUNTIME`.
+    """
     try:
         import onnxruntime
     except ImportError:
         raise InputError("running an ONNX folder needs the package onnxruntime: pip install 'slimc[onnx]'") from None
+    found = tuple(int(part) for part in re.findall(r"\d+", onnxruntime.__version__)[:2])
+    if found < OLDEST_RUNTIME:
+        oldest = ".".join(map(str, OLDEST_RUNTIME))
+        raise InputError(
+            f"onnxruntime {onnxruntime.__version__} is too old for what slimc exports: pip install -U "
+            f"'onnxruntime>={oldest}'"
+        )
     return onnxruntime
 
 
 def _runtime(device: str) -> Any:
     """Return ONNX Runtime after checking that it has the provider for a device."""
-    runtime = _import_runtime()
+    runtime = import_runtime()
     if device not in PROVIDERS:
         raise InputError(f"an ONNX folder runs on {' or '.join(PROVIDERS)}, not on {device!r}")
     if PROVIDERS[device] not in runtime.get_available_providers():
         raise InputError(f"this onnxruntime has no {PROVIDERS[device]}: pip install onnxruntime-gpu, or use the cpu")
+    if device == "cuda" and hasattr(runtime, "preload_dlls"):
+        # Finds the CUDA libraries of PyTorch or of NVIDIA's wheels, where the loader would not look.
+        runtime.preload_dlls()
     return runtime

@@ -6,7 +6,8 @@ layer with adapters starts three of them and a sum; here
     y = x W^T + (x R^T) L^T   becomes   t = x R^T,  y = [x, t] [W, L]^T
 
 and for layers with one input W is their weights below each other, R their right factors, and L block-diagonal. The
-zeros of its other blocks are read for nothing, so layers are only joined where those are few.
+zeros of its other blocks are read for nothing, so layers are only joined where those are few. Without adapters there
+are none, and W alone is one product.
 """
 
 from __future__ import annotations
@@ -32,27 +33,51 @@ _WASTE_A_LAYER = 32 << 10
 
 @dataclass(frozen=True)
 class JoinedLayers:
-    """Layers as two products.
+    """Layers as two products, or as one.
 
     Attributes:
-        right: R of all, [ranks, columns].
+        right: R of all, [ranks, columns]; None without adapters.
         weight: [W, L] of all, [rows, columns + ranks].
         rows: of each layer.
     """
 
-    right: PackedWeight
+    right: PackedWeight | None
     weight: PackedWeight
     rows: tuple[int, ...]
 
 
 def join(layers: Sequence[PackedLinear]) -> JoinedLayers | None:
-    """Return layers of one input, or a single layer, as two products; None if their forms do not allow it or it costs.
+    """Return layers of one input, or a layer with adapters, as fewer products; None if it cannot be done or costs.
 
     What it computes is the same but for the order of sums.
     """
     first = layers[0]
-    if first.left is None or first.right is None or not all(_alike(first, one) for one in layers):
+    if not all(_alike(first, one) for one in layers):
         return None
+    return _join_plain(layers) if first.left is None else _join_adapted(layers)
+
+
+def _join_plain(layers: Sequence[PackedLinear]) -> JoinedLayers | None:
+    """Return weights below each other; None for a single one, or where no group fits all."""
+    weights = [one.weight for one in layers]
+    per_row = all(part.format.group is None for part in weights)
+    group = 0 if per_row else next((size for size in _GROUPS if _divides(size, layers)), None)
+    if len(layers) == 1 or group is None:
+        return None
+    columns = weights[0].format.columns
+    parts = [_codes(part, group or columns) for part in weights]
+    weight = pack_weight(
+        torch.cat([codes for codes, _ in parts]),
+        bits=weights[0].format.bits,
+        scale=torch.cat([scale for _, scale in parts]),
+        group=group or None,
+    )
+    return JoinedLayers(None, weight, tuple(part.format.rows for part in weights))
+
+
+def _join_adapted(layers: Sequence[PackedLinear]) -> JoinedLayers | None:
+    """Return layers with adapters as two products; None where no group fits all, or zeros cost more than it saves."""
+    first = layers[0]
     columns = first.weight.format.columns
     group = next((size for size in _GROUPS if _divides(size, layers)), None)
     if group is None:
@@ -83,11 +108,10 @@ def join(layers: Sequence[PackedLinear]) -> JoinedLayers | None:
 
 def _alike(one: PackedLinear, other: PackedLinear) -> bool:
     """Tell whether two layers can be parts of one product."""
-    if other.left is None or other.right is None:
-        return False
-    parts = (other.weight, other.left, other.right)
+    parts = [part for part in (other.weight, other.left, other.right) if part is not None]
     return (
-        all(part.format.bits == one.weight.format.bits is not None and not part.format.asymmetric for part in parts)
+        (other.left is None) == (one.left is None)
+        and all(part.format.bits == one.weight.format.bits is not None and not part.format.asymmetric for part in parts)
         and other.input_scale is None
         and other.activation is None
         and other.binary is None

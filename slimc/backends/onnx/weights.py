@@ -1,10 +1,11 @@
 """A packed linear layer as nodes and constants of an ONNX graph.
 
-The three targets compute the same, ``slimc.runtime.ops.linear`` in the arithmetic of ``dtype``, and differ in how the
+The targets compute the same, ``slimc.runtime.ops.linear`` in the arithmetic of ``dtype``, and differ in how the
 weight is held:
 
 - ``portable``: one node ``slim::linear`` (`slimc.backends.onnx.functions`), its codes in the integer types of ONNX;
 - ``ort``: ``com.microsoft::MatMulNBits``, which ONNX Runtime has for 2, 4 and 8 bits;
+- ``cuda``: ``slim::linear`` as in ``portable``, for a library of kernels, in a graph that is otherwise as for ``ort``;
 - ``dense``: decoded numbers and MatMul, for TensorRT, which finds the zeros of 2:4 itself.
 
 ONNX has integers of 2, 4 and 8 bits, one width a matrix, and no pattern of kept positions: other widths are widened,
@@ -40,7 +41,9 @@ from slimc.runtime.formats import NM, Unstructured, WeightFormat
 from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight
 
 __all__ = [
+    "CALLING",
     "COMPUTE_DTYPES",
+    "CONTRIB",
     "MAX_OPSET",
     "MICROSOFT",
     "MIN_OPSET",
@@ -48,6 +51,7 @@ __all__ = [
     "LoweredLinear",
     "LoweredWeight",
     "check_options",
+    "decode_exactly",
     "lower_linear",
     "lower_signs",
     "lower_weight",
@@ -55,13 +59,22 @@ __all__ = [
     "opset_of",
 ]
 
-TARGETS = ("portable", "dense", "ort")
+TARGETS = ("portable", "dense", "ort", "cuda")
 """What a folder can be written for."""
+
+CALLING = ("portable", "cuda")
+"""Targets whose layers are calls of slimc's operators."""
+
+CONTRIB = ("ort", "cuda")
+"""Targets whose attention and norms are ONNX Runtime's own operators."""
 
 MICROSOFT = "com.microsoft"
 
 COMPUTE_DTYPES = (torch.float32, torch.float16)
 """What an ONNX graph computes in; processors have no product of bfloat16."""
+
+ACCURACY_LEVELS = range(5)
+"""Of MatMulNBits: 0 leaves it to ONNX Runtime (which is exact on CPUs), 1 to 4 are float32, float16, bfloat16, int8."""
 
 MIN_OPSET, MAX_OPSET = 21, 26
 """DequantizeLinear has blocks and integers of 4 bits from 21 on; ONNX Runtime 1.30 reads up to 26."""
@@ -132,8 +145,8 @@ class LoweredWeight(LoweredLinear):
     """A weight alone as a piece of a graph: nothing goes in, and ``name + ".y"`` is [columns, rows]."""
 
 
-def check_options(target: str, dtype: torch.dtype, opset: int | None) -> None:
-    """Raise `InputError` unless ``target``, ``dtype`` and ``opset`` (None: the lowest that will do) are known."""
+def check_options(target: str, dtype: torch.dtype, opset: int | None, accuracy_level: int = 0) -> None:
+    """Raise `InputError` unless all options are known; ``opset`` may be None, the lowest that will do."""
     if target not in TARGETS:
         raise InputError(f"there is no target {target!r}{closest(target, TARGETS)}: use one of {', '.join(TARGETS)}")
     if dtype not in COMPUTE_DTYPES:
@@ -141,6 +154,13 @@ def check_options(target: str, dtype: torch.dtype, opset: int | None) -> None:
         raise InputError(f"an ONNX graph cannot compute in {dtype}: use one of {names}")
     if opset is not None and not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"opset {opset} is not supported: use {MIN_OPSET} to {MAX_OPSET}, or none for the lowest")
+    if accuracy_level not in ACCURACY_LEVELS:
+        raise InputError(f"there is no accuracy level {accuracy_level}: use 0, which is exact, to 4, which is fastest")
+    if accuracy_level and target not in CONTRIB:
+        raise InputError(
+            f"a graph for {target!r} has no accuracy level of its own, it is chosen when ONNX Runtime opens it "
+            "(session.qdq_matmulnbits_accuracy_level); leave accuracy_level out, or export with target='ort'"
+        )
 
 
 def opset_of(layers: Sequence[PackedLinear], target: str) -> int:
@@ -148,7 +168,7 @@ def opset_of(layers: Sequence[PackedLinear], target: str) -> int:
     signs = [sign_products(layer.binary).signs for layer in layers if layer.binary is not None]
     parts = [part for layer in layers for part in (layer.weight, layer.left, layer.right) if part is not None]
     narrow = any(_code_bits(part) == 2 and _whole_bytes(part.format) for part in (*parts, *signs))
-    wants_2_bits = target == "portable" and narrow
+    wants_2_bits = target in CALLING and narrow
     return OPSET_OF_2_BITS if wants_2_bits and _has_2_bits(OPSET_OF_2_BITS) else MIN_OPSET
 
 
@@ -177,9 +197,10 @@ def lower_linear(
     Raises:
         InputError: ``target``, ``dtype`` or ``opset`` is not known.
     """
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
-    {"portable": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target](piece, packed, bias)
+    lower = {"portable": _lower_portable, "cuda": _lower_portable, "ort": _lower_ort, "dense": _lower_dense}[target]
+    lower(piece, packed, bias)
     return piece.result
 
 
@@ -198,7 +219,7 @@ def lower_weight(
         piece.node("Identity", [_decoded(piece, "weight", packed)], result.output)
         return result
     held = _held_codes(piece, "weight", packed)
-    if target == "portable":
+    if target in CALLING:
         operator = _DEQUANT[type(packed.format.sparsity)]
         function = dequant_function(operator, codes=True, zero_point=bool(held.zero_point), opset=opset)
         inputs = [held.codes, held.scale, held.zero_point]
@@ -222,7 +243,7 @@ def lower_signs(
     Raises:
         InputError: ``target``, ``dtype`` or ``opset`` is not known.
     """
-    check_options(target, dtype, opset)
+    check_options(target, dtype, opset, accuracy_level)
     piece = _Piece(LoweredLinear(name), dtype, opset, accuracy_level, compact=target != "dense")
     result = piece.result
     if target == "dense":
@@ -636,7 +657,7 @@ def _decoded(piece: _Piece, name: str, packed: PackedWeight) -> str:
     kept = Initializer(
         DATA_TYPES[piece.dtype],
         (form.columns, form.rows),
-        lambda: of_tensor(_decode_exactly(packed), piece.dtype, transposed=True).make(),
+        lambda: of_tensor(decode_exactly(packed), piece.dtype, transposed=True).make(),
     )
     return piece.constant(name, kept)
 
@@ -646,12 +667,12 @@ def _sum_of(packed: PackedWeight, binary: PackedBinary, dtype: torch.dtype) -> I
     form = packed.format
 
     def make() -> Bytes:
-        weight = packed.decode().float() if form.bits is None else _decode_exactly(packed)
+        weight = packed.decode().float() if form.bits is None else decode_exactly(packed)
         return of_tensor(weight + binary.decode(), dtype, transposed=True).make()
 
     return Initializer(DATA_TYPES[dtype], (form.columns, form.rows), make)
 
 
-def _decode_exactly(packed: PackedWeight) -> Tensor:
+def decode_exactly(packed: PackedWeight) -> Tensor:
     """Decode in float32, as DequantizeLinear does, and not in the 16 bits of the scale."""
     return replace(packed, scale=_scale(packed).float()).decode()

@@ -172,6 +172,8 @@ def test_a_read_only_place(small: nn.Module, tmp_path: Path, monkeypatch: pytest
     [
         ({"target": "tensorrt"}, "there is no target 'tensorrt'"),
         ({"opset": 99}, "opset 99 is not supported: use 21 to 26"),
+        ({"accuracy_level": 9}, "there is no accuracy level 9"),
+        ({"accuracy_level": 4}, "'portable' has no accuracy level of its own"),
         ({"dtype": "bfloat16"}, "cannot compute in 'bfloat16'"),
         ({"example_inputs": None}, "Pass example_inputs= with at least one batch"),
     ],
@@ -204,12 +206,13 @@ def test_equal_models_give_equal_bytes(small: nn.Module, exported: Path, tmp_pat
 # -------------------------------------------------------------------------------------------------------- verifying
 
 
-@pytest.mark.parametrize("target", ["portable", "ort", "dense"])
+@pytest.mark.parametrize("target", ["portable", "ort", "cuda", "dense"])
 def test_a_sound_folder_passes(target: str, small: nn.Module, tmp_path: Path) -> None:
     slimc.export_onnx(small, tmp_path / "out", torch.randn(4, 128), target)
     checks = list(verify_folder(tmp_path / "out", against=small))
     assert [check.name for check in checks if not check.passed] == []
-    assert {"files", "rules of ONNX", "constants", "ONNX Runtime", "outputs"} <= {check.name for check in checks}
+    names = {check.name for check in checks}
+    assert {"files", "digests", "rules of ONNX", "constants", "ONNX Runtime", "outputs"} <= names
     assert sum(check.name.startswith("layer ") for check in checks) == 1, "both layers are of one form"
 
 
@@ -254,6 +257,24 @@ def test_a_constant_larger_than_promised(folder: Path) -> None:
     assert "constants" in failed(folder)
 
 
+def test_bytes_other_than_those_written(folder: Path) -> None:
+    with (folder / DATA).open("r+b") as file:
+        file.seek(100)
+        (byte,) = file.read(1)
+        file.seek(100)
+        file.write(bytes([byte ^ 1]))
+    checks = {check.name: check for check in verify_folder(folder)}
+    assert not checks["digests"].passed
+    assert checks["digests"].detail == "not the bytes that were written: model.onnx.data"
+
+
+def test_a_missing_file_beside_the_model(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    record["sha256"]["config.json"] = "0" * 64
+    (folder / "slim_onnx.json").write_text(json.dumps(record))
+    assert failed(folder) == ["digests"]
+
+
 def remove(folder: Path) -> None:
     (folder / DATA).unlink()
 
@@ -274,6 +295,17 @@ def age(folder: Path) -> None:
 def forget_files(folder: Path) -> None:
     record = json.loads((folder / "slim_onnx.json").read_text())
     (folder / "slim_onnx.json").write_text(json.dumps({key: value for key, value in record.items() if key != "files"}))
+
+
+def forget_digests(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    (folder / "slim_onnx.json").write_text(json.dumps(record | {"sha256": {}}))
+
+
+def leave_the_folder(folder: Path) -> None:
+    record = json.loads((folder / "slim_onnx.json").read_text())
+    record["files"]["../slim_onnx.json"] = 1
+    (folder / "slim_onnx.json").write_text(json.dumps(record))
 
 
 def forget_sizes(folder: Path) -> None:
@@ -303,11 +335,13 @@ def test_constants_beyond_the_end_of_their_file(folder: Path) -> None:
     [
         (forget_sizes, "lacks or garbles sizes"),
         (garble_a_site, "lacks or garbles sites"),
-        (remove, "model.onnx.data: cannot be read"),
+        (remove, "model.onnx.data: is missing, but slim_onnx.json lists it; copy the whole folder"),
         (cut, "has 100 bytes, not the"),
         (garble, "is not an ONNX model"),
         (age, "is of format 99, this slimc reads format 1"),
-        (forget_files, "does not list model.onnx and model.onnx.data"),
+        (forget_files, "lists no files"),
+        (forget_digests, "has no SHA-256 of model.onnx and model.onnx.data"),
+        (leave_the_folder, "is not a plain file name inside the folder"),
     ],
 )
 def test_damage_is_found(damage: Callable[[Path], None], message: str, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -33,7 +34,9 @@ from typer.testing import CliRunner
 
 import slimc
 from slimc.backends.onnx.description import read_description
+from slimc.backends.onnx.replay import Replays
 from slimc.backends.onnx.session import OnnxDecoder, end_tokens
+from slimc.backends.onnx.verify import verify_folder
 from slimc.cli import app
 from slimc.errors import FormatError, InputError
 from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
@@ -104,10 +107,10 @@ def small() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folders(small: nn.Module, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The compressed Llama, exported for each of two targets."""
+    """The compressed Llama, exported for each target but dense."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     made = {}
-    for target in ("portable", "ort"):
+    for target in ("portable", "ort", "cuda"):
         made[target] = tmp_path_factory.mktemp("onnx") / target
         slimc.export_onnx(small, made[target], target=target, tokenizer=tokenizer)
     return made
@@ -117,13 +120,13 @@ def operators(folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
 
 
-@pytest.mark.parametrize("target", ["portable", "ort"])
+@pytest.mark.parametrize("target", ["portable", "ort", "cuda"])
 def test_a_compressed_llama_writes_what_it_writes_in_pytorch(
     small: nn.Module, folders: dict[str, Path], target: str
 ) -> None:
     decoder = assert_same(small, folders[target])
     assert decoder.description.cache is not None
-    assert decoder.description.cache.shared == (target == "ort")
+    assert decoder.description.cache.shared == (target != "portable")
     onnx.checker.check_model(folders[target] / "model.onnx")
 
 
@@ -287,12 +290,43 @@ def test_empty_prompts_and_unknown_devices_are_refused(folders: dict[str, Path])
         OnnxDecoder(folders["ort"], device="tpu")
 
 
+def test_a_runtime_that_is_too_old_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Unsupported model IR version: 99, max supported IR version: 13")
+
+    monkeypatch.setattr(runtime, "InferenceSession", refuse)
+    with pytest.raises(InputError, match="is too old for it: Unsupported model IR version: 99"):
+        OnnxDecoder(folders["ort"])
+    monkeypatch.setattr(runtime, "__version__", "1.9.0")
+    for opened in (lambda: OnnxDecoder(folders["ort"]), lambda: list(verify_folder(folders["ort"]))):
+        with pytest.raises(InputError, match=r"onnxruntime 1\.9\.0 is too old .*onnxruntime>=1\.22"):
+            opened()
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_rounded_exports_are_verified_as_what_they_are(small: nn.Module, level: int, tmp_path: Path) -> None:
+    slimc.export_onnx(small, tmp_path / "onnx", target="ort", embedding_bits=4, accuracy_level=level)
+    checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=small, tokens=8)}
+    assert [name for name, check in checks.items() if not check.passed] == []
+    if level == 0:
+        assert "40 of 40 greedy tokens" in checks["tokens"].detail
+
+
 def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(folders["ort"], tmp_path / "copy")
+    description = json.loads((copy / "slim_onnx.json").read_text())
     (copy / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(FormatError, match="has 8 bytes, not the"):
+        OnnxDecoder(copy)
+    sized = {**description["files"], "model.onnx": 8}
+    (copy / "slim_onnx.json").write_text(json.dumps(description | {"files": sized}))
     with pytest.raises(FormatError, match="cannot open it"):
         OnnxDecoder(copy)
-    description = json.loads((copy / "slim_onnx.json").read_text())
+    (copy / "model.onnx.data").unlink()
+    with pytest.raises(FormatError, match=r"model\.onnx\.data: is missing"):
+        OnnxDecoder(copy)
     for change, message in (({"format": 9}, "is of format 9"), ({"cache": {}}, "lacks or garbles")):
         (copy / "slim_onnx.json").write_text(json.dumps(description | change))
         with pytest.raises(FormatError, match=message):
@@ -300,3 +334,17 @@ def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> 
     (copy / "slim_onnx.json").write_text(json.dumps(description | {"cache": None}))
     with pytest.raises(InputError, match="was exported without a cache"):
         OnnxDecoder(copy)
+
+
+def test_kernels_run_on_a_gpu_only(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its kernels run on cuda, not on cpu"):
+        OnnxDecoder(folders["cuda"], kernels=tmp_path / "slim_kernels.so")
+
+
+@pytest.mark.parametrize("target", ["ort", "cuda"])
+def test_steps_in_buffers_that_stay_are_the_same_steps(folders: dict[str, Path], target: str) -> None:
+    """What a CUDA graph would replay, run launch by launch on the CPU: a mask as long as the room for the cache."""
+    decoder, same = OnnxDecoder(folders[target], threads=1), OnnxDecoder(folders[target], threads=1)
+    same._replays = Replays(onnxruntime, same._session, same.cache, "cpu")
+    for prompts in (PROMPTS, PROMPTS[:1], [[7]], PROMPTS):
+        assert same.generate(prompts, NEW) == decoder.generate(prompts, NEW)

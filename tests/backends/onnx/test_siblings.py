@@ -31,6 +31,8 @@ def layer(rows: int, rank: int, *, columns: int = 128, seed: int = 0, **options:
 
 def computed(joined: JoinedLayers, x: Tensor) -> Tensor:
     x = x.double()
+    if joined.right is None:
+        return x @ joined.weight.decode().double().T
     inner = x @ joined.right.decode().double().T
     return torch.cat((x, inner), dim=-1) @ joined.weight.decode().double().T
 
@@ -59,10 +61,28 @@ def test_joined_layers_compute_what_the_layers_do(layers: list[PackedLinear]) ->
     x = torch.randn(3, 128)
     joined = join(layers)
     assert joined is not None
+    assert joined.right is not None
     assert joined.rows == tuple(one.format.rows for one in layers)
     # Scales and codes are the same numbers; float64 sums of fewer than 2^8 terms in another order.
     reference = expected(layers, x)
     assert (computed(joined, x) - reference).abs().max() <= 2**-40 * reference.abs().max()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_layers_without_adapters_are_one_product(grouped: bool) -> None:
+    """Of one scale a tensor each row keeps its own; groups are cut to a size that fits all."""
+    weights = (
+        [packed(24, 128, group=64), packed(8, 128, group=32, seed=5)]
+        if grouped
+        else [packed(24, 128, per_tensor=True), packed(8, 128, seed=5)]
+    )
+    joined, x = join([PackedLinear(one) for one in weights]), torch.randn(3, 128)
+    assert joined is not None
+    assert joined.right is None
+    assert joined.rows == (24, 8)
+    assert joined.weight.format.group == (32 if grouped else None)
+    exact = torch.cat([x.double() @ one.decode().double().T for one in weights], dim=-1)
+    assert (computed(joined, x) - exact).abs().max() <= 2**-40 * exact.abs().max()
 
 
 def test_groups_with_widths_of_their_own_are_joined_in_the_widest() -> None:
@@ -89,6 +109,7 @@ def test_pruned_positions_stay_zero() -> None:
     "layers",
     [
         [PackedLinear(packed(8, 128))],
+        [PackedLinear(packed(8, 128)), PackedLinear(packed(8, 128, group=24))],
         [layer(8, 4, group=24)],
         [replace(layer(8, 4), input_scale=torch.ones(128))],
         [replace(layer(8, 4), activation="int8")],
@@ -103,7 +124,8 @@ def test_pruned_positions_stay_zero() -> None:
         [replace(layer(8, 4), weight=packed(8, 128, zero_point=torch.zeros(8, 1, dtype=torch.uint8)))],
     ],
     ids=[
-        "no adapters",
+        "one alone",
+        "groups that do not go together",
         "odd groups",
         "scaled inputs",
         "rounded inputs",

@@ -1,0 +1,170 @@
+"""The kernel library for ONNX Runtime's CUDA provider, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+import slimc  # noqa: E402
+from slimc.backends.cuda.fragments import code_words, metadata_words  # noqa: E402
+from slimc.backends.onnx.kernels import build  # noqa: E402
+from slimc.backends.onnx.kernels.build import Form, build_library, forms_of  # noqa: E402
+from slimc.cli import app  # noqa: E402
+from slimc.errors import InputError, KernelError  # noqa: E402
+from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize  # noqa: E402
+from slimc.passes.base import Pass  # noqa: E402
+from slimc.runtime.formats import NM  # noqa: E402
+from slimc.runtime.packing import pack_weight  # noqa: E402
+
+ONE = torch.ones(1, 1, dtype=torch.float16)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host program alone, without kernels."""
+    return build_library((), tmp_path_factory.mktemp("library") / "slim_kernels.so")
+
+
+def exported(path: Path, *passes: Pass, **options: str) -> Path:
+    """Export a compressed layer of a bfloat16 model, or as ``options`` say."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 192)).to(torch.bfloat16)
+    x = torch.randn(32, 128, dtype=torch.bfloat16)
+    small = slimc.compile(model, [x], passes=[Calibrate(), *passes, Fuse()])
+    slimc.export_onnx(small, path, x, **{"target": "cuda", "dtype": "float16"} | options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2:4 codes of one scale a tensor, with adapters."""
+    passes = (Quantize(bits=4), Prune("2:4"), LowRank(rank=8, bits=4))
+    return exported(tmp_path_factory.mktemp("exported") / "cuda", *passes)
+
+
+def in_a_graph(codes: Tensor) -> np.ndarray:
+    """Return unsigned codes [rows, columns] as the bytes of INT4 [columns, rows]."""
+    nibbles = ((codes.t().flatten().int() - 8) & 15).numpy().astype(np.uint8)
+    nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, dtype=np.uint8))
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (24, 136), (33, 200), (96, 576)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_graphs_codes_become_the_fragments_that_kernels_read(
+    library: Path, rows: int, columns: int, sparse: bool
+) -> None:
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    kept = None
+    if sparse:
+        kept = (torch.rand(rows, columns // 4, 4).argsort(-1) < 2).flatten(1)
+        # Of a kept code of zero nobody can see that it was kept.
+        codes = torch.where(kept, torch.where(codes == 8, 9, codes), 8).to(torch.uint8)
+    packed = pack_weight(codes, bits=4, scale=ONE, group=None, mask=kept, sparsity=NM(2, 4) if sparse else None)
+    words = code_words(packed.values)
+    metadata = None if packed.pattern is None else metadata_words(packed.pattern)
+    found, found_metadata = torch.zeros_like(words), None if metadata is None else torch.zeros_like(metadata)
+    done = ctypes.CDLL(str(library)).slim_fragments(
+        in_a_graph(codes).ctypes.data_as(ctypes.c_void_p),
+        rows,
+        columns,
+        ctypes.c_void_p(found.data_ptr()),
+        None if found_metadata is None else ctypes.c_void_p(found_metadata.data_ptr()),
+    )
+    assert done == 1
+    assert torch.equal(found, words)
+    assert metadata is None or (found_metadata is not None and torch.equal(found_metadata, metadata))
+
+
+def test_a_kept_code_of_zero_is_as_good_as_a_pruned_one(library: Path) -> None:
+    codes = torch.full((16, 128), 8, dtype=torch.uint8)
+    codes[:, 3::4] = 11
+    words, metadata = torch.zeros(1, 1, 32, 4, dtype=torch.int32), torch.zeros(1, 1, 32, 2, dtype=torch.int32)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, metadata)]
+    rearrange = ctypes.CDLL(str(library)).slim_fragments
+    assert rearrange(in_a_graph(codes).ctypes.data_as(ctypes.c_void_p), 16, 128, *pointers) == 1
+    # Columns 0 and 3 of each four are kept: zero, and three above it.
+    assert set(metadata.flatten().tolist()) == {int.from_bytes(b"\xcc" * 4, "little", signed=True)}
+    assert set(words.view(torch.uint8).flatten().tolist()) == {0x88, 0xBB}
+
+
+def test_three_of_four_are_not_taken_for_2_to_4(library: Path) -> None:
+    codes = torch.full((16, 128), 9, dtype=torch.uint8)
+    words, metadata = torch.zeros(1, 1, 32, 4, dtype=torch.int32), torch.zeros(1, 1, 32, 2, dtype=torch.int32)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, metadata)]
+    rearrange = ctypes.CDLL(str(library)).slim_fragments
+    assert rearrange(in_a_graph(codes).ctypes.data_as(ctypes.c_void_p), 16, 128, *pointers) == 0
+
+
+def test_onnx_runtime_takes_the_kernel_in_place_of_the_body(library: Path, folder: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    path = str(folder / "model.onnx")
+    assert onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.register_custom_ops_library(str(library))
+    # It is a kernel of the CUDA provider, which is not here: had the body been taken, the model would have opened.
+    with pytest.raises(Exception, match=r"Could not find an implementation for linear\(1\)"):
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def test_forms_are_those_of_the_layers(folder: Path, tmp_path: Path) -> None:
+    assert forms_of(folder) == {Form(sparse=True, group=0, adapters=True)}
+    assert forms_of(exported(tmp_path / "grouped", Quantize(bits=4, group=64))) == {
+        Form(sparse=False, group=64, adapters=False)
+    }
+
+
+@pytest.mark.parametrize(
+    ("passes", "options", "reason"),
+    [
+        ((Quantize(bits=4),), {"dtype": "float32"}, "computes in another dtype than float16"),
+        ((Quantize(bits=4, group=32),), {}, "has groups of 32 columns"),
+        ((Quantize(bits=8),), {}, "no constant codes of 4 bits"),
+        ((Quantize(bits=4),), {"target": "ort"}, "has no layers for a kernel library"),
+    ],
+)
+def test_what_the_kernels_do_not_know_is_said_before_anything_is_built(
+    passes: tuple[Pass, ...], options: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    path = exported(tmp_path / "out", *passes, **options)
+    with pytest.raises(InputError, match=reason):
+        forms_of(path)
+
+
+def test_the_command_builds_a_library_for_a_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A few of its kernels are enough here; the tests of the CUDA package compile all of them.
+    monkeypatch.setattr(build, "_TOKEN_TILES", (1,))
+    monkeypatch.setattr(build, "_BLOCK_TILES", (1,))
+    result = CliRunner().invoke(app, ["kernels", str(folder), "-o", str(tmp_path / "k.so"), "--arch", "sm_90a"])
+    assert result.exit_code == 0, result.output
+    assert "kernels for sm_90a" in result.output
+    assert b"decode_linear" in (tmp_path / "k.so").read_bytes()
+    assert b"expand_fragments" in (tmp_path / "k.so").read_bytes()
+
+
+def test_refusals(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "-p", "x", "--kernels", str(library)])
+    assert result.exit_code == 2
+    assert "a kernel library is for an ONNX folder" in " ".join(result.output.split())
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KernelError, match="needs a C\\+\\+ compiler"):
+        build_library((), tmp_path / "k.so")
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(KernelError, match="does not compile with false"):
+        build_library((), tmp_path / "k.so")
+    assert not list(tmp_path.iterdir())
