@@ -5,11 +5,11 @@ A block of ``m`` columns has, in each row, real numbers ``t`` that would be best
 known in closed form; it is rounded one value after another, each with the error of those before it made good
 (Babai's nearest plane). What costs least is taken.
 
-The cost is a sum of squares, a term for each pruned column and one for each rounded value: with the survivors at their
-real minimiser, ``(q - t) B (q - t)^T = t_p S t_p^T`` where ``S`` is the Schur complement of the survivors and ``t_p``
-what the pruned columns should have been; and an error ``e`` of a rounded value, made good by those after it, adds ``e^2``
-times its own Schur complement. So a block is a small product and a few operations on rows, all of them side by side:
-matrices here are ``[columns, rows]``, so that each operation reads memory in order.
+The cost is a sum of squares, a term for each pruned column and one for each rounded value. With the survivors at their
+real minimiser it is ``t_p S t_p^T``, where ``S`` is the Schur complement of the survivors and ``t_p`` what the pruned
+columns should have been; and an error ``e`` of a rounded value, made good by those after it, adds ``e^2`` times a Schur
+complement of its own. So a block is a small product and a few operations on rows, all of them side by side: matrices
+here are ``[columns, rows]``, so that each operation reads memory in order.
 """
 
 from __future__ import annotations

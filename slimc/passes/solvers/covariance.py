@@ -108,7 +108,7 @@ def _leading_subspace(error: Tensor, gram: Tensor, rank: int) -> Tensor:
     error = error / error.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator(error.device).manual_seed(0)
     width = min(rank + OVERSAMPLING, rows, columns)
-    basis = torch.randn(min(rows, columns), width, generator=generator, device=error.device)
+    basis: Tensor = torch.randn(min(rows, columns), width, generator=generator, device=error.device)
     # On the shorter side of the error the matrices of the iteration are small; both have the same eigenvalues.
     if rows <= columns:
         whole = error @ scaled @ error.T
@@ -136,9 +136,12 @@ def _orthonormal(image: Tensor) -> Tensor:
     exact = image.double()
     exact = exact / exact.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
     lower, failed = torch.linalg.cholesky_ex(exact.T @ exact)
+    basis: Tensor
     if int(failed):
-        return torch.linalg.qr(image).Q
-    return torch.linalg.solve_triangular(lower, exact.T, upper=False).T.float()
+        basis = torch.linalg.qr(image).Q
+    else:
+        basis = torch.linalg.solve_triangular(lower, exact.T, upper=False).T.float()
+    return basis
 
 
 def _rounded(

@@ -46,7 +46,7 @@ def solve_jointly(
 
     Args:
         weight: ``[rows, columns]``.
-        gram: ``X^T X`` of the inputs, damped, ``[columns, columns]``; as a metric it keeps its factor for the next time.
+        gram: ``X^T X`` of the inputs, damped, ``[columns, columns]``; as a metric it keeps its factor.
         grid: scales (and zero points) to round to; its codes are not read. ``None`` keeps real values.
         pattern: ``(n, m)`` keeps n of every m columns; ``(m, m)`` keeps all.
         block: how many columns are updated before the rest of the matrix is; changes the speed only.
