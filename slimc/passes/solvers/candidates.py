@@ -111,8 +111,11 @@ def best_candidate(
     best = found[: kept * count].view(kept, count, rows)
     cost = found[kept * count :].view(width - kept, count, rows).square_().sum(0)
     if grid is not None:
+        is_shared = len(grid[0]) == 1
+        step, lowest, highest = grid
         for at in range(kept):
-            step, lowest, highest = (_of_members(one, members[at]) for one in grid)
+            if not is_shared:
+                step, lowest, highest = (_of_members(one, members[at]) for one in grid)
             rounded = torch.clamp(torch.div(best[at], step).round_(), lowest, highest).mul_(step)
             missed = best[at] - rounded
             if at + 1 < kept:
@@ -161,4 +164,4 @@ def _parts(squares: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _of_members(one: Any, members: Tensor) -> Any:
-    return one.index_select(0, members) if isinstance(one, Tensor) and len(one) > 1 else one
+    return one.index_select(0, members) if isinstance(one, Tensor) else one
