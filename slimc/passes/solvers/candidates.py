@@ -151,6 +151,14 @@ def grid_of(quantized: Quantized) -> Grid:
     return step, -zero, highest - zero
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """Return ``[rows, columns]`` of ``[columns, rows]``, or the reverse, always with the strides of its shape.
+
+    (``contiguous()`` leaves those of a single column as they are, and bytes of a tensor are viewed by its last stride.)
+    """
+    return matrix.T.clone(memory_format=torch.contiguous_format)
+
+
 def shares_grid(grid: Grid, width: int) -> bool:
     """Tell whether the columns of every block have one grid."""
     spread = [one for one in grid if isinstance(one, Tensor)]

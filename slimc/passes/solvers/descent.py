@@ -28,6 +28,7 @@ from slimc.passes.solvers.candidates import (
     columns_of,
     grid_of,
     shares_grid,
+    transposed,
 )
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
 from slimc.passes.solvers.hessian import Metric
@@ -114,7 +115,7 @@ def descend(
         for first in range(0, columns, block):
             state.visit(moves, slice(first, min(first + block, columns)))
         state.fit_scales()
-    return state.stored(), None if state.mask is None else state.mask.T.contiguous()
+    return state.stored(), None if state.mask is None else transposed(state.mask)
 
 
 def _normalised(gram: Tensor) -> Tensor:
@@ -211,14 +212,14 @@ class _State:
     def __init__(
         self, weight: Tensor, gram: Tensor, start: Quantized | Tensor, mask: Tensor | None, width: int
     ) -> None:
-        self.weight, self.gram = weight.T.contiguous(), gram
-        self.mask = None if mask is None else mask.T.clone(memory_format=torch.contiguous_format)
+        self.weight, self.gram = transposed(weight), gram
+        self.mask = None if mask is None else transposed(mask)
         self.grid = start if isinstance(start, Quantized) else None
         self.entries = None if self.grid is None else grid_of(self.grid)
         self.step: Tensor | None = None if self.entries is None else self.entries[0]
         self.shared = self.entries is not None and len(self.weight) % width == 0 and shares_grid(self.entries, width)
         values = start.dequantize() if isinstance(start, Quantized) else start.to(torch.float32)
-        values = values.T.clone(memory_format=torch.contiguous_format)
+        values = transposed(values)
         self.values = values if self.mask is None else values * self.mask
         self.error = self.values - self.weight
 
@@ -267,9 +268,9 @@ class _State:
     def stored(self) -> Quantized | Tensor:
         """Return what is stored, in the form in which it came."""
         if self.grid is None or self.step is None or self.entries is None:
-            return self.values.T.contiguous()
+            return transposed(self.values)
         rows, groups = self.grid.scale.shape
         size = self.grid.group if isinstance(self.grid.group, int) else len(self.values)
-        codes = ((self.values / self.step).round_() - self.entries[1]).T.to(torch.uint8)
-        scale = self.step[::size, :rows][:groups].T.to(self.grid.scale.dtype)
-        return replace(self.grid, codes=codes.contiguous(), scale=scale.contiguous())
+        codes = ((self.values / self.step).round_() - self.entries[1]).to(torch.uint8)
+        scale = self.step[::size, :rows][:groups].to(self.grid.scale.dtype)
+        return replace(self.grid, codes=transposed(codes), scale=transposed(scale))

@@ -25,6 +25,7 @@ from slimc.passes.solvers.candidates import (
     columns_of,
     grid_of,
     shares_grid,
+    transposed,
 )
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
 from slimc.passes.solvers.hessian import Metric, factored
@@ -95,8 +96,8 @@ def solve_jointly(
     if grid is not None and entries is not None:
         step, lowest, _ = entries
         codes = (left / step).round_().sub_(lowest)
-        return replace(grid, codes=codes[back].T.to(torch.uint8).contiguous()), mask[back].T.contiguous()
-    return left[back].T.contiguous(), mask[back].T.contiguous()
+        return replace(grid, codes=transposed(codes[back].to(torch.uint8))), transposed(mask[back])
+    return transposed(left[back]), transposed(mask[back])
 
 
 class _Plan(Candidates):
