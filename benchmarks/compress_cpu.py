@@ -1,6 +1,6 @@
 """Time and peak memory of ``slimc compress`` on the CPU, in a process of its own.
 
-    python benchmarks/compress_cpu.py MODEL OUTPUT --calibration valid.txt [--recipe slim-w4-2x4] [--json results/...]
+    python benchmarks/compress_cpu.py MODEL OUTPUT --calibration valid.txt [--recipe NAME] [--json results/...]
 
 The SLiM authors' code takes 47.4 s for its row with 4-bit adapters on an H100 ("slim-lora-q w4 2:4").
 """
@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from slimc import recipes
+
 REFERENCE_SECONDS_ON_AN_H100 = 47.4
 
 
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output")
     parser.add_argument("--calibration", default="self")
-    parser.add_argument("--recipe", default="slim-w4-2x4")
+    parser.add_argument("--recipe", default=recipes.DEFAULT)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 

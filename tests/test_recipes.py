@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slimc import passes, recipes
 from slimc.errors import RecipeError
-from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Prune, Quantize
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -18,10 +18,12 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
     return path
 
 
-def test_the_default_preset_is_slim() -> None:
-    assert recipes.DEFAULT == recipes.names()[0] == "slim-w4-2x4"
+def test_the_default_preset_solves_jointly_and_slims_own_stays_the_papers() -> None:
+    assert recipes.DEFAULT == recipes.names()[0] == "joint-w4-2x4"
     kinds = [type(one) for one in recipes.load(recipes.DEFAULT).build()]
-    assert kinds == [Calibrate, Quantize, Prune, LowRank, Fuse]
+    assert kinds == [Calibrate, Compensate, Quantize, Prune, LowRank, Fuse]
+    paper = [Quantize("slim", bits=4), Prune("2:4", "wanda"), LowRank("slim", rank=0.1, bits=4, rounds=4)]
+    assert recipes.load("slim-w4-2x4").build()[1:-1] == paper
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -131,7 +133,7 @@ class TestExtends:
         ("extends: rtn-w", r"there is no recipe 'rtn-w' \(did you mean 'rtn-w4'\?\)"),
         ("extends: rtn-w4\npasses: [{quantize: 3}]", "takes options as a mapping"),
         ("- fuse", "must be a mapping with the keys .*; found list"),
-        ("", "is empty; 'slimc recipes slim-w4-2x4' prints one"),
+        ("", "is empty; 'slimc recipes joint-w4-2x4' prints one"),
         ("# nothing", "is empty"),
         ("passes: [fuse", "line 1: not valid YAML"),
         ("passes: [fuse]\npasses: [quantize]", "line 2: not valid YAML: 'passes' stands there twice"),
@@ -158,7 +160,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    message = r"no recipe 'slim-w4-24' \(did you mean 'slim-w4-2x4'\?\); presets: slim-w4-2x4, "
+    message = r"no recipe 'slim-w4-24' \(did you mean 'slim-w4-2x4'\?\); presets: joint-w4-2x4, "
     with pytest.raises(RecipeError, match=message):
         recipes.load("slim-w4-24")
     with pytest.raises(RecipeError, match="there is no recipe file"):

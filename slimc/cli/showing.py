@@ -22,7 +22,7 @@ def recipes(
 
       slimc recipes
 
-      slimc recipes slim-w4-2x4 > mine.yaml      a start for your own
+      slimc recipes joint-w4-2x4 > mine.yaml      a start for your own
     """
     if name is not None:
         say(presets.load(name).to_yaml(), end="")

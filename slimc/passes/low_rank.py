@@ -13,7 +13,7 @@ from slimc.errors import RecipeError
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.solvers.checks import share_of
 from slimc.passes.solvers.covariance import covariance_adapters, quantized_covariance_adapters
-from slimc.passes.solvers.hessian import damped
+from slimc.passes.solvers.hessian import Metric
 from slimc.passes.solvers.low_rank import plain_adapters, quantize_factor, resolve_rank, slim_adapters
 from slimc.passes.solvers.quantization import BITS, Quantized
 from slimc.passes.stored import improve_stored, solve_stored
@@ -112,7 +112,7 @@ class LowRank(SitePass):
     def apply(self, work: SiteWork) -> None:
         """Solve the adapters and, if asked, what is stored beside them."""
         if self.method == "covariance":
-            self._apply_covariance(work, damped(work.require_gram(self.name), self.damping))
+            self._apply_covariance(work, work.require_metric(self.name, self.damping))
             return
         work.adapters = self._adapters(work)
         best, least = _State.of(work), self._remaining(work)
@@ -124,38 +124,38 @@ class LowRank(SitePass):
                 best, least = _State.of(work), remaining
         best.put_back(work)
 
-    def _apply_covariance(self, work: SiteWork, hessian: Tensor) -> None:
+    def _apply_covariance(self, work: SiteWork, metric: Metric) -> None:
         """Alternate what is stored and the adapters, both in the norm of the output."""
         rank = resolve_rank(self.rank, *work.dense.shape)
         if first := share_of(self.before, rank):
-            left, right = covariance_adapters(work.target, hessian, first)
-            solve_stored(work, work.target - left @ right - work.binary_part(), hessian)
-        work.adapters = self._adapters(work, hessian, final=not self.rounds)
-        best, least = _State.of(work), self._remaining(work, hessian)
+            left, right = covariance_adapters(work.target, metric, first)
+            solve_stored(work, work.target - left @ right - work.binary_part(), metric)
+        work.adapters = self._adapters(work, metric, final=not self.rounds)
+        best, least = _State.of(work), self._remaining(work, metric)
         for finished in range(self.rounds):
             residual = work.target - work.correction() - work.binary_part()
             if 2 * finished < self.rounds:
-                solve_stored(work, residual, hessian)
-            improve_stored(work, residual, hessian, self.sweeps)
-            work.adapters = self._adapters(work, hessian)
-            if (remaining := self._remaining(work, hessian)) < least:
+                solve_stored(work, residual, metric)
+            improve_stored(work, residual, metric, self.sweeps)
+            work.adapters = self._adapters(work, metric)
+            if (remaining := self._remaining(work, metric)) < least:
                 best, least = _State.of(work), remaining
         best.put_back(work)
         if self.rounds:
             # What is stored has not seen the last adapters yet.
             residual = work.target - work.correction() - work.binary_part()
-            improve_stored(work, residual, hessian, self.sweeps)
-            if self._remaining(work, hessian) > least:
+            improve_stored(work, residual, metric, self.sweeps)
+            if self._remaining(work, metric) > least:
                 best.put_back(work)
 
-    def _remaining(self, work: SiteWork, hessian: Tensor | None = None) -> float:
+    def _remaining(self, work: SiteWork, metric: Metric | None = None) -> float:
         """Return the error that is left: of held-out outputs, or else the norm weighted as the adapters weigh it."""
         judged = work.judge(work.effective_base() + work.correction())
         if judged is not None:
             return judged
         error = work.target - work.effective_base() - work.correction()
-        if hessian is not None:
-            return float(((error.double() @ hessian) * error).sum())
+        if metric is not None:
+            return float((error @ metric.gram).mul_(error).sum(dtype=torch.float64))
         saliency = self._saliency(work)
         return float(torch.linalg.vector_norm(error if saliency is None else error * saliency, dtype=torch.float64))
 
@@ -174,22 +174,22 @@ class LowRank(SitePass):
         work.quantize()
 
     def _adapters(
-        self, work: SiteWork, hessian: Tensor | None = None, *, final: bool = True
+        self, work: SiteWork, metric: Metric | None = None, *, final: bool = True
     ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
         error = work.target - work.effective_base()
         rank = resolve_rank(self.rank, *work.dense.shape)
-        if hessian is not None and self.bits is not None:
+        if metric is not None and self.bits is not None:
             return quantized_covariance_adapters(
                 error,
-                hessian,
+                metric,
                 rank,
                 self.bits,
                 self.group,
                 scale_dtype=work.scale_dtype,
                 sweeps=self.sweeps if final else 0,
             )
-        if hessian is not None:
-            left, right = covariance_adapters(error, hessian, rank)
+        if metric is not None:
+            left, right = covariance_adapters(error, metric, rank)
         else:
             saliency = self._saliency(work)
             left, right = plain_adapters(error, rank) if saliency is None else slim_adapters(error, saliency, rank)

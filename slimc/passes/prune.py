@@ -14,7 +14,6 @@ from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.quantize import Quantize
 from slimc.passes.solvers.candidates import can_be_tried
-from slimc.passes.solvers.hessian import damped
 from slimc.passes.solvers.pruning import magnitude_scores, nm_mask, unstructured_mask, wanda_scores
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.sparsegpt import sparsegpt
@@ -149,14 +148,14 @@ class Prune(SitePass):
             work.note("calibration saw no input but zeros: entries were chosen by their magnitude")
         jointly = self.method == "joint" and not has_signs(work.quantized)
         if jointly and work.reached:
-            solve_stored(work, work.target, damped(work.require_gram(self.name), self.damping))
+            solve_stored(work, work.target, work.require_metric(self.name, self.damping))
         elif self.method in ("sparsegpt", "joint") and work.reached:
             self._apply_sparsegpt(work)
         else:
             work.mask = self._mask(self._scores(work))
             work.base = work.base * work.mask
         if self.sweeps and work.reached:
-            improve_stored(work, work.target, damped(work.require_gram(self.name), self.damping), self.sweeps)
+            improve_stored(work, work.target, work.require_metric(self.name, self.damping), self.sweeps)
 
     def _scores(self, work: SiteWork) -> Tensor:
         """Score the exact weight: the ties that a coarse grid makes would be broken blindly."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimc.errors import NumericsError
+from slimc.passes.solvers.hessian import Metric, damped
 
 SAMPLE_TOKENS = 1024
 """Tokens kept to measure output errors; enough for three digits, and independent of the calibration's size."""
@@ -37,6 +40,18 @@ class InputStatistics:
         self.sample = torch.zeros(0, columns, device=device)
         self.cross_gram = torch.zeros(columns, columns, device=device) if "cross_gram" in wanted else None
         self.dense_sample: Tensor | None = None
+        self._metrics: dict[float, Metric] = {}
+
+    def metric(self, damping: float) -> Metric | None:
+        """Return the damped Gram matrix as a norm, the same one at each call; ``None`` without a Gram matrix.
+
+        Whatever solvers derive from it is kept for the other sites that read this input.
+        """
+        if self.gram is None:
+            return None
+        if damping not in self._metrics:
+            self._metrics[damping] = Metric(damped(self.gram, damping))
+        return self._metrics[damping]
 
     @property
     def mean_abs(self) -> Tensor:
@@ -74,10 +89,12 @@ class InputStatistics:
             here = chosen[(chosen >= statistics.count) & (chosen < statistics.count + len(rows))] - statistics.count
             here = here.to(rows.device)
             kept.append(rows[here])
-            statistics._add(rows)
+            with _products_of(activation):
+                statistics._add(rows)
             if statistics.cross_gram is not None and dense is not None:
                 exact = _rows(dense[index])
-                statistics.cross_gram.addmm_(exact.t(), rows)
+                with _products_of(activation):
+                    statistics.cross_gram.addmm_(exact.t(), rows)
                 kept_dense.append(exact[here])
         statistics.sample = torch.cat(kept)
         statistics.dense_sample = torch.cat(kept_dense) if kept_dense else None
@@ -124,11 +141,32 @@ class Shortfall:
         count = 0
         for activation, ours, theirs in zip(activations, actual, dense, strict=True):
             inputs, difference = _rows(activation), _rows(theirs) - _rows(ours)
-            cross.addmm_(difference.t(), inputs)
+            with _products_of(activation):
+                cross.addmm_(difference.t(), inputs)
             here = chosen[(chosen >= count) & (chosen < count + len(inputs))] - count
             kept.append(difference[here.to(difference.device)])
             count += len(inputs)
         return cls(cross, torch.cat(kept))
+
+
+@contextmanager
+def _products_of(activation: Tensor) -> Iterator[None]:
+    """Let the CPU multiply float32 copies of bfloat16 activations as bfloat16, where it has instructions for that.
+
+    Nothing is lost: such a product is exact in float32, in which it is summed and returned either way. (What is no
+    activation, a difference of two, is rounded to bfloat16, by less than the noise of any sample of tokens.)
+    """
+    # Releases before 2.9 lack the setting.
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if activation.dtype != torch.bfloat16 or activation.device.type != "cpu" or settings is None:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _rows(activation: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from slimc.errors import RecipeError
 from slimc.passes.report import SiteRow
 from slimc.passes.solvers.gptq import ChooseWidths
+from slimc.passes.solvers.hessian import Metric
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.statistics import InputStatistics, Shortfall
 from slimc.runtime.activations import refuses_codes, round_tokens
@@ -70,6 +71,7 @@ class SiteWork:
     binary: tuple[Tensor, Tensor, Tensor] | None = None
     compression_ratio: float | None = None
     fallback: str | None = None
+    _gridded: tuple[Tensor, Quantized] | None = None
 
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
@@ -118,12 +120,32 @@ class SiteWork:
         said = [] if self.fallback is None else self.fallback.split("; ")
         self.fallback = "; ".join(dict.fromkeys([*said, fallback]))
 
+    def require_metric(self, name: str, damping: float) -> Metric:
+        """Return the damped Gram matrix of the input as a norm; the pass ``name`` declared to need it."""
+        metric = self.require_statistics(name).metric(damping)
+        if metric is None:
+            raise RecipeError(f"{name} needs the Gram matrix of the input of '{self.name}': put calibrate before it.")
+        return metric
+
+    def grid_for(self, weight: Tensor) -> Quantized | None:
+        """Return the grid that the quantiser of this site gives ``weight``, none of it pruned; ``None`` without one."""
+        if self.quantizer is None:
+            return None
+        if self._gridded is None or self._gridded[0] is not weight:
+            self._gridded = weight, self.quantizer(weight, None)
+        return self._gridded[1]
+
     def quantize(self) -> None:
         """Put ``base`` on the grid again, with the quantiser of this site."""
         if self.quantizer is None:
             self.base = self.base.to(self.dtype).float()
             return
-        self.quantized = self.quantizer(self.base, self.mask)
+        if self.mask is None:
+            # Whoever solves this weight once more finds its grid.
+            self._gridded = self.base, self.quantizer(self.base, None)
+            self.quantized = self._gridded[1]
+        else:
+            self.quantized = self.quantizer(self.base, self.mask)
         self.base = self.quantized.dequantize()
         if self.mask is not None:
             self.base = self.base * self.mask

@@ -28,7 +28,7 @@ from slimc.errors import RecipeError, closest
 if TYPE_CHECKING:
     from slimc.passes import Pass
 
-DEFAULT = "slim-w4-2x4"
+DEFAULT = "joint-w4-2x4"
 
 _FOLDER = Path(__file__).parent
 # A plan has a line for every layer.

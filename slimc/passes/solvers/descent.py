@@ -20,8 +20,18 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from slimc.passes.solvers.candidates import NO_GRID, Candidates, can_be_tried, columns_of, grid_of, rounded_candidates
+from slimc.passes.solvers.candidates import (
+    NO_GRID,
+    Candidates,
+    best_candidate,
+    can_be_tried,
+    columns_of,
+    grid_of,
+    shares_grid,
+    transposed,
+)
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
+from slimc.passes.solvers.hessian import Metric
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.replay import replay
 from slimc.passes.solvers.step_search import storable
@@ -30,7 +40,7 @@ from slimc.passes.solvers.step_search import storable
 @overload
 def descend(
     weight: Tensor,
-    gram: Tensor,
+    gram: Tensor | Metric,
     start: Quantized,
     mask: Tensor | None = None,
     *,
@@ -43,7 +53,7 @@ def descend(
 @overload
 def descend(
     weight: Tensor,
-    gram: Tensor,
+    gram: Tensor | Metric,
     start: Tensor,
     mask: Tensor | None = None,
     *,
@@ -55,7 +65,7 @@ def descend(
 
 def descend(
     weight: Tensor,
-    gram: Tensor,
+    gram: Tensor | Metric,
     start: Quantized | Tensor,
     mask: Tensor | None = None,
     *,
@@ -69,7 +79,8 @@ def descend(
 
     Args:
         weight: what is to be approximated, ``[rows, columns]``.
-        gram: ``X^T X`` of the inputs, damped (any positive scaling), ``[columns, columns]``.
+        gram: ``X^T X`` of the inputs, damped (any positive scaling), ``[columns, columns]``; as a metric it keeps the
+            tables of its blocks for the next time.
         start: what is stored now: codes on a grid, or values; zero outside ``mask``.
         mask: bool ``[rows, columns]``, true where a value is stored; ``None`` stores all.
         pattern: ``(n, m)`` lets the mask change to another one that keeps n of every m columns; ``None`` leaves it.
@@ -86,30 +97,36 @@ def descend(
     """
     require_matrix("descend", weight=weight)
     rows, columns = weight.shape
-    require_shape("descend", (columns, columns), gram=gram)
+    metric = Metric.of(gram)
+    require_shape("descend", (columns, columns), gram=metric.gram)
     require_shape("descend", (rows, columns), start=start.codes if isinstance(start, Quantized) else start, mask=mask)
-    require_finite("descend", weight=weight, gram=gram)
+    require_finite("descend", weight=weight, gram=metric.gram)
     if pattern is not None:
         require_pattern("descend", *pattern, (rows, columns))
     # Where every value stays, four at once are four times fewer steps.
     kept, width = (4, 4) if mask is None and columns % 4 == 0 else (1, 1)
     if pattern is not None and mask is not None and can_be_tried(pattern):
         kept, width = pattern
-    gram = (gram / gram.diagonal().mean()).to(torch.float32)
-    state = _State(weight.to(torch.float32), gram, start, mask)
-    moves = _Moves(gram, kept, width) if width > 1 else None
+    gram = metric.derive(_normalised)
+    moves = metric.derive(_Moves, kept, width) if width > 1 else None
+    state = _State(weight.to(torch.float32), gram, start, mask, width)
     block = max(block // width, 1) * width
     for _ in range(sweeps):
         for first in range(0, columns, block):
             state.visit(moves, slice(first, min(first + block, columns)))
         state.fit_scales()
-    return state.stored(), state.mask
+    return state.stored(), None if state.mask is None else transposed(state.mask)
+
+
+def _normalised(gram: Tensor) -> Tensor:
+    return gram / gram.diagonal().mean()
 
 
 class _Moves(Candidates):
     """What the blocks of a Gram matrix can become; ``inverses`` are those of ``B``, ``[blocks, width, width]``."""
 
     def __init__(self, gram: Tensor, kept: int, width: int) -> None:
+        gram = _normalised(gram)
         blocks = len(gram) // width
         position = torch.arange(blocks, device=gram.device)
         squares = gram.view(blocks, width, blocks, width)[position, :, position].double()
@@ -125,38 +142,40 @@ def _visit_blocks(
     highest: Tensor | float | None,
     gradient: Tensor,
     inner: Tensor,
+    shared: bool,
     inverses: Tensor,
     members: Tensor,
     masks: Tensor,
-    places: Tensor,
     squares: Tensor,
-    optimum: Tensor,
+    forms: Tensor,
     onward: Tensor,
+    curvature: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the values, and the mask if there is one, of some columns after one visit of each of their blocks.
 
-    ``values``, ``mask``, ``step``, ``lowest`` and ``highest`` (the signed codes) are ``[rows, columns]``, the last
-    three ``None`` for values that are not rounded. ``gradient`` is ``E H`` of the columns, ``inner`` their part of
-    ``H``. What follows are the tables of :class:`_Moves`.
+    ``values``, ``mask``, ``step``, ``lowest`` and ``highest`` (the signed codes) are ``[columns, rows]``, the last
+    three ``None`` for values that are not rounded; ``shared`` says that the columns of a block have one grid.
+    ``gradient`` is ``E H`` of the columns, ``inner`` their part of ``H``. What follows are the tables of
+    :class:`_Moves`.
     """
     values, gradient = values.clone(), gradient.clone()
     mask = None if mask is None else mask.clone()
-    width = masks.shape[1]
+    width = masks.shape[0]
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
-        now, slope = values[:, here].clone(), gradient[:, here]
-        grid = None if step is None else columns_of((step, lowest, highest), here)
-        wanted = torch.addmm(now, slope, inverses[index], alpha=-1)
-        change = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index]) - now[:, None]
-        gain, chosen = torch.linalg.vecdot(change @ squares[index] + 2 * slope[:, None], change).min(1)
-        better = (gain < 0)[:, None]
-        taken = change.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
-        taken = torch.where(better, taken, 0.0)
-        if mask is not None:
-            mask[:, here] = torch.where(better, masks[chosen], mask[:, here])
-        values[:, here] = now + taken
+        now, slope = values[here], gradient[here]
+        entries = slice(here.start, here.start + 1) if shared else here
+        grid = None if step is None else columns_of((step, lowest, highest), entries)
+        wanted = torch.addmm(now, inverses[index], slope, alpha=-1)
+        change, chosen = best_candidate(wanted, grid, members, forms[index], onward[index], curvature[index])
+        change -= now
+        better = torch.addmm(slope, squares[index], change, beta=2).mul_(change).sum(0) < 0
+        change = torch.where(better, change, 0.0)
+        if mask is not None and chosen is not None:
+            mask[here] = torch.where(better, masks[:, chosen], mask[here])
+        values[here] += change
         # The columns before are visited again in the next sweep only.
-        gradient[:, here.start :].addmm_(taken, inner[here, here.start :])
+        gradient[here.start :].addmm_(inner[here, here.start :].T, change)
     return (values,) if mask is None else (values, mask)
 
 
@@ -171,51 +190,55 @@ def _visit_columns(
 ) -> tuple[Tensor]:
     """Return the values of some columns after each was moved on its own, the mask as it is; see _visit_blocks."""
     values, gradient = values.clone(), gradient.clone()
-    for at in range(values.shape[1]):
+    for at in range(len(values)):
         here = slice(at, at + 1)
-        now, slope, curve = values[:, here], gradient[:, here], inner[here, here]
+        now, slope, curve = values[here], gradient[here], inner[here, here]
         wanted = now - slope / curve
         if step is not None:
             size, least, most = columns_of((step, lowest, highest), here)
             wanted = torch.clamp((wanted / size).round_(), least, most) * size
         if mask is not None:
-            wanted = wanted * mask[:, here]
+            wanted = wanted * mask[here]
         change = wanted - now
         change = torch.where((change * curve + 2 * slope) * change < 0, change, 0.0)
-        values[:, here] = now + change
-        gradient[:, at:].addmm_(change, inner[here, at:])
+        values[here] = now + change
+        gradient[at:].addmm_(inner[here, at:].T, change)
     return (values,)
 
 
 class _State:
-    """The stored weight while it changes; ``error`` is ``values - weight``, all float32 ``[rows, columns]``."""
+    """The stored weight while it changes; ``error`` is ``values - weight``, all float32 ``[columns, rows]``."""
 
-    def __init__(self, weight: Tensor, gram: Tensor, start: Quantized | Tensor, mask: Tensor | None) -> None:
-        self.weight, self.gram = weight, gram
-        self.mask = None if mask is None else mask.clone()
+    def __init__(
+        self, weight: Tensor, gram: Tensor, start: Quantized | Tensor, mask: Tensor | None, width: int
+    ) -> None:
+        self.weight, self.gram = transposed(weight), gram
+        self.mask = None if mask is None else transposed(mask)
         self.grid = start if isinstance(start, Quantized) else None
         self.entries = None if self.grid is None else grid_of(self.grid)
         self.step: Tensor | None = None if self.entries is None else self.entries[0]
+        self.shared = self.entries is not None and len(self.weight) % width == 0 and shares_grid(self.entries, width)
         values = start.dequantize() if isinstance(start, Quantized) else start.to(torch.float32)
-        self.values = values.clone() if mask is None else values * mask
-        self.error = self.values - weight
+        values = transposed(values)
+        self.values = values if self.mask is None else values * self.mask
+        self.error = self.values - self.weight
 
     def visit(self, moves: _Moves | None, part: slice) -> None:
         """Improve some columns; those that are visited later see the change."""
         grid = NO_GRID if self.entries is None else columns_of(self.entries, part)
-        mask = None if self.mask is None else self.mask[:, part]
-        sloped = (self.error @ self.gram[:, part], self.gram[part, part])
+        mask = None if self.mask is None else self.mask[part]
+        sloped = (self.gram[part] @ self.error, self.gram[part, part])
         if moves is None:
-            found: tuple[Tensor, ...] = replay(_visit_columns, self.values[:, part], mask, *grid, *sloped)
+            found: tuple[Tensor, ...] = replay(_visit_columns, self.values[part], mask, *grid, *sloped)
         else:
             inverses = moves.inverses[part.start // moves.width : part.stop // moves.width]
-            tables = (inverses, *moves.of(part))
-            found = replay(_visit_blocks, self.values[:, part], mask, *grid, *sloped, *tables)
+            tables = (self.shared, inverses, *moves.of(part))
+            found = replay(_visit_blocks, self.values[part], mask, *grid, *sloped, *tables)
             if self.mask is not None:
-                self.mask[:, part] = found[1]
+                self.mask[part] = found[1]
         values = found[0]
-        self.values[:, part] = values
-        self.error[:, part] = values - self.weight[:, part]
+        self.values[part] = values
+        self.error[part] = values - self.weight[part]
 
     def fit_scales(self) -> None:
         """Give every scale the value that minimises f for the codes, one group after another.
@@ -224,31 +247,30 @@ class _State:
         """
         if self.grid is None or self.step is None:
             return
-        columns = self.values.shape[1]
+        columns = len(self.values)
         size = self.grid.group if isinstance(self.grid.group, int) else columns
         for first in range(0, columns, size):
             part = slice(first, min(first + size, columns))
             # A value is exactly the product of its code and step.
-            codes = (self.values[:, part] / self.step[:, part]).round_()
-            slope = ((self.error @ self.gram[:, part]) * codes).sum(1, keepdim=True)
-            curve = (codes @ self.gram[part, part] * codes).sum(1, keepdim=True)
+            codes = (self.values[part] / self.step[part]).round_()
+            slope = (self.gram[part] @ self.error).mul_(codes).sum(0, keepdim=True)
+            curve = (self.gram[part, part] @ codes).mul_(codes).sum(0, keepdim=True)
             if self.grid.group is None:
                 slope, curve = slope.sum().view(1, 1), curve.sum().view(1, 1)
-            step = self.step[: len(slope), first : first + 1]
+            step = self.step[first : first + 1, : slope.shape[1]]
             wanted = step - slope / curve
             fitted = storable(torch.where((curve > 0) & (wanted > 0), wanted, step), self.grid.scale.dtype)
             change = fitted - step
-            self.step[:, part] = torch.where((change * curve + 2 * slope) * change < 0, fitted, step)
-            self.values[:, part] = codes * self.step[:, part]
-            self.error[:, part] = self.values[:, part] - self.weight[:, part]
+            self.step[part] = torch.where((change * curve + 2 * slope) * change < 0, fitted, step)
+            self.values[part] = codes * self.step[part]
+            self.error[part] = self.values[part] - self.weight[part]
 
     def stored(self) -> Quantized | Tensor:
         """Return what is stored, in the form in which it came."""
         if self.grid is None or self.step is None or self.entries is None:
-            return self.values
+            return transposed(self.values)
         rows, groups = self.grid.scale.shape
-        columns = self.values.shape[1]
-        size = self.grid.group if isinstance(self.grid.group, int) else columns
+        size = self.grid.group if isinstance(self.grid.group, int) else len(self.values)
         codes = ((self.values / self.step).round_() - self.entries[1]).to(torch.uint8)
-        scale = self.step[:rows, ::size][:, :groups].to(self.grid.scale.dtype)
-        return replace(self.grid, codes=codes, scale=scale.contiguous())
+        scale = self.step[::size, :rows][:groups].to(self.grid.scale.dtype)
+        return replace(self.grid, codes=transposed(codes), scale=transposed(scale))

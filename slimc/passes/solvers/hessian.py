@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from slimc.errors import NumericsError, RecipeError
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_shape
+
+T = TypeVar("T")
+
+
+class Metric:
+    """A damped Gram matrix as the norm of output errors, with what solvers derive from it, each thing once.
+
+    Sites that read one input share it, and so do all rounds at a site.
+
+    Attributes:
+        gram: ``X^T X``, positive definite, float32 ``[columns, columns]``.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        """Start with nothing derived."""
+        self.gram = gram.to(torch.float32)
+        self._derived: dict[Hashable, object] = {}
+
+    @classmethod
+    def of(cls, gram: Tensor | Metric) -> Metric:
+        """Return ``gram`` itself if it is a metric."""
+        return gram if isinstance(gram, Metric) else cls(gram)
+
+    def derive(self, build: Callable[..., T], *arguments: Hashable) -> T:
+        """Return ``build(gram, *arguments)``, computed the first time that it is asked for."""
+        key = (build, *arguments)
+        if key not in self._derived:
+            self._derived[key] = build(self.gram, *arguments)
+        return cast(T, self._derived[key])
+
+    def scaled(self, scale: Tensor) -> Metric:
+        """Return the norm for inputs that are multiplied by ``scale``, ``[columns]``."""
+        return Metric(self.gram * scale[:, None] * scale)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

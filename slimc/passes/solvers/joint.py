@@ -17,17 +17,29 @@ import torch
 from torch import Tensor
 
 from slimc.errors import RecipeError
-from slimc.passes.solvers.candidates import NO_GRID, Candidates, can_be_tried, columns_of, grid_of, rounded_candidates
+from slimc.passes.solvers.candidates import (
+    NO_GRID,
+    Candidates,
+    best_candidate,
+    can_be_tried,
+    columns_of,
+    grid_of,
+    shares_grid,
+    transposed,
+)
 from slimc.passes.solvers.checks import require_finite, require_matrix, require_pattern, require_shape
-from slimc.passes.solvers.hessian import factored
+from slimc.passes.solvers.hessian import Metric, factored
 from slimc.passes.solvers.quantization import Quantized
 from slimc.passes.solvers.replay import replay
 
 _LEAST_DAMPING = 1e-6
 
+BLOCK = 128
+"""Columns that are updated before the rest of the matrix is."""
+
 
 def solve_jointly(
-    weight: Tensor, gram: Tensor, grid: Quantized | None, *, pattern: tuple[int, int], block: int = 128
+    weight: Tensor, gram: Tensor | Metric, grid: Quantized | None, *, pattern: tuple[int, int], block: int = BLOCK
 ) -> tuple[Quantized | Tensor, Tensor]:
     """Return what to store for ``weight``: an N:M mask and codes (or values) for a small output error.
 
@@ -35,7 +47,7 @@ def solve_jointly(
 
     Args:
         weight: ``[rows, columns]``.
-        gram: ``X^T X`` of the inputs, damped, ``[columns, columns]``.
+        gram: ``X^T X`` of the inputs, damped, ``[columns, columns]``; as a metric it keeps its factor.
         grid: scales (and zero points) to round to; its codes are not read. ``None`` keeps real values.
         pattern: ``(n, m)`` keeps n of every m columns; ``(m, m)`` keeps all.
         block: how many columns are updated before the rest of the matrix is; changes the speed only.
@@ -50,8 +62,9 @@ def solve_jointly(
     """
     require_matrix("solve_jointly", weight=weight)
     rows, columns = weight.shape
-    require_shape("solve_jointly", (columns, columns), gram=gram)
-    require_finite("solve_jointly", weight=weight, gram=gram)
+    metric = Metric.of(gram)
+    require_shape("solve_jointly", (columns, columns), gram=metric.gram)
+    require_finite("solve_jointly", weight=weight, gram=metric.gram)
     require_pattern("solve_jointly", *pattern, (rows, columns))
     if not can_be_tried(pattern):
         raise RecipeError(
@@ -60,36 +73,59 @@ def solve_jointly(
         )
     kept, width = pattern
     # Columns that all keep a value may stand in any block.
-    order = _visiting_order(gram, width if kept < width else 1)
-    left = weight[:, order].to(torch.float32)
-    factor = factored(gram[order][:, order].flip(0, 1), _LEAST_DAMPING).flip(0, 1)
-    blocks = columns // width
-    position = torch.arange(blocks, device=gram.device)
-    corner = factor.view(blocks, width, blocks, width)[position, :, position]
-    candidates = Candidates(corner @ corner.transpose(1, 2), kept)
-    inverted, factor = torch.linalg.inv(corner).float(), factor.float()
+    plan = metric.derive(_Plan, kept, width)
+    order = plan.order
+    left = weight.T[order].to(torch.float32)
     carried = torch.zeros_like(left)
-    entries = None
+    entries, shared = None, False
     if grid is not None:
         require_shape("solve_jointly", (rows, columns), grid=grid.codes)
         entries = columns_of(grid_of(grid), order)
+        shared = shares_grid(entries, width)
     mask = torch.empty_like(left, dtype=torch.bool)
     block = max(block // width, 1) * width
     for first in range(0, columns, block):
         part = slice(first, min(first + block, columns))
         inside = NO_GRID if entries is None else columns_of(entries, part)
-        tables = (inverted[part.start // width : part.stop // width], *candidates.of(part))
-        values, mask[:, part] = replay(
-            _settle_blocks, left[:, part], carried[:, part], *inside, factor[part, part], *tables
+        values, mask[part] = replay(
+            _settle_blocks, left[part], carried[part], *inside, shared, plan.factor[part, part], *plan.of(part)
         )
-        carried[:, part.stop :].addmm_(values - left[:, part], factor[part, part.stop :])
-        left[:, part] = values
+        carried[part.stop :].addmm_(plan.factor[part, part.stop :].T, values - left[part])
+        left[part] = values
     back = order.argsort()
     if grid is not None and entries is not None:
         step, lowest, _ = entries
         codes = (left / step).round_().sub_(lowest)
-        return replace(grid, codes=codes[:, back].to(torch.uint8)), mask[:, back]
-    return left[:, back], mask[:, back]
+        return replace(grid, codes=transposed(codes[back].to(torch.uint8))), transposed(mask[back])
+    return transposed(left[back]), transposed(mask[back])
+
+
+class _Plan(Candidates):
+    """The order in which the blocks of a metric are visited, its factor, and the tables of the blocks, in that order.
+
+    Attributes:
+        order: of the columns, int64 ``[columns]``.
+        factor: ``R``, upper triangular, float32 ``[columns, columns]``.
+        inverted: ``R_bb^-T`` of each block, float32 ``[blocks, width, width]``.
+    """
+
+    def __init__(self, gram: Tensor, kept: int, width: int) -> None:
+        """Factor ``gram``, float32 ``[columns, columns]``."""
+        # Columns that all keep a value may stand in any block.
+        self.order = _visiting_order(gram, width if kept < width else 1)
+        reversed_order = self.order.flip(0)
+        factor = factored(gram[reversed_order][:, reversed_order], _LEAST_DAMPING)
+        self.factor = factor.to(torch.float32).flip(0, 1)
+        blocks = len(gram) // width
+        position = torch.arange(blocks, device=gram.device)
+        # The blocks of the flipped factor, in the order of the blocks that are visited.
+        corner = factor.view(blocks, width, blocks, width)[position, :, position].flip(0, 1, 2)
+        super().__init__(corner @ corner.transpose(1, 2), kept)
+        self.inverted = torch.linalg.inv(corner).transpose(1, 2).to(torch.float32).contiguous()
+
+    def of(self, part: slice) -> tuple[Tensor, ...]:
+        """Return the tables of the blocks in some columns: the inverses first, then those of the candidates."""
+        return (self.inverted[part.start // self.width : part.stop // self.width], *super().of(part))
 
 
 def _settle_blocks(
@@ -98,36 +134,36 @@ def _settle_blocks(
     step: Tensor | None,
     lowest: Tensor | float | None,
     highest: Tensor | float | None,
+    shared: bool,
     factor: Tensor,
     inverted: Tensor,
     members: Tensor,
     masks: Tensor,
-    places: Tensor,
     squares: Tensor,
-    optimum: Tensor,
+    forms: Tensor,
     onward: Tensor,
+    curvature: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the values and the mask of some columns, settled block by block.
 
     ``weight``, ``carried`` (the part of ``E R`` that the columns before have left) and the grid are
-    ``[rows, columns]``, ``factor`` is ``R`` within the columns, ``inverted`` the ``R_bb^-1``, and what follows the
-    tables of :class:`Candidates`.
+    ``[columns, rows]``, ``factor`` is ``R`` within the columns, ``inverted`` the ``R_bb^-T``, and what follows the
+    tables of :class:`Candidates`. ``shared`` says that the columns of a block have one grid.
     """
     carried = carried.clone()
-    values, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    width = masks.shape[1]
+    values, mask = torch.empty_like(weight), torch.ones_like(weight, dtype=torch.bool)
+    width = masks.shape[0]
     for index in range(len(squares)):
         here = slice(index * width, (index + 1) * width)
-        now = weight[:, here]
-        wanted = torch.addmm(now, carried[:, here], inverted[index], alpha=-1)
-        grid = None if step is None else columns_of((step, lowest, highest), here)
-        found = rounded_candidates(wanted, grid, members, places, optimum[index], onward[index])
-        change = found - wanted[:, None]
-        chosen = torch.linalg.vecdot(change @ squares[index], change).min(1).indices
-        taken = found.gather(1, chosen[:, None, None].expand(-1, 1, width)).squeeze(1)
-        carried[:, here.stop :].addmm_(taken - now, factor[here, here.stop :])
-        values[:, here] = taken
-        mask[:, here] = masks[chosen]
+        now = weight[here]
+        wanted = torch.addmm(now, inverted[index], carried[here], alpha=-1)
+        entries = slice(here.start, here.start + 1) if shared else here
+        grid = None if step is None else columns_of((step, lowest, highest), entries)
+        taken, chosen = best_candidate(wanted, grid, members, forms[index], onward[index], curvature[index])
+        carried[here.stop :].addmm_(factor[here, here.stop :].T, taken - now)
+        values[here] = taken
+        if chosen is not None:
+            mask[here] = masks[:, chosen]
     return values, mask
 
 

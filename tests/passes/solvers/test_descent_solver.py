@@ -180,3 +180,11 @@ def test_groups_of_different_widths_keep_theirs(symmetric: bool) -> None:
     assert after < before
     narrow, wide = found.codes.split(16, dim=1)
     assert int(narrow.max()) < 4 <= int(wide.max()) < 16
+
+
+def test_a_single_column_has_the_strides_of_its_shape() -> None:
+    """They are what its bytes are viewed by when it is stored."""
+    weight, gram = layer(0, rows=12, columns=1)
+    stored, _ = descend(weight, gram, quantize_slim(weight, 4, 64, scale_dtype=torch.bfloat16))
+    assert isinstance(stored, Quantized)
+    assert stored.codes.stride() == stored.scale.stride() == (1, 1)

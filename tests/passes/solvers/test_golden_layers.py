@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.passes import LowRank, Prune, Quantize
+from slimc import recipes
+from slimc.passes.base import SitePass
 from slimc.passes.solvers import nm_mask, plain_adapters, quantize_slim, resolve_rank, slim_adapters, wanda_scores
 from slimc.passes.statistics import InputStatistics
 from slimc.passes.work import SiteWork
@@ -90,19 +91,19 @@ def test_4_bit_2_4_with_adapters(layer: Layer) -> None:
     assert layer.output_error(plain) <= layer.figures["naive_lora"] * TOLERANCE
 
 
-def test_the_joint_solver_halves_the_error_at_the_bits_of_4_bit_adapters(layer: Layer) -> None:
-    """At most 3.25 bits a weight and 4.25 an element of adapters of the reference's rank, which are in 16 bits."""
-    statistics = InputStatistics.gather([layer.inputs], {"activations", "gram"}, "layer")
+def test_the_default_recipe_halves_the_error_at_the_bits_of_4_bit_adapters(layer: Layer) -> None:
+    """At most 3.25 bits a weight and 4.25 an element of adapters of the reference's rank, which are in 16 bits.
+
+    The issue asks for 0.6 in the geometric mean; here no layer may have more than 0.5 of the reference's error.
+    """
+    passes = [one for one in recipes.load(recipes.DEFAULT).build() if isinstance(one, SitePass)]
+    wanted = frozenset[str]().union(*(one.statistics() for one in passes))
+    statistics = InputStatistics.gather([layer.inputs], wanted, "layer", dense=[layer.inputs])
     work = SiteWork("layer", layer.weight, torch.bfloat16, statistics, lambda: [layer.weight])
-    rank = layer.figures["rank"]
-    for one in (
-        Quantize(group=128),
-        Prune(method="sparsegpt"),
-        LowRank("covariance", rank=rank, bits=4, rounds=2, damping=0.001),
-    ):
+    for one in passes:
         one.apply(work)
     packed = work.pack()
     rows, columns = layer.weight.shape
-    allowed = 3.25 * rows * columns + 4.25 * rank * (rows + columns)
+    allowed = 3.25 * rows * columns + 4.25 * layer.figures["rank"] * (rows + columns)
     assert packed.format.bits_per_weight() * rows * columns <= allowed
     assert layer.output_error(packed.decode().float()) <= 0.5 * layer.figures["slim_lora"]
