@@ -90,6 +90,7 @@ class Program:
     """The exported graph with its sites.
 
     ``module`` holds the user's own parameters (no copy); rewriting the graph never touches the user's model.
+    ``replaced`` has the dense tensors that differ from the user's, by name.
     """
 
     module: fx.GraphModule
@@ -97,6 +98,7 @@ class Program:
     left: list[LeftAlone]
     keywords: tuple[str, ...]
     positional: int
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -107,6 +109,16 @@ class Program:
         """Return the site's dense weight as ``[out_features, in_features]`` in its own dtype (a view)."""
         weight: Tensor = attribute(self.module, site.weight_name)
         return weight.detach().t() if site.transposed else weight.detach()
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Set a parameter or buffer of the captured module to another tensor of its shape; the user's model stays."""
+        path, _, last = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        if last in owner._parameters:
+            owner._parameters[last] = torch.nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[last] = tensor
+        self.replaced[name] = tensor
 
     def placeholders(self) -> list[fx.Node]:
         """Return the input nodes in order."""

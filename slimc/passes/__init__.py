@@ -9,6 +9,7 @@ from slimc.passes.decompose import Decompose
 from slimc.passes.fuse import Fuse
 from slimc.passes.low_rank import LowRank
 from slimc.passes.per_site import PerSite
+from slimc.passes.permute import Permute
 from slimc.passes.pipeline import PASSES, check_order, from_config
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
@@ -25,6 +26,7 @@ __all__ = [
     "LowRank",
     "Pass",
     "PerSite",
+    "Permute",
     "Prune",
     "Quantize",
     "SitePass",

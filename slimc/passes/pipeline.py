@@ -18,7 +18,7 @@ from slimc.ir.text import text
 from slimc.ir.verify import verify
 from slimc.passes.activations import Activations
 from slimc.passes.allocate_bits import AllocateBits
-from slimc.passes.base import Pass, SitePass
+from slimc.passes.base import Pass, ProgramPass, SitePass
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
@@ -26,6 +26,7 @@ from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
 from slimc.passes.low_rank import LowRank
 from slimc.passes.per_site import PerSite
+from slimc.passes.permute import Permute
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
@@ -41,6 +42,7 @@ PASSES: Mapping[str, type[Pass]] = {
     one.name: one
     for one in (
         Calibrate,
+        Permute,
         Compensate,
         AllocateBits,
         Quantize,
@@ -190,6 +192,13 @@ def run(
     dump = _Dump(program, dump_dir)
     dump.write("capture")
     seconds: dict[str, float] = {}
+
+    for one in (one for one in passes if isinstance(one, ProgramPass)):
+        started = time.perf_counter()
+        one.run(program, inputs, held_out=held_out, device=device, progress=progress)
+        seconds[one.name] = time.perf_counter() - started
+        verify(program)
+        dump.write(one.name)
 
     started = time.perf_counter()
     site_passes = [one for one in passes if isinstance(one, SitePass)]
