@@ -22,7 +22,7 @@ import torch
 import slimc
 from slimc import recipes
 from slimc.backends import hf
-from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Permute, Prune, Quantize, Tune
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Permute, Prune, Quantize, ScaleFolding, Tune
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
@@ -71,6 +71,11 @@ GRAPH_ROWS: dict[str, list[Pass]] = {
     "slim": recipes.load("slim-w4-2x4").build(),
     "slim, permuted": with_pass("slim-w4-2x4", Permute()),
     "slim, permuted, unsorted": with_pass("slim-w4-2x4", Permute(sort=None)),
+    "slim, scales folded": with_pass("slim-w4-2x4", ScaleFolding()),
+    "slim, scales of norms folded": with_pass("slim-w4-2x4", ScaleFolding(layers=False)),
+    "joint, scales folded": with_pass("joint-w4-2x4", ScaleFolding(group=128)),
+    "joint, scales of norms folded": with_pass("joint-w4-2x4", ScaleFolding(group=128, layers=False)),
+    "slim w4, scales folded": with_pass("slim-w4", ScaleFolding(group=128)),
     "slim w4": recipes.load("slim-w4").build(),
     "slim w4, sorted": with_pass("slim-w4", Permute(pattern=None)),
     "slim w4, sorted by energy": with_pass("slim-w4", Permute(pattern=None, sort="energy")),

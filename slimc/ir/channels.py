@@ -7,6 +7,7 @@ operator that they run through, to the sites and vectors where they end; whateve
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from torch import Tensor, fx
 from slimc.ir.axes import Axes, Axis, Index, sizes
 from slimc.ir.match import RefusedError
 from slimc.ir.program import Program, Site, attribute, memory
-from slimc.ir.relations import IGNORED, Relation, is_cut, part_of, rank, relation
+from slimc.ir.relations import IGNORED, Relation, is_cut, part_of, rank, relation, scaled_operands
+from slimc.ir.text import operator_name
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,25 @@ def permutable(program: Program) -> Found:
         else:
             found.append(channels)
             done.update(channels.consumed)
+    return Found(tuple(found), refused)
+
+
+def scalable(program: Program) -> Found:
+    """Find the channels at the inputs of sites that may be made smaller by a factor each, which the sites take on.
+
+    All readers of the input must be sites, and a factor of each channel must come from what is stored: the weight and bias of a norm,
+    rows of a site, a vector. ``program`` is not changed; every channel is a block of its own.
+    """
+    context = _Context(program)
+    found: list[Channels] = []
+    refused: dict[str, str] = {}
+    for site in program.site_order():
+        if site.name in refused or any(site.name in one.consumed for one in found):
+            continue
+        try:
+            found.append(_Factors(context, site).channels())
+        except RefusedError as refusal:
+            refused |= dict.fromkeys(site.group, str(refusal))
     return Found(tuple(found), refused)
 
 
@@ -245,6 +266,10 @@ class _Region:
 
     def _channels(self, free: Index) -> Channels:
         ends = [end for end in self._ends() if free in end.indices]
+        shared = [one for one in ends[0].indices if one is not free and all(one in end.indices for end in ends)]
+        return self._collect(ends, [*shared, free], free.size)
+
+    def _collect(self, ends: Sequence[_End], order: Sequence[Index], size: int) -> Channels:
         produced, consumed = ([end for end in ends if (end.consumer is None) is kind] for kind in (True, False))
         if not produced:
             raise RefusedError("nothing that is stored produces them")
@@ -253,14 +278,9 @@ class _Region:
                 raise RefusedError(f"an axis of {end.tensor} has the same index twice")
         for tensor in {end.tensor for end in ends}:
             self.context.readers.require_sole(tensor)
-        shared = [one for one in ends[0].indices if one is not free and all(one in end.indices for end in ends)]
-        order = [*shared, free]
-        blocks = 1
-        for one in shared:
-            blocks *= one.size
         return Channels(
-            blocks,
-            free.size,
+            math.prod(one.size for one in order) // size,
+            size,
             tuple(_stretch(end, order) for end in produced),
             {str(end.consumer): _stretch(end, order) for end in consumed},
         )
@@ -316,11 +336,74 @@ class _Region:
         return kept and len(readers) == 1
 
 
+class _Factors(_Region):
+    """The values that take a factor from what is stored to one input of sites."""
+
+    def _explore(self) -> None:
+        """Follow a factor backwards; then carry the indices over what it went through."""
+        start = self.site.uses[0].input
+        for user in start.users:
+            product = self.context.products.get(user)
+            if user not in _ignored(start) and (product is None or product[1].input is not start):
+                raise RefusedError(f"%{user.name} reads %{start.name} too, and is no site that could take the factor on")
+        self.path = self._trace(start)
+        self.axes.set(start, rank(start) - 1, [self.whole])
+        waiting = deque([start])
+        while waiting:
+            node = waiting.popleft()
+            for one in (node, *node.users):
+                ties = self.context.relation(one).ties if one in self.path and not self._ends_at(one) else []
+                for tie in ties:
+                    if tie.first in self.path:
+                        waiting.extend(self.axes.apply(tie))
+
+    def channels(self) -> Channels:
+        """Return all channels here, each of which may have a factor of its own.
+
+        Raises:
+            RefusedError: there are none.
+        """
+        ends = list(self._ends())
+        for node in self.path:
+            if self._ends_at(node) and not self.axes.indices(node):
+                raise RefusedError(f"%{node.name} has one value for all of them")
+        order = [one for one in ends[0].indices if all(one in end.indices for end in ends)]
+        if not order:
+            raise RefusedError("nothing that is stored has all of them")
+        return self._collect(ends, order, 1)
+
+    def _ends_at(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" or node in self.context.products or self._is_piece(node)
+
+    def _trace(self, node: fx.Node) -> set[fx.Node]:
+        """Return the values that a factor of ``node`` runs through, to where it is stored."""
+        if self._ends_at(node):
+            return {node}
+        refusal = RefusedError(f"%{node.name} ({operator_name(node)}) does not pass factors on")
+        for operands in scaled_operands(node):
+            try:
+                found = {node}
+                for operand in operands:
+                    others = [user for user in operand.users if user is not node and user not in _ignored(operand)]
+                    if others:
+                        raise RefusedError(f"%{others[0].name} reads %{operand.name} too")
+                    found |= self._trace(operand)
+            except RefusedError as reason:
+                refusal = reason
+            else:
+                return found
+        raise refusal
+
+
+def _ignored(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if user.target in IGNORED]
+
+
 def _stretch(end: _End, order: Sequence[Index]) -> Stretch:
     """Number the positions of a stored axis by the channels ``order`` and by everything else."""
     others = [one for one in end.indices if one not in order]
     shape = [one.size for one in end.indices]
-    length = int(torch.tensor(shape).prod())
+    length = math.prod(shape)
     coordinates = torch.unravel_index(torch.arange(length), shape)
     place = dict(zip(end.indices, coordinates, strict=True))
 

@@ -278,3 +278,55 @@ _CUTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.
 def is_cut(node: fx.Node) -> bool:
     """Tell whether ``node`` cuts a value into a list of pieces."""
     return node.target in _CUTS
+
+
+def scaled_operands(node: fx.Node) -> list[list[fx.Node]]:
+    """Return which operands have to be multiplied by something for the result to be; several choices, or none.
+
+    An operator is here if it is linear in the operands of a choice together, or at least keeps positive factors.
+    """
+    given = arguments(node)
+    operands = [one for one in node.all_input_nodes if rank(one)]
+    if node.target in _PASSES_FACTORS or (node.target is aten.dropout.default and not given["train"]):
+        return [operands[:1]]
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        # What is stored rather than what is computed.
+        return [[one] for one in sorted(operands, key=lambda one: one.op != "get_attr")]
+    if node.target in (aten.div.Tensor, aten.div.Scalar):
+        return [[node.args[0]]] if isinstance(node.args[0], fx.Node) else []
+    if node.target in (aten.add.Tensor, aten.sub.Tensor):
+        return [operands] if isinstance(given["other"], fx.Node) else []
+    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+        factors = [given.get("weight"), given.get("bias")]
+        return [[one for one in factors if isinstance(one, fx.Node)]] if isinstance(factors[0], fx.Node) else []
+    if node.target is aten.scaled_dot_product_attention.default:
+        return [[given["value"]]]
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        return [[node.args[1]]] if isinstance(node.args[1], fx.Node) else []
+    return []
+
+
+_PASSES_FACTORS = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.alias.default,
+        aten.expand.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+        aten.neg.default,
+        aten.relu.default,
+    }
+)
+"""Operators whose result is larger by a positive factor where their operand is."""

@@ -13,6 +13,7 @@ from slimc.passes.permute import Permute
 from slimc.passes.pipeline import PASSES, check_order, from_config
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
+from slimc.passes.scale_folding import ScaleFolding
 from slimc.passes.tune import Tune
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Permute",
     "Prune",
     "Quantize",
+    "ScaleFolding",
     "SitePass",
     "Tune",
     "check_order",

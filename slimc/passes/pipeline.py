@@ -30,6 +30,7 @@ from slimc.passes.permute import Permute
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
+from slimc.passes.scale_folding import ScaleFolding
 from slimc.passes.sweep import Sweep
 from slimc.passes.tune import Tune
 from slimc.progress import Progress
@@ -43,6 +44,7 @@ PASSES: Mapping[str, type[Pass]] = {
     for one in (
         Calibrate,
         Permute,
+        ScaleFolding,
         Compensate,
         AllocateBits,
         Quantize,
