@@ -62,6 +62,8 @@ ROWS: dict[str, list[Pass]] = {
     "sums, tuned": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(), Tune(), Fuse()],
 }
 
+SLIM = recipes.load("slim-w4-2x4").build()
+
 GRAPH_ROWS: dict[str, list[Pass]] = {
     "joint": recipes.load("joint-w4-2x4").build(),
     "joint, permuted": with_pass("joint-w4-2x4", Permute()),
@@ -76,6 +78,7 @@ GRAPH_ROWS: dict[str, list[Pass]] = {
     "joint, scales folded": with_pass("joint-w4-2x4", ScaleFolding(group=128)),
     "joint, scales of norms folded": with_pass("joint-w4-2x4", ScaleFolding(group=128, layers=False)),
     "slim w4, scales folded": with_pass("slim-w4", ScaleFolding(group=128)),
+    "slim, scales folded, permuted": [*with_pass("slim-w4-2x4", ScaleFolding())[:2], Permute(), *SLIM[1:]],
     "slim w4": recipes.load("slim-w4").build(),
     "slim w4, sorted": with_pass("slim-w4", Permute(pattern=None)),
     "slim w4, sorted by energy": with_pass("slim-w4", Permute(pattern=None, sort="energy")),

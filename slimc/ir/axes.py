@@ -1,7 +1,7 @@
 """Which axes of which values are one and the same index: what a proof about channels is made of.
 
-An axis is a product of :class:`Index` es, the first of which varies slowest. A view that splits an axis splits its index; operators
-that read and write the same position tie axes of different values together.
+An axis is a product of :class:`Index` es, the first of which varies slowest. A view that splits an axis splits its
+index; operators that read and write the same position tie axes of different values together.
 """
 
 from __future__ import annotations
@@ -141,9 +141,13 @@ class Axes:
             return []
         learnt = []
         if not any(first):
-            learnt = [tie.first] if self._fill(tie.first, tie.first_axes, self._joined(tie.second, tie.second_axes)) else []
+            learnt = (
+                [tie.first] if self._fill(tie.first, tie.first_axes, self._joined(tie.second, tie.second_axes)) else []
+            )
         elif not any(second):
-            learnt = [tie.second] if self._fill(tie.second, tie.second_axes, self._joined(tie.first, tie.first_axes)) else []
+            learnt = (
+                [tie.second] if self._fill(tie.second, tie.second_axes, self._joined(tie.first, tie.first_axes)) else []
+            )
         else:
             ours, theirs = self._joined(tie.first, tie.first_axes), self._joined(tie.second, tie.second_axes)
             if not unify(ours, theirs):
@@ -158,7 +162,9 @@ class Axes:
             size = shape[axis]
             if not indices and size != 1:
                 if size is None:
-                    return _fix(joined + [one for other in axes for one in self.of(node, other)], _MIXED.format(node.name))
+                    return _fix(
+                        joined + [one for other in axes for one in self.of(node, other)], _MIXED.format(node.name)
+                    )
                 indices = [Index(size, _MIXED.format(node.name))]
                 self.set(node, axis, indices)
             joined += indices

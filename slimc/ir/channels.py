@@ -1,8 +1,9 @@
 """Inner channels: what indexes rows of some weights and columns of others, and nothing else that is stored.
 
-Such channels may be put into another order (:func:`permutable`) without changing what the model computes, as long as all that they
-index is put into that order. The proof is the graph's: starting from the input of a site, indices are carried over every
-operator that they run through, to the sites and vectors where they end; whatever reads elements in their order keeps them there.
+Such channels may be put into another order (:func:`permutable`) without changing what the model computes, as long as
+all that they index is put into that order. The proof is the graph's: starting from the input of a site, indices are
+carried over every operator that they run through, to the sites and vectors where they end; whatever reads elements in
+their order keeps them there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -41,7 +42,7 @@ class Stretch:
     repeats: Tensor
 
     def sources(self, permutation: Tensor) -> Tensor:
-        """Return, for every position, where what belongs there is now: the channel ``permutation[c]`` comes to ``c``."""
+        """Return where to fetch what belongs at each position: channel ``permutation[c]`` comes to ``c``."""
         position = torch.full((int(self.repeats.max()) + 1, len(permutation)), -1)
         position[self.repeats, self.order] = torch.arange(len(self.order))
         return position[self.repeats, permutation[self.order]]
@@ -113,8 +114,8 @@ def permutable(program: Program) -> Found:
 def scalable(program: Program) -> Found:
     """Find the channels at the inputs of sites that may be made smaller by a factor each, which the sites take on.
 
-    All readers of the input must be sites, and a factor of each channel must come from what is stored: the weight and bias of a norm,
-    rows of a site, a vector. ``program`` is not changed; every channel is a block of its own.
+    All readers of the input must be sites, and a factor of each channel must come from what is stored: the weight and
+    bias of a norm, rows of a site, a vector. ``program`` is not changed; every channel is a block of its own.
     """
     context = _Context(program)
     found: list[Channels] = []
@@ -314,10 +315,9 @@ class _Region:
         Raises:
             RefusedError: it is cut from something else.
         """
-        if not self._is_piece(node):
-            return None
         part = part_of(node)
-        assert part is not None
+        if part is None or not self._is_piece(node):
+            return None
         whole, start = part
         while whole not in self.context.products:
             if not self.context.relation(whole).ties or not self._keeps_last_axis(whole):
@@ -345,7 +345,9 @@ class _Factors(_Region):
         for user in start.users:
             product = self.context.products.get(user)
             if user not in _ignored(start) and (product is None or product[1].input is not start):
-                raise RefusedError(f"%{user.name} reads %{start.name} too, and is no site that could take the factor on")
+                raise RefusedError(
+                    f"%{user.name} reads %{start.name} too, and is no site that could take the factor on"
+                )
         self.path = self._trace(start)
         self.axes.set(start, rank(start) - 1, [self.whole])
         waiting = deque([start])

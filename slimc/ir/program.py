@@ -58,6 +58,7 @@ class Site:
         modules: paths of the modules that hold the weight (more than one when it is shared).
         packed: the compressed form, once a sweep has produced it.
         written: the graph nodes that hold the compressed form.
+        bias: what the compressed site adds in place of its dense bias, once a sweep has found something else.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Site:
     group: tuple[str, ...] = ()
     packed: PackedLinear | None = None
     written: list[fx.Node] = field(default_factory=list)
+    bias: Tensor | None = None
 
     @property
     def transposed(self) -> bool:

@@ -3,6 +3,7 @@
 from slimc.passes.activations import Activations
 from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, SitePass
+from slimc.passes.bias_correction import BiasCorrection
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
@@ -20,6 +21,7 @@ __all__ = [
     "PASSES",
     "Activations",
     "AllocateBits",
+    "BiasCorrection",
     "Calibrate",
     "Compensate",
     "Decompose",

@@ -27,17 +27,17 @@ class Permute(ProgramPass):
     """``down(act(gate(x)) * up(x)) = down[:, p](act(gate[p](x)) * up[p](x))``, with ``p`` chosen for what follows.
 
     Rows of what produces inner channels and columns of what consumes them are stored in another order, together with
-    biases and vectors in between. Nothing is gathered at run time, and the model computes the same function. Which channels those are,
-    the captured graph says (:mod:`slimc.ir.channels`): those inside an MLP, and those of the values in
-    each head of attention, in one order for all the queries that share a head of the values. The residual stream, tied weights and
-    channels that anything reads in their order stay as they are.
+    biases and vectors in between. Nothing is gathered at run time, and the model computes the same function. Which
+    channels those are, the captured graph says (:mod:`slimc.ir.channels`): those inside an MLP, and those of the
+    values in each head of attention, in one order for all the queries that share a head of the values. The residual
+    stream, tied weights and channels that anything reads in their order stay as they are.
 
     Attributes:
-        pattern: the N:M that ``prune`` will store. Channels are put beside each other so that the entries that N of M can keep have
-            most of ``|w|`` times the root mean square of the input (Wanda's score; J. Pool and C. Yu,
+        pattern: the N:M that ``prune`` will store. Channels are put beside each other so that the entries that N of M
+            can keep have most of ``|w|`` times the root mean square of the input (Wanda's score; J. Pool and C. Yu,
             "Channel Permutations for N:M Sparsity", NeurIPS 2021). ``None``: every channel by itself.
-        sort: by what groups of M channels are ordered, so that those that share a scale are alike: ``"magnitude"`` of their weights,
-            ``"energy"`` of their inputs, or ``None``.
+        sort: by what groups of M channels are ordered, so that those that share a scale are alike: ``"magnitude"`` of
+            their weights, ``"energy"`` of their inputs, or ``None``.
     """
 
     name: ClassVar[str] = "permute"
@@ -55,7 +55,9 @@ class Permute(ProgramPass):
         self._require(
             self.sort in ("magnitude", "energy", None), f"sort must be 'magnitude', 'energy' or null, not {self.sort!r}"
         )
-        self._require(self.pattern is not None or self.sort is not None, "pattern and sort are both null: nothing to do")
+        self._require(
+            self.pattern is not None or self.sort is not None, "pattern and sort are both null: nothing to do"
+        )
 
     @property
     def nm(self) -> tuple[int, int]:
@@ -115,20 +117,20 @@ class Permute(ProgramPass):
     def _order(self, program: Program, channels: Channels, energies: dict[str, Tensor]) -> Tensor:
         """Return which channel comes to each position, int64 ``[channels]``."""
         n, m = self.nm
-        weights, scores, energy = [], [], 0.0
+        weights, scores, energies_by_channel = [], [], []
         for name, stretch in channels.consumed.items():
             weight = program.dense_weight(program.sites[name]).to(energies[name].device).float()
             weights.append(_by_channel(weight.abs(), stretch, channels))
             scores.append(_by_channel(weight.abs() * energies[name].sqrt(), stretch, channels))
-            energy = energy + _by_channel(energies[name][None], stretch, channels).sum(0)
-        magnitude, score = torch.cat(weights), torch.cat(scores)
-        key = magnitude.square().sum(0) if self.sort == "magnitude" else energy
+            energies_by_channel.append(_by_channel(energies[name][None], stretch, channels))
+        score = torch.cat(scores)
+        key = (torch.cat(weights).square() if self.sort == "magnitude" else torch.cat(energies_by_channel)).sum(0)
         order = []
         for block in range(channels.blocks):
             first = block * channels.size
             part = slice(first, first + channels.size)
             chosen = best_order(score[:, part], n, m)
-            if self.sort is not None and isinstance(key, Tensor):
+            if self.sort is not None:
                 groups = chosen.reshape(-1, m)
                 chosen = groups[key[part][groups].sum(1).argsort(descending=True, stable=True)].reshape(-1)
             order.append(first + chosen)

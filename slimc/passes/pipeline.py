@@ -19,6 +19,7 @@ from slimc.ir.verify import verify
 from slimc.passes.activations import Activations
 from slimc.passes.allocate_bits import AllocateBits
 from slimc.passes.base import Pass, ProgramPass, SitePass
+from slimc.passes.bias_correction import BiasCorrection
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
@@ -51,6 +52,7 @@ PASSES: Mapping[str, type[Pass]] = {
         Prune,
         Decompose,
         LowRank,
+        BiasCorrection,
         Activations,
         Tune,
         PerSite,
@@ -99,6 +101,11 @@ def check_order(passes: Sequence[Pass]) -> None:
             raise RecipeError(f"'{one.name}' comes after fuse, which must be the last pass. Move fuse to the end.")
         for expressed in _expressed(earlier):
             one.check_after(expressed)
+        if isinstance(one, SitePass) and one.compresses and "bias_correction" in [other.name for other in earlier]:
+            raise RecipeError(
+                f"'{one.name}' comes after bias_correction, and would change the error that was corrected. Put "
+                "bias_correction after it."
+            )
         if one.statistics() and not any(isinstance(other, Calibrate) for other in earlier):
             raise RecipeError(
                 f"{one.name} needs calibrate before it, for statistics of the activations. Put calibrate first."
@@ -222,6 +229,9 @@ def run(
         tune.run(program, inputs, held_out=held_out, device=device, progress=progress)
         seconds["tune"] = time.perf_counter() - started
 
+    for site in program.sites.values():
+        if site.bias is not None and site.uses[0].bias is not None:
+            program.replace(str(site.uses[0].bias.target), site.bias)
     if dump_dir:
         dump.write_stages(site_passes)
     for site in program.sites.values():

@@ -225,10 +225,6 @@ class Quantize(SitePass):
             work.quantizer = lambda weight, mask: self._solve(weight, mask, dtype)
         work.quantize()
 
-    def rounded(self, weight: Tensor, scale_dtype: torch.dtype) -> Tensor:
-        """Return what a float32 ``[rows, columns]`` weight becomes, by methods that look at nothing else."""
-        return self._solve(weight, None, scale_dtype).dequantize()
-
     def _apply_activation_aware(self, work: SiteWork) -> None:
         """Find the step on the plain weight, then round the enlarged channels on that grid (the cap stays).
 

@@ -1,11 +1,11 @@
-"""ScaleFolding: what a norm, or the layer before, multiplies each channel by is chosen for the grid of the layer after."""
+"""ScaleFolding: what a norm or a layer multiplies each channel by is chosen for the grid of the next layer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from torch import Tensor
 from slimc.errors import RecipeError
 from slimc.ir.channels import Channels, Stretch, scalable
 from slimc.ir.program import Program, attribute
-from slimc.passes.base import Pass, ProgramPass, Statistic
+from slimc.passes.base import Pass, ProgramPass, Statistic, whole_number
 from slimc.passes.observe import observe
 from slimc.passes.quantize import Quantize
 from slimc.passes.solvers.quantization import Group
+from slimc.passes.solvers.trial_rounding import round_for_trial
 from slimc.passes.statistics import evenly_spaced
 from slimc.progress import Progress
 
@@ -31,21 +32,22 @@ MOST = 8
 
 @dataclass(frozen=True)
 class ScaleFolding(ProgramPass):
-    """``linear(norm(x) * g, W) = linear(norm(x) * (g / s), W * s)``, with ``s`` chosen for the grid that ``W`` will be put on.
+    """``linear(norm(x) * g, W) = linear(norm(x) * (g / s), W * s)``, with ``s`` chosen for the grid of ``W * s``.
 
-    The factors belong to what is stored already, the weight of a norm, the rows of ``up`` or of the values in attention, so that
-    nothing is computed at run time that was not before. They are powers of two: dividing and multiplying by them rounds nothing, in any
-    dtype. Which channels have such factors, the captured graph says (:func:`slimc.ir.channels.scalable`): all that reads
-    them must be sites.
+    The factors belong to what is stored already, the weight of a norm, the rows of ``up`` or of the values in
+    attention, so that nothing is computed at run time that was not before. They are powers of two: dividing and
+    multiplying by them rounds nothing, in any dtype. Which channels have such factors, the captured graph says
+    (:func:`slimc.ir.channels.scalable`): all that reads them must be sites.
 
-    ``s = 2 ** round(a * log2(size of the input) - b * log2(size of the weight))``, each relative to its mean; of the powers
-    ``a`` and ``b`` from 0 to 1 those are taken with which rounding the sites to ``bits`` costs their outputs least on calibration tokens (AWQ,
-    arXiv 2306.00978, has ``b = 0``, SmoothQuant, arXiv 2211.10438, ``b = 1 - a`` for inputs). Where channels come from rows of sites,
-    what these lose counts, too.
+    ``s = 2 ** round(a * log2(size of the input) - b * log2(size of the weight))``, each relative to its mean; of the
+    powers ``a`` and ``b`` from 0 to 1 those are taken with which rounding the sites to ``bits`` costs their outputs
+    least on calibration tokens (AWQ, arXiv 2306.00978, has ``b = 0``, SmoothQuant, arXiv 2211.10438, ``b = 1 - a``
+    for inputs). Where channels come from rows of sites, what these lose counts, too.
 
     Attributes:
         bits: of the grid that a choice is tried on.
-        group: columns that share a scale there, ``"channel"``, or ``None`` for a scale a tensor; as ``quantize`` will have it.
+        group: columns that share a scale there, ``"channel"``, or ``None`` for a scale a tensor; as ``quantize`` will
+            have it.
         steps: how many values each power takes from 0 to 1.
         layers: whether factors pass from layer to layer, not only from a norm.
     """
@@ -60,8 +62,7 @@ class ScaleFolding(ProgramPass):
     def __post_init__(self) -> None:
         """Check the options."""
         Quantize(method="absmax", bits=self.bits, group=self.group)
-        valid = isinstance(self.steps, int) and not isinstance(self.steps, bool) and self.steps >= 2
-        self._require(valid, f"steps must be 2 or more, not {self.steps!r}")
+        self._require(whole_number(self.steps) and self.steps >= 2, f"steps must be 2 or more, not {self.steps!r}")
         self._require(isinstance(self.layers, bool), f"layers must be true or false, not {self.layers!r}")
 
     def statistics(self) -> frozenset[Statistic]:
@@ -153,9 +154,9 @@ class _Trial:
     def apply(self, factors: Tensor) -> None:
         """Divide what is stored before the sites, and multiply their columns."""
         for end in self.channels.produced:
-            _multiply(self.program, end, 1 / factors)
+            multiply(self.program, end, 1 / factors)
         for name, end in self.channels.consumed.items():
-            _multiply(self.program, end, factors)
+            multiply(self.program, end, factors)
             sample = self.samples[name]
             # Siblings may have one sample; each is replaced, not written.
             self.samples[name] = sample / factors[end.order].to(sample)
@@ -188,11 +189,7 @@ class _Trial:
         return float((sample @ (rounded - weight).t()).square().sum() / exact.clamp(min=torch.finfo(exact.dtype).tiny))
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        dtype = next(iter(self.program.sites.values())).dtype
-        # The largest weight of a whole tensor says little about the scale that it will have, that of a group much.
-        method: Literal["slim", "absmax"] = "slim" if self.settings.group is None else "absmax"
-        quantize = Quantize(method=method, bits=self.settings.bits, group=self.settings.group)
-        return quantize.rounded(weight, torch.float32 if dtype == torch.float64 else dtype)
+        return round_for_trial(weight, self.settings.bits, self.settings.group)
 
 
 def _factors(larger: Tensor, heavier: Tensor, powers: tuple[float, float]) -> Tensor:
@@ -207,7 +204,7 @@ def _centred(squares: Tensor) -> Tensor:
     return torch.where(alive, sizes - centre, torch.zeros_like(sizes))
 
 
-def _multiply(program: Program, end: Stretch, factors: Tensor) -> None:
+def multiply(program: Program, end: Stretch, factors: Tensor) -> None:
     """Multiply part of an axis of a tensor of ``program`` by a power of two for each channel."""
     tensor: Tensor = attribute(program.module, end.tensor).detach()
     along = torch.ones(tensor.shape[end.axis])

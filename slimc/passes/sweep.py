@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from slimc.errors import CaptureError, SlimError
-from slimc.ir.program import Program, Site, Use
+from slimc.ir.channels import ConstantReaders
+from slimc.ir.match import RefusedError
+from slimc.ir.program import Program, Site, Use, attribute
 from slimc.passes.base import SitePass, Statistic
 from slimc.passes.constants import Constants
 from slimc.passes.journal import Journal
@@ -96,6 +98,7 @@ class Sweep:
         self._apart: dict[fx.Node, list[Any]] = {}
         self._two_streams = bool({"cross_gram", "shortfall"} & self.wanted)
         self._always_apart = self._two_streams and bool(self._written)
+        self._readers = ConstantReaders(program)
         self._earlier_inputs: dict[str, list[Inputs]] = {}
         self._shared_statistics: dict[tuple[str, ...], tuple[InputStatistics, InputStatistics | None]] = {}
 
@@ -170,6 +173,8 @@ class Sweep:
             self._apart[use.node] = self._run_node(use.node, self._dense_values)
         activations: list[Tensor] = self._values[use.input]
         bias = None if use.bias is None else self._value(use.bias)
+        if site.bias is not None:
+            bias = site.bias.to(self.constants.device)
         linear = decoded_linear(_moved(_packed(site), self.constants.device))
         self._values[use.node] = [linear(x, bias) for x in activations]
 
@@ -231,13 +236,14 @@ class Sweep:
         home = self.program.dense_weight(site).device
         recorded = self.journal.read(site, home) if self.journal else None
         if recorded is None:
-            packed, row = self._solve(site, inputs)
+            packed, row, bias = self._solve(site, inputs)
             packed = _moved(packed, home)
+            bias = None if bias is None else bias.to(home)
             if self.journal:
-                self.journal.write(site.name, packed, row)
+                self.journal.write(site.name, packed, row, bias)
         else:
-            packed, row = recorded
-        site.packed = packed
+            packed, row, bias = recorded
+        site.packed, site.bias = packed, bias
         if all(self.program.sites[name].packed for name in site.group):
             self._shared_statistics.pop(site.group, None)
         self.rows.append(row)
@@ -292,7 +298,20 @@ class Sweep:
         held_out = gather(slice(self.fitted, None)) if self.fitted < len(self.inputs) else None
         return gather(slice(self.fitted)), held_out
 
-    def _solve(self, site: Site, inputs: Sequence[Inputs]) -> tuple[PackedLinear, SiteRow]:
+    def _own_bias(self, site: Site) -> tuple[Tensor | None, str | None]:
+        """Return the site's bias if nothing else adds it, or why there is none to be changed."""
+        biases = {None if use.bias is None else str(use.bias.target) for use in site.uses}
+        name = biases.pop()
+        if biases or name is None:
+            return None, "its uses add different biases" if biases else "it has no bias"
+        try:
+            self._readers.require_sole(name)
+        except RefusedError as refusal:
+            return None, str(refusal)
+        bias: Tensor = attribute(self.program.module, name)
+        return bias.detach().to(self.constants.device), None
+
+    def _solve(self, site: Site, inputs: Sequence[Inputs]) -> tuple[PackedLinear, SiteRow, Tensor | None]:
         statistics, held_out = self._statistics(site, inputs)
         device = self.constants.device
         work = SiteWork(
@@ -303,6 +322,7 @@ class Sweep:
             held_out=held_out,
             shortfalls=self._shortfalls(site, inputs),
             siblings=lambda: [self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group],
+            own_bias=lambda: self._own_bias(site),
         )
         for one in self.passes:
             try:
@@ -312,7 +332,7 @@ class Sweep:
             if self.snapshot:
                 self.snapshot(one.name, site, work.pack())
         packed = work.pack()
-        return packed, work.row(packed)
+        return packed, work.row(packed), work.bias
 
 
 def _added_to(product: fx.Node) -> fx.Node | None:

@@ -47,6 +47,10 @@ class SiteWork:
             float32 numbers that ``dtype`` can hold.
         compression_ratio: as the literature counts it, where a pass was asked for one.
         fallback: what a pass did in place of what it was asked for, and why.
+        own_bias: brings the bias that the site adds, in its own dtype, if it alone adds it, or else why there is none
+            to change.
+        bias: what the site adds in place of it.
+        shift: by how much that is more, float32 ``[out_features]``.
     """
 
     name: str
@@ -70,6 +74,9 @@ class SiteWork:
     binary: tuple[Tensor, Tensor, Tensor] | None = None
     compression_ratio: float | None = None
     fallback: str | None = None
+    own_bias: Callable[[], tuple[Tensor | None, str | None]] = lambda: (None, "it has no bias")
+    bias: Tensor | None = None
+    shift: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
@@ -215,7 +222,11 @@ class SiteWork:
 
     def output_difference(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """Return ``X (weight - dense)^T`` for inputs ``[tokens, in_features]``, their rounding counted in."""
-        return inputs @ (weight - self.dense).t() + self._rounding_noise(inputs)
+        return inputs @ (weight - self.dense).t() + self._rounding_noise(inputs) + self._shift()
+
+    def _shift(self) -> Tensor | float:
+        """Return what the outputs have more for the bias that is added to them."""
+        return 0.0 if self.shift is None else self.shift
 
     def _rounding_noise(self, sample: Tensor) -> Tensor | float:
         """Return by how much rounding changes the outputs of ``base`` on sampled inputs."""
@@ -244,7 +255,7 @@ class SiteWork:
         exact = statistics.dense_sample @ self.dense.t()
         sample = statistics.sample
         wanted = exact if shortfall is None else exact + shortfall.sample
-        return _relative(sample @ weight.t() - wanted + self._rounding_noise(sample), exact)
+        return _relative(sample @ weight.t() - wanted + self._rounding_noise(sample) + self._shift(), exact)
 
 
 def _dense(factor: Tensor | Quantized) -> Tensor:

@@ -1,7 +1,8 @@
 """An order of channels in which a pattern of N out of M neighbours takes away least.
 
-Source of the problem: J. Pool and C. Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021. They exchange pairs of columns one at
-a time; here one channel is taken out of every group at once, and what each would save in each other's place is one matrix of distances.
+Source of the problem: J. Pool and C. Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021. They exchange pairs
+of columns one at a time; here one channel is taken out of every group at once, and what each would save in each
+other's place is one matrix of distances.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def best_order(scores: Tensor, n: int, m: int, *, rounds: int = 64) -> Tensor:
     Returns:
         int64 ``[channels]``: the channel that comes to each position.
 
-    In each round every group lends one channel, at the same place in all groups. With the others in order, ``a_1 >= a_2 ...``, a group
-    and a channel ``x`` keep ``a_1 + ... + a_(n-1) + max(a_n, x)`` in a row, so that what an exchange of two lent channels gains is told
-    by the distances ``|a_n - x|``. The pairs that gain most are exchanged, best first, each group at most once: no round loses
-    anything. It ends when no place of a group gains any more. Deterministic.
+    In each round every group lends one channel, at the same place in all groups. With the others in order, ``a_1 >=
+    a_2 ...``, a group and a channel ``x`` keep ``a_1 + ... + a_(n-1) + max(a_n, x)`` in a row, so that what an
+    exchange of two lent channels gains is told by the distances ``|a_n - x|``. The pairs that gain most are
+    exchanged, best first, each group at most once: no round loses anything. It ends when no place of a group gains
+    any more. Deterministic.
     """
     channels = scores.shape[1]
     order = torch.arange(channels, device=scores.device)
