@@ -79,6 +79,13 @@ GRAPH_ROWS: dict[str, list[Pass]] = {
     "joint, scales of norms folded": with_pass("joint-w4-2x4", ScaleFolding(group=128, layers=False)),
     "slim w4, scales folded": with_pass("slim-w4", ScaleFolding(group=128)),
     "slim, scales folded, permuted": [*with_pass("slim-w4-2x4", ScaleFolding())[:2], Permute(), *SLIM[1:]],
+    # What siblings save is spent on rank.
+    "joint, siblings share": recipes.load("joint-w4-2x4")
+    .override(["low_rank.rank=0.108", "low_rank.shared=siblings"])
+    .build(),
+    "slim, siblings share": recipes.load("slim-w4-2x4")
+    .override(["low_rank.rank=0.108", "low_rank.shared=siblings"])
+    .build(),
     "slim w4": recipes.load("slim-w4").build(),
     "slim w4, sorted": with_pass("slim-w4", Permute(pattern=None)),
     "slim w4, sorted by energy": with_pass("slim-w4", Permute(pattern=None, sort="energy")),

@@ -86,6 +86,11 @@ class SitePass(Pass, ABC):
     compresses: ClassVar[bool] = True
     """Whether it stores the weight in another form, so that a recipe may consist of it alone."""
 
+    @property
+    def stacks(self) -> bool:
+        """Whether it, and all before it, work on the sites that read one input as if they were one site."""
+        return False
+
     @abstractmethod
     def apply(self, work: SiteWork) -> None:
         """Change how ``work`` expresses its weight."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from slimc.errors import NumericsError, RecipeError, VerifyError
 from slimc.ir.program import Program, Use
-from slimc.passes.base import Pass, Statistic, real_number, whole_number
+from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.constants import Constants
 from slimc.progress import Progress
 from slimc.runtime.decode import expand_groups
@@ -60,6 +60,11 @@ class Tune(Pass):
             raise RecipeError("tune appears twice. Raise the epochs of the first one instead.")
         if not {"quantize", "prune"} & set(names):
             raise RecipeError("tune has nothing to tune: put quantize or prune before it.")
+        if any(isinstance(one, SitePass) and one.stacks for one in earlier):
+            raise RecipeError(
+                "tune would move the right factor that siblings share for each of them. Leave shared of low_rank out, "
+                "or tune."
+            )
 
     def run(
         self,

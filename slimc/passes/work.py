@@ -82,6 +82,44 @@ class SiteWork:
         """Start from the dense weight itself."""
         self.base = self.target = self.dense
 
+    def part(
+        self,
+        name: str,
+        rows: slice,
+        *,
+        siblings: Callable[[], list[Tensor]],
+        own_bias: Callable[[], tuple[Tensor | None, str | None]],
+    ) -> SiteWork:
+        """Return one of the sites whose weights are below each other in this one, in its present state."""
+
+        def factor(left: Tensor | Quantized) -> Tensor | Quantized:
+            return left.rows(rows) if isinstance(left, Quantized) else left[rows]
+
+        part = SiteWork(
+            name=name,
+            dense=self.dense[rows],
+            dtype=self.dtype,
+            statistics=self.statistics,
+            siblings=siblings,
+            own_bias=own_bias,
+            held_out=self.held_out,
+            mask=None if self.mask is None else self.mask[rows],
+            sparsity=self.sparsity,
+            quantized=None if self.quantized is None else self.quantized.rows(rows),
+            quantizer=self.quantizer,
+            input_scale=self.input_scale,
+            adapters=None if self.adapters is None else (factor(self.adapters[0]), self.adapters[1]),
+            choose_widths=self.choose_widths,
+            width_group=self.width_group,
+            activation=self.activation,
+            binary=None if self.binary is None else (self.binary[0][rows], self.binary[1][rows], self.binary[2]),
+            compression_ratio=self.compression_ratio,
+            fallback=self.fallback,
+        )
+        part.base = self.base[rows]
+        part.target = part.dense if self.target is self.dense else self.target[rows]
+        return part
+
     @property
     def scale_dtype(self) -> torch.dtype:
         """The precision in which scales are solved: that of the weight, but no more than float32."""
