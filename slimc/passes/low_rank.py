@@ -45,9 +45,10 @@ class LowRank(SitePass):
         damping: of the Gram matrix, as a share of its mean diagonal, for ``"covariance"``.
         before: share of the rank that ``"covariance"`` spends before anything is stored: that much of the weight itself
             is taken out first (SRR, arXiv 2602.02001), and the whole rank is then solved for what is missing.
-        shared: ``"siblings"``: sites that read one input (q, k and v; gate and up) are solved as one site, their weights
-            below each other, by this pass and all before it. They have one ``r``, which is stored once, and a part of
-            ``l`` each; ``rank`` is that of the whole. A scale that is one for a tensor is one for all of them.
+        shared: ``"siblings"``: sites that read one input (q, k and v; gate and up) are solved as one site, their
+            weights below each other, by this pass and all before it. They have one ``r``, which is stored once, and a
+            part of ``l`` each; ``rank`` is that of the whole. A scale that is one for a tensor is one for all of
+            them.
     """
 
     name: ClassVar[str] = "low_rank"
