@@ -246,7 +246,7 @@ class Sweep:
             stack = self._stack_of(site)
             if stack and site.name not in self._solved:
                 self._solved |= self._solve_together(stack, inputs)
-            packed, row, bias = self._solved.pop(site.name, None) or self._solve(site, inputs)
+            packed, row, bias = self._solved.pop(site.name) if stack else self._solve(site, inputs)
             packed = _moved(packed, home)
             bias = None if bias is None else bias.to(home)
             if self.journal:
@@ -394,7 +394,7 @@ class Sweep:
                 right = right or packed.right
                 packed = replace(packed, right=right)
                 # The right factor is stored once: each site answers for its share of the rows.
-                spared = packed.right.format.bits_per_weight() * packed.right.format.rows / len(own.dense)
+                spared = right.format.bits_per_weight() * right.format.rows / len(own.dense)
                 row = replace(row, bits=row.bits - spared * (1 - len(own.dense) / ends[-1]))
             solved[name] = packed, row, own.bias
         return solved

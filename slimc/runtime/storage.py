@@ -135,7 +135,9 @@ def collect(model: nn.Module) -> Contents:
             raise InputError(f"{name} is {kind}, which cannot be saved: only plain tensors are stored")
         if value.is_meta:
             raise InputError(f"{name} is on the meta device and has no values to save; load the model's weights first")
-        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else (name,)
+        place: tuple[object, ...] = (name,)
+        if value.numel():
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
         if name in shareable:
             # Siblings may have one right factor; a device may hold it for each of them.
             place = ("right factor", value.dtype, value.shape, _content(value))
