@@ -153,7 +153,7 @@ def _shape(node: fx.Node) -> list[str]:
 def _reduction(node: fx.Node) -> Relation | None:
     """A sum over all of an axis does not depend on its order; the other axes stay."""
     operand, given = _first_operand(node), arguments(node)
-    if given.get("dim") is None:
+    if not given.get("dim"):  # neither is any: all axes are summed over
         return Relation()
     reduced = {axis % rank(operand) for axis in given["dim"]}
     kept = [axis for axis in range(rank(operand)) if axis not in reduced]
