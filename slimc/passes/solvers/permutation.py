@@ -14,7 +14,7 @@ ROWS = 256
 """How many rows of scores are looked at; more change the order of few channels."""
 
 
-def best_order(scores: Tensor, n: int, m: int, *, rounds: int = 64) -> Tensor:
+def best_order(scores: Tensor, n: int, m: int, *, rounds: int = 16) -> Tensor:
     """Return the order of channels in which the best ``n`` of every ``m`` neighbours keep most of ``scores``.
 
     Args:
