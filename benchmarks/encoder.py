@@ -72,9 +72,9 @@ def main() -> None:
         seconds = time.perf_counter() - started
         results.append({"row": name, "bits": bits, "cosine": cosine, "seconds": seconds})
         print(f"{name:36} {bits:6.3f} {cosine:8.5f} {seconds:8.1f}", flush=True)
-    if options.json:
-        record = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "rows": results}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if options.json:
+            record = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "rows": results}
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
