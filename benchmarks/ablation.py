@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import slimc
+from slimc import recipes
 from slimc.backends import hf
-from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Prune, Quantize, Tune
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Permute, Prune, Quantize, ScaleFolding, Tune
 from slimc.runtime.evaluate import perplexity
 
 CALIBRATE = Calibrate(samples=64, length=512)
@@ -35,6 +36,12 @@ GROUPS = Quantize(group=128)
 def covariance(rank: int | float = 0.1, rounds: int = 1, **options: Any) -> LowRank:
     """Return adapters of the full second moment, in 4 bits."""
     return LowRank("covariance", rank=rank, bits=4, rounds=rounds, **options)
+
+
+def with_pass(recipe: str, added: Pass) -> list[Pass]:
+    """Return the passes of a recipe with one more after ``calibrate``."""
+    first, *others = recipes.load(recipe).build()
+    return [first, added, *others]
 
 
 ONE_BY_ONE = Prune("2:4", method="sparsegpt")
@@ -54,6 +61,38 @@ ROWS: dict[str, list[Pass]] = {
     "sums, damping 0.1": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(damping=0.1), Fuse()],
     "sums, tuned": [CALIBRATE, Compensate(), GROUPS, JOINT, covariance(), Tune(), Fuse()],
 }
+
+SLIM = recipes.load("slim-w4-2x4").build()
+
+GRAPH_ROWS: dict[str, list[Pass]] = {
+    "joint": recipes.load("joint-w4-2x4").build(),
+    "joint, permuted": with_pass("joint-w4-2x4", Permute()),
+    "joint, permuted, unsorted": with_pass("joint-w4-2x4", Permute(sort=None)),
+    "joint, permuted, sorted by energy": with_pass("joint-w4-2x4", Permute(sort="energy")),
+    "joint, sorted only": with_pass("joint-w4-2x4", Permute(pattern=None)),
+    "slim": recipes.load("slim-w4-2x4").build(),
+    "slim, permuted": with_pass("slim-w4-2x4", Permute()),
+    "slim, permuted, unsorted": with_pass("slim-w4-2x4", Permute(sort=None)),
+    "slim, scales folded": with_pass("slim-w4-2x4", ScaleFolding()),
+    "slim, scales of norms folded": with_pass("slim-w4-2x4", ScaleFolding(layers=False)),
+    "joint, scales folded": with_pass("joint-w4-2x4", ScaleFolding(group=128)),
+    "joint, scales of norms folded": with_pass("joint-w4-2x4", ScaleFolding(group=128, layers=False)),
+    "slim w4, scales folded": with_pass("slim-w4", ScaleFolding(group=128)),
+    "slim, scales folded, permuted": [*with_pass("slim-w4-2x4", ScaleFolding())[:2], Permute(), *SLIM[1:]],
+    # What siblings save is spent on rank.
+    "joint, siblings share": recipes.load("joint-w4-2x4")
+    .override(["low_rank.rank=0.108", "low_rank.shared=siblings"])
+    .build(),
+    "slim, siblings share": recipes.load("slim-w4-2x4")
+    .override(["low_rank.rank=0.108", "low_rank.shared=siblings"])
+    .build(),
+    "slim w4": recipes.load("slim-w4").build(),
+    "slim w4, sorted": with_pass("slim-w4", Permute(pattern=None)),
+    "slim w4, sorted by energy": with_pass("slim-w4", Permute(pattern=None, sort="energy")),
+}
+"""What the passes over the graph add to a recipe."""
+
+ROWS |= {f"graph: {name}": passes for name, passes in GRAPH_ROWS.items()}
 
 
 def main() -> None:

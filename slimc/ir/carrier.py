@@ -204,7 +204,22 @@ def install(model: nn.Module, program: Program, *, inplace: bool) -> nn.Module:
     for path, new in replacements.items():
         if model.get_submodule(path) is not new:
             model.set_submodule(path, new)
+    _set_dense(model, program, set(replacements))
     return model
+
+
+def _set_dense(model: nn.Module, program: Program, compressed: set[str]) -> None:
+    """Take over the dense tensors of the program that differ from those of the model."""
+    for name, tensor in program.replaced.items():
+        path, _, last = name.rpartition(".")
+        if path in compressed:
+            continue
+        owner = model.get_submodule(path)
+        if last in owner._parameters:
+            old = owner._parameters[last]
+            owner._parameters[last] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+        else:
+            owner._buffers[last] = tensor
 
 
 def _replacements(model: nn.Module, program: Program) -> dict[str, SlimLinear]:
@@ -216,7 +231,8 @@ def _replacements(model: nn.Module, program: Program) -> dict[str, SlimLinear]:
         by_bias: dict[int, SlimLinear] = {}
         for path in site.modules:
             old = model.get_submodule(path)
-            bias: Any = getattr(old, "bias", None)
+            name = f"{path}.bias" if path else "bias"
+            bias: Any = program.replaced.get(name, getattr(old, "bias", None))
             bias = bias if isinstance(bias, Tensor) else None
             if id(bias) not in by_bias:
                 by_bias[id(bias)] = SlimLinear(site.packed, None if bias is None else bias.detach().clone())

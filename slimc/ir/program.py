@@ -58,6 +58,7 @@ class Site:
         modules: paths of the modules that hold the weight (more than one when it is shared).
         packed: the compressed form, once a sweep has produced it.
         written: the graph nodes that hold the compressed form.
+        bias: what the compressed site adds in place of its dense bias, once a sweep has found something else.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Site:
     group: tuple[str, ...] = ()
     packed: PackedLinear | None = None
     written: list[fx.Node] = field(default_factory=list)
+    bias: Tensor | None = None
 
     @property
     def transposed(self) -> bool:
@@ -90,6 +92,7 @@ class Program:
     """The exported graph with its sites.
 
     ``module`` holds the user's own parameters (no copy); rewriting the graph never touches the user's model.
+    ``replaced`` has the dense tensors that differ from the user's, by name.
     """
 
     module: fx.GraphModule
@@ -97,6 +100,7 @@ class Program:
     left: list[LeftAlone]
     keywords: tuple[str, ...]
     positional: int
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -107,6 +111,16 @@ class Program:
         """Return the site's dense weight as ``[out_features, in_features]`` in its own dtype (a view)."""
         weight: Tensor = attribute(self.module, site.weight_name)
         return weight.detach().t() if site.transposed else weight.detach()
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Set a parameter or buffer of the captured module to another tensor of its shape; the user's model stays."""
+        path, _, last = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        if last in owner._parameters:
+            owner._parameters[last] = torch.nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[last] = tensor
+        self.replaced[name] = tensor
 
     def placeholders(self) -> list[fx.Node]:
         """Return the input nodes in order."""

@@ -8,8 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeGuard
 
+import torch
+
 from slimc.errors import RecipeError, closest
+from slimc.ir.program import Program
 from slimc.passes.work import SiteWork
+from slimc.progress import Progress
 
 Statistic = str
 """``"activations"`` (mean absolute input, sum of squares), ``"gram"`` (X^T X), ``"cross_gram"`` (X_dense^T X) or
@@ -82,9 +86,50 @@ class SitePass(Pass, ABC):
     compresses: ClassVar[bool] = True
     """Whether it stores the weight in another form, so that a recipe may consist of it alone."""
 
+    @property
+    def stacks(self) -> bool:
+        """Whether it, and all before it, work on the sites that read one input as if they were one site."""
+        return False
+
     @abstractmethod
     def apply(self, work: SiteWork) -> None:
         """Change how ``work`` expresses its weight."""
+
+
+class ProgramPass(Pass, ABC):
+    """A pass that stores the dense model in another way that computes the same, before any site is compressed."""
+
+    def check_after(self, earlier: Sequence[Pass]) -> None:
+        """Nothing may be compressed, or aimed at, yet."""
+        late = [one.name for one in earlier if isinstance(one, SitePass)]
+        if late:
+            raise RecipeError(
+                f"{self.name} comes after {late[0]}, which works on the weights as they are stored. Put {self.name} "
+                "right after calibrate."
+            )
+
+    @abstractmethod
+    def run(
+        self,
+        program: Program,
+        inputs: Sequence[Sequence[Any]],
+        *,
+        held_out: int,
+        device: torch.device | None,
+        progress: Progress,
+    ) -> None:
+        """Change the dense tensors of ``program``.
+
+        Args:
+            program: a captured model, nothing of which is compressed; the user's model stays as it is.
+            inputs: flat calibration inputs by batch.
+            held_out: how many of the last batches nothing is fitted to.
+            device: where to compute, if not on the device of the model.
+            progress: told what happens.
+
+        Raises:
+            NumericsError: NaN or Inf appeared in the activations.
+        """
 
 
 def whole_number(value: object) -> TypeGuard[int]:

@@ -30,6 +30,7 @@ from slimc.runtime.packing import LinearFormat, PackedLinear
 _FINGERPRINT = "journal.json"
 _TOKENS = "tokens.safetensors"
 _SITES = "sites"
+_BIAS = "bias"
 _DIGEST = "sha256"
 
 _GRAPH = "model's code or configuration"
@@ -108,8 +109,8 @@ class Journal:
         tensors = {str(index): batch.cpu().contiguous() for index, batch in enumerate(batches)}
         _save(self.folder / _TOKENS, tensors, {})
 
-    def read(self, site: Site, device: torch.device) -> tuple[PackedLinear, SiteRow] | None:
-        """Return the recorded form of ``site`` on ``device``, or ``None``.
+    def read(self, site: Site, device: torch.device) -> tuple[PackedLinear, SiteRow, Tensor | None] | None:
+        """Return the recorded form of ``site`` on ``device``, its report row and its own bias, or ``None``.
 
         Raises:
             FormatError: the record is damaged, or is not one of this site.
@@ -123,15 +124,19 @@ class Journal:
             form = LinearFormat.from_json(parse_json(metadata.get("format", "").encode(), "format"))
             if (row.name, row.shape) != (site.name, site.shape) or (form.rows, form.columns) != site.shape:
                 raise FormatError(f"it is of '{row.name}' {form.rows} x {form.columns}, not of '{site.name}'")
+            bias = tensors.pop(_BIAS, None)
+            if bias is not None and tuple(bias.shape) != site.shape[:1]:
+                raise FormatError(f"its bias has the shape {tuple(bias.shape)}, not {site.shape[:1]}")
             packed = PackedLinear.from_tensors(form, {name: tensor.to(device) for name, tensor in tensors.items()})
         except FormatError as error:
             raise FormatError(f"{path} is not the record of a site: {error}. {self._advice}") from error
-        return packed, row
+        return packed, row, None if bias is None else bias.to(device)
 
-    def write(self, name: str, packed: PackedLinear, row: SiteRow) -> None:
-        """Record a finished site."""
+    def write(self, name: str, packed: PackedLinear, row: SiteRow, bias: Tensor | None = None) -> None:
+        """Record a finished site, with its bias if that is not the dense one."""
         metadata = {"format": json.dumps(packed.format.to_json()), "row": json.dumps(asdict(row))}
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in packed.tensors().items()}
+        stored = packed.tensors() | ({} if bias is None else {_BIAS: bias})
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in stored.items()}
         _save(self._path(name), tensors, metadata)
 
     def _compare(self, recorded: Any, fingerprint: Mapping[str, Any]) -> None:

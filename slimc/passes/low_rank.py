@@ -45,6 +45,10 @@ class LowRank(SitePass):
         damping: of the Gram matrix, as a share of its mean diagonal, for ``"covariance"``.
         before: share of the rank that ``"covariance"`` spends before anything is stored: that much of the weight itself
             is taken out first (SRR, arXiv 2602.02001), and the whole rank is then solved for what is missing.
+        shared: ``"siblings"``: sites that read one input (q, k and v; gate and up) are solved as one site, their
+            weights below each other, by this pass and all before it. They have one ``r``, which is stored once, and a
+            part of ``l`` each; ``rank`` is that of the whole. A scale that is one for a tensor is one for all of
+            them.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -57,6 +61,7 @@ class LowRank(SitePass):
     sweeps: int = 1
     damping: float = 0.01
     before: float = 0.0
+    shared: Literal["siblings"] | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -77,8 +82,14 @@ class LowRank(SitePass):
         self._require(damping_is_valid, f"damping must lie in (0, 1], not {self.damping!r}")
         before_is_valid = real_number(self.before) and 0 <= self.before <= 1
         self._require(before_is_valid, f"before must be a share from 0 to 1, not {self.before!r}")
+        self._require(self.shared in (None, "siblings"), f"shared must be 'siblings' or null, not {self.shared!r}")
         group_is_valid = whole_number(self.group) and self.group >= 2
         self._require(group_is_valid, f"group must be 2 or more columns, not {self.group!r}")
+
+    @property
+    def stacks(self) -> bool:
+        """Whether siblings are solved as one site."""
+        return self.shared is not None
 
     def statistics(self) -> frozenset[Statistic]:
         """The saliency is the mean magnitude of each input channel, the covariance needs the Gram matrix."""

@@ -68,6 +68,12 @@ class PerSite(SitePass):
             passes = [one if isinstance(one, Pass) else from_config([one])[0] for one in lines]
         except RecipeError as error:
             raise RecipeError(f"per_site: in the expression '{name}': {error}") from error
+        for one in passes:
+            if isinstance(one, SitePass) and one.stacks:
+                raise RecipeError(
+                    f"per_site: in the expression '{name}': {one.name} solves siblings together, which may have "
+                    "expressions of their own here. Leave shared out."
+                )
         found: list[SitePass] = []
         for one in passes:
             if not isinstance(one, SitePass) or isinstance(one, PerSite):

@@ -18,7 +18,8 @@ from slimc.ir.text import text
 from slimc.ir.verify import verify
 from slimc.passes.activations import Activations
 from slimc.passes.allocate_bits import AllocateBits
-from slimc.passes.base import Pass, SitePass
+from slimc.passes.base import Pass, ProgramPass, SitePass
+from slimc.passes.bias_correction import BiasCorrection
 from slimc.passes.calibrate import Calibrate
 from slimc.passes.compensate import Compensate
 from slimc.passes.decompose import Decompose
@@ -26,9 +27,11 @@ from slimc.passes.fuse import Fuse
 from slimc.passes.journal import Journal
 from slimc.passes.low_rank import LowRank
 from slimc.passes.per_site import PerSite
+from slimc.passes.permute import Permute
 from slimc.passes.prune import Prune
 from slimc.passes.quantize import Quantize
 from slimc.passes.report import SiteRow
+from slimc.passes.scale_folding import ScaleFolding
 from slimc.passes.sweep import Sweep
 from slimc.passes.tune import Tune
 from slimc.progress import Progress
@@ -41,12 +44,15 @@ PASSES: Mapping[str, type[Pass]] = {
     one.name: one
     for one in (
         Calibrate,
+        Permute,
+        ScaleFolding,
         Compensate,
         AllocateBits,
         Quantize,
         Prune,
         Decompose,
         LowRank,
+        BiasCorrection,
         Activations,
         Tune,
         PerSite,
@@ -95,6 +101,11 @@ def check_order(passes: Sequence[Pass]) -> None:
             raise RecipeError(f"'{one.name}' comes after fuse, which must be the last pass. Move fuse to the end.")
         for expressed in _expressed(earlier):
             one.check_after(expressed)
+        if isinstance(one, SitePass) and one.compresses and "bias_correction" in [other.name for other in earlier]:
+            raise RecipeError(
+                f"'{one.name}' comes after bias_correction, and would change the error that was corrected. Put "
+                "bias_correction after it."
+            )
         if one.statistics() and not any(isinstance(other, Calibrate) for other in earlier):
             raise RecipeError(
                 f"{one.name} needs calibrate before it, for statistics of the activations. Put calibrate first."
@@ -191,6 +202,13 @@ def run(
     dump.write("capture")
     seconds: dict[str, float] = {}
 
+    for one in (one for one in passes if isinstance(one, ProgramPass)):
+        started = time.perf_counter()
+        one.run(program, inputs, held_out=held_out, device=device, progress=progress)
+        seconds[one.name] = time.perf_counter() - started
+        verify(program)
+        dump.write(one.name)
+
     started = time.perf_counter()
     site_passes = [one for one in passes if isinstance(one, SitePass)]
     snapshot = dump.snapshot if dump_dir else None
@@ -211,6 +229,9 @@ def run(
         tune.run(program, inputs, held_out=held_out, device=device, progress=progress)
         seconds["tune"] = time.perf_counter() - started
 
+    for site in program.sites.values():
+        if site.bias is not None and site.uses[0].bias is not None:
+            program.replace(str(site.uses[0].bias.target), site.bias)
     if dump_dir:
         dump.write_stages(site_passes)
     for site in program.sites.values():

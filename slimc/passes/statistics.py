@@ -22,6 +22,7 @@ class InputStatistics:
 
     Attributes:
         count: number of tokens seen.
+        total: sum of ``x``, float32 ``[columns]``.
         sum_abs: sum of ``|x|``, float32 ``[columns]``.
         sum_squares: sum of ``x^2``, float32 ``[columns]``.
         gram: ``X^T X``, float32 ``[columns, columns]``, or ``None`` when no pass asked for it.
@@ -29,17 +30,20 @@ class InputStatistics:
         cross_gram: ``X_dense^T X``, float32 ``[columns, columns]``, where ``X_dense`` is what the dense model computes
             for the same tokens, or ``None`` when no pass asked for it.
         dense_sample: the rows of ``X_dense`` for the tokens of ``sample``, or ``None``.
+        dense_total: sum of the rows of ``X_dense``, float32 ``[columns]``, or ``None``.
     """
 
     def __init__(self, columns: int, device: torch.device, wanted: Collection[str]) -> None:
         """Start empty, for inputs of ``columns`` features on ``device``."""
         self.count = 0
+        self.total = torch.zeros(columns, device=device)
         self.sum_abs = torch.zeros(columns, device=device)
         self.sum_squares = torch.zeros(columns, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if "gram" in wanted else None
         self.sample = torch.zeros(0, columns, device=device)
         self.cross_gram = torch.zeros(columns, columns, device=device) if "cross_gram" in wanted else None
         self.dense_sample: Tensor | None = None
+        self.dense_total: Tensor | None = None
         self._metrics: dict[float, Metric] = {}
 
     def metric(self, damping: float) -> Metric | None:
@@ -57,6 +61,16 @@ class InputStatistics:
     def mean_abs(self) -> Tensor:
         """Mean of ``|x|`` by channel, float32 ``[columns]``."""
         return self.sum_abs / max(self.count, 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of ``x`` by channel, float32 ``[columns]``."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def dense_mean(self) -> Tensor:
+        """Mean of ``x`` in the dense model; that of ``x`` itself where that is not known."""
+        return self.mean if self.dense_total is None else self.dense_total / max(self.count, 1)
 
     @property
     def is_silent(self) -> bool:
@@ -95,6 +109,8 @@ class InputStatistics:
                 exact = _rows(dense[index])
                 with _products_of(activation):
                     statistics.cross_gram.addmm_(exact.t(), rows)
+                before = 0.0 if statistics.dense_total is None else statistics.dense_total
+                statistics.dense_total = exact.sum(0) + before
                 kept_dense.append(exact[here])
         statistics.sample = torch.cat(kept)
         statistics.dense_sample = torch.cat(kept_dense) if kept_dense else None
@@ -112,6 +128,7 @@ class InputStatistics:
 
     def _add(self, rows: Tensor) -> None:
         self.count += rows.shape[0]
+        self.total += rows.sum(0)
         self.sum_abs += rows.abs().sum(0)
         self.sum_squares += rows.square().sum(0)
         if self.gram is not None:

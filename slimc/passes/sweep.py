@@ -14,13 +14,17 @@ import logging
 import operator
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from slimc.errors import CaptureError, SlimError
-from slimc.ir.program import Program, Site, Use
+from slimc.ir.channels import ConstantReaders
+from slimc.ir.match import RefusedError
+from slimc.ir.program import Program, Site, Use, attribute
 from slimc.passes.base import SitePass, Statistic
 from slimc.passes.constants import Constants
 from slimc.passes.journal import Journal
@@ -29,7 +33,7 @@ from slimc.passes.statistics import InputStatistics, Shortfall
 from slimc.passes.work import SiteWork
 from slimc.progress import Progress
 from slimc.runtime.ops import decoded_linear
-from slimc.runtime.packing import PackedLinear
+from slimc.runtime.packing import PackedLinear, PackedWeight
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ Snapshot = Callable[[str, Site, PackedLinear], None]
 
 Values = Mapping[fx.Node, list[Any]]
 """What a node computed, by batch."""
+
+Solved = tuple[PackedLinear, SiteRow, Tensor | None]
+"""The packed form of a site, its report row, and its bias if that is not the dense one."""
 
 Inputs = tuple[list[Tensor], list[Tensor] | None]
 """What a product reads, by batch, and what it reads in the dense model, if that runs beside."""
@@ -96,6 +103,9 @@ class Sweep:
         self._apart: dict[fx.Node, list[Any]] = {}
         self._two_streams = bool({"cross_gram", "shortfall"} & self.wanted)
         self._always_apart = self._two_streams and bool(self._written)
+        self._readers = ConstantReaders(program)
+        # Siblings that were solved together with one before them.
+        self._solved: dict[str, Solved] = {}
         self._earlier_inputs: dict[str, list[Inputs]] = {}
         self._shared_statistics: dict[tuple[str, ...], tuple[InputStatistics, InputStatistics | None]] = {}
 
@@ -170,6 +180,8 @@ class Sweep:
             self._apart[use.node] = self._run_node(use.node, self._dense_values)
         activations: list[Tensor] = self._values[use.input]
         bias = None if use.bias is None else self._value(use.bias)
+        if site.bias is not None:
+            bias = site.bias.to(self.constants.device)
         linear = decoded_linear(_moved(_packed(site), self.constants.device))
         self._values[use.node] = [linear(x, bias) for x in activations]
 
@@ -231,13 +243,17 @@ class Sweep:
         home = self.program.dense_weight(site).device
         recorded = self.journal.read(site, home) if self.journal else None
         if recorded is None:
-            packed, row = self._solve(site, inputs)
+            stack = self._stack_of(site)
+            if stack and site.name not in self._solved:
+                self._solved |= self._solve_together(stack, inputs)
+            packed, row, bias = self._solved.pop(site.name) if stack else self._solve(site, inputs)
             packed = _moved(packed, home)
+            bias = None if bias is None else bias.to(home)
             if self.journal:
-                self.journal.write(site.name, packed, row)
+                self.journal.write(site.name, packed, row, bias)
         else:
-            packed, row = recorded
-        site.packed = packed
+            packed, row, bias = recorded
+        site.packed, site.bias = packed, bias
         if all(self.program.sites[name].packed for name in site.group):
             self._shared_statistics.pop(site.group, None)
         self.rows.append(row)
@@ -292,27 +308,96 @@ class Sweep:
         held_out = gather(slice(self.fitted, None)) if self.fitted < len(self.inputs) else None
         return gather(slice(self.fitted)), held_out
 
-    def _solve(self, site: Site, inputs: Sequence[Inputs]) -> tuple[PackedLinear, SiteRow]:
+    def _own_bias(self, site: Site) -> tuple[Tensor | None, str | None]:
+        """Return the site's bias if nothing else adds it, or why there is none to be changed."""
+        biases = {None if use.bias is None else str(use.bias.target) for use in site.uses}
+        name = biases.pop()
+        if biases or name is None:
+            return None, "its uses add different biases" if biases else "it has no bias"
+        try:
+            self._readers.require_sole(name)
+        except RefusedError as refusal:
+            return None, str(refusal)
+        bias: Tensor = attribute(self.program.module, name)
+        return bias.detach().to(self.constants.device), None
+
+    def _solve(self, site: Site, inputs: Sequence[Inputs]) -> Solved:
         statistics, held_out = self._statistics(site, inputs)
-        device = self.constants.device
         work = SiteWork(
             name=site.name,
-            dense=self.program.dense_weight(site).to(device).float(),
+            dense=self.program.dense_weight(site).to(self.constants.device).float(),
             dtype=site.dtype,
             statistics=statistics,
             held_out=held_out,
             shortfalls=self._shortfalls(site, inputs),
-            siblings=lambda: [self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group],
+            siblings=self._siblings(site),
+            own_bias=lambda: self._own_bias(site),
         )
         for one in self.passes:
-            try:
-                one.apply(work)
-            except SlimError as error:
-                raise type(error)(f"{one.name}, at '{site.name}': {error}") from error
-            if self.snapshot:
-                self.snapshot(one.name, site, work.pack())
+            self._apply(one, work, {site.name: lambda: work})
         packed = work.pack()
-        return packed, work.row(packed)
+        return packed, work.row(packed), work.bias
+
+    def _siblings(self, site: Site) -> Callable[[], list[Tensor]]:
+        device = self.constants.device
+        return lambda: [self.program.dense_weight(self.program.sites[name]).to(device) for name in site.group]
+
+    def _apply(self, one: SitePass, work: SiteWork, sites: Mapping[str, Callable[[], SiteWork]]) -> None:
+        try:
+            one.apply(work)
+        except SlimError as error:
+            raise type(error)(f"{one.name}, at '{work.name}': {error}") from error
+        if self.snapshot:
+            for name, part in sites.items():
+                self.snapshot(one.name, self.program.sites[name], part().pack())
+
+    def _stack_of(self, site: Site) -> list[Site]:
+        """Return the sites that are solved together with this one, if a pass asks for it and they read one value."""
+        if not any(one.stacks for one in self.passes) or len(site.group) == 1:
+            return []
+        sites = [self.program.sites[name] for name in site.group]
+        alike = all(len(one.uses) == 1 and one.dtype == site.dtype for one in sites)
+        return sites if alike and _base(site.uses[0].input) not in self._written else []
+
+    def _solve_together(self, sites: Sequence[Site], inputs: Sequence[Inputs]) -> dict[str, Solved]:
+        """Solve the weights of siblings, below each other, as one; passes after the last that stacks see each."""
+        statistics, held_out = self._statistics(sites[0], inputs)
+        dense = [self.program.dense_weight(site).to(self.constants.device).float() for site in sites]
+        ends = [sum(len(weight) for weight in dense[: index + 1]) for index in range(len(dense))]
+        work = SiteWork(
+            name="' with '".join(site.name for site in sites),
+            dense=torch.cat(dense),
+            dtype=sites[0].dtype,
+            statistics=statistics,
+            held_out=held_out,
+            siblings=self._siblings(sites[0]),
+        )
+
+        def part(index: int) -> SiteWork:
+            site = sites[index]
+            rows = slice(ends[index] - site.shape[0], ends[index])
+            return work.part(site.name, rows, siblings=self._siblings(site), own_bias=lambda: self._own_bias(site))
+
+        parts = {site.name: partial(part, index) for index, site in enumerate(sites)}
+        last = max(index for index, one in enumerate(self.passes) if one.stacks)
+        for one in self.passes[: last + 1]:
+            self._apply(one, work, parts)
+        solved: dict[str, Solved] = {}
+        right: PackedWeight | None = None
+        for name, of_site in parts.items():
+            own = of_site()
+            for one in self.passes[last + 1 :]:
+                self._apply(one, own, {name: lambda own=own: own})  # type: ignore[misc]
+            packed = own.pack()
+            row = own.row(packed)
+            if packed.right is not None:
+                right = right or packed.right
+                packed = replace(packed, right=right)
+                # The right factor is stored once: each site answers for its share of the rows.
+                spared = right.format.bits_per_weight() * right.format.rows / len(own.dense)
+                row = replace(row, bits=row.bits - spared * (1 - len(own.dense) / ends[-1]))
+            solved[name] = packed, row, own.bias
+        return solved
 
 
 def _added_to(product: fx.Node) -> fx.Node | None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from slimc.errors import NumericsError, RecipeError, VerifyError
 from slimc.ir.program import Program, Use
-from slimc.passes.base import Pass, Statistic, real_number, whole_number
+from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.constants import Constants
 from slimc.progress import Progress
 from slimc.runtime.decode import expand_groups
@@ -60,6 +60,11 @@ class Tune(Pass):
             raise RecipeError("tune appears twice. Raise the epochs of the first one instead.")
         if not {"quantize", "prune"} & set(names):
             raise RecipeError("tune has nothing to tune: put quantize or prune before it.")
+        if any(isinstance(one, SitePass) and one.stacks for one in earlier):
+            raise RecipeError(
+                "tune would move the right factor that siblings share for each of them. Leave shared of low_rank out, "
+                "or tune."
+            )
 
     def run(
         self,
@@ -78,7 +83,10 @@ class Tune(Pass):
             NumericsError: the loss is NaN or infinite.
         """
         constants = Constants(program.module, device)
-        sites = {name: _TunedLinear(_packed(program, name), constants.device) for name in program.sites}
+        sites = {
+            name: _TunedLinear(_packed(program, name), constants.device, site.bias)
+            for name, site in program.sites.items()
+        }
         dense = _Runner(program, constants, {})
         products = {use.node: (sites[site.name], use) for site in program.sites.values() for use in site.uses}
         student = _Runner(program, constants, products)
@@ -178,9 +186,10 @@ class _TunedMatrix(nn.Module):
 class _TunedLinear(nn.Module):
     """A site's product with tuned parts."""
 
-    def __init__(self, packed: PackedLinear, device: torch.device) -> None:
+    def __init__(self, packed: PackedLinear, device: torch.device, bias: Tensor | None) -> None:
         super().__init__()
         self.packed = packed
+        self.bias = None if bias is None else bias.to(device)
         self.weight = _TunedMatrix(packed.weight, device)
         self.left = None if packed.left is None else _TunedMatrix(packed.left, device)
         self.right = None if packed.right is None else _TunedMatrix(packed.right, device)
@@ -188,7 +197,7 @@ class _TunedLinear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scale = self.packed.input_scale
         scaled = x if scale is None else x * scale.to(x)
-        y = functional.linear(scaled, self.weight.matrix().to(x.dtype), bias)
+        y = functional.linear(scaled, self.weight.matrix().to(x.dtype), bias if self.bias is None else self.bias)
         if self.left is None or self.right is None:
             return y
         inner = functional.linear(x, self.right.matrix().to(x.dtype))

@@ -48,6 +48,10 @@ class SiteWork:
             float32 numbers that ``dtype`` can hold.
         compression_ratio: as the literature counts it, where a pass was asked for one.
         fallback: what a pass did in place of what it was asked for, and why.
+        own_bias: brings the bias that the site adds, in its own dtype, if it alone adds it, or else why there is none
+            to change.
+        bias: what the site adds in place of it.
+        shift: by how much that is more, float32 ``[out_features]``.
     """
 
     name: str
@@ -71,11 +75,52 @@ class SiteWork:
     binary: tuple[Tensor, Tensor, Tensor] | None = None
     compression_ratio: float | None = None
     fallback: str | None = None
+    own_bias: Callable[[], tuple[Tensor | None, str | None]] = lambda: (None, "it has no bias")
+    bias: Tensor | None = None
+    shift: Tensor | None = None
     _gridded: tuple[Tensor, Quantized] | None = None
 
     def __post_init__(self) -> None:
         """Start from the dense weight itself."""
         self.base = self.target = self.dense
+
+    def part(
+        self,
+        name: str,
+        rows: slice,
+        *,
+        siblings: Callable[[], list[Tensor]],
+        own_bias: Callable[[], tuple[Tensor | None, str | None]],
+    ) -> SiteWork:
+        """Return one of the sites whose weights are below each other in this one, in its present state."""
+
+        def factor(left: Tensor | Quantized) -> Tensor | Quantized:
+            return left.rows(rows) if isinstance(left, Quantized) else left[rows]
+
+        part = SiteWork(
+            name=name,
+            dense=self.dense[rows],
+            dtype=self.dtype,
+            statistics=self.statistics,
+            siblings=siblings,
+            own_bias=own_bias,
+            held_out=self.held_out,
+            mask=None if self.mask is None else self.mask[rows],
+            sparsity=self.sparsity,
+            quantized=None if self.quantized is None else self.quantized.rows(rows),
+            quantizer=self.quantizer,
+            input_scale=self.input_scale,
+            adapters=None if self.adapters is None else (factor(self.adapters[0]), self.adapters[1]),
+            choose_widths=self.choose_widths,
+            width_group=self.width_group,
+            activation=self.activation,
+            binary=None if self.binary is None else (self.binary[0][rows], self.binary[1][rows], self.binary[2]),
+            compression_ratio=self.compression_ratio,
+            fallback=self.fallback,
+        )
+        part.base = self.base[rows]
+        part.target = part.dense if self.target is self.dense else self.target[rows]
+        return part
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -242,7 +287,11 @@ class SiteWork:
 
     def output_difference(self, weight: Tensor, inputs: Tensor) -> Tensor:
         """Return ``X (weight - dense)^T`` for inputs ``[tokens, in_features]``, their rounding counted in."""
-        return inputs @ (weight - self.dense).t() + self._rounding_noise(inputs)
+        return inputs @ (weight - self.dense).t() + self._rounding_noise(inputs) + self._shift()
+
+    def _shift(self) -> Tensor | float:
+        """Return what the outputs have more for the bias that is added to them."""
+        return 0.0 if self.shift is None else self.shift
 
     def _rounding_noise(self, sample: Tensor) -> Tensor | float:
         """Return by how much rounding changes the outputs of ``base`` on sampled inputs."""
@@ -271,7 +320,7 @@ class SiteWork:
         exact = statistics.dense_sample @ self.dense.t()
         sample = statistics.sample
         wanted = exact if shortfall is None else exact + shortfall.sample
-        return _relative(sample @ weight.t() - wanted + self._rounding_noise(sample), exact)
+        return _relative(sample @ weight.t() - wanted + self._rounding_noise(sample) + self._shift(), exact)
 
 
 def _dense(factor: Tensor | Quantized) -> Tensor:

@@ -12,6 +12,7 @@ has been checked, and all of that happens before the first tensor is allocated.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -107,6 +108,11 @@ def site_tensors(site: str, form: LinearFormat) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+def _content(tensor: Tensor) -> str:
+    """Return a digest of the bytes of a tensor."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
 def collect(model: nn.Module) -> Contents:
     """Find what of ``model`` must be stored, each storage once.
 
@@ -116,13 +122,25 @@ def collect(model: nn.Module) -> Contents:
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first_names: dict[tuple[object, ...], str] = {}
+    shareable = {
+        join(name, tensor)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SlimLinear) and module.format.right is not None
+        for tensor in module.format.tensor_specs()
+        if tensor.startswith("right_")
+    }
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.dtype not in NAMES or value.layout != torch.strided:
             kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise InputError(f"{name} is {kind}, which cannot be saved: only plain tensors are stored")
         if value.is_meta:
             raise InputError(f"{name} is on the meta device and has no values to save; load the model's weights first")
-        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else (name,)
+        place: tuple[object, ...] = (name,)
+        if value.numel():
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if name in shareable:
+            # Siblings may have one right factor; a device may hold it for each of them.
+            place = ("right factor", value.dtype, value.shape, _content(value))
         first = first_names.setdefault(place, name)
         if first == name:
             tensors[name] = value

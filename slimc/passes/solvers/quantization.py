@@ -71,6 +71,15 @@ class Quantized:
             zero = torch.exp2(width - 1).expand(rows, columns)
         return torch.where(width == 1, 2 * scale, scale), torch.where(width == 1, 0.5, zero)
 
+    def rows(self, rows: slice) -> Quantized:
+        """Return some of the rows; one scale for all stays theirs."""
+
+        def part(values: Tensor) -> Tensor:
+            return values if values.shape[0] == 1 < self.codes.shape[0] else values[rows]
+
+        zero_point = None if self.zero_point is None else part(self.zero_point)
+        return replace(self, codes=self.codes[rows], scale=part(self.scale), zero_point=zero_point)
+
     def group_widths(self) -> tuple[int, ...] | None:
         """Return the width of each group where they may differ, or are 1; signs have groups."""
         if self.widths is None and self.bits == 1:
