@@ -59,6 +59,20 @@ def test_the_bytes_go_where_they_save_most(found, budget, choices):
     assert plan.damage == pytest.approx(sum(site.choice.damage for site in plan.sites))
 
 
+@pytest.mark.parametrize(("budget", "expression"), [("4bpw", "int2"), ("5.9bpw", "int2"), ("6bpw", "int4")])
+def test_of_single_expressions_the_least_damage_within_the_budget_is_taken(found, budget, expression):
+    assert _choices(found.uniform(budget)) == {"a": expression, "b": expression}
+    assert found.plan(budget).damage <= found.uniform(budget).damage
+
+
+def test_an_expression_that_some_site_cannot_have_is_not_for_all_of_them(found):
+    sites = (replace(found.sites[0], choices=found.sites[0].choices[:2], refused={"int4": "too thin"}), found.sites[1])
+    plans = replace(found, sites=sites)
+    assert _choices(plans.uniform("6bpw")) == {"a": "int2", "b": "int2"}
+    assert str(plans.plan("6bpw")).endswith("Not to be had at 1 layer: int4 (too thin)")
+    assert replace(found, sites=(replace(sites[0], choices=sites[0].choices[:1]),)).uniform("16bpw") is None
+
+
 def test_the_recipe_names_each_site_and_leaves_dense_what_the_plan_leaves(found):
     recipe = found.plan("0.7x").recipe
     assert recipe.exclude == ["left", "a"]
