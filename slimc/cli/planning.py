@@ -55,6 +55,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Carry it out on trial beside the best single expression; keep the better.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
 ) -> None:
@@ -106,6 +109,7 @@ def plan(
             device=place,
             include=include or (),
             exclude=exclude or (),
+            check=check,
             progress=progress,
         )
     say(str(found))

@@ -51,6 +51,7 @@ class Plan:
         gap: by what share the predicted damage may lie above the least possible within the budget, at most.
         microseconds: that one call of all sites takes, if the target is a card.
         refused: expressions that could not be had at some sites, at how many, and why.
+        measured: the damage that was measured when the plan was carried out on trial; ``None``: it was not.
     """
 
     budget: Budget
@@ -60,6 +61,7 @@ class Plan:
     gap: float
     microseconds: float | None = None
     refused: tuple[str, ...] = ()
+    measured: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,9 +94,10 @@ class Plan:
         """Return the totals in two sentences."""
         used = ", ".join(f"{name} x {count}" for name, count in self.counts().items())
         time = "" if self.microseconds is None else f" and {self.microseconds:,.0f} us"
+        tried = "" if self.measured is None else f", measured {self.measured:.4g}"
         return (
             f"{counted(len(self.sites), 'layer')}, {self.nbytes / 1e6:.3f} MB, {self.bits_per_weight:.3f} bits a "
-            f"weight{time} (budget {self.budget}), predicted damage {self.damage:.4g}.\n{used}."
+            f"weight{time} (budget {self.budget}), predicted damage {self.damage:.4g}{tried}.\n{used}."
         )
 
     def __str__(self) -> str:

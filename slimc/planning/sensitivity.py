@@ -120,12 +120,14 @@ class Measure(SitePass):
                 one.check_site(work.name, (work.dense.shape[0], work.dense.shape[1]))
                 one.apply(trial)
             packed = trial.pack()
-        except (SlimError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
+        except (SlimError, torch.OutOfMemoryError) as error:
             # A plan can do without one choice at one site; where too few are left, the budget cannot be met.
-            return self._refuse(name, work.name, str(error))
+            self._refuse(name, work.name, str(error))
+            return None
         damage, output_error = self.judge(name, trial, packed.decode().float())
         if not math.isfinite(damage):
-            return self._refuse(name, work.name, "its weight or outputs overflow")
+            self._refuse(name, work.name, "its weight or outputs overflow")
+            return None
         return Choice(name, packed.format, damage, output_error)
 
     def _refuse(self, name: str, site: str, reason: str) -> None:

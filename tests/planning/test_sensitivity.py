@@ -135,9 +135,7 @@ def test_an_expression_that_fails_at_a_site_is_recorded_and_the_rest_is_measured
     monkeypatch.setattr(SiteWork, "pack", failing)
     program = capture(pair, [((batch,), {}) for batch in inputs])
     flat = [program.flatten_inputs((batch,), {}) for batch in inputs]
-    found = measure(
-        program, Menu.load(MENU).expressions, flat, held_out=2, vocabulary=None, progress=SilentProgress()
-    )
+    found = measure(program, Menu.load(MENU).expressions, flat, held_out=2, vocabulary=None, progress=SilentProgress())
     gate, down = (next(site for site in found if site.name == name) for name in ("gate", "down"))
     assert gate.refused == {"int4": "of no use"}
     assert "int4" not in [choice.name for choice in gate.choices]
