@@ -18,19 +18,40 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import slimc
-from slimc.passes import Calibrate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Prune, Quantize
 
 TEXT = Path(__file__).parent / "alice.txt"
 BATCH = 16
 
 VARIANTS: dict[str, list[Pass]] = {
     "4 bit, groups of 64": [Quantize(group=64), Fuse()],
+    "4 bit, groups of 64, feedback": [
+        Calibrate(),
+        Quantize(
+            "gptq",
+            group=64,
+            symmetric=True,
+            calibrate="sqc",
+            preset="output",
+            order="columns",
+            static_groups=True,
+        ),
+        Fuse(),
+    ],
     "4 bit per tensor + low-rank": [Calibrate(), Quantize(), LowRank(bits=4, rounds=2), Fuse()],
     "2:4, 4 bit groups, low-rank": [
         Calibrate(),
         Quantize(group=64),
         Prune("2:4", method="sparsegpt"),
         LowRank(bits=4),
+        Fuse(),
+    ],
+    "2:4, 4 bit groups, jointly": [
+        Calibrate(),
+        Compensate(strength=0.5),
+        Quantize(group=128),
+        Prune("2:4", method="joint"),
+        LowRank("covariance", bits=4, rounds=1),
         Fuse(),
     ],
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimc import recipes
+from slimc.cli import options
 from slimc.cli.models import calibration_text, open_model
 from slimc.cli.terminal import err, megabytes, note, say
 from slimc.errors import InputError, ResumeError
@@ -39,9 +40,7 @@ class DType(StrEnum):
 
 
 def compress(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a .gguf file.", show_default=False)
-    ],
+    model: options.Model,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
     ],
@@ -53,25 +52,15 @@ def compress(
         list[str] | None,
         typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Change an option of the recipe: quantize.bits=3"),
     ] = None,
-    calibration: Annotated[
-        str,
-        typer.Option(metavar="self|FILE", help="A text file to calibrate on, or 'self': text sampled from the model."),
-    ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help="How many calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="How many tokens a sequence.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="How many sequences run at once.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The seed of sampled calibration text.")] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Compress these weights too, though they are left dense by default."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Leave these weights dense: '*.layers.0.*'")
-    ] = None,
+    calibration: options.CalibrationText = "self",
+    samples: options.Samples = None,
+    length: options.Length = None,
+    batch: options.BatchSize = None,
+    seed: options.Seed = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     dtype: Annotated[DType | None, typer.Option(help="Load the model in this precision, not its own.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
-    ] = None,
+    device: options.Device = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted, if it is not complete.")
     ] = False,
@@ -83,7 +72,7 @@ def compress(
     dump_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the graph after every pass as text into this folder.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compress a model into a folder.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from slimc.cli import options
 from slimc.cli.models import calibration_text, open_model
 from slimc.cli.terminal import err, note, say
 from slimc.errors import InputError
@@ -14,9 +15,7 @@ from slimc.progress import for_console
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a .gguf file.", show_default=False)
-    ],
+    model: options.Model,
     budget: Annotated[
         str,
         typer.Option(
@@ -37,26 +36,19 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE", help="A recipe whose per_site has the expressions to choose from."),
     ] = None,
-    calibration: Annotated[
-        str,
-        typer.Option(metavar="self|FILE", help="A text file to calibrate on, or 'self': text sampled from the model."),
-    ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help="How many calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="How many tokens a sequence.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="How many sequences run at once.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The seed of sampled calibration text.")] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Plan these weights too, though they are left dense by default."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Leave these weights dense: '*.layers.0.*'")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1...; a CUDA GPU if any.")
-    ] = None,
+    calibration: options.CalibrationText = "self",
+    samples: options.Samples = None,
+    length: options.Length = None,
+    batch: options.BatchSize = None,
+    seed: options.Seed = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    device: options.Device = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Carry it out on trial beside the best single expression; keep the better.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Choose how to express each layer of a model, so that all together keep to a budget.
 
@@ -106,6 +98,7 @@ def plan(
             device=place,
             include=include or (),
             exclude=exclude or (),
+            check=check,
             progress=progress,
         )
     say(str(found))
@@ -113,5 +106,5 @@ def plan(
         note("Nothing was written; with --output plan.yaml the recipe would be.")
         return
     found.save(output)
-    options = "" if calibration == "self" else f" --calibration {calibration}"
-    say(f"\n{output} is written. Next: slimc compress {model} -o small --recipe {output}{options}")
+    flag = "" if calibration == "self" else f" --calibration {calibration}"
+    say(f"\n{output} is written. Next: slimc compress {model} -o small --recipe {output}{flag}")

@@ -84,8 +84,8 @@ class PerSite(SitePass):
             found.append(one)
         if not any(one.compresses for one in found):
             raise RecipeError(
-                f"per_site: the expression '{name}' compresses nothing: it has neither quantize nor prune. To leave "
-                "sites dense, exclude them."
+                f"per_site: the expression '{name}' compresses nothing: it has neither quantize nor prune nor "
+                "decompose. To leave sites dense, exclude them."
             )
         return found
 

@@ -17,6 +17,7 @@ from slimc.ir.program import Program, Use
 from slimc.passes.base import Pass, SitePass, Statistic, real_number, whole_number
 from slimc.passes.constants import Constants
 from slimc.progress import Progress
+from slimc.runtime.activations import round_inputs
 from slimc.runtime.decode import expand_groups
 from slimc.runtime.packing import PackedLinear, PackedWeight, pack_weight
 
@@ -28,7 +29,8 @@ class Tune(Pass):
     Codes, masks and patterns stay, so the bytes do too. All scales of weights and adapters, and 16-bit values where
     there are any, are moved by Adam, each in proportion to its size. This is no one-shot compression any more:
     it needs the gradients of the whole model on one device, and as many passes over the calibration data as ``epochs``
-    says. The errors in the report remain those of the sweep.
+    says. Where inputs are rounded (``Activations``), it is fitted to the rounded ones. The errors in the report remain
+    those of the sweep.
 
     Attributes:
         epochs: how often the calibration batches are gone through.
@@ -197,11 +199,16 @@ class _TunedLinear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scale = self.packed.input_scale
         scaled = x if scale is None else x * scale.to(x)
-        y = functional.linear(scaled, self.weight.matrix().to(x.dtype), bias if self.bias is None else self.bias)
+        given = bias if self.bias is None else self.bias
+        y = functional.linear(self._rounded(scaled), self.weight.matrix().to(x.dtype), given)
         if self.left is None or self.right is None:
             return y
         inner = functional.linear(x, self.right.matrix().to(x.dtype))
         return y + functional.linear(inner, self.left.matrix().to(x.dtype))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """Return what the weight reads; gradients pass rounding as if it were not there, whose own are zero."""
+        return x + (round_inputs(x, self.packed.activation) - x).detach()
 
     def pack(self) -> PackedLinear:
         return dataclasses.replace(

@@ -50,6 +50,8 @@ class Plan:
         recipe: carries it out; :func:`slimc.compile` and ``slimc compress --recipe`` take its file.
         gap: by what share the predicted damage may lie above the least possible within the budget, at most.
         microseconds: that one call of all sites takes, if the target is a card.
+        refused: expressions that could not be had at some sites, at how many, and why.
+        measured: the damage that was measured when the plan was carried out on trial; ``None``: it was not.
     """
 
     budget: Budget
@@ -58,6 +60,8 @@ class Plan:
     recipe: Recipe
     gap: float
     microseconds: float | None = None
+    refused: tuple[str, ...] = ()
+    measured: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,9 +94,10 @@ class Plan:
         """Return the totals in two sentences."""
         used = ", ".join(f"{name} x {count}" for name, count in self.counts().items())
         time = "" if self.microseconds is None else f" and {self.microseconds:,.0f} us"
+        tried = "" if self.measured is None else f", measured {self.measured:.4g}"
         return (
             f"{counted(len(self.sites), 'layer')}, {self.nbytes / 1e6:.3f} MB, {self.bits_per_weight:.3f} bits a "
-            f"weight{time} (budget {self.budget}), predicted damage {self.damage:.4g}.\n{used}."
+            f"weight{time} (budget {self.budget}), predicted damage {self.damage:.4g}{tried}.\n{used}."
         )
 
     def __str__(self) -> str:
@@ -102,7 +107,7 @@ class Plan:
             choice = site.choice
             numbers = [f"{site.bits:.3f}", f"{choice.nbytes:,}", f"{choice.output_error:.4f}", f"{choice.damage:.3g}"]
             rows.append([printable(site.name), f"{site.shape[0]} x {site.shape[1]}", choice.name, *numbers])
-        return "\n".join([*aligned(rows), "", self.summary()])
+        return "\n".join([*aligned(rows), "", self.summary(), *self.refused])
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,9 @@ class _Option:
 
     choices: tuple[Choice, ...]
     microseconds: float
+
+    def is_called(self, name: str) -> bool:
+        return self.choices[0].name == name
 
     @property
     def damage(self) -> float:
@@ -184,6 +192,37 @@ class Sensitivities:
         costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
         allowed = self._allowed(budget, costs, in_time=in_time)
         solution = knapsack.solve([[option.damage for option in unit.options] for unit in units], costs, allowed)
+        return self._plan(budget, target, units, solution, times)
+
+    def uniform(self, budget: str | Budget, target: str = SIZE, *, times: Times | None = None) -> Plan | None:
+        """Return the plan that gives all sites one expression: of those within ``budget`` that of least damage.
+
+        It takes no predictions on trust that errors of different sites add up, so it is what a plan is checked against.
+        ``None``: no expression can be had at all sites in so little.
+
+        The arguments and what is raised are those of :meth:`plan`.
+        """
+        budget = Budget.parse(budget) if isinstance(budget, str) else budget
+        units = [_Unit((site,), times) for site in self.sites]
+        in_time = times is not None and not budget.in_bytes
+        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
+        allowed = self._allowed(budget, costs, in_time=in_time)
+        found: list[tuple[float, list[int]]] = []
+        for name in self.menu.expressions:
+            chosen = [next((at for at, one in enumerate(unit.options) if one.is_called(name)), None) for unit in units]
+            everywhere = [option for option in chosen if option is not None]
+            if len(everywhere) < len(units):
+                continue
+            if sum(options[option] for options, option in zip(costs, everywhere, strict=True)) <= allowed:
+                damage = sum(unit.options[option].damage for unit, option in zip(units, everywhere, strict=True))
+                found.append((damage, everywhere))
+        if not found:
+            return None
+        return self._plan(budget, target, units, knapsack.Solution(min(found)[1], 1.0), times)
+
+    def _plan(
+        self, budget: Budget, target: str, units: Sequence[_Unit], solution: knapsack.Solution, times: Times | None
+    ) -> Plan:
         choices = {
             site.name: choice
             for unit, option in zip(units, solution.chosen, strict=True)
@@ -191,8 +230,18 @@ class Sensitivities:
         }
         sites = tuple(PlannedSite(site.name, site.shape, choices[site.name]) for site in self.sites)
         spent = None if times is None else sum(times[site.choice.format] for site in sites)
-        plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent)
+        plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent, self._refused())
         return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
+
+    def _refused(self) -> tuple[str, ...]:
+        reasons: dict[str, list[str]] = {}
+        for site in self.sites:
+            for name, reason in site.refused.items():
+                reasons.setdefault(name, []).append(reason)
+        return tuple(
+            f"Not to be had at {counted(len(all_reasons), 'layer')}: {name} ({all_reasons[0]})"
+            for name, all_reasons in reasons.items()
+        )
 
     def _groups(self, times: Times) -> list[_Unit]:
         """Return the sites that share an input together."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimc.errors import NumericsError, RecipeError
+from slimc.errors import SlimError
 from slimc.ir.program import Program
 from slimc.passes import SitePass
 from slimc.passes.base import Statistic
@@ -62,12 +62,14 @@ class SiteChoices:
         shape: ``(out_features, in_features)``.
         group: names of the sites that read the same input, this one included.
         choices: the dense weight first.
+        refused: expressions of the menu that cannot be had there, and why.
     """
 
     name: str
     shape: tuple[int, int]
     group: tuple[str, ...]
     choices: tuple[Choice, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -83,6 +85,7 @@ class Measure(SitePass):
         menu: the passes of each expression.
         samples: by site, what its choices are judged by.
         found: by site, what its choices cost; filled while the sweep runs.
+        refused: by site, which expressions cannot be had there, and why; filled while the sweep runs.
     """
 
     name: ClassVar[str] = "measure"
@@ -90,6 +93,7 @@ class Measure(SitePass):
     menu: Mapping[str, Sequence[SitePass]]
     samples: Mapping[str, Sample] = field(default_factory=dict)
     found: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def statistics(self) -> frozenset[Statistic]:
         """All that any expression needs; the sample of inputs at least."""
@@ -115,15 +119,20 @@ class Measure(SitePass):
             for one in passes:
                 one.check_site(work.name, (work.dense.shape[0], work.dense.shape[1]))
                 one.apply(trial)
-        except (RecipeError, NumericsError) as error:
-            log.info("%s is not on the menu of %s: %s", name, work.name, error)
+            packed = trial.pack()
+        except (SlimError, torch.OutOfMemoryError) as error:
+            # A plan can do without one choice at one site; where too few are left, the budget cannot be met.
+            self._refuse(name, work.name, str(error))
             return None
-        packed = trial.pack()
         damage, output_error = self.judge(name, trial, packed.decode().float())
         if not math.isfinite(damage):
-            log.info("%s is not on the menu of %s: it overflows there", name, work.name)
+            self._refuse(name, work.name, "its weight or outputs overflow")
             return None
         return Choice(name, packed.format, damage, output_error)
+
+    def _refuse(self, name: str, site: str, reason: str) -> None:
+        log.info("%s is not on the menu of %s: %s", name, site, reason)
+        self.refused.setdefault(site, {})[name] = reason
 
     def judge(self, name: str, trial: SiteWork, weight: Tensor) -> tuple[float, float]:  # noqa: ARG002 - for ablations
         """Return the damage and the relative output error of ``weight``, to which the expression ``name`` has led.
@@ -187,4 +196,7 @@ def measure(
     finally:
         for site in program.sites.values():
             site.packed = None
-    return [SiteChoices(site.name, site.shape, site.group, trial.found[site.name]) for site in program.site_order()]
+    return [
+        SiteChoices(site.name, site.shape, site.group, trial.found[site.name], trial.refused.get(site.name, {}))
+        for site in program.site_order()
+    ]

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 import slimc
-from slimc import recipes
+from slimc import api, recipes
 from slimc.errors import InputError, RecipeError
 from slimc.passes import Activations, Calibrate, Fuse, LowRank, PerSite, Quantize
+from slimc.planning.check import measured_damage
 from slimc.planning.menu import JUDGED, PRESET, Menu
 from slimc.planning.plan import Sensitivities
 from slimc.planning.sensitivity import Choice, SiteChoices
+from slimc.progress import SilentProgress
 from slimc.runtime.formats import LinearFormat, WeightFormat
 
 MENU = {"int2": [Quantize(bits=2, group=8)], "int4": [Quantize(bits=4, group=8)]}
@@ -57,6 +59,20 @@ def test_the_bytes_go_where_they_save_most(found, budget, choices):
     assert _choices(plan) == choices
     assert plan.nbytes == sum(site.choice.nbytes for site in plan.sites)
     assert plan.damage == pytest.approx(sum(site.choice.damage for site in plan.sites))
+
+
+@pytest.mark.parametrize(("budget", "expression"), [("4bpw", "int2"), ("5.9bpw", "int2"), ("6bpw", "int4")])
+def test_of_single_expressions_the_least_damage_within_the_budget_is_taken(found, budget, expression):
+    assert _choices(found.uniform(budget)) == {"a": expression, "b": expression}
+    assert found.plan(budget).damage <= found.uniform(budget).damage
+
+
+def test_an_expression_that_some_site_cannot_have_is_not_for_all_of_them(found):
+    sites = (replace(found.sites[0], choices=found.sites[0].choices[:2], refused={"int4": "too thin"}), found.sites[1])
+    plans = replace(found, sites=sites)
+    assert _choices(plans.uniform("6bpw")) == {"a": "int2", "b": "int2"}
+    assert str(plans.plan("6bpw")).endswith("Not to be had at 1 layer: int4 (too thin)")
+    assert replace(found, sites=(replace(sites[0], choices=sites[0].choices[:1]),)).uniform("16bpw") is None
 
 
 def test_the_recipe_names_each_site_and_leaves_dense_what_the_plan_leaves(found):
@@ -217,3 +233,27 @@ def test_passes_and_a_budget_exclude_each_other(network, batches):
 def test_a_model_that_cannot_write_needs_calibration(network):
     with pytest.raises(InputError, match="cannot write its own calibration text"):
         slimc.plan(network, budget="4bpw")
+
+
+def test_a_checked_plan_is_no_worse_than_the_best_single_expression(network, batches):
+    menu = {"int2": [Quantize(bits=2, group=8)], "int4": [Quantize(bits=4, group=8)]}
+    checked = slimc.plan(network, batches, budget="6bpw", menu=menu, check=True)
+    found = api.sensitivities(network, batches, menu=menu)
+    uniform = api._try(network, found.uniform("6bpw"), found.menu, batches, device=None, progress=SilentProgress())
+    assert 0 < checked.measured <= uniform.measured
+    assert f"measured {checked.measured:.4g}" in checked.summary()
+
+
+def test_the_measured_damage_of_logits_is_a_divergence_and_nothing_for_the_same_model(network, batches):
+    calls = [((batch,), {}) for batch in batches]
+    assert measured_damage(network, network, calls, vocabulary=None) == 0
+    with torch.no_grad():
+        exact = [network(batch) for batch in batches]
+    size = exact[0].shape[-1]
+    assert measured_damage(network, network, calls, vocabulary=size) == 0
+    other = nn.Sequential(network, nn.Softplus())
+    with torch.no_grad():
+        scores = [one.flatten(0, -2) for one in exact]
+        pairs = [(one.log_softmax(-1), nn.functional.softplus(one).log_softmax(-1)) for one in scores]
+    wanted = torch.cat([(one.exp() * (one - found)).sum(-1) for one, found in pairs]).mean()
+    assert measured_damage(network, other, calls, vocabulary=size) == pytest.approx(float(wanted), rel=1e-4)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimc.errors import CaptureError
+from slimc.errors import CaptureError, FormatError
 from slimc.ir.capture import capture
 from slimc.passes import Prune, Quantize
+from slimc.passes.work import SiteWork
 from slimc.planning.gradients import site_samples
 from slimc.planning.menu import Menu
 from slimc.planning.sensitivity import measure
@@ -121,6 +122,25 @@ def test_an_expression_that_does_not_fit_a_site_is_not_among_its_choices(pair, i
     _, found = _measure(pair, inputs, MENU | {"2:3": [Prune("2:3"), Quantize()]})
     assert "2:3" in found["down"]
     assert "2:3" not in found["gate"]
+
+
+def test_an_expression_that_fails_at_a_site_is_recorded_and_the_rest_is_measured(pair, inputs, monkeypatch):
+    pack = SiteWork.pack
+
+    def failing(work: SiteWork):
+        if work.name == "gate" and work.quantized is not None and work.quantized.bits == 4:
+            raise FormatError("of no use")
+        return pack(work)
+
+    monkeypatch.setattr(SiteWork, "pack", failing)
+    program = capture(pair, [((batch,), {}) for batch in inputs])
+    flat = [program.flatten_inputs((batch,), {}) for batch in inputs]
+    found = measure(program, Menu.load(MENU).expressions, flat, held_out=2, vocabulary=None, progress=SilentProgress())
+    gate, down = (next(site for site in found if site.name == name) for name in ("gate", "down"))
+    assert gate.refused == {"int4": "of no use"}
+    assert "int4" not in [choice.name for choice in gate.choices]
+    assert not down.refused
+    assert "int4" in [choice.name for choice in down.choices]
 
 
 def test_choices_are_judged_by_all_batches_if_none_is_held_out(pair, inputs):
