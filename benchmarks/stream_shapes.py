@@ -56,14 +56,13 @@ def everything(tile: int) -> list[LaunchShape]:
     many = [(128, stages, inputs) for stages in (0, 8) for inputs in (3, 4, 6)] + [(256, 0, 2), (256, 0, 3)]
     found = []
     for (row_tiles, row_groups, column_groups), blocks in itertools.product(groups, (1, 2, 3)):
-        # A multiprocessor has four parts, each of which holds its share of the warps.
-        registers = (1 << 14) // 32 // -(-blocks * (4 * row_groups * column_groups + 1) // 4)
-        if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
-            found += [
-                LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, *rest)
-                for rest in (few if tile <= 16 else many)
-            ]
-    return found
+        for rest in few if tile <= 16 else many:
+            shape = LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, *rest)
+            # A multiprocessor has four parts, each of which holds its share of the warps.
+            registers = shape.registers[0] or (1 << 14) // 32 // -(-blocks * (shape.threads // 32) // 4)
+            if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
+                found.append(shape)
+    return found + [replace(shape, even=True) for shape in found if shape.column_groups == 1]
 
 
 def candidates(
@@ -75,7 +74,7 @@ def candidates(
     found = {}
     for shape in shapes.suiting(possible, tile, LAYER):
         waves = shapes.blocks_of(shape, total, starts) / processors
-        if BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
+        if shape.even or BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
             stages, inputs = shape.stages_of(LAYER)
             found[replace(shape, stages=stages, inputs=inputs)] = shape
     return list(found.values())
@@ -219,6 +218,7 @@ def best_shapes(
 
 def _short(shape: LaunchShape) -> str:
     groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
+    groups += " even" if shape.even else ""
     return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
-from slimc.backends.cuda import shapes
+from slimc.backends.cuda import shapes, stream
 from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.shapes import LaunchShape
 from slimc.backends.cuda.stream import STREAM, launch, make_plan
@@ -77,6 +77,10 @@ SHAPES = [
     LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4),
     LaunchShape(64, 1, 3, 1, 3, 1, 128, stages=7, inputs=3),
     LaunchShape(128, 1, 3, 1, 2, 1, 128, inputs=2),
+    LaunchShape(8, 1, 2, 1, 1, 2, 256, even=True),
+    LaunchShape(64, 1, 4, 1, 1, 1, 256, inputs=3, even=True),
+    LaunchShape(128, 1, 4, 1, 1, 1, 128, even=True),
+    LaunchShape(128, 2, 2, 1, 1, 1, 128, even=True),
 ]
 
 
@@ -93,6 +97,35 @@ def test_rings_and_clusters(random_layer: Any, check: Any, shape: LaunchShape) -
     y = launch(make_plan(layer, x.dtype, len(x), shape, right), x, layer, None)
     for part, rows in zip(parts, (slice(512), slice(512, 768), slice(768, 1068)), strict=True):
         check(part, x, None, y[:, rows])
+
+
+@pytest.mark.parametrize("patience", [0, 1000])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.even], ids=str)
+def test_blocks_that_divide_all_tiles_need_not_wait_for_each_other(
+    random_layer: Any, check: Any, shape: LaunchShape, patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = stream.source("stream.cu")
+    monkeypatch.setattr(stream, "source", lambda _name: f"#define PATIENCE {patience}\n{text}")
+    for rows, columns, rank in ((600, 1344, 130), (4096, 4096, 409), (16, 128, 0)):
+        packed = random_layer(rows, columns, rank)
+        x = torch.randn(shape.tokens - 1, columns, dtype=torch.bfloat16, device="cuda")
+        check(packed, x, None, run(packed, x, None, shape))
+
+
+def test_launches_of_two_streams_that_divide_all_tiles_do_not_wait_for_ever(random_layer: Any) -> None:
+    shape = LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True)
+    layers = [prepare(random_layer(4096, 4096, 409 - one)) for one in range(2)]
+    x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda")
+    plans = [make_plan(layer, x.dtype, 64, shape) for layer in layers]
+    expected = [launch(plan, x, layer, None) for layer, plan in zip(layers, plans, strict=True)]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in layers], []
+    for _ in range(100):
+        for layer, plan, one in zip(layers, plans, streams, strict=True):
+            with torch.cuda.stream(one):
+                results.append(launch(plan, x, layer, None))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[index % 2]) for index, y in enumerate(results))
 
 
 def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:

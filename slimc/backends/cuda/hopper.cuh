@@ -45,6 +45,13 @@ __device__ __forceinline__ void store_transposed(u32 address, u32 low, u32 high)
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
 }
 
+// 8 x 8 numbers of 16 bits, two of a row in each lane.
+__device__ __forceinline__ u32 transposed(u32 v) {
+    u32 w;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(w) : "r"(v));
+    return w;
+}
+
 // Activations lie in rows of 128 bytes, swizzled over 8 of them: what the copy engine writes and wgmma reads.
 __device__ __forceinline__ u64 describe(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;

@@ -36,6 +36,12 @@ __all__ = [
 SHARED_BYTES = 228 << 10
 """Shared memory of a multiprocessor."""
 
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
+
+MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
+"""By the warpgroups that multiply: registers of their threads, and of those of one more."""
+
 RESERVED_BYTES = 2 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
@@ -46,6 +52,12 @@ TOKEN_TILES = (8, 16, 32, 64, 128)
 CLUSTERS = (1, 2, 3, 4, 6, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
+
+MOST_SHARES = 15
+"""Blocks that an even launch has for each tile, at most: one more may take part in it, and each has a bit of 16."""
+
+FEW_IDLE = 0.95
+"""Share of the blocks that must be at work."""
 
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
@@ -82,6 +94,7 @@ class LaunchShape:
         step: columns of a slot of the ring, 128 or 256.
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
+        even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
     """
 
     tokens: int
@@ -93,6 +106,7 @@ class LaunchShape:
     step: int
     stages: int = 0
     inputs: int = 0
+    even: bool = False
 
     @property
     def tiles(self) -> int:
@@ -110,9 +124,23 @@ class LaunchShape:
         return self.step // 128
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of threads that multiply and of others, where those hand over some; zeros where all have the same.
+
+        Without, the assembler would have products of few registers run one after another.
+        """
+        warpgroups = self.row_groups * self.column_groups
+        if self.blocks > 1 or warpgroups not in MOVED_REGISTERS:
+            return 0, 0
+        # Each of the four parts of a multiprocessor holds its share of the warps.
+        own = REGISTERS // 4 // 32 // -(-(4 * warpgroups + 1) // 4)
+        needed = self.row_tiles * (self.tokens // 2 + 16) + (56 if self.even else 40)
+        return MOVED_REGISTERS[warpgroups] if needed > own else (0, 0)
+
+    @property
     def threads(self) -> int:
-        """Threads of a block: warpgroups that multiply, and a warp that brings what they read."""
-        return 128 * self.row_groups * self.column_groups + 32
+        """Threads of a block: warpgroups that multiply, and a warp, or a warpgroup, that brings what they read."""
+        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32)
 
     @property
     def input_bytes(self) -> int:
@@ -146,10 +174,12 @@ class LaunchShape:
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
+        if self.even and (self.cluster > 1 or self.column_groups > 1):
+            return False
         return fits and inputs >= 2 * self.column_groups and self._ring_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
-        """Dynamic shared memory of a block: the rings, sums that are sent to it, and results."""
+        """Dynamic shared memory of a block: the rings, and sums that are sent to it."""
         return self._ring_bytes(form) + self._output_bytes
 
     def _ring_bytes(self, form: Form) -> int:
@@ -161,7 +191,7 @@ class LaunchShape:
     def _output_bytes(self) -> int:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
         sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
-        return sums + 1024 * self.row_groups * self.column_groups + ALIGNMENT
+        return sums + ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -232,6 +262,16 @@ def blocks_of(shape: LaunchShape, rows: int, starts: Sequence[int] = ()) -> int:
     return first_blocks(shape, rows, starts)[-1] * shape.cluster
 
 
+def even_blocks(tiles: int, slots: int, most: int) -> int:
+    """Return how many blocks an even launch has for tiles of so many slots, at most ``most``, all of which run at once.
+
+    A multiple of the tiles, if that leaves few idle: then no block has parts of two tiles to add up.
+    """
+    whole = most // tiles * tiles
+    blocks = whole if whole >= FEW_IDLE * most else most
+    return min(blocks, tiles * min(slots, MOST_SHARES))
+
+
 def _choose(
     table: str,
     candidates: dict[int, list[LaunchShape]],
@@ -248,7 +288,8 @@ def _choose(
             break
         if one.shape.fits(form):
             return one.shape
-    possible = list(suiting(candidates, tile, form))
+    # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
+    possible = [shape for shape in suiting(candidates, tile, form) if not shape.even]
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
     # Blocks of a second wave begin late; too few leave multiprocessors idle.
@@ -279,6 +320,14 @@ def _of(tile: int, *rest: tuple[int, int, int, int, int, int, int]) -> list[Laun
     return [
         LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages, inputs)
         for row_tiles, row_groups, column_groups, blocks, step, stages, inputs in rest
+    ]
+
+
+def _even(tile: int, *rest: tuple[int, int, int, int, int, int]) -> list[LaunchShape]:
+    """Return even shapes from row tiles, row groups, blocks, columns of a slot, and slots of the rings."""
+    return [
+        LaunchShape(tile, row_tiles, row_groups, 1, 1, blocks, step, stages, inputs, even=True)
+        for row_tiles, row_groups, blocks, step, stages, inputs in rest
     ]
 
 
@@ -329,6 +378,14 @@ CANDIDATES = {
         (2, 1, 1, 1, 128, 4, 0),
         (2, 2, 1, 1, 256, 0, 3),
         (1, 4, 1, 1, 256, 0, 3),
+    )
+    + _even(
+        64,
+        (1, 4, 1, 128, 0, 0),
+        (1, 4, 1, 256, 0, 3),
+        (2, 2, 1, 128, 0, 0),
+        (1, 2, 1, 128, 0, 0),
+        (1, 2, 2, 128, 0, 0),
     ),
     128: _of(
         128,
@@ -340,6 +397,14 @@ CANDIDATES = {
         (2, 1, 1, 1, 128, 4, 0),
         (1, 2, 1, 1, 128, 4, 0),
         (1, 4, 1, 1, 128, 4, 0),
+        (2, 2, 1, 1, 128, 0, 0),
+    )
+    + _even(
+        128,
+        (1, 4, 1, 128, 0, 0),
+        (1, 3, 1, 128, 0, 0),
+        (2, 2, 1, 128, 0, 0),
+        (1, 2, 1, 128, 0, 0),
     ),
 }
 """Shapes worth measuring, by the tokens of a block, those that suit most layers first."""

@@ -8,6 +8,10 @@
 // A block computes 64 * ROW_TILES * ROW_GROUPS rows of TOKENS tokens, or a cluster of blocks does, each of which takes its
 // share of the columns; in a block, COLUMN_GROUPS warpgroups take turns at the slots. Each sends its sums to the block that
 // writes them, which adds them up in a fixed order.
+// Where such tiles of results would leave multiprocessors idle, the blocks of an EVEN launch divide the slots of all tiles
+// among them, each the same number: a block computes the beginning of one tile, perhaps whole ones, and the end of
+// another. Those that share a tile put their sums into device memory, and each adds up a part of them. It waits for the
+// others, but not for ever: they may not be running, if other launches hold the multiprocessors. Then the last adds up its part.
 // t = x @ R^T, the small product, is this kernel's own result in a launch before. That one says when x may be read
 // (`flags`): W is multiplied while t is still under way, and only L waits for it.
 //
@@ -22,14 +26,21 @@
 //   STAGES         slots of the ring of weights
 //   INPUTS         slots of the ring of activations, no more than STAGES
 //   CLUSTER        blocks that share the columns
+//   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
+//                  0: all keep what they have
+//   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
 #if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
 #error "a slot must always meet the same warpgroup, and weights are ahead: see LaunchShape.stages_of"
 #endif
+#if EVEN && (CLUSTER > 1 || COLUMN_GROUPS > 1)
+#error "slots of the next tile come while sums of this one are added up: there is no other room for them"
+#endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
-#define THREADS (CONSUMERS + 32)  // one more warp brings what they read
+// One more warp brings what they read; or a warpgroup of which that is one, if it hands registers to those that multiply.
+#define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32))
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
 #define UNITS (STEP / UNIT)                       // of W in a slot
@@ -68,12 +79,17 @@ struct Arguments {
     const u16* scale;          // [1] or [rows], unless GROUP
     const u16* bias;           // [rows] or null
     u32* flags;                // the mark of launches whose x may be read, and blocks that know; null without adapters
+    float4* parts;             // [blocks][2][pieces][threads that multiply]: sums of shared tiles, if EVEN
+    u32* shared;               // [tiles][row groups][2], 0 between launches: blocks that have written their sums, and << 16 a bit
+                               // for each that has given up waiting; blocks that are done with the tile
     int tokens;
     int rows;
     int whole;                 // 1: columns are a multiple of 64
     int row_scale;             // 1: a scale a row, 0: one for all
     int steps;                 // slots of W
+    int slots;                 // of a tile, with those of the widest L, if EVEN
     int token_tiles;           // tokens / TOKENS, rounded up
+    int tiles;                 // of results, if EVEN
     u32 zero;                  // 0, which the compiler does not know
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
     int members;               // of the stack
@@ -103,13 +119,95 @@ struct Ring {
 using Weights = Ring<STAGES, SLOT_BYTES>;
 using Inputs = Ring<INPUTS, INPUT_BYTES>;
 
-// What a block brings: slots of W from `begin` on, then slots of L to `end`.
+// What a block computes of a tile of results: slots from `begin` on, those of L after those of W.
+struct Segment {
+    int row_tile, end_row, token, first_rank;
+    int begin, middle, end;
+    bool whole;  // nobody else has a part in it
+};
+
+// Tiles that a block computes, the last one first: what others wait for is done early, and L, which waits for t, late.
+struct Work {
+    const Arguments& a;
+    int first, last;
+#if EVEN
+    int from, to;  // slots, counted through all tiles
+#endif
+
+    __device__ __forceinline__ explicit Work(const Arguments& a) : a(a) {
+#if EVEN
+        from = first_slot(blockIdx.x);
+        to = first_slot(blockIdx.x + 1);
+        first = from / a.slots;
+        last = (to - 1) / a.slots;
+#else
+        first = last = blockIdx.x / CLUSTER;
+#endif
+    }
+
+#if EVEN
+    __device__ __forceinline__ int total() const { return a.tiles * a.slots; }
+    __device__ __forceinline__ int first_slot(int block) const { return total() * block / (int)gridDim.x; }
+    __device__ __forceinline__ int block_of(int slot) const { return ((slot + 1) * (int)gridDim.x - 1) / total(); }
+#endif
+
+    __device__ __forceinline__ Segment segment(int tile) const {
+        const int block = tile / a.token_tiles;
+        // All rows of a block belong to one member of the stack.
+        int member = 0;
+        while (member + 1 < a.members && block >= a.first_block[member + 1]) ++member;
+        const int slots = a.steps + (ADAPTERS ? (a.rank_units[member] + LEFT_UNITS - 1) / LEFT_UNITS : 0);
+        Segment s;
+        s.row_tile = a.first_row[member] / 16 + (block - a.first_block[member]) * BLOCK_TILES;
+        s.end_row = member + 1 < a.members ? a.first_row[member + 1] : a.rows;
+        s.token = tile % a.token_tiles * TOKENS;
+        s.first_rank = ADAPTERS ? a.first_rank[member] : 0;
+#if EVEN
+        const int before = tile * a.slots;
+        s.begin = min(max(from - before, 0), slots);
+        s.end = min(to - before, slots);
+        s.whole = from <= before && to >= before + a.slots;
+#else
+        const int share = blockIdx.x % CLUSTER;
+        s.begin = slots * share / CLUSTER;
+        s.end = slots * (share + 1) / CLUSTER;
+        s.whole = CLUSTER == 1;
+#endif
+        s.middle = max(s.begin, min(s.end, a.steps));
+        return s;
+    }
+};
+
+// Slots of a block's work in their order.
+struct Cursor {
+    const Work& work;
+    int tile, step;
+    Segment at;
+
+    __device__ __forceinline__ explicit Cursor(const Work& work) : work(work), tile(work.last), at(work.segment(work.last)) {
+        step = at.begin;
+        skip_empty();
+    }
+    __device__ __forceinline__ bool done() const { return tile < work.first; }
+    __device__ __forceinline__ void advance() {
+        ++step;
+        skip_empty();
+    }
+    __device__ __forceinline__ void skip_empty() {
+        while (step >= at.end && --tile >= work.first) {
+            at = work.segment(tile);
+            step = at.begin;
+        }
+    }
+};
+
+// What a block brings.
 struct Source {
     const Arguments& a;
-    int tile, token, begin, end, first_rank;
 
-    __device__ __forceinline__ void bring_weights(const Weights& ring, int step) const {
+    __device__ __forceinline__ void bring_weights(const Weights& ring, const Cursor& c) const {
         const u32 to = ring.data(), barrier = ring.arrived();
+        const int step = c.step, tile = c.at.row_tile;
         if (!ADAPTERS || step < a.steps) {
             barrier_expect(barrier, CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
             load_box(to, &a.codes_map, barrier, 0, step * UNITS, tile);
@@ -126,24 +224,24 @@ struct Source {
         }
     }
 
-    __device__ __forceinline__ void bring_x(const Inputs& ring, int step) const {
+    __device__ __forceinline__ void bring_x(const Inputs& ring, const Cursor& c) const {
         barrier_expect(ring.arrived(), INPUT_BYTES);
         if (a.whole) {
-            load_box(ring.data(), &a.x_map, ring.arrived(), 0, token, step * BOXES);
+            load_box(ring.data(), &a.x_map, ring.arrived(), 0, c.at.token, c.step * BOXES);
         } else {
 #pragma unroll
             for (int i = 0; i < BOXES; ++i)
-                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), step * STEP + i * 64, token);
+                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), c.step * STEP + i * 64, c.at.token);
         }
     }
 
-    __device__ __forceinline__ void bring_t(const Inputs& ring, int step) const {
+    __device__ __forceinline__ void bring_t(const Inputs& ring, const Cursor& c) const {
         barrier_expect(ring.arrived(), LEFT_UNITS * BOX_BYTES);
-        load_box(ring.data(), &a.t_map, ring.arrived(), 0, token, first_rank / 64 + (step - a.steps) * LEFT_UNITS);
+        load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
     }
 
     // Weights go ahead of activations as far as their ring reaches.
-    __device__ __forceinline__ void run(Weights weights, Inputs inputs) const {
+    __device__ __forceinline__ void run(const Work& work, Weights weights, Inputs inputs) const {
         prefetch_map(&a.codes_map);
         if (SPARSE) prefetch_map(&a.metadata_map);
         if (GROUP > 0) prefetch_map(&a.scale_map);
@@ -153,41 +251,43 @@ struct Source {
             prefetch_map(&a.left_scale_map);
             prefetch_map(&a.t_map);
         }
-        int next = begin;
-        while (next < min(end, begin + STAGES)) {
-            bring_weights(weights, next++);
+        Cursor next(work);
+        for (int i = 0; i < STAGES && !next.done(); ++i, next.advance()) {
+            bring_weights(weights, next);
             weights.advance(1);
         }
-        // Who has released the activations of a step has the weights of the next one in registers.
-        auto follow = [&](int step) {
-            if (step - begin + 1 >= INPUTS && next < end) {
-                weights.wait_empty();
-                bring_weights(weights, next++);
-                weights.advance(1);
-            }
-        };
 #if ADAPTERS
         while (load_acquire(a.flags) != a.mark) {}
+        bool waits = true;
 #else
         wait_for_previous_launch();
         if (a.flags && blockIdx.x == 0) store_release(a.flags, a.mark);
 #endif
         asm volatile("fence.proxy.async.global;" ::: "memory");
-        const int middle = max(begin, min(end, a.steps));
-        int step = begin;
-        for (; step < middle; ++step, inputs.advance(1)) {
-            if (step - begin >= INPUTS) inputs.wait_empty();
-            bring_x(inputs, step);
-            follow(step);
+        int used = 0;
+        for (Cursor now(work); !now.done(); now.advance(), inputs.advance(1)) {
+            if (used >= INPUTS) inputs.wait_empty();
+#if ADAPTERS
+            if (now.step >= a.steps) {
+                if (waits) {
+                    wait_for_previous_launch();
+                    asm volatile("fence.proxy.async.global;" ::: "memory");
+                    waits = false;
+                }
+                bring_t(inputs, now);
+            } else
+#endif
+                bring_x(inputs, now);
+            // Who has released the activations of a step has the weights of the next one in registers.
+            if (++used >= INPUTS && !next.done()) {
+                weights.wait_empty();
+                bring_weights(weights, next);
+                weights.advance(1);
+                next.advance();
+            }
         }
 #if ADAPTERS
-        wait_for_previous_launch();
-        asm volatile("fence.proxy.async.global;" ::: "memory");
-        for (; step < end; ++step, inputs.advance(1)) {
-            if (step - begin >= INPUTS) inputs.wait_empty();
-            bring_t(inputs, step);
-            follow(step);
-        }
+        if (waits) wait_for_previous_launch();
         if (atomicAdd(a.flags + 1, 1) == gridDim.x - 1) a.flags[0] = a.flags[1] = 0;
 #endif
     }
@@ -203,7 +303,7 @@ __device__ __forceinline__ float4 load_shared_sums(u32 address) {
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
 // from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
-#define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (TOKENS == 128 && THREADS > 512) ? 1 : 2)
+#define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (ROW_TILES * TOKENS >= 128 && THREADS > 512) || (REGISTERS > 0 && ROW_TILES > 1) ? 1 : 2)
 
 // One warpgroup's part of the product.
 struct Multiplier {
@@ -358,7 +458,90 @@ __device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][SUMS]) {
         for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
 }
 
+// What a warpgroup sums up of a segment: its share of the slots, if several take turns.
+__device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& s, Multiplier& by, int column_group, float (&sum)[ROW_TILES][SUMS]) {
+#if GROUP == 0
+    // Asked for before they are needed: they come from device memory.
+    float scales[ROW_TILES][2];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        const int row = s.row_tile * 16 + (by.row_group * ROW_TILES + m) * 64 + by.warp * 16 + by.lane / 4;
+        scales[m][0] = to_float(a.scale[a.row_scale && row < a.rows ? row : 0]);
+        scales[m][1] = to_float(a.scale[a.row_scale && row + 8 < a.rows ? row + 8 : 0]);
+    }
+#endif
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) sum[m][i] = 0.f;
+    int step = s.begin + column_group;
+    for (; step < s.middle; step += COLUMN_GROUPS) by.multiply_weights(sum);
+    wait_for_sums(sum);
+#if GROUP == 0
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4) {
+            sum[m][i] *= scales[m][0];
+            sum[m][i + 1] *= scales[m][0];
+            sum[m][i + 2] *= scales[m][1];
+            sum[m][i + 3] *= scales[m][1];
+        }
+    }
+#endif
+#if ADAPTERS
+    for (; step < s.end; step += COLUMN_GROUPS) by.multiply_left(sum);
+    wait_for_sums(sum);
+#endif
+}
+
 // ----------------------------------------------------------------------------------------------------------- output
+
+#if EVEN
+#define AT_ONCE 4  // pieces whose parts are asked for together: one after another they would take as long as a tile
+
+#ifndef PATIENCE
+#define PATIENCE 1000  // looks at what others have done
+#endif
+
+__device__ __forceinline__ u32 add_here_and_there(u32* p, u32 v) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+
+// Blocks, a bit each, whose parts of a tile this one adds up: itself; if it is the last, those that have given up too.
+__device__ __forceinline__ u32 wait_for_others(u32* state, u32 before, int share, int blocks) {
+    if ((before & 0xffff) == blocks - 1) return before >> 16 | 1 << share;
+    for (int looks = 0; looks < PATIENCE; ++looks)
+        if ((load_acquire(state) & 0xffff) == blocks) return 1 << share;
+    const u32 last = atomicOr(state, 0x10000 << share);
+    __threadfence();
+    return (last & 0xffff) == blocks ? 1 << share : 0;
+}
+
+__device__ __forceinline__ float4 load_part(const float4* from) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+// Sums of pieces from `piece` on, over the blocks that share their tile, in their order.
+__device__ __forceinline__ void add_parts(float4 (&v)[AT_ONCE], const float4* first, const float4* others, int blocks, int piece, int end) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) v[i] = load_part(first + min(piece + i, end - 1) * CONSUMERS);
+#pragma unroll 2
+    for (int block = 1; block < blocks; ++block, others += 2 * PIECES * CONSUMERS) {
+        float4 w[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) w[i] = load_part(others + min(piece + i, end - 1) * CONSUMERS);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            v[i].x += w[i].x; v[i].y += w[i].y; v[i].z += w[i].z; v[i].w += w[i].w;
+        }
+    }
+}
+#endif
 
 // Send sums of a thread to the block that writes them.
 __device__ __forceinline__ void send_sums(u32 to, u32 barrier, int block, const float4& s) {
@@ -382,58 +565,41 @@ __device__ __forceinline__ float4 add_up(u32 from, int count, u32 step) {
     return s;
 }
 
-// 8 tokens of 64 rows at a time lie as fragments in the threads of a warpgroup; memory wants the rows of a token together.
-struct Output {
-    const Arguments& a;
-    int end_row;           // of the member of the stack
-    u32 staged;            // this row group's room: 8 rows of 128 bytes, their 16 bytes in an order of their own
-    unsigned char* from;
-    int barrier;
-
-    __device__ __forceinline__ void write(const float4& s, int first_row, int first_token, int warp, int lane) const {
-        const int own_row = first_row + warp * 16 + lane / 4;
-        const float low = a.bias && own_row < end_row ? to_float(a.bias[own_row]) : 0.f;
-        const float high = a.bias && own_row + 8 < end_row ? to_float(a.bias[own_row + 8]) : 0.f;
-        const u32 first = from_float(s.x + low) | (u32)from_float(s.y + low) << 16;
-        const u32 second = from_float(s.z + high) | (u32)from_float(s.w + high) << 16;
-        const int place = lane & 7, half = 2 * warp + ((lane >> 3) & 1);
-        store_transposed(staged + place * 128 + ((half ^ place) << 4), first, second);
-        wait_named(barrier, 128);
-        const int thread = threadIdx.x % 128, at = thread / 8, piece = thread % 8;
-        const int token = first_token + at, row = first_row + 8 * piece;
-        if (thread < 64 && token < a.tokens && row < end_row) {
-            const uint4 v = *(const uint4*)(from + at * 128 + ((piece ^ at) << 4));
-            u16* const to = a.y + (size_t)token * a.rows + row;
-            if (a.rows % 8 == 0) {
-                *(uint4*)to = v;
-            } else {
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int k = 0; k < 8; ++k)
-                    if (row + k < end_row) to[k] = (u16)(words[k / 2] >> (16 * (k & 1)));
-            }
-        }
-        wait_named(barrier, 128);
+// Sums of 8 tokens of a warp's 16 rows lie as fragments, a row in four lanes; memory wants the rows of a token together.
+__device__ __forceinline__ void write_results(const Arguments& a, const float4& s, int first_row, int end_row, int first_token, int lane) {
+    const int own_row = first_row + lane / 4;
+    const float low = a.bias && own_row < end_row ? to_float(a.bias[own_row]) : 0.f;
+    const float high = a.bias && own_row + 8 < end_row ? to_float(a.bias[own_row + 8]) : 0.f;
+    __syncwarp();
+    const u32 first = transposed(from_float(s.x + low) | (u32)from_float(s.y + low) << 16);
+    const u32 second = transposed(from_float(s.z + high) | (u32)from_float(s.w + high) << 16);
+    const int token = first_token + lane / 4, row = first_row + lane % 4 * 2;
+    if (token >= a.tokens) return;
+    u16* const to = a.y + (size_t)token * a.rows + row;
+    if (a.rows % 2 == 0) {
+        if (row < end_row) *(u32*)to = first;
+        if (row + 8 < end_row) *(u32*)(to + 8) = second;
+    } else {
+        if (row < end_row) to[0] = (u16)first;
+        if (row + 1 < end_row) to[1] = (u16)(first >> 16);
+        if (row + 8 < end_row) to[8] = (u16)second;
+        if (row + 9 < end_row) to[9] = (u16)(second >> 16);
     }
-};
+}
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2 * INPUTS + 1];
+#if EVEN
+    __shared__ volatile u32 taken[ROW_GROUPS];  // what each warpgroup adds up of a tile
+#endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int share = blockIdx.x % CLUSTER, work = blockIdx.x / CLUSTER;
-    const int block = work / a.token_tiles, token = work % a.token_tiles * TOKENS;
-    // All rows of a block belong to one member of the stack.
-    int member = 0;
-    while (member + 1 < a.members && block >= a.first_block[member + 1]) ++member;
-    const int block_tile = a.first_row[member] / 16 + (block - a.first_block[member]) * BLOCK_TILES;
-    const int end_row = member + 1 < a.members ? a.first_row[member + 1] : a.rows;
-    const int total = a.steps + (ADAPTERS ? (a.rank_units[member] + LEFT_UNITS - 1) / LEFT_UNITS : 0);
-    const int begin = total * share / CLUSTER, end = total * (share + 1) / CLUSTER;
+    const int share = blockIdx.x % CLUSTER;
+    const Work work(a);
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
-    const u32 sums = slots + INPUTS * INPUT_BYTES + (STAGES * SLOT_BYTES + 1023) / 1024 * 1024, staged = sums + SUM_BYTES;
+    const u32 sums = slots + INPUTS * INPUT_BYTES + (STAGES * SLOT_BYTES + 1023) / 1024 * 1024;
     const u32 first_barrier = shared_address(barriers), arrived = first_barrier + 16 * (STAGES + INPUTS);
     const Weights weights{slots + INPUTS * INPUT_BYTES, first_barrier, first_barrier + 8 * STAGES, 0, 0};
     const Inputs inputs{slots, first_barrier + 16 * STAGES, first_barrier + 8 * (2 * STAGES + INPUTS), 0, 0};
@@ -460,8 +626,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     cluster_arrive();
 #endif
 
-    if (warp == CONSUMERS / 32) {
-        if (lane == 0) Source{a, block_tile, token, begin, end, ADAPTERS ? a.first_rank[member] : 0}.run(weights, inputs);
+    if (warp >= CONSUMERS / 32) {
+#if REGISTERS > 0
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
+#endif
+        if (warp == CONSUMERS / 32 && lane == 0) Source{a}.run(work, weights, inputs);
 #if CLUSTER > 1
         __syncwarp();
         cluster_wait();
@@ -471,54 +640,80 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         return;
     }
 
-    const int row_group = warp / 4 % ROW_GROUPS, column_group = warp / 4 / ROW_GROUPS;
-    const int first_row = block_tile * 16 + row_group * ROW_TILES * 64;
-#if GROUP == 0
-    // Asked for before they are needed: they come from device memory.
-    float scales[ROW_TILES][2];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
-        const int row = first_row + m * 64 + warp % 4 * 16 + lane / 4;
-        scales[m][0] = to_float(a.scale[a.row_scale && row < a.rows ? row : 0]);
-        scales[m][1] = to_float(a.scale[a.row_scale && row + 8 < a.rows ? row + 8 : 0]);
-    }
+#if REGISTERS > 0
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
-    const int middle = max(begin, min(end, a.steps));
-    float sum[ROW_TILES][SUMS] = {};
+    const int row_group = warp / 4 % ROW_GROUPS, column_group = warp / 4 / ROW_GROUPS;
+    const int thread = row_group * 128 + threadIdx.x % 128;
     Multiplier by{weights, inputs, row_group, warp % 4, lane, -1, a.zero};
     by.weights.advance(column_group);
     by.inputs.advance(column_group);
-    int step = begin + column_group;
-    for (; step < middle; step += COLUMN_GROUPS) by.multiply_weights(sum);
-    wait_for_sums(sum);
-#if GROUP == 0
+    float sum[ROW_TILES][SUMS];
+#if EVEN
+    u32 before[2];  // of the tiles at the beginning and the end of this block's work: what others had done
+#pragma unroll 1
+    for (int tile = work.last; tile >= work.first; --tile) {
+        const Segment s = work.segment(tile);
+        compute_sums(a, s, by, column_group, sum);
+        const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
+        float4* const part = a.parts + (blockIdx.x * 2 + (work.from < tile * a.slots)) * (size_t)(PIECES * CONSUMERS) + thread;
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m) {
+        for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 0; i < SUMS; i += 4) {
-            sum[m][i] *= scales[m][0];
-            sum[m][i + 1] *= scales[m][0];
-            sum[m][i + 2] *= scales[m][1];
-            sum[m][i + 3] *= scales[m][1];
+            for (int b = 0; b < TOKENS / 8; ++b) {
+                const float4 v = make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
+                if (s.whole) write_results(a, v, first_row + m * 64, s.end_row, s.token + b * 8, lane);
+                else part[(m * (TOKENS / 8) + b) * CONSUMERS] = v;
+            }
+        if (!s.whole) {
+            wait_named(1 + row_group, 128);
+            if (threadIdx.x % 128 == 0) {
+                const u32 others = add_here_and_there(a.shared + (tile * ROW_GROUPS + row_group) * 2, 1);
+                if (work.from < tile * a.slots) before[1] = others;
+                else before[0] = others;
+            }
         }
     }
-#endif
-#if ADAPTERS
-    for (; step < end; step += COLUMN_GROUPS) by.multiply_left(sum);
-    wait_for_sums(sum);
-#endif
-
-#if CLUSTER > 1 || COLUMN_GROUPS > 1
-    const int thread = row_group * 128 + threadIdx.x % 128;
-#endif
-    const u32 room = staged + (column_group * ROW_GROUPS + row_group) * 1024;
-    const Output output{a, end_row, room, shared + (room - shared_address(shared)), 1 + column_group * ROW_GROUPS + row_group};
-    // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
-    auto deliver = [&](int piece, const float4& s) {
-#if CLUSTER > 1
-        send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, s);
+    // All of this block is computed: now it may wait for others.
+#pragma unroll 1
+    for (int tile = work.last; tile >= work.first; --tile) {
+        const Segment s = work.segment(tile);
+        if (s.whole) continue;
+        const int first_block = work.block_of(tile * a.slots), blocks = work.block_of((tile + 1) * a.slots - 1) - first_block + 1;
+        u32* const state = a.shared + (tile * ROW_GROUPS + row_group) * 2;
+        if (threadIdx.x % 128 == 0)
+            taken[row_group] = wait_for_others(state, work.from < tile * a.slots ? before[1] : before[0], blockIdx.x - first_block, blocks);
+        wait_named(1 + row_group, 128);
+        const u32 mine = taken[row_group];
+        const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
+        const float4* const first = a.parts + (first_block * 2 + (work.first_slot(first_block) < tile * a.slots)) * (size_t)(PIECES * CONSUMERS) + thread;
+        const float4* const others = a.parts + (first_block + 1) * 2 * (size_t)(PIECES * CONSUMERS) + thread;
+        for (int block = 0; block < blocks; ++block) {
+            if (!(mine >> block & 1)) continue;
+            const int end = PIECES * (block + 1) / blocks;
+            for (int piece = PIECES * block / blocks; piece < end; piece += AT_ONCE) {
+                float4 v[AT_ONCE];
+                add_parts(v, first, others, blocks, piece, end);
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i)
+                    if (piece + i < end)
+                        write_results(a, v[i], first_row + (piece + i) / (TOKENS / 8) * 64, s.end_row, s.token + (piece + i) % (TOKENS / 8) * 8, lane);
+            }
+        }
+        // All that this warpgroup reads of the others' sums is in registers.
+        wait_named(1 + row_group, 128);
+        if (threadIdx.x % 128 == 0 && atomicAdd(state + 1, 1) == blocks - 1) state[0] = state[1] = 0;
+    }
 #else
-        output.write(s, first_row + piece / (TOKENS / 8) * 64, token + piece % (TOKENS / 8) * 8, warp % 4, lane);
+    const Segment s = work.segment(work.first);
+    const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16, token = s.token;
+    compute_sums(a, s, by, column_group, sum);
+    // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
+    auto deliver = [&](int piece, const float4& v) {
+#if CLUSTER > 1
+        send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, v);
+#else
+        write_results(a, v, first_row + piece / (TOKENS / 8) * 64, s.end_row, token + piece % (TOKENS / 8) * 8, lane);
 #endif
     };
 #if CLUSTER > 1
@@ -550,9 +745,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     cluster_arrive();
     for (int i = column_group; i < own; i += COLUMN_GROUPS) {
         const int piece = share * OWN_PIECES + i;
-        output.write(add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES), first_row + piece / (TOKENS / 8) * 64,
-                     token + piece % (TOKENS / 8) * 8, warp % 4, lane);
+        write_results(a, add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES),
+                      first_row + piece / (TOKENS / 8) * 64, s.end_row, token + piece % (TOKENS / 8) * 8, lane);
     }
     cluster_wait();
+#endif
 #endif
 }

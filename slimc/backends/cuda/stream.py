@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends.cuda import driver, shapes
+from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.layer import (
     FACTOR_GROUP,
     MOST_STACKED,
@@ -50,12 +51,12 @@ class _Arguments(ctypes.Structure):
         *((name, driver.TensorMap) for name in (
             "x_map", "t_map", "codes_map", "metadata_map", "scale_map", "left_map", "left_scale_map",
         )),
-        *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags")),
+        *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags", "parts", "shared")),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "whole", "row_scale", "steps", "token_tiles", "zero", "mark", "members",
+            "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark", "members",
         )),
         *((name, ctypes.c_int * MOST_STACKED) for name in ("first_block", "first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 15),  # a structure with tensor maps is a multiple of 64 bytes
+        ("padding", ctypes.c_int * 9),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -68,6 +69,7 @@ class _Launch:
     shape: LaunchShape
     shared_bytes: int
     grid: int
+    sharing: Counters | None
 
 
 @dataclass
@@ -129,6 +131,10 @@ def _start(
     arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
     if flags is not None:
         arguments.flags, arguments.mark = flags
+    if step.sharing is not None:
+        # Blocks write there after the launches before this one have ended: whoever had the memory has done with it.
+        parts = torch.empty(2 * step.grid * shape.rows * shape.tokens, dtype=torch.float32, device=x.device)
+        arguments.parts, arguments.shared = parts.data_ptr(), step.sharing.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
@@ -180,14 +186,14 @@ def make_plan(
     if layer.left is not None and layer.left_scale is not None:
         driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, shape.left_units, 128))
         driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, shape.left_units, 8))
-    main = _plan_launch(arguments, shape, form, blocks[-1], device_index)
+    main = _plan_launch(arguments, shape, form, blocks[-1], layer)
     if layer.right is None or layer.right_scale is None:
         return Plan(main, None)
     form = Form(False, FACTOR_GROUP, False, dtype)
     shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors)
     arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
     _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
-    return Plan(main, _plan_launch(arguments, shape, form, -(-layer.ranks // shape.rows), device_index))
+    return Plan(main, _plan_launch(arguments, shape, form, -(-layer.ranks // shape.rows), layer))
 
 
 def _describe_weight(
@@ -201,15 +207,32 @@ def _describe_weight(
         driver.encode_word_map(arguments.scale_map, scale, (shape.tiles, shape.step // form.group, 8))
 
 
-def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: int, device_index: int) -> _Launch:
+def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: int, layer: FragmentLayer) -> _Launch:
+    device_index = layer.codes.get_device()
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     if not shape.fits(form):
         raise KernelError(f"{shape} leaves too little shared memory for the ring of a {form}")
     module = driver.load(source("stream.cu"), KERNEL_NAME, device_index, defines_of(shape, form))
     shared_bytes = shape.shared_bytes(form)
     function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
-    grid = blocks * arguments.token_tiles * shape.cluster
-    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid)
+    tiles = blocks * arguments.token_tiles
+    grid, sharing = tiles * shape.cluster, None
+    if shape.even:
+        left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
+        arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
+        processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+        grid = shapes.even_blocks(tiles, arguments.slots, processors * shape.blocks)
+        sharing = _sharing(layer, 2 * tiles * shape.row_groups)
+    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
+
+
+def _sharing(layer: FragmentLayer, count: int) -> Counters:
+    """Return the counters of launches whose blocks share tiles, one set for layers of as many tiles."""
+    key = (KERNEL_NAME, "sharing", count)
+    if key not in layer.plans:
+        layer.plans[key] = Counters(layer.codes.device, count)
+    found: Counters = layer.plans[key]
+    return found
 
 
 def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
@@ -229,6 +252,9 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "STAGES": stages,
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
+        "EVEN": int(shape.even),
+        "REGISTERS": shape.registers[0],
+        "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
     }
 

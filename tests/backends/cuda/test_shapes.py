@@ -70,6 +70,37 @@ def test_a_slot_always_meets_the_same_warpgroup(column_groups: int, step: int) -
                 assert all(slots % column_groups == 0 for form in (LAYER, FACTOR) for slots in both.stages_of(form))
 
 
+def test_blocks_that_divide_all_tiles_have_no_other_room_for_sums() -> None:
+    shape = LaunchShape(64, 1, 2, 1, cluster=1, blocks=2, step=128, even=True)
+    assert shape.fits(LAYER)
+    assert not replace(shape, cluster=2).fits(LAYER)
+    assert replace(shape, column_groups=2, even=False).fits(LAYER)
+    assert not replace(shape, column_groups=2).fits(LAYER)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "slots", "most", "blocks"),
+    [
+        (32, 77, 132, 128),  # four a tile, and few multiprocessors idle
+        (86, 39, 132, 132),  # one a tile would leave a third idle
+        (224, 77, 132, 132),
+        (2, 77, 132, 30),  # a tile has so many parts at most
+        (1, 3, 132, 3),  # no more blocks than slots
+    ],
+)
+def test_how_many_blocks_divide_all_tiles(tiles: int, slots: int, most: int, blocks: int) -> None:
+    assert shapes.even_blocks(tiles, slots, most) == blocks
+
+
+def test_threads_that_multiply_get_registers_of_others_where_they_need_them() -> None:
+    many, few = LaunchShape(128, 1, 4, 1, 1, 1, 128), LaunchShape(64, 1, 2, 1, 1, 2, 128)
+    assert (many.registers, many.threads) == ((112, 32), 5 * 128)
+    assert (few.registers, few.threads) == ((0, 0), 2 * 128 + 32)
+    for groups, (own, others) in shapes.MOVED_REGISTERS.items():
+        at_the_start = shapes.REGISTERS // (128 * (groups + 1)) // 8 * 8
+        assert groups * own + others <= (groups + 1) * at_the_start
+
+
 def test_measured_shapes_can_be_launched() -> None:
     measured = shapes.measured()
     assert measured["layers"]
@@ -120,6 +151,14 @@ def test_the_kernel_compiles_and_its_products_overlap(
             source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(shape, form)
         )
     assert cubin.startswith(b"\x7fELF")
+    assert "serialized" not in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_products_overlap_in_the_shapes_of_the_largest_layer(tokens: int, caplog: pytest.LogCaptureFixture) -> None:
+    shape = shapes.of_layer(57344, 8192, tokens, LAYER, (28672,), PROCESSORS)
+    with caplog.at_level(logging.DEBUG, compiler.__name__):
+        compiler.compile_source(source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(shape, LAYER))
     assert "serialized" not in caplog.text
 
 
