@@ -1,7 +1,7 @@
 """Attention of a few queries over a cache of keys and values, as for each new token of a sequence (``attend.cu``).
 
-PyTorch's kernels give a head to one block, which reads all of its keys alone, hidden ones too. Here blocks share the keys
-of a head, and what the mask hides is not read.
+PyTorch's kernels give a head to one block, which reads all of its keys alone, hidden ones too. Here blocks share the
+keys of a head, and what the mask hides is not read.
 """
 
 from __future__ import annotations
