@@ -27,14 +27,16 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimc.backends import KERNELS, cusparselt
 from slimc.backends.cuda.dense import DENSE
@@ -231,10 +233,22 @@ def peer_layers(names: Sequence[str], rows: int, columns: int) -> dict[str, list
     for name in names:
         peer = PEERS[name]
         try:
-            made[name] = [peer.make(rows, columns) for _ in range(copies(peer.bits / 8 * rows * columns))]
+            first = peer.make(rows, columns)
+            others = copies(peer.bits / 8 * rows * columns) - 1
+            made[name] = [first, *(_another(first, partial(peer.make, rows, columns)) for _ in range(others))]
         except Exception as error:
             print(f"# {name} is not measured: {type(error).__name__}: {str(error)[:200]}")
     return made
+
+
+def _another(layer: Layer, make: Callable[[], Layer]) -> Layer:
+    """Return a layer with memory of its own: a copy if it has one, which takes a library less time than to make it."""
+    if not isinstance(layer, nn.Module):
+        return make()
+    try:
+        return deepcopy(layer)
+    except (TypeError, RuntimeError):
+        return make()
 
 
 # -------------------------------------------------------------------------------------------------------------- slimc's
@@ -473,6 +487,7 @@ def run(
         activations: of `ACTIVATIONS`, what inputs are rounded to for further measurements.
         save: takes the figures so far after every layer.
     """
+    begun = time.perf_counter()
     bandwidth = copy_bandwidth()
     card = torch.cuda.get_device_name()
     print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
@@ -496,6 +511,8 @@ def run(
                 rows.append({"model": model, "layer": name, **row})
                 print(show(rows[-1]), flush=True)
             torch.cuda.empty_cache()
+            found["seconds"] = time.perf_counter() - begun
+            print(f"# {found['seconds']:.0f} s")
             save(found)
     print_means(rows)
     return found
