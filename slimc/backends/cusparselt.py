@@ -31,11 +31,11 @@ from slimc.backends.cuda.expand import expand_kept, order_metadata
 from slimc.backends.cuda.fragments import TILE_ROWS, metadata_pattern, metadata_words
 from slimc.backends.cuda.layer import FragmentLayer, refuses, refuses_machine, stack_shared
 from slimc.backends.cuda.layer import prepare as prepare_fragments
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.stored import StoredAdapters, StoredMatrix, fill_up
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.backends.private_folder import PrivateFolder
 from slimc.errors import KernelError
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight

@@ -6,6 +6,8 @@
 slimc's layer is 2:4 sparse, 4 bit with one scale a tensor, with 4-bit adapters of rank 0.1; stacked ones (q, k and v,
 or gate and up) keep the adapters of each. Every kernel of slimc's that accepts is measured, and ``slimc`` is the one
 that its selection takes: by expectations, or with ``--tuned`` by the times of this run, as after `slimc.tune`.
+With ``--chosen`` nothing is measured of slimc's but that one and ``cuda-dense``, which decodes the weight at every
+call and multiplies densely: what a layer falls back on where no other kernel runs.
 A kernel that cannot stack layers computes one after another. With ``--activations`` the same layers are also measured
 with inputs that are rounded to 8 bits.
 
@@ -25,16 +27,19 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimc.backends import KERNELS, cusparselt
+from slimc.backends.cuda.dense import DENSE
 from slimc.backends.cuda.layer import prepare as fragments
 from slimc.backends.cuda.layer import stack
 from slimc.bench import check_words, no_gpu
@@ -228,10 +233,22 @@ def peer_layers(names: Sequence[str], rows: int, columns: int) -> dict[str, list
     for name in names:
         peer = PEERS[name]
         try:
-            made[name] = [peer.make(rows, columns) for _ in range(copies(peer.bits / 8 * rows * columns))]
+            first = peer.make(rows, columns)
+            others = copies(peer.bits / 8 * rows * columns) - 1
+            made[name] = [first, *(_another(first, partial(peer.make, rows, columns)) for _ in range(others))]
         except Exception as error:
             print(f"# {name} is not measured: {type(error).__name__}: {str(error)[:200]}")
     return made
+
+
+def _another(layer: Layer, make: Callable[[], Layer]) -> Layer:
+    """Return a layer with memory of its own: a copy if it has one, which takes a library less time than to make it."""
+    if not isinstance(layer, nn.Module):
+        return make()
+    try:
+        return deepcopy(layer)
+    except (TypeError, RuntimeError):
+        return make()
 
 
 # -------------------------------------------------------------------------------------------------------------- slimc's
@@ -304,7 +321,7 @@ def measure(
         expected, _ = choose(KERNELS, subject.format, DTYPE, device, count)
         times: dict[str, float] = {}
         for kernel in KERNELS:
-            wanted = kernel is expected or (kernel.timed and not only_expected)
+            wanted = kernel in (expected, DENSE) or (kernel.timed and not only_expected)
             if wanted and kernel.refuses(subject.format, DTYPE, device, count) is None:
                 times[kernel.name] = _time(kernel.name, subject.calls, kernel, x)
         table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
@@ -322,6 +339,8 @@ def measure(
             "share_of_copy": needed / ours * 1e6 / bandwidth,
             "over_cublas": row["cublas_us"] / ours,
         }
+        if times.get(DENSE.name, math.inf) < math.inf:
+            row["fallback_over_cublas"] = row["cublas_us"] / times[DENSE.name]
         if peak is not None:
             row["share_of_byte_limit"] = needed / ours * 1e6 / peak
         for kind in activations:
@@ -386,6 +405,7 @@ def print_means(rows: Sequence[Row]) -> None:
     """Print, as a table, the mean ratios of each model over the layers as they are served, and the worst of them."""
     names = {f"over_{name}": name for name in ("cublas", "int4", *PEERS)}
     names |= {f"{kind}_over_cublas": f"{kind} inputs: cublas" for kind in ACTIVATIONS}
+    names["fallback_over_cublas"] = f"{DENSE.name}: cublas"
     present = [name for name in names if any(name in row for row in rows)]
     print(f"\n| model | tokens | {' | '.join(names[name] for name in present)} |\n|---|---|{'---|' * len(present)}")
     served = [row for row in rows if row["layer"] in SERVED]
@@ -399,24 +419,49 @@ def print_means(rows: Sequence[Row]) -> None:
         print(f"| {model} | {count} | {' | '.join(cells)} |")
 
 
+def ratios(rows: Sequence[Row], model: str) -> dict[str, dict[int, float]]:
+    """Return for everything that was timed, by name and tokens, its mean ratio over cuBLAS in the layers as served.
+
+    What was not timed in all layers of the model that were measured at so many tokens is left out there.
+    """
+    served = [row for row in rows if row["model"] == model and row["layer"] in SERVED]
+    found: dict[str, dict[int, float]] = {}
+    for count in dict.fromkeys(row["tokens"] for row in served):
+        of = [row for row in served if row["tokens"] == count]
+        for key in dict.fromkeys(key for row in of for key in row if key.endswith("_us") and key != "cublas_us"):
+            if all(key in row for row in of):
+                name = key.removesuffix("_us")
+                mean = geometric_mean([row["cublas_us"] / row[key] for row in of])
+                found.setdefault(f"slimc, {name} inputs" if name in ACTIVATIONS else name, {})[count] = mean
+    return found
+
+
 def plot(rows: Sequence[Row], to: Path) -> None:
-    """Draw the ratio over cuBLAS by tokens, a line a layer, and that of the int4 peers as dashes."""
+    """Draw the mean ratio over cuBLAS by tokens: a picture a model, a line for slimc's choice, each kernel and peer."""
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 5), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 5), squeeze=False, sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
-        for index, layer in enumerate(dict.fromkeys(row["layer"] for row in rows if row["model"] == model)):
-            of = [row for row in rows if (row["model"], row["layer"]) == (model, layer)]
-            counts, colour = [row["tokens"] for row in of], f"C{index}"
-            axis.plot(counts, [row["over_cublas"] for row in of], marker="o", label=layer, color=colour)
-            best = [row["over_cublas"] / row["over_int4"] if "over_int4" in row else math.nan for row in of]
-            axis.plot(counts, best, linestyle="--", linewidth=1, color=colour)
+        for name, by_tokens in ratios(rows, model).items():
+            ours = name.startswith("slimc")
+            axis.plot(
+                list(by_tokens),
+                list(by_tokens.values()),
+                marker="o",
+                label=name,
+                linewidth=2.5 if ours else 1,
+                linestyle="--" if name in PEERS else "-",
+            )
         axis.axhline(1, color="grey", linewidth=1)
-        axis.set(xscale="log", xlabel="tokens", title=f"{model} (dashed: the best int4 without adapters)")
+        counts = sorted({row["tokens"] for row in rows if row["model"] == model})
+        axis.set(xscale="log", xlabel="tokens a call", title=f"{model} (dashed: kernels of others, without adapters)")
+        axis.set_xticks(counts, map(str, counts))
+        axis.minorticks_off()
         axis.legend(fontsize="small")
-    axes[0][0].set(ylabel="times as fast as cuBLAS in bf16")
+    axes[0][0].set(ylabel="times as fast as cuBLAS in bf16, geometric mean")
     figure.savefig(to, bbox_inches="tight")
+    plt.close(figure)
 
 
 def run(
@@ -438,10 +483,11 @@ def run(
         layers: names of layers; all if it is empty.
         peers: of `PEERS`.
         tuned: select by the times of this run, not by expectations.
-        only_expected: of slimc's kernels, measure the one alone that is expected to be the best.
+        only_expected: of slimc's kernels, measure the one that is expected to be the best, and what it falls back on.
         activations: of `ACTIVATIONS`, what inputs are rounded to for further measurements.
         save: takes the figures so far after every layer.
     """
+    begun = time.perf_counter()
     bandwidth = copy_bandwidth()
     card = torch.cuda.get_device_name()
     print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
@@ -465,6 +511,8 @@ def run(
                 rows.append({"model": model, "layer": name, **row})
                 print(show(rows[-1]), flush=True)
             torch.cuda.empty_cache()
+            found["seconds"] = time.perf_counter() - begun
+            print(f"# {found['seconds']:.0f} s")
             save(found)
     print_means(rows)
     return found

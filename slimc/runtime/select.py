@@ -180,7 +180,8 @@ def choose(
     """
     case = spec, dtype, device, token_bucket(tokens)
     times = _times(kernels, case)
-    if all(taken == math.inf for taken in times.values()):
+    # Of kernels that refuse now, for which less may be stored than was when they were timed, times say nothing.
+    if not any(times.get(kernel.name, math.inf) < math.inf and kernel.refuses(*case) is None for kernel in kernels):
         times = {}
     refusals: dict[str, str] = {}
     able: list[Kernel] = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.runtime.activations import quantize_tokens, round_tokens
 from slimc.runtime.formats import ACTIVATIONS
 from slimc.runtime.modules import SlimLinear
@@ -31,6 +32,40 @@ def test_codes_are_those_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(found_scale.cpu(), scale)
     assert torch.equal(found_codes.cpu().view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(round_tokens(x.cuda(), kind).cpu(), round_tokens(x, kind))
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("columns", [8, 448, 4096, 11008, 40000])
+@pytest.mark.parametrize("tokens", [1, 17, 200])
+def test_one_launch_rounds_to_the_same_bits(kind: str, dtype: torch.dtype, columns: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(columns + tokens)
+    exponents = torch.linspace(-14, 14, tokens)[:, None]
+    x = (torch.randn(tokens, columns, generator=generator) * exponents.exp2()).to(dtype).cuda()
+    expected = round_tokens(x, kind)
+    assert torch.equal(round_inputs(x, kind), expected)
+    # A view that begins anywhere, and one whose tokens lie apart.
+    shifted = torch.empty(x.numel() + 1, dtype=dtype, device="cuda")[1:].view_as(x).copy_(x)
+    assert torch.equal(round_inputs(shifted, kind), expected)
+    assert torch.equal(round_inputs(x.t().contiguous().t(), kind), expected)
+
+
+@kinds
+@dtypes
+def test_one_launch_rounds_extremes_as_the_definition_does(kind: str, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] = 0
+    x[1] *= limits.tiny
+    x[2] = limits.tiny * limits.eps
+    x[3] = limits.max
+    x[4, 5] = torch.inf
+    x[5, 6] = torch.nan
+    x[6, 7] = -limits.max
+    x[7] = -0.0
+    found, expected = round_inputs(x.cuda(), kind), round_tokens(x.cuda(), kind)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 @kinds

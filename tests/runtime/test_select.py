@@ -70,3 +70,13 @@ def test_times_overrule_order_and_expectations_but_not_refusals() -> None:
 
 def test_if_all_failed_the_order_decides() -> None:
     assert choose(KernelTable((ANY,), Known()), FORM, torch.float32, CPU, 1 << 13) == (ANY, {})
+
+
+def test_times_of_kernels_that_refuse_leave_the_others_to_expectations() -> None:
+    doubts = replace(ANY, name="doubts", expects=lambda form, dtype, device, tokens: "slow")
+    # Of the three "few" alone was timed for 16 tokens, more than it takes.
+    table = KernelTable((FEW, doubts, kernel("sure")), Known())
+    chosen, refusals = choose(table, FORM, torch.float32, CPU, 16)
+    assert chosen is not None
+    assert chosen.name == "sure"
+    assert refusals == {"few": "too many tokens", "doubts": "slow"}

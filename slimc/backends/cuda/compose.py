@@ -25,9 +25,9 @@ from slimc.backends.cuda import layout
 from slimc.backends.cuda.fit import COLUMN_MULTIPLE, Fit, fit_of, padding, put_padding
 from slimc.backends.cuda.layer import FragmentLayer
 from slimc.backends.cuda.layer import prepare as prepare_fragments
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.split import Split, split_of
 from slimc.errors import KernelError
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight

@@ -17,8 +17,8 @@ from torch import Tensor
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.errors import KernelError
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 

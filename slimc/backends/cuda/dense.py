@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from slimc.backends.cuda.expand import expand_left, expand_right, expand_weight
 from slimc.backends.cuda.layer import FragmentLayer, prepare, refuses, stack_shared
-from slimc.runtime.activations import round_inputs
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 

@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import pointer, refuses_machine, source
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.stored import StoredAdapters
 from slimc.backends.cuda.unpack import refuses_weight
 from slimc.errors import KernelError
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.decode import pack_groups, unpack_groups
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout

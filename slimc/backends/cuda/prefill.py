@@ -20,8 +20,8 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.backends.cuda.rounding import ACTIVATION_CODES, round_inputs, threads_for
 from slimc.errors import KernelError
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -35,15 +35,8 @@ QUANTIZER_NAME = "quantize_tokens"
 FEWEST_TOKENS = 129
 """Below, kernels that read each weight once for all tokens take less time."""
 
-ACTIVATION_CODES: dict[Activation | None, int] = {None: 16, "int8": 8, "float8_e4m3fn": 80}
-"""What the sources call the types of activations."""
-
 BOX_BYTES = 128
 """Bytes of a token that the copy engine brings at a time."""
-
-QUANTIZER_THREADS = (128, 256, 512)
-QUANTIZER_COLUMNS = 64
-"""Columns of a token that a thread of the quantizer has registers for."""
 
 UNIT_CODE_BYTES = 512
 UNIT_METADATA_BYTES = 256
@@ -476,8 +469,7 @@ def _ready(layer: FragmentLayer, count: int) -> Counters:
 
 
 def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
-    enough = (threads for threads in QUANTIZER_THREADS if threads * QUANTIZER_COLUMNS >= columns)
-    threads = next(enough, QUANTIZER_THREADS[-1])
+    threads = threads_for(columns)
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 90,

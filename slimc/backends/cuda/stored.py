@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda.layer import refuses_machine
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, unpacker, whole_pieces
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel

@@ -26,9 +26,9 @@ from slimc.backends.cuda.layer import (
     source,
     stack_shared,
 )
+from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.errors import KernelError
-from slimc.runtime.activations import round_inputs
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 

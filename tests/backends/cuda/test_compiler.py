@@ -9,6 +9,7 @@ import pytest
 
 from slimc.backends.cuda import compiler, prefill
 from slimc.backends.cuda.layer import source
+from slimc.backends.cuda.rounding import ACTIVATION_CODES
 from slimc.errors import KernelError
 
 TRIVIAL = 'extern "C" __global__ void fill(int* to) { to[threadIdx.x] = VALUE; }'
@@ -139,12 +140,27 @@ def test_the_slots_of_the_kernel_for_many_tokens_fit(shape: prefill.LaunchShape,
     assert shape.blocks * (form.shared_bytes(shape) + 2 * form.stages(shape) * 8 + 1024) <= 228 << 10
 
 
-@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+ROUNDING = [("sm_80", 80, "int8"), ("sm_90a", 90, "int8"), ("sm_90a", 90, "float8_e4m3fn")]
+"""Ampere has no conversion to float8."""
+
+
+@pytest.mark.parametrize(("arch", "number", "activation"), ROUNDING)
 @pytest.mark.parametrize("sparse", [0, 1])
 @pytest.mark.parametrize("bfloat16", [0, 1])
-def test_rounding_of_activations_compiles(bfloat16: int, sparse: int, activation: prefill.Activation) -> None:
+def test_rounding_of_activations_compiles(bfloat16: int, sparse: int, arch: str, number: int, activation: str) -> None:
     defines = {
-        "BFLOAT16": bfloat16, "ARCH": 90, "SPARSE": sparse, "ACTIVATION": prefill.ACTIVATION_CODES[activation],
+        "BFLOAT16": bfloat16, "ARCH": number, "SPARSE": sparse, "ACTIVATION": ACTIVATION_CODES[activation],
         "THREADS": 256,
     }  # fmt: skip
-    compiler.compile_source(source("quantize.cu"), name="quantize_tokens", arch="sm_90a", defines=defines)
+    cubin = compiler.compile_source(source("quantize.cu"), name="quantize_tokens", arch=arch, defines=defines)
+    assert b"round_tokens" in cubin
+
+
+@pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
+@pytest.mark.parametrize(("head", "rows", "mask"), [(64, 1, 1), (128, 4, 1), (128, 8, 0)])
+def test_the_kernel_for_attention_compiles(
+    arch: str, number: int, bfloat16: int, head: int, rows: int, mask: int
+) -> None:
+    defines = {"BFLOAT16": bfloat16, "ARCH": number, "HEAD": head, "ROWS": rows, "MASK": mask}
+    cubin = compiler.compile_source(source("attend.cu"), name="attend", arch=arch, defines=defines)
+    assert cubin.startswith(b"\x7fELF")

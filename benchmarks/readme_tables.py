@@ -1,0 +1,115 @@
+"""The tables of GPU figures in README.md, made of the files of results: no figure is copied by hand.
+
+    python benchmarks/readme_tables.py            (writes them into README.md)
+    python benchmarks/readme_tables.py --check    (fails if they are not what the files give)
+
+A table stands between ``<!-- gpu-linear -->`` or ``<!-- gpu-generate -->`` and ``<!-- end -->``; the files are written
+by `benchmarks/gpu_linear.py --json` and `benchmarks/gpu_generate.py --json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimc.bench.linear import SERVED, geometric_mean
+from slimc.runtime.formats import ACTIVATIONS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = dict[str, Any]
+
+
+def linear_table(rows: Sequence[Row]) -> list[str]:
+    """Return the mean ratios of layers: over bf16, over the fastest int4 kernel, with rounded inputs, and decoded."""
+    served = [row for row in rows if row["layer"] in SERVED]
+    models = list(dict.fromkeys(row["model"] for row in served))
+    counts = sorted({row["tokens"] for row in served})
+
+    def mean(model: str, count: int, key: str) -> str:
+        of = [row for row in served if (row["model"], row["tokens"]) == (model, count)]
+        whole = {row["layer"] for row in of} == set(SERVED) and all(key in row for row in of)
+        return f"{geometric_mean([row[key] for row in of]):.2f} x" if whole else ""
+
+    columns = {"over bf16": "over_cublas", "over int4": "over_int4"}
+    columns |= {f"{kind} inputs, over bf16": f"{kind}_over_cublas" for kind in ACTIVATIONS}
+    columns |= {"`cuda-dense`, over bf16": "fallback_over_cublas"}
+    cells = {
+        (model, title): [mean(model, count, key) for count in counts]
+        for model in models
+        for title, key in columns.items()
+    }
+    kept = [place for place, values in cells.items() if any(values)]
+    return _table(
+        ["tokens", *(f"{model}: {title}" for model, title in kept)],
+        [[str(count), *(cells[place][index] for place in kept)] for index, count in enumerate(counts)],
+    )
+
+
+def generate_table(rows: Sequence[Row]) -> list[str]:
+    """Return speed and memory of whole models, beside those of the fastest dense one of the same batch."""
+    lines = []
+    for row in rows:
+        alike = [one for one in rows if (one["model"], one["batch"]) == (row["model"], row["batch"])]
+        dense = [one for one in alike if one["variant"].startswith("dense")]
+        best = max(dense, key=lambda one: one["tokens_per_second"], default=None)
+        speed = f" ({row['tokens_per_second'] / best['tokens_per_second']:.2f} x)" if best else ""
+        memory = f" ({row['memory'] / best['memory']:.2f} x)" if best else ""
+        lines.append([
+            row["model"],
+            str(row["batch"]),
+            row["variant"],
+            f"{row['tokens_per_second']:.0f}{speed}",
+            f"{row['prompt_milliseconds']:.0f} ms",
+            f"{row['memory']:.1f} GB{memory}",
+        ])  # fmt: skip
+    return _table(["model", "batch", "weights", "tokens/s", "prompt", "memory, at most"], lines)
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}", *(f"| {' | '.join(cells)} |" for cells in lines)]
+
+
+TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
+    "gpu-linear": ("gpu-linear-h100.json", linear_table),
+    "gpu-generate": ("gpu-generate-h100.json", generate_table),
+}
+"""What makes a table, by its name in the text: a file of results, and a function of its rows."""
+
+
+def fill(text: str, results: Mapping[str, Sequence[Row]]) -> str:
+    """Return a text with its tables made anew from results, by the tables' names; it need not have all of them."""
+    for name, rows in results.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if end:
+            text = "\n".join([before + begin, *TABLES[name][1](rows), "", end + after])
+    return text
+
+
+def read_results() -> dict[str, Sequence[Row]]:
+    """Return the rows of every table's file."""
+    return {name: json.loads((RESULTS / file).read_text("utf-8"))["rows"] for name, (file, _) in TABLES.items()}
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    filled = fill(text, read_results())
+    if not options.check:
+        readme.write_text(filled, "utf-8")
+    elif filled != text:
+        sys.exit("tables in README.md are not those of benchmarks/results; run python benchmarks/readme_tables.py")
+
+
+if __name__ == "__main__":
+    main()

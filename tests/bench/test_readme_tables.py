@@ -1,0 +1,58 @@
+"""The tables in README.md: made of results, and in step with them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from slimc.bench.linear import SERVED
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """The script, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_the_figures_of_the_files(tables: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert tables.fill(text, tables.read_results()) == text
+
+
+def test_means_stand_where_all_served_layers_were_measured(tables: ModuleType) -> None:
+    def row(layer: str, tokens: int, ratio: float) -> dict[str, object]:
+        return {"model": "m", "layer": layer, "tokens": tokens, "over_cublas": ratio}
+
+    rows = [row(layer, 1, ratio) for layer, ratio in zip((*SERVED, "gate"), (1, 1, 4, 4, 9), strict=True)]
+    rows += [row("qkv", 16, 3)]
+    rows[0]["over_int4"] = 2.0
+    assert tables.linear_table(rows) == ["| tokens | m: over bf16 |", "|---|---|", "| 1 | 2.00 x |", "| 16 |  |"]
+
+
+def test_whole_models_stand_beside_the_fastest_dense_one(tables: ModuleType) -> None:
+    def row(variant: str, speed: float, memory: float) -> dict[str, object]:
+        figures = {"tokens_per_second": speed, "memory": memory, "prompt_milliseconds": 30.4}
+        return {"model": "m", "batch": 1, "variant": variant, **figures}
+
+    *_, last = tables.generate_table([row("dense", 80, 14), row("dense, tuned", 100, 14), row("slimc", 250, 3.5)])
+    assert last == "| m | 1 | slimc | 250 (2.50 x) | 30 ms | 3.5 GB (0.25 x) |"
+
+
+def test_a_table_replaces_what_stood_in_its_place(tables: ModuleType) -> None:
+    rows = [{"model": "m", "layer": layer, "tokens": 1, "over_cublas": 2.0} for layer in SERVED]
+    text = "before\n<!-- gpu-linear -->\nold\n<!-- end -->\nafter\n<!-- gpu-generate -->\nkept\n<!-- end -->\n"
+    filled = tables.fill(text, {"gpu-linear": rows})
+    table = "\n".join(tables.linear_table(rows))
+    assert filled == text.replace("old", f"\n{table}\n")
+    assert tables.fill(filled, {"gpu-linear": rows}) == filled
+    assert tables.fill("no table\n", {"gpu-linear": rows}) == "no table\n"
