@@ -494,5 +494,6 @@ def _same_bytes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> boo
     """Compare tensors by their bytes: two NaNs may be the same."""
     if ours.keys() != theirs.keys():
         return False
-    pairs = [(tensor.contiguous(), theirs[name].contiguous()) for name, tensor in ours.items()]
+    # Flat, because a single column may be contiguous with strides in which no byte view is allowed.
+    pairs = [(tensor.contiguous().view(-1), theirs[name].contiguous().view(-1)) for name, tensor in ours.items()]
     return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
