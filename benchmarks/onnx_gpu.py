@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -43,7 +42,7 @@ from slimc.runtime.files import readable
 
 DENSE = "dense"
 QUANTISED = "ORT's quantiser"
-FORMS = tuple((target, dtype) for target in ("portable", "ort") for dtype in ("float32", "float16"))
+FORMS = (("portable", "float32"), ("portable", "float16"), ("ort", "float16"))
 FASTEST_DENSE = f"{DENSE}, ort, float16"
 
 
@@ -166,7 +165,9 @@ def quantise(source: Path, folder: Path) -> None:
     tool.process()
     folder.mkdir(parents=True)
     tool.model.save_model_to_file(str(folder / "model.onnx"), True)
-    shutil.copy(source / DESCRIPTION, folder)
+    described = json.loads((source / DESCRIPTION).read_text())
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / DESCRIPTION).write_text(json.dumps(described | {"files": files}))
 
 
 @torch.no_grad()

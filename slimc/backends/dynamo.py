@@ -2,9 +2,8 @@
 
 Dynamo hands over a graph in which a compressed layer is one ``slim::prepared_linear`` of its input, its handle and its
 bias (`slimc.runtime.prepared`). Siblings, such as q, k and v, become one ``slim::sibling_linears`` where their kernel
-can run them in one launch; biases are added outside, where Inductor fuses them with what follows. Attention of a few
-queries, as for each new token, becomes one ``slim::attend``. Nothing is kept here: kernels' states belong to the
-layers, and a compiled graph finds them by the handles that it is called with.
+can run them in one launch; biases are added outside, where Inductor fuses them with what follows. Nothing is kept here:
+kernels' states belong to the layers, and a compiled graph finds them by the handles that it is called with.
 
 The function is found by name through an entry point of the package; nothing has to be imported. It takes the ``mode``
 and the ``options`` of ``torch.compile``, as Inductor does.
@@ -20,9 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
-from slimc.backends.cuda.attention import attend, refuses
 from slimc.errors import InputError, closest
 from slimc.runtime import calls
 from slimc.runtime.prepared import prepared_layer, sibling_layers
@@ -66,8 +63,6 @@ def slim(
             _merge(graph.graph, siblings)
             families.append(positions)
     families.extend([placeholders[_handle(node)]] for node in layers if _handle(node) in placeholders)
-    if layers and not torch.is_grad_enabled():
-        _attend_fast(graph.graph)
     graph.recompile()
     return _prepare_first(_inductor(graph, example_inputs, settings), families, example_inputs)
 
@@ -203,32 +198,6 @@ def _merge(graph: fx.Graph, siblings: Sequence[fx.Node]) -> None:
             start += count
     for node in siblings:
         graph.erase_node(node)
-
-
-def _attend_fast(graph: fx.Graph) -> None:
-    """Replace attention where there is a kernel for it: of few queries, without dropout, gradients or a causal mask."""
-    for node in graph.find_nodes(op="call_function", target=functional.scaled_dot_product_attention):
-        given: dict[str, Any] = {**dict(zip(_ATTENTION_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-        q, k, v, mask = (given.get(name) for name in _ATTENTION_ARGUMENTS[:4])
-        scale = given.get("scale")
-        shown = [one.meta.get("example_value") for one in (q, k, v, mask) if one is not None]
-        if any(given.get(name) for name in _NOT_COMPUTED) or not all(isinstance(one, Tensor) for one in shown):
-            continue
-        numbers = shown[0].shape[-1]
-        if scale is None and isinstance(numbers, int):
-            scale = numbers**-0.5
-        if (
-            isinstance(scale, float)
-            and refuses(shown[0], shown[1], shown[2], shown[3] if mask is not None else None) is None
-        ):
-            with graph.inserting_before(node):
-                fast = graph.call_function(attend, (q, k, v, mask, scale))
-            node.replace_all_uses_with(fast)
-            graph.erase_node(node)
-
-
-_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_NOT_COMPUTED = ("dropout_p", "is_causal", "enable_gqa")
 
 
 def _prepare_first(

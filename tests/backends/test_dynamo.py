@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from slimc.backends import KERNELS, dynamo
-from slimc.backends.cuda import attention
 from slimc.backends.dynamo import slim
 from slimc.errors import KernelError
 from slimc.runtime import calls
@@ -391,61 +390,3 @@ def test_it_is_found_by_name_without_an_import(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.strip() == "slimc.backends.dynamo"
-
-
-Q, K, MASK = torch.randn(2, 4, 1, 64), torch.randn(2, 4, 40, 64), torch.ones(1, 1, 1, 40, dtype=torch.bool)
-FAST = [
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k, k, mask), True),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k, k), True),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k, value=k, attn_mask=mask, scale=0.3), True),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k, k, is_causal=True), False),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k, k, dropout_p=0.1), False),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k, k, mask.to(q.dtype)), False),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(k, k, k), False),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q[..., :32], k[..., :32], k), False),
-    (lambda q, k, mask: functional.scaled_dot_product_attention(q, k[:, :2], k[:, :2], enable_gqa=True), False),
-]
-"""Attention, and whether there is a kernel for it."""
-
-
-@pytest.mark.parametrize(("compute", "fast"), FAST, ids=[str(index) for index in range(len(FAST))])
-def test_attention_of_few_queries_is_replaced(
-    graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch, x: Tensor, compute: Any, fast: bool
-) -> None:
-    # On a processor the operator is PyTorch's own attention.
-    monkeypatch.setattr(dynamo, "refuses", attention._refuses_sizes)
-    layer = make_layer(64)
-    given = Q.bfloat16(), K.bfloat16(), MASK
-
-    def run(x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        # Viewed as what came out of PyTorch's attention may be.
-        return layer(x), compute(*given).transpose(1, 2).flatten(2)
-
-    found = torch.compile(run, backend=slim, fullgraph=True)(x, *given)
-    assert count(graphs[0], attention.attend) == int(fast)
-    if "dropout" not in str(graphs[0]):
-        torch.testing.assert_close(found, run(x, *given))
-
-
-def test_attention_that_may_be_differentiated_is_left_alone(
-    graphs: list[fx.Graph], monkeypatch: pytest.MonkeyPatch, x: Tensor
-) -> None:
-    monkeypatch.setattr(dynamo, "refuses", attention._refuses_sizes)
-    layer = make_layer(64)
-
-    def run(x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return layer(x), functional.scaled_dot_product_attention(q, k, k)
-
-    with torch.enable_grad():
-        torch.compile(run, backend=slim, fullgraph=True)(x, Q.bfloat16(), K.bfloat16())
-    assert count(graphs[0], attention.attend) == 0
-
-
-def test_attention_on_a_processor_is_left_alone(graphs: list[fx.Graph], x: Tensor) -> None:
-    layer = make_layer(64)
-
-    def run(x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return layer(x), functional.scaled_dot_product_attention(q, k, k)
-
-    torch.compile(run, backend=slim, fullgraph=True)(x, Q.bfloat16(), K.bfloat16())
-    assert count(graphs[0], attention.attend) == 0

@@ -40,7 +40,7 @@ def test_codes_are_those_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [1, 17, 200])
 def test_one_launch_rounds_to_the_same_bits(kind: str, dtype: torch.dtype, columns: int, tokens: int) -> None:
     generator = torch.Generator().manual_seed(columns + tokens)
-    exponents = torch.linspace(-14, 14, tokens)[:, None]
+    exponents = torch.linspace(-14, 12, tokens)[:, None]
     x = (torch.randn(tokens, columns, generator=generator) * exponents.exp2()).to(dtype).cuda()
     expected = round_tokens(x, kind)
     assert torch.equal(round_inputs(x, kind), expected)

@@ -102,6 +102,11 @@ class OnnxDecoder:
         if self.description.cache is None:
             raise InputError(f"{folder}: was exported without a cache, so it cannot generate text; export it with one")
         self.cache = self.description.cache
+        if device == "cuda" and self.cache.shared and self.cache.dtype == "float32":
+            raise InputError(
+                f"{folder}: its fused attention is in float32, for which ONNX Runtime has no CUDA kernel; export it with "
+                "--dtype float16, or with --target portable"
+            )
         self._device = device
         self._runtime = _runtime(device)
         check_files(self.folder)

@@ -30,7 +30,7 @@ def best_order(scores: Tensor, n: int, m: int, *, rounds: int = 16) -> Tensor:
     a_2 ...``, a group and a channel ``x`` keep ``a_1 + ... + a_(n-1) + max(a_n, x)`` in a row, so that what an
     exchange of two lent channels gains is told by the distances ``|a_n - x|``. The pairs that gain most are
     exchanged, best first, each group at most once: no round loses anything. It ends when no place of a group gains
-    any more. Deterministic.
+    any more; channels stay as they are if they keep as much. Deterministic.
     """
     channels = scores.shape[1]
     order = torch.arange(channels, device=scores.device)
@@ -43,7 +43,12 @@ def best_order(scores: Tensor, n: int, m: int, *, rounds: int = 16) -> Tensor:
         idle = 0 if _exchange(columns, groups, step % m, n) else idle + 1
         if idle == m:
             break
-    return groups.reshape(-1)
+    found, given = groups.reshape(-1), torch.arange(channels, device=scores.device)
+    return found if _kept(scores[:, found], n, m) > _kept(scores, n, m) else given
+
+
+def _kept(scores: Tensor, n: int, m: int) -> float:
+    return float(scores.reshape(len(scores), -1, m).topk(n, dim=-1).values.sum(dtype=torch.float64))
 
 
 def _sampled(scores: Tensor) -> Tensor:

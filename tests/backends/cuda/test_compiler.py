@@ -154,13 +154,3 @@ def test_rounding_of_activations_compiles(bfloat16: int, sparse: int, arch: str,
     }  # fmt: skip
     cubin = compiler.compile_source(source("quantize.cu"), name="quantize_tokens", arch=arch, defines=defines)
     assert b"round_tokens" in cubin
-
-
-@pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
-@pytest.mark.parametrize(("head", "rows", "mask"), [(64, 1, 1), (128, 4, 1), (128, 8, 0)])
-def test_the_kernel_for_attention_compiles(
-    arch: str, number: int, bfloat16: int, head: int, rows: int, mask: int
-) -> None:
-    defines = {"BFLOAT16": bfloat16, "ARCH": number, "HEAD": head, "ROWS": rows, "MASK": mask}
-    cubin = compiler.compile_source(source("attend.cu"), name="attend", arch=arch, defines=defines)
-    assert cubin.startswith(b"\x7fELF")

@@ -161,6 +161,15 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*(layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.GELU())))
 
 
+DOMAINS = {
+    "portable": {"", "slim"},
+    "dense": {"", "com.microsoft"},
+    "ort": {"", "com.microsoft"},
+    "cuda": {"", "slim", "com.microsoft"},
+}
+"""Where the operators of a target come from."""
+
+
 @pytest.mark.parametrize(
     "passes",
     [
@@ -193,7 +202,7 @@ def test_programs_at_every_stage(passes: list[Any], fused: bool, in_runtime: Run
         (found,) = in_runtime(whole.SerializeToString(), {graph.description.inputs[0]: x.numpy()})
         assert relative_error(found, expected) < WITHIN
         domains = {node.domain for node in whole.graph.node}
-        assert domains <= {"", "slim"} if target == "portable" else domains <= {"", "com.microsoft"}
+        assert domains <= DOMAINS[target]
 
 
 class Twice(nn.Module):
