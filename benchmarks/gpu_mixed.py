@@ -50,7 +50,9 @@ def random_layer(rows: int, columns: int, mixture: tuple[int, ...]) -> PackedLin
 def compile_shape(shape: mixed.LaunchShape) -> None:
     """Compile the launches of one shape, for this process and those after it."""
     layer = mixed.prepare(random_layer(16, GROUP, (2,)))
-    for tokens in (8, 16):
+    for tokens in (8, 16, 32):
+        if not mixed.fits(shape, tokens):
+            continue
         launched(layer, torch.zeros(tokens, GROUP, dtype=DTYPE, device="cuda"), shape)
 
 
@@ -104,6 +106,7 @@ def main() -> None:
                             [partial(launched, one, x, shape) for one in layers]
                         )
                         for shape in SHAPES
+                        if mixed.fits(shape, count)
                     }
                 results.append(row)
                 tried = " ".join(f"{key}: {value:.1f}" for key, value in row.get("shapes", {}).items())

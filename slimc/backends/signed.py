@@ -24,30 +24,55 @@ from slimc.runtime.select import Kernel, choose, token_bucket
 __all__ = ["Product", "SignedLayer", "signed", "signed_layout"]
 
 
-class Product(Protocol):
-    """A binary part that can be added to a result."""
-
-    packed: PackedBinary
+class Adds(Protocol):
+    """Something that can be added to a result."""
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add the product with x [tokens, columns] to y [tokens, rows], perhaps in place; return it."""
 
 
+class Product(Adds, Protocol):
+    """A binary part that can be added to a result."""
+
+    packed: PackedBinary
+
+
+Join = Callable[[Sequence[Any]], Adds]
+"""Makes one product of those of layers that read the same inputs; raises `KernelError` if they do not fit."""
+
+
 @dataclass
 class SignedLayer:
-    """A layer with a binary part.
+    """A layer with a binary part, or several that read the same inputs.
 
     Attributes:
-        format: what the layer stores.
+        formats: what the layer stores, or each of a stack.
         rest: the state of the kernels that compute the layer without its binary part.
-        product: the binary part.
+        products: the binary part of each.
+        product: all of them.
         chosen: those of the kernels that were chosen so far, by dtype and rounded number of tokens.
     """
 
-    format: LinearFormat
+    formats: Formats
     rest: Any
-    product: Product
+    products: tuple[Product, ...]
+    product: Adds
     chosen: dict[tuple[torch.dtype, int], Kernel] = field(default_factory=dict)
+
+    @classmethod
+    def single(cls, form: LinearFormat, rest: Any, product: Product) -> SignedLayer:
+        """Return a layer that is no stack."""
+        return cls((form,), rest, (product,), product)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all layers."""
+        return sum(form.rows for form in self.formats)
+
+    @property
+    def widest(self) -> LinearFormat:
+        """The format of the layer with most rows, which chooses the kernel for all."""
+        return max(self.formats, key=lambda form: form.rows)
 
 
 def signed(
@@ -55,6 +80,7 @@ def signed(
     kernels: Sequence[Kernel],
     make: Callable[[PackedBinary], Product],
     prepare: Callable[[PackedLinear], SignedLayer] | None = None,
+    join: Join | None = None,
 ) -> Kernel:
     """Make the kernel that adds signs to what some kernels compute.
 
@@ -63,7 +89,10 @@ def signed(
         kernels: they share one state; the best for the rest of a layer computes it.
         make: makes the product with the signs.
         prepare: that of the layout in which the layer is held, if the kernels share one.
+        join: puts products of layers that read the same inputs together; such layers are computed as one by those of
+            the kernels that can.
     """
+    stacking = [kernel for kernel in kernels if kernel.stack is not None]
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
         if spec.binary is None:
@@ -74,23 +103,34 @@ def signed(
         return None if kernel is not None else "; ".join(dict.fromkeys(refusals.values()))
 
     def run(x: Tensor, layer: SignedLayer, bias: Tensor | None) -> Tensor:
-        spec = layer.format
+        spec = layer.widest
         inputs = x.reshape(-1, spec.columns)
         case = (x.dtype, token_bucket(len(inputs)))
         kernel = layer.chosen.get(case)
         if kernel is None:
-            kernel, refusals = choose(kernels, replace(spec, binary=None), x.dtype, x.device, len(inputs))
+            able = kernels if len(layer.formats) == 1 else stacking
+            kernel, refusals = choose(able, replace(spec, binary=None), x.dtype, x.device, len(inputs))
             if kernel is None:
                 raise KernelError(f"no kernel computes {len(inputs)} tokens of {spec.describe()}: {refusals}")
             layer.chosen[case] = kernel
         y = kernel.run(inputs, layer.rest, bias)
-        return layer.product.add(y, inputs).view(*x.shape[:-1], spec.rows)
+        return layer.product.add(y, inputs).view(*x.shape[:-1], layer.rows)
+
+    def stack(layers: Sequence[SignedLayer]) -> tuple[SignedLayer, list[SignedLayer]]:
+        if join is None or not stacking or stacking[0].stack is None:
+            raise KernelError("the kernels of these layers compute one at a time")
+        products = tuple(product for one in layers for product in one.products)
+        product = join(products)
+        rest, parts = stacking[0].stack([one.rest for one in layers])
+        shared = SignedLayer(tuple(form for one in layers for form in one.formats), rest, products, product)
+        return shared, [replace(one, rest=part, chosen={}) for one, part in zip(layers, parts, strict=True)]
 
     return Kernel(
         name,
         accepts,
         prepare or _preparation(kernels[0].prepare, make),
         run,
+        None if join is None else stack,
         transient=kernels[0].transient,
         timed=kernels[0].timed,
         binary=True,
@@ -101,16 +141,21 @@ def signed_layout(layout: Layout, make: Callable[[PackedBinary], Product]) -> La
     """Make the layout that holds signs, as they are stored, beside the tensors of another layout."""
 
     def tensors(layer: SignedLayer) -> dict[str, Tensor]:
-        return layout.tensors(layer.rest) | layer.product.packed.tensors()
+        signs = {
+            _name(name, part, len(layer.products)): tensor
+            for part, product in enumerate(layer.products)
+            for name, tensor in product.packed.tensors().items()
+        }
+        return layout.tensors(layer.rest) | signs
 
     def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> SignedLayer:
-        rest = layout.assemble(_rests(formats), _without_signs(formats[part], named), part)
-        return SignedLayer(formats[part], rest, make(_signs(formats[part], named)))
+        rest = layout.assemble(_rests(formats), _without_signs(formats, named), part)
+        return SignedLayer.single(formats[part], rest, make(_signs(formats, named, part)))
 
     def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedLinear:
-        packed = layout.restore(_rests(formats), _without_signs(formats[part], named), part)
-        copied = {name: tensor.clone() for name, tensor in named.items()}
-        return replace(packed, binary=_signs(formats[part], copied))
+        packed = layout.restore(_rests(formats), _without_signs(formats, named), part)
+        copied = [tensor.clone() for tensor in _signs(formats, named, part).tensors().values()]
+        return replace(packed, binary=PackedBinary(*copied))
 
     return register_layout(
         Layout(f"{layout.name} and signs", _preparation(layout.prepare, make), tensors, assemble, restore)
@@ -123,7 +168,8 @@ def _preparation(
     def prepare_signed(packed: PackedLinear) -> SignedLayer:
         if packed.binary is None:
             raise KernelError(f"a layer of {packed.format.describe()} has no signs to add")
-        return SignedLayer(packed.format, prepare(replace(packed, binary=None)), make(packed.binary))
+        rest = prepare(replace(packed, binary=None))
+        return SignedLayer.single(packed.format, rest, make(packed.binary))
 
     return prepare_signed
 
@@ -132,12 +178,23 @@ def _rests(formats: Formats) -> Formats:
     return tuple(replace(form, binary=None) for form in formats)
 
 
-def _signs(form: LinearFormat, named: Mapping[str, Tensor]) -> PackedBinary:
-    if form.binary is None:
-        raise KernelError(f"a layer of {form.describe()} has no signs")
-    return PackedBinary(*(named[name] for name in form.binary.tensor_specs()))
+def _name(name: str, part: int, parts: int) -> str:
+    """Return the name of a part's tensor among those of all parts."""
+    return name if parts == 1 else f"{name}_{part}"
 
 
-def _without_signs(form: LinearFormat, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    own = () if form.binary is None else form.binary.tensor_specs()
+def _signs(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedBinary:
+    binary = formats[part].binary
+    if binary is None:
+        raise KernelError(f"a layer of {formats[part].describe()} has no signs")
+    return PackedBinary(*(named[_name(name, part, len(formats))] for name in binary.tensor_specs()))
+
+
+def _without_signs(formats: Formats, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = {
+        _name(name, part, len(formats))
+        for part, form in enumerate(formats)
+        if form.binary is not None
+        for name in form.binary.tensor_specs()
+    }
     return {name: tensor for name, tensor in named.items() if name not in own}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from slimc.backends import KERNELS, LAYOUTS, SIGNED, SIGNED_LAYOUTS
 from slimc.backends.cpu_signs import INT4PACK_SIGNS
 from slimc.backends.cuda import compiler, layout
-from slimc.backends.cuda.layer import prepare, source
-from slimc.backends.cuda.signs import SignProduct, launch_defines
+from slimc.backends.cuda.layer import prepare, source, stack_shared
+from slimc.backends.cuda.signs import SignProduct, StackedSigns, launch_defines
 from slimc.backends.dynamo import slim
 from slimc.backends.signed import signed, signed_layout
 from slimc.errors import KernelError
@@ -22,28 +22,33 @@ from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight, pack_signs, pack_weight
 from slimc.runtime.select import Kernel, choose
+from tests.backends.cuda.conftest import compute
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 48, 128
 
 
-def make_binary(rank: int = 1, dtype: torch.dtype = BF16, columns: int = COLUMNS) -> PackedBinary:
+def make_binary(rank: int = 1, dtype: torch.dtype = BF16, columns: int = COLUMNS, rows: int = ROWS) -> PackedBinary:
     generator = torch.Generator().manual_seed(rank)
-    negative = torch.rand(ROWS, columns, generator=generator) < 0.5
-    left, right = (torch.rand(sides, generator=generator) for sides in ((ROWS, rank), (rank, columns)))
+    negative = torch.rand(rows, columns, generator=generator) < 0.5
+    left, right = (torch.rand(sides, generator=generator) for sides in ((rows, rank), (rank, columns)))
     return PackedBinary(pack_signs(negative), left.to(dtype), right.to(dtype))
 
 
 @pytest.fixture
 def packed() -> PackedLinear:
     """2:4 codes with a scale every 64 columns, and signs."""
+    return make_layer(ROWS)
+
+
+def make_layer(rows: int, rank: int = 1) -> PackedLinear:
     generator = torch.Generator().manual_seed(0)
-    spec = WeightFormat(ROWS, COLUMNS, bits=4, group=64, sparsity=NM(2, 4), dtype=BF16)
-    values = torch.randint(0, 256, (ROWS, COLUMNS // 4), dtype=torch.uint8, generator=generator)
-    pattern = torch.full((ROWS, COLUMNS // 8), 0x96, dtype=torch.uint8)
-    scale = torch.rand(ROWS, 2, generator=generator).to(BF16)
-    return PackedLinear(PackedWeight(spec, values, pattern, scale), binary=make_binary())
+    spec = WeightFormat(rows, COLUMNS, bits=4, group=64, sparsity=NM(2, 4), dtype=BF16)
+    values = torch.randint(0, 256, (rows, COLUMNS // 4), dtype=torch.uint8, generator=generator)
+    pattern = torch.full((rows, COLUMNS // 8), 0x96, dtype=torch.uint8)
+    scale = torch.rand(rows, 2, generator=generator).to(BF16)
+    return PackedLinear(PackedWeight(spec, values, pattern, scale), binary=make_binary(rank, rows=rows))
 
 
 def run_rest(x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
@@ -83,6 +88,40 @@ def test_what_is_computed_is_the_rest_and_the_signs(
     for name, tensor in packed.tensors().items():
         assert torch.equal(module.state_dict()[name], tensor)
     assert torch.equal(module.signs, packed.binary.signs)
+
+
+def test_siblings_are_computed_as_one_and_each_gets_its_bytes_back() -> None:
+    stacking = Kernel("stacking", lambda *_case: None, prepare, compute, stack_shared)
+    kernel = signed("both", (ANY, stacking), SignProduct, LAYOUT.prepare, StackedSigns)
+    # Rows of all but the last end with a tile of every kernel.
+    siblings = [make_layer(256), make_layer(512, 2), make_layer(ROWS, 3)]
+    assert kernel.stack is not None
+    shared, parts = kernel.stack([kernel.prepare(one) for one in siblings])
+    for tokens in (1, 40):
+        x = torch.randn(tokens, COLUMNS).to(BF16)
+        y = kernel.run(x, shared, None)
+        assert torch.equal(y, torch.cat([kernel.run(x, part, None) for part in parts], dim=1))
+    formats, named = tuple(one.format for one in siblings), LAYOUT.tensors(shared)
+    for part, one in enumerate(siblings):
+        back = LAYOUT.restore(formats, named, part)
+        assert back.format == one.format
+        for name, tensor in one.tensors().items():
+            assert torch.equal(back.tensors()[name], tensor)
+        again = LAYOUT.assemble(formats, named, part)
+        assert again.product.packed.signs.data_ptr() == named[f"signs_{part}"].data_ptr()
+        assert torch.equal(kernel.run(x, again, None), kernel.run(x, parts[part], None))
+
+
+def test_siblings_that_do_not_fit_each_other_stay_apart(packed: PackedLinear) -> None:
+    assert signed("both", (ANY,), SignProduct).stack is None
+    alone = signed("both", (ANY,), SignProduct, join=StackedSigns)
+    assert alone.stack is not None
+    with pytest.raises(KernelError, match="compute one at a time"):
+        alone.stack([alone.prepare(packed)] * 2)
+    with pytest.raises(KernelError, match="up to 8 binary parts of one width"):
+        StackedSigns([SignProduct(make_binary())] * 9)
+    with pytest.raises(KernelError, match="up to 8 binary parts of one width"):
+        StackedSigns([SignProduct(make_binary()), SignProduct(make_binary(columns=64))])
 
 
 def test_reasons(packed: PackedLinear) -> None:
@@ -174,7 +213,7 @@ def test_siblings_with_signs_are_computed_one_by_one_in_a_compiled_graph() -> No
         assert torch.equal(torch.compile(both, backend=slim, fullgraph=True)(x), both(x))
 
 
-@pytest.mark.parametrize("tiles", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)])
 @pytest.mark.parametrize(("arch", "major"), [("sm_80", 8), ("sm_90a", 9)])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_the_kernel_compiles(tiles: tuple[int, int], arch: str, major: int, dtype: torch.dtype) -> None:

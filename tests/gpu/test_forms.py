@@ -16,6 +16,7 @@ from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, Unstructured, 
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
+from slimc.runtime.prepared import sibling_layers
 
 # What Inductor and Triton say about themselves is not slimc's.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -115,8 +116,29 @@ def test_compiled_blocks_compute_what_eager_ones_do(form: str, settings: dict[st
         expected = block(x)
         # What Inductor fuses is rounded once less; a difference of roundings grows little in one block.
         assert float((compiled(x) - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+    # Siblings hold one stack by now, if their kernel can run one.
     for layer, seed in ((block.first, 1), (block.second, 2), (block.last, 3)):
         state = layer.state_dict()
         for name, tensor in random_layer(FORMS[form], seed).tensors().items():
             assert torch.equal(state[name], tensor)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", ["widths", "widths and adapters", "2:4 int4 and signs"])
+@torch.no_grad()
+def test_siblings_are_one_launch(form: str) -> None:
+    siblings = [SlimLinear(random_layer(FORMS[form], seed), kernels=KERNELS) for seed in (1, 2)]
+    x = torch.randn(3, COLUMNS, dtype=DTYPE, device="cuda")
+    expected = [layer(x) for layer in siblings]
+    family = sibling_layers([layer._handle for layer in siblings])
+    assert family.prepare()
+    joint = family(x).split([ROWS, ROWS], dim=-1)
+    for layer, y, alone in zip(siblings, joint, expected, strict=True):
+        size = 2**-7 * float(alone.abs().max())
+        assert float((y - alone).abs().max()) <= size
+        assert float((layer(x) - alone).abs().max()) <= size
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        family(x)
+        torch.cuda.synchronize()
+    launches = [event.name for event in profile.events()]
+    assert sum("mixed_linear" in name or "add_signs" in name for name in launches) == 1, launches

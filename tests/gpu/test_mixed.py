@@ -13,6 +13,8 @@ from slimc.backends.cuda import mixed
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear, pack_weight
 
+SHAPES = [mixed.LaunchShape(*shape) for shape in ((1, 4), (1, 16), (2, 8), (4, 4), (4, 8), (2, 16))]
+
 
 def make_layer(
     rows: int,
@@ -64,7 +66,7 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None, shape: mixed.Launc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 50])
 def test_every_number_of_tokens(check: Any, tokens: int, asymmetric: bool, dtype: torch.dtype) -> None:
     packed = make_layer(200, 640, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3), dtype=dtype, asymmetric=asymmetric)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(200, dtype=dtype, device="cuda")
@@ -81,8 +83,11 @@ def test_each_width_by_itself(check: Any, width: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "group"), [(16, 64, 64), (1, 128, 128), (1000, 4160, 128), (4096, 11008, 64)]
 )
-@pytest.mark.parametrize("tokens", [1, 16])
-@pytest.mark.parametrize("shape", [mixed.LaunchShape(1, 4), mixed.LaunchShape(2, 8), mixed.LaunchShape(1, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [(shape, tokens) for shape in SHAPES for tokens in (1, 16, 32) if mixed.fits(shape, tokens)],
+    ids=str,
+)
 def test_shapes_of_layers_and_launches(
     check: Any, rows: int, columns: int, group: int, tokens: int, shape: mixed.LaunchShape
 ) -> None:
@@ -109,6 +114,22 @@ def test_adapters_and_scaled_inputs(tokens: int, rank: int, scaled: bool) -> Non
     for y in (mixed.run(x, layer, None), mixed.run_dense(x, layer, None)):
         # Inputs, t and the two sums are rounded to 8 bits of significand.
         assert bool(((y.double() - exact).abs() <= 2**-8 * (exact.abs() + 4 * size)).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_siblings_in_one_launch(check: Any, tokens: int) -> None:
+    """Rows that end within a tile and within a block, widths that differ, and more rows than one wave of blocks has."""
+    members = [
+        make_layer(200, 320, (2, 4, 1, 3, 2)),
+        make_layer(9000, 320, (3, 3, 2, 3, 4)),
+        make_layer(24, 320, (1, 2, 1, 4, 1)),
+    ]
+    stacked, parts = mixed.stack([mixed.prepare(packed) for packed in members])
+    x = torch.randn(tokens, 320, dtype=torch.bfloat16, device="cuda")
+    results = mixed.run(x, stacked, None).split([packed.format.rows for packed in members], dim=1)
+    for packed, y, part in zip(members, results, parts, strict=True):
+        check(packed, x, None, y)
+        check(packed, x, None, mixed.run(x, part, None))
 
 
 def test_a_layer_holds_its_codes_once_and_gives_the_same_bytes_back(check: Any) -> None:

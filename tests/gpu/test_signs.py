@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimc.backends import KERNELS
-from slimc.backends.cuda.signs import MOST_TOKENS, SignProduct
+from slimc.backends.cuda.signs import MOST_TOKENS, SignProduct, StackedSigns
 from slimc.backends.dynamo import slim
 from slimc.runtime.formats import NM, Unstructured
 from slimc.runtime.modules import SlimLinear
@@ -120,6 +120,19 @@ def test_every_form_of_the_rest(name: str, tokens: int) -> None:
     assert bool(((y.double() - exact).abs() <= bound).all())
     for key, tensor in packed.tensors().items():
         assert torch.equal(module.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_signs_of_siblings_in_one_launch(tokens: int) -> None:
+    """Rows that end within a block, ranks that differ."""
+    parts = [random_signs(rows, 640, rank, torch.bfloat16) for rows, rank in ((200, 1), (9000, 2), (24, 1))]
+    x = torch.randn(tokens, 640, device=CUDA, dtype=torch.bfloat16)
+    zeros = torch.zeros(tokens, 9224, device=CUDA, dtype=torch.bfloat16)
+    y = StackedSigns([SignProduct(part) for part in parts]).add(zeros, x)
+    for part, found in zip(parts, y.split([200, 9000, 24], dim=1), strict=True):
+        exact, size = product(part, x)
+        bound = 2**-9 * (1 + part.format.rank) * exact.abs() + (3 * 2**-9 + 640 * 2.0**-24) * size
+        assert bool(((found.double() - exact).abs() <= bound).all())
 
 
 class Siblings(nn.Module):

@@ -27,6 +27,7 @@ __all__ = [
     "prepare",
     "refuses",
     "refuses_machine",
+    "settle",
     "source",
     "stack",
     "stack_shared",
@@ -153,11 +154,11 @@ def complete(layer: FragmentLayer) -> FragmentLayer:
         layer.rank_range = _rank_range(layer, 0)
         layer.members = (Member(0, 0, layer.ranks // FACTOR_GROUP),)
         layer.counters = Counters(layer.codes.device)
-    _settle(layer.codes.device)
+    settle(layer.codes.device)
     return layer
 
 
-def _settle(device: torch.device) -> None:
+def settle(device: torch.device) -> None:
     """Wait until a layer is written: kernels load weights before they wait for the launches ahead of them."""
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).synchronize()
@@ -257,7 +258,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         scale=torch.cat([one.scale if grouped else one.scale.expand(one.format.rows) for one in layers]),
     )
     if first.right is None:
-        _settle(first.codes.device)
+        settle(first.codes.device)
         return stacked
     units = max(one.left_units for one in layers)
     starts = list(accumulate((one.ranks for one in layers), initial=0))
@@ -272,7 +273,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         for one, row, start in zip(layers, rows_before, starts, strict=False)
     )
     stacked.counters = Counters(first.codes.device)
-    _settle(first.codes.device)
+    settle(first.codes.device)
     return stacked
 
 
@@ -303,7 +304,7 @@ def stack_shared(layers: Sequence[FragmentLayer]) -> tuple[FragmentLayer, list[F
             part.rank_range = _rank_range(one, 0)
         parts.append(part)
         tile, row, rank = tiles.stop, rows.stop, rank + one.ranks
-    _settle(stacked.codes.device)
+    settle(stacked.codes.device)
     return stacked, parts
 
 

@@ -1,40 +1,57 @@
-// A linear layer whose groups of columns have codes of 1 to 4 bits, for up to 16 tokens; and its dense weight.
+// A linear layer whose groups of columns have codes of 1 to 4 bits, for up to 32 tokens; and its dense weight.
 //
 // Weights come in tiles of 16 rows. The codes of a tile are one stream: for 64 columns after the other (a unit) as many
 // lines of 32 words as a code has bits, a word of each line for each lane of a warp. A lane's words hold the codes of two
 // rows, 8 apart, and 16 columns, as the tensor cores' left operand has them. All lanes meet the same width, so none waits.
 //
 // The warps of a block share the columns of its rows, unit by unit in turn, and add their sums up in shared memory. Each
-// has DEPTH units under way to a ring of its own in shared memory, so that memory is busy whatever a warp waits for.
+// has DEPTH units under way to a ring of its own in shared memory, so that memory is busy whatever a warp waits for, the
+// first of them before the launch ahead has ended.
 //
 // Compiled with -D:
 //   ASYMMETRIC   1: with a zero point for each scale; 0: it is 2^(width - 1). Signs (1 bit) have none.
 //   GROUP_UNITS  units that share scales
 //   TILES        tiles of a block
-//   TOKEN_TILES  tiles of 8 tokens, 1 or 2
+//   TOKEN_TILES  tiles of 8 tokens, 1, 2 or 4
 //   WARPS        of a block
 //   DEPTH        units of a ring
 
 #define UNIT 64
+#define MOST_MEMBERS 8
 
 typedef unsigned char u8;
 
-struct Arguments {
-    const u16* x;      // [tokens][columns]
-    const u16* bias;   // [rows] or null
+// A layer, or one of several that read the same inputs: each has widths of its own.
+struct Member {
     const u32* codes;  // [row tiles][lines][32]
     const u16* scale;  // [row tiles][groups][16]
     const u8* zero;    // the same
     const u32* units;  // [unit count]: eight times the first line, and the width
-    u16* y;            // [tokens][rows], or the dense weight [rows][columns]
-    int tokens;
-    int rows;
-    int columns;
+    int lines;
     int row_tiles;
+    int rows;
+    int first_row;     // of its rows among those of all
+    int first_block;
+};
+
+struct Arguments {
+    const u16* x;     // [tokens][columns]
+    const u16* bias;  // [rows] or null
+    u16* y;           // [tokens][rows], or the dense weight [rows][columns]
+    Member members[MOST_MEMBERS];
+    int member_count;
+    int tokens;
+    int rows;         // of all members
+    int columns;
     int unit_count;
     int groups;
-    int lines;
 };
+
+__device__ __forceinline__ const Member& member_of_block(const Arguments& a) {
+    int found = 0;
+    while (found + 1 < a.member_count && blockIdx.x >= a.members[found + 1].first_block) ++found;
+    return a.members[found];
+}
 
 // A unit of a tile, as the copies of a warp put it: its lines, and scales and zeros of 16 rows.
 struct __align__(16) Slot {
@@ -50,15 +67,16 @@ struct Unit {
     u8 zero[2];
 };
 
-__device__ __forceinline__ void start_copy(const Arguments& a, Slot& slot, u32 place, int number, int tile, int lane) {
-    const u64 here = min(tile, a.row_tiles - 1);
+__device__ __forceinline__ void start_copy(
+    const Arguments& a, const Member& m, Slot& slot, u32 place, int number, int tile, int lane) {
+    const u64 here = min(tile, m.row_tiles - 1);
     const u64 group = here * a.groups + number / GROUP_UNITS;
     // 16 bytes a lane: eight lanes a line.
     if (lane < 8 * (place & 7)) {
-        copy_async(shared_address(&slot.words[0][4 * lane]), a.codes + (here * a.lines + place / 8) * 32 + 4 * lane, 16);
+        copy_async(shared_address(&slot.words[0][4 * lane]), m.codes + (here * m.lines + place / 8) * 32 + 4 * lane, 16);
     }
-    if (lane < 2) copy_async(shared_address(&slot.scale[8 * lane]), a.scale + group * 16 + 8 * lane, 16);
-    if (ASYMMETRIC && lane == 2) copy_async(shared_address(slot.zero), a.zero + group * 16, 16);
+    if (lane < 2) copy_async(shared_address(&slot.scale[8 * lane]), m.scale + group * 16 + 8 * lane, 16);
+    if (ASYMMETRIC && lane == 2) copy_async(shared_address(slot.zero), m.zero + group * 16, 16);
 }
 
 __device__ __forceinline__ Unit read_unit(const Slot& slot, int width, int lane) {
@@ -129,8 +147,9 @@ __device__ __forceinline__ void load_inputs(const Arguments& a, u32 (&x)[TOKEN_T
         uint4 v[2] = {};
         if (token < a.tokens) {
             const uint4* from = (const uint4*)(a.x + (u64)token * a.columns + UNIT * number + 16 * (lane % 4));
-            v[0] = __ldg(from);
-            v[1] = __ldg(from + 1);
+            // Not by __ldg: what the launch ahead wrote must not come from a cache that was filled before.
+            v[0] = from[0];
+            v[1] = from[1];
         }
         x[n][0] = v[0].x, x[n][1] = v[0].y, x[n][2] = v[0].z, x[n][3] = v[0].w;
         x[n][4] = v[1].x, x[n][5] = v[1].y, x[n][6] = v[1].z, x[n][7] = v[1].w;
@@ -143,9 +162,10 @@ union Shared {
     float sums[WARPS][16 * TILES][8 * TOKEN_TILES + 1];
 };
 
-extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Arguments a) {
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x * TILES;
+    const Member& m = member_of_block(a);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = (blockIdx.x - m.first_block) * TILES;
     Slot(&ring)[DEPTH][TILES] = shared.ring[warp];
     float sums[TILES][TOKEN_TILES][4] = {};
     u32 x[TOKEN_TILES][8], next_x[TOKEN_TILES][8];
@@ -154,19 +174,21 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
     for (int i = 0; i < DEPTH; ++i) {
         const int number = warp + WARPS * i;
         if (number < a.unit_count) {
-            const u32 place = __ldg(a.units + number);
+            const u32 place = __ldg(m.units + number);
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) start_copy(a, ring[i][t], place, number, tile + t, lane);
+            for (int t = 0; t < TILES; ++t) start_copy(a, m, ring[i][t], place, number, tile + t, lane);
         }
         copies_commit();
     }
+    let_next_launch_begin();
+    wait_for_previous_launch();
     if (warp < a.unit_count) load_inputs(a, next_x, warp, lane);
 
     int slot = 0;
     for (int number = warp; number < a.unit_count; number += WARPS) {
         const int ahead = number + WARPS * DEPTH;
-        const u32 place_ahead = ahead < a.unit_count ? __ldg(a.units + ahead) : 0;
-        const int width = __ldg(a.units + number) & 7;
+        const u32 place_ahead = ahead < a.unit_count ? __ldg(m.units + ahead) : 0;
+        const int width = __ldg(m.units + number) & 7;
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
@@ -188,7 +210,7 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
         __syncwarp();
         if (ahead < a.unit_count) {
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) start_copy(a, ring[slot][t], place_ahead, ahead, tile + t, lane);
+            for (int t = 0; t < TILES; ++t) start_copy(a, m, ring[slot][t], place_ahead, ahead, tile + t, lane);
         }
         // Also without a copy, so that one group more is always one unit more.
         copies_commit();
@@ -210,11 +232,11 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const Argu
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * TILES * a.tokens; i += 32 * WARPS) {
         const int within = i % (16 * TILES), token = i / (16 * TILES), row = 16 * tile + within;
-        if (row >= a.rows) continue;
-        float sum = a.bias ? to_float(__ldg(a.bias + row)) : 0.0f;
+        if (row >= m.rows) continue;
+        float sum = a.bias ? to_float(__ldg(a.bias + m.first_row + row)) : 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += shared.sums[w][within][token];
-        a.y[(u64)token * a.rows + row] = from_float(sum);
+        a.y[(u64)token * a.rows + m.first_row + row] = from_float(sum);
     }
 }
 
@@ -234,22 +256,33 @@ __device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit
             asm("fma.rn." TYPE "x2 %0, %0, %1, %2;" : "+r"(v[i]) : "r"(scale), "r"(0x80008000));
 #endif
         }
+        // Neighbours exchange halves, so that both write 16 columns of one at a time: whole sectors of memory.
+        const bool odd = lane & 1;
+        u32 mine[4], theirs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            mine[i] = odd ? v[4 + i] : v[i];
+            theirs[i] = __shfl_xor_sync(~0u, odd ? v[i] : v[4 + i], 1);
+        }
         if (row < a.rows) {
-            uint4* to = (uint4*)(a.y + (u64)row * a.columns + UNIT * number + 16 * (lane % 4));
-            to[0] = make_uint4(v[0], v[1], v[2], v[3]);
-            to[1] = make_uint4(v[4], v[5], v[6], v[7]);
+            uint4* to = (uint4*)(a.y + (u64)row * a.columns + UNIT * number + 16 * (lane % 4 & 2) + 8 * odd);
+            const uint4 own = make_uint4(mine[0], mine[1], mine[2], mine[3]);
+            const uint4 other = make_uint4(theirs[0], theirs[1], theirs[2], theirs[3]);
+            to[0] = odd ? other : own;
+            to[2] = odd ? own : other;
         }
     }
 }
 
 // The dense weight: a warp makes one unit of a tile after the other.
-extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const Arguments a) {
+extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const __grid_constant__ Arguments a) {
     __shared__ Slot slots[WARPS];
+    const Member& m = a.members[0];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = blockIdx.x * WARPS + warp;
     if (number >= a.unit_count) return;
-    const u32 place = __ldg(a.units + number);
-    for (int tile = blockIdx.y; tile < a.row_tiles; tile += gridDim.y) {
-        start_copy(a, slots[warp], place, number, tile, lane);
+    const u32 place = __ldg(m.units + number);
+    for (int tile = blockIdx.y; tile < m.row_tiles; tile += gridDim.y) {
+        start_copy(a, m, slots[warp], place, number, tile, lane);
         copies_commit();
         copies_wait<0>();
         __syncwarp();

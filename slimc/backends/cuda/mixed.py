@@ -1,6 +1,6 @@
 """``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 4 bits (``mixed.cu``).
 
-Up to 16 tokens are one launch that multiplies by codes; more are taken 16 at a time while that is faster than decoding
+Up to 32 tokens are one launch that multiplies by codes; more are taken 32 at a time while that is faster than decoding
 the weight for cuBLAS (``cuda-mixed-dense``). Adapters and an input scale are products beside it.
 
 The codes lie in an order of their own: tiles of 16 rows, and in them units of 64 columns, each in as many lines of 32
@@ -10,7 +10,7 @@ words as its codes have bits. The canonical bytes follow from it exactly, so tha
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda import driver
-from slimc.backends.cuda.layer import pointer, refuses_machine, source
+from slimc.backends.cuda.layer import MOST_STACKED, pointer, refuses_machine, settle, source
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.stored import StoredAdapters
 from slimc.backends.cuda.unpack import refuses_weight
@@ -31,7 +31,7 @@ from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.select import Kernel
 
-__all__ = ["LAYOUT", "MIXED", "MIXED_DENSE", "MixedLayer", "prepare", "run", "run_dense"]
+__all__ = ["LAYOUT", "MIXED", "MIXED_DENSE", "MixedLayer", "MixedStack", "prepare", "run", "run_dense", "stack"]
 
 LINEAR_KERNEL = "mixed_linear"
 EXPAND_KERNEL = "mixed_expand"
@@ -40,9 +40,9 @@ TILE_ROWS = 16
 UNIT_COLUMNS = 64
 LINE_WORDS = 32
 TOKEN_TILE = 8
-LAUNCH_TOKENS = 16
+LAUNCH_TOKENS = 32
 MOST_TOKENS = 64
-"""Beyond this, 16 at a time, decoding the weight is faster."""
+"""Beyond this, 32 at a time, decoding the weight is faster."""
 
 TILES_OF_MANY_ROWS = 4
 """Tiles of a layer for each multiprocessor, from which on it has many rows."""
@@ -50,17 +50,29 @@ TILES_OF_MANY_ROWS = 4
 RING_SLOTS = 64
 """Units that a block has under way."""
 
+STATIC_SHARED_BYTES = 48 << 10
+
 WIDEST = 4
 EXPAND_WARPS = 8
 MOST_GRID_ROWS = 65535
+
+
+class _Member(ctypes.Structure):
+    """``struct Member`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "units")),
+        *((name, ctypes.c_int) for name in ("lines", "row_tiles", "rows", "first_row", "first_block")),
+    )
 
 
 class _Arguments(ctypes.Structure):
     """``struct Arguments`` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "codes", "scale", "zero", "units", "y")),
-        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "row_tiles", "unit_count", "groups", "lines")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        ("members", _Member * MOST_STACKED),
+        *((name, ctypes.c_int) for name in ("member_count", "tokens", "rows", "columns", "unit_count", "groups")),
     )
 
 
@@ -91,6 +103,34 @@ class MixedLayer:
         if self.format.left is not None:
             weightless = {name: torch.empty(0) for name in self.format.weight.tensor_specs()}
             self.adapters = StoredAdapters.of(PackedLinear.assemble(self.format, weightless | self.rest))
+
+
+@dataclass
+class MixedStack:
+    """Layers that read the same inputs and are computed by one launch, each from memory of its own.
+
+    Attributes:
+        members: in the order of their rows.
+    """
+
+    members: tuple[MixedLayer, ...]
+
+
+def stack(layers: Sequence[MixedLayer]) -> tuple[MixedStack, list[MixedLayer]]:
+    """Put layers together; return with the result the layers themselves, whose memory it reads.
+
+    Raises:
+        KernelError: the layers do not fit each other.
+    """
+    kinds = {
+        (one.format.columns, _group_units(one.format.weight), one.zero is None, one.format.activation, one.scale.dtype)
+        for one in layers
+    }
+    if len(layers) > MOST_STACKED:
+        raise KernelError(f"at most {MOST_STACKED} layers can be stacked, not {len(layers)}")
+    if len(kinds) > 1 or any(one.format.input_scaled for one in layers):
+        raise KernelError("layers of different columns, groups, dtypes or inputs cannot be stacked")
+    return MixedStack(tuple(layers)), list(layers)
 
 
 def unit_widths(spec: WeightFormat) -> list[int]:
@@ -166,7 +206,7 @@ def prepare(packed: PackedLinear) -> MixedLayer:
     counts = [count for count, _ in spec.weight.group_streams()]
     codes = unpack_groups(weight.values, counts, spec.weight.widths)
     own = set(spec.weight.tensor_specs())
-    return MixedLayer(
+    layer = MixedLayer(
         spec,
         codes=code_lines(codes, unit_widths(spec.weight)),
         scale=_by_tiles(weight.scale),
@@ -174,6 +214,8 @@ def prepare(packed: PackedLinear) -> MixedLayer:
         units=_units(spec.weight, weight.values.device),
         rest={name: tensor for name, tensor in packed.tensors().items() if name not in own},
     )
+    settle(layer.codes.device)
+    return layer
 
 
 def _units(spec: WeightFormat, device: torch.device) -> Tensor:
@@ -193,23 +235,28 @@ def _by_rows(tiled: Tensor, rows: int) -> Tensor:
     return tiled.transpose(1, 2).reshape(-1, tiled.shape[1])[:rows].clone()
 
 
-def tensors(layer: MixedLayer) -> dict[str, Tensor]:
-    """Return what of a layer must be kept."""
+def tensors(layer: MixedLayer | MixedStack) -> dict[str, Tensor]:
+    """Return what of a layer, or of the layers of a stack, must be kept."""
+    if isinstance(layer, MixedStack):
+        parts = enumerate(layer.members)
+        return {f"{name}_{part}": tensor for part, one in parts for name, tensor in tensors(one).items()}
     zero = {} if layer.zero is None else {"zero": layer.zero}
     return {"codes": layer.codes, "scale": layer.scale} | zero | layer.rest
 
 
 def assemble(formats: Formats, named: Mapping[str, Tensor], part: int) -> MixedLayer:
     """Return a layer that reads the memory of the tensors given."""
-    spec = formats[part]
+    spec, named = formats[part], _own(formats, named, part)
     rest = {name: tensor for name, tensor in named.items() if name not in ("codes", "scale", "zero")}
     codes = named["codes"]
-    return MixedLayer(spec, codes, named["scale"], named.get("zero"), _units(spec.weight, codes.device), rest)
+    layer = MixedLayer(spec, codes, named["scale"], named.get("zero"), _units(spec.weight, codes.device), rest)
+    settle(codes.device)
+    return layer
 
 
 def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedLinear:
     """Return the canonical tensors of a layer."""
-    spec = formats[part]
+    spec, named = formats[part], _own(formats, named, part)
     weight = spec.weight
     codes = line_codes(named["codes"], unit_widths(weight), weight.rows)
     counts = [count for count, _ in weight.group_streams()]
@@ -221,6 +268,14 @@ def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedL
         made["zero_point"] = _by_rows(named["zero"], weight.rows)
     rest = {name: tensor.clone() for name, tensor in named.items() if name not in ("codes", "scale", "zero")}
     return PackedLinear.assemble(spec, rest | made)
+
+
+def _own(formats: Formats, named: Mapping[str, Tensor], part: int) -> Mapping[str, Tensor]:
+    """Return the tensors of a part by the names that they have in a layer that is no stack."""
+    if len(formats) == 1:
+        return named
+    ending = f"_{part}"
+    return {name.removesuffix(ending): tensor for name, tensor in named.items() if name.endswith(ending)}
 
 
 @dataclass(frozen=True)
@@ -236,50 +291,66 @@ class LaunchShape:
     warps: int
 
 
-def launch_shape(spec: WeightFormat, tokens: int, processors: int) -> LaunchShape:
-    """Return how to divide a layer.
-
-    Of the two shapes whose results were compared with float64 on a card, the one that was faster there: in a layer of
-    many rows and few tokens two tiles share what is read of the activations.
-    """
-    many_rows = -(-spec.rows // TILE_ROWS) >= TILES_OF_MANY_ROWS * processors
-    return LaunchShape(2, 8) if many_rows and tokens <= TOKEN_TILE else LaunchShape(1, 4)
+def launch_shape(rows: int, tokens: int, processors: int) -> LaunchShape:
+    """Return how to divide a layer: the tiles of a block share what is read of the activations, if there are many."""
+    if -(-rows // TILE_ROWS) < TILES_OF_MANY_ROWS * processors:
+        return LaunchShape(1, 16)
+    return LaunchShape(4, 8) if tokens <= 2 * TOKEN_TILE else LaunchShape(2, 8)
 
 
-def run(x: Tensor, layer: MixedLayer, bias: Tensor | None) -> Tensor:
-    """Compute y [..., rows] from x [..., columns], 16 tokens at a time."""
-    spec = layer.format
-    flat = x.reshape(-1, spec.columns)
-    inputs = _rounded(flat, layer)
-    y = x.new_empty(len(flat), spec.rows)
-    shape = launch_shape(spec.weight, min(len(flat), LAUNCH_TOKENS), _processors(x.get_device()))
+def fits(shape: LaunchShape, tokens: int) -> bool:
+    """Return whether the sums of a block's warps fit into its shared memory."""
+    row = TOKEN_TILE * token_tiles(tokens) + 1
+    return 4 * shape.warps * shape.tiles * TILE_ROWS * row <= STATIC_SHARED_BYTES
+
+
+def run(x: Tensor, layer: MixedLayer | MixedStack, bias: Tensor | None) -> Tensor:
+    """Compute y [..., rows] from x [..., columns], 32 tokens at a time."""
+    members = _members(layer)
+    flat = x.reshape(-1, x.shape[-1])
+    inputs = _rounded(flat, members[0])
+    counts = [one.format.rows for one in members]
+    y = x.new_empty(len(flat), sum(counts))
+    shape = launch_shape(sum(counts), min(len(flat), LAUNCH_TOKENS), _processors(x.get_device()))
     for start in range(0, len(flat), LAUNCH_TOKENS):
         part = inputs[start : start + LAUNCH_TOKENS]
         launch(layer, shape, part, bias, y[start : start + LAUNCH_TOKENS])
-    if layer.adapters is not None:
-        layer.adapters.add(y, flat)
-    return y.view(*x.shape[:-1], spec.rows)
+    for one, rows in zip(members, y.split_with_sizes(counts, dim=1), strict=True):
+        if one.adapters is not None:
+            one.adapters.add(rows, flat)
+    return y.view(*x.shape[:-1], sum(counts))
 
 
-def launch(layer: MixedLayer, shape: LaunchShape, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Compute y [tokens, rows] of up to 16 tokens x [tokens, columns], both contiguous."""
-    spec = layer.format.weight
+def _members(layer: MixedLayer | MixedStack) -> tuple[MixedLayer, ...]:
+    return layer.members if isinstance(layer, MixedStack) else (layer,)
+
+
+def launch(layer: MixedLayer | MixedStack, shape: LaunchShape, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Compute y [tokens, rows] of up to 32 tokens x [tokens, columns], both contiguous."""
+    members = _members(layer)
+    spec = members[0].format.weight
     launcher = _launcher(
         LINEAR_KERNEL,
         x.get_device(),
         x.dtype,
-        int(layer.zero is not None),
+        int(members[0].zero is not None),
         _group_units(spec),
         shape.tiles,
-        -(-len(x) // TOKEN_TILE),
+        token_tiles(len(x)),
         shape.warps,
     )
     launcher(
-        _arguments(layer, x, bias, y),
-        grid=(-(-layer.codes.shape[0] // shape.tiles), 1, 1),
+        _arguments(members, shape.tiles, x, bias, y),
+        grid=(sum(_blocks(one, shape.tiles) for one in members), 1, 1),
         block=(32 * shape.warps, 1, 1),
         stream=torch.cuda.current_stream(x.device).cuda_stream,
+        programmatic=True,
     )
+
+
+def token_tiles(tokens: int) -> int:
+    """Return how many tiles of 8 tokens a launch has: a power of two, so that few kernels are compiled."""
+    return 1 << (-(-tokens // TOKEN_TILE) - 1).bit_length()
 
 
 def run_dense(x: Tensor, layer: MixedLayer, bias: Tensor | None) -> Tensor:
@@ -307,7 +378,7 @@ def expand(layer: MixedLayer) -> Tensor:
         EXPAND_WARPS,
     )
     launcher(
-        _arguments(layer, None, None, dense),
+        _arguments((layer,), 1, None, None, dense),
         grid=(-(-spec.columns // (UNIT_COLUMNS * EXPAND_WARPS)), min(layer.codes.shape[0], MOST_GRID_ROWS), 1),
         block=(32 * EXPAND_WARPS, 1, 1),
         stream=torch.cuda.current_stream(dense.device).cuda_stream,
@@ -322,24 +393,41 @@ def _rounded(flat: Tensor, layer: MixedLayer) -> Tensor:
     return inputs if inputs.data_ptr() % 16 == 0 else inputs.clone()
 
 
-def _arguments(layer: MixedLayer, x: Tensor | None, bias: Tensor | None, y: Tensor) -> _Arguments:
-    spec = layer.format.weight
-    return _Arguments(
+def _arguments(
+    members: Sequence[MixedLayer], tiles: int, x: Tensor | None, bias: Tensor | None, y: Tensor
+) -> _Arguments:
+    first = members[0]
+    arguments = _Arguments(
         x=pointer(x),
         bias=pointer(bias),
-        codes=layer.codes.data_ptr(),
-        scale=layer.scale.data_ptr(),
-        zero=pointer(layer.zero),
-        units=layer.units.data_ptr(),
         y=y.data_ptr(),
+        member_count=len(members),
         tokens=0 if x is None else len(x),
-        rows=spec.rows,
-        columns=spec.columns,
-        row_tiles=layer.codes.shape[0],
-        unit_count=len(layer.units),
-        groups=layer.scale.shape[1],
-        lines=layer.codes.shape[1],
+        columns=first.format.columns,
+        unit_count=len(first.units),
+        groups=first.scale.shape[1],
     )
+    row = block = 0
+    for index, one in enumerate(members):
+        arguments.members[index] = _Member(
+            codes=one.codes.data_ptr(),
+            scale=one.scale.data_ptr(),
+            zero=pointer(one.zero),
+            units=one.units.data_ptr(),
+            lines=one.codes.shape[1],
+            row_tiles=one.codes.shape[0],
+            rows=one.format.rows,
+            first_row=row,
+            first_block=block,
+        )
+        row, block = row + one.format.rows, block + _blocks(one, tiles)
+    arguments.rows = row
+    return arguments
+
+
+def _blocks(layer: MixedLayer, tiles: int) -> int:
+    """Return how many blocks a launch needs: none holds rows of two layers."""
+    return -(-layer.codes.shape[0] // tiles)
 
 
 def _group_units(spec: WeightFormat) -> int:
@@ -409,7 +497,7 @@ def _accepts_dense(spec: LinearFormat, dtype: torch.dtype, device: torch.device,
     return _refuses(spec, dtype, device)
 
 
-MIXED = Kernel("cuda-mixed", _accepts, prepare, run)
+MIXED = Kernel("cuda-mixed", _accepts, prepare, run, stack)
 
 MIXED_DENSE = Kernel("cuda-mixed-dense", _accepts_dense, prepare, run_dense)
 

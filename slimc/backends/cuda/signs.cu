@@ -4,31 +4,43 @@
 // one word, and the activations of the same 32 columns; the order of columns in a product of the tensor cores is free, so
 // column i and column i + 16 of a word go together, whose bits are 16 apart as two 16-bit numbers are.
 //
-// The warps of a block share the columns of 16 * ROW_TILES rows and add up in shared memory.
+// A lane takes four words of a row one after another. The warps of a block share the columns of 16 * ROW_TILES rows and
+// add up in shared memory. Signs are on their way before the launch ahead has ended, inputs are read after it.
 //
 // Compiled with -D:
 //   BFLOAT16     1: activations, factors and results are bfloat16; 0: float16
 //   ARCH         compute capability, 80 or 90
 //   TOKEN_TILES  of 8 tokens, 1 or 2
-//   ROW_TILES    of 16 rows, 1 or 2
+//   ROW_TILES    of 16 rows, 1, 2 or 4
 
 #define WARPS 8
+#define MOST_MEMBERS 8
 #define WORD_COLUMNS 32
-#define CHUNK_WORDS 4  // of a warp at a time
+#define LANE_WORDS 4
+#define STEP_WORDS (4 * LANE_WORDS)  // of a row, that a warp takes at a time
 #define TOKENS (8 * TOKEN_TILES)
 #define ROWS (16 * ROW_TILES)
 #define SIGN_BITS 0x80008000u
 
-struct Arguments {
-    const u16* x;      // [tokens][columns]
+// The signs of a layer, or of one of several that read the same inputs.
+struct Member {
     const u32* signs;  // [rows][columns / 32], a set bit is -1
     const u16* left;   // [rows][rank]
     const u16* right;  // [rank][columns]
-    u16* y;            // [tokens][rows]
-    int rows;
-    int columns;       // a multiple of 32
-    int tokens;
     int rank;
+    int rows;
+    int first_row;     // of its rows among those of all
+    int first_block;
+};
+
+struct Arguments {
+    const u16* x;  // [tokens][columns]
+    u16* y;        // [tokens][rows]
+    Member members[MOST_MEMBERS];
+    int member_count;
+    int rows;      // of all members
+    int columns;   // a multiple of 32
+    int tokens;
 };
 
 // Two ones with the signs of bits `first` and `first + 16`.
@@ -54,13 +66,15 @@ __device__ __forceinline__ u32 together(u32 near, u32 far) {
 }
 
 // The 32 inputs of B that a token has in a word's columns; zeros where there is no token or no column.
-__device__ __forceinline__ void load_inputs(u32 (&inputs)[16], const Arguments& a, int token, int word, int k) {
+__device__ __forceinline__ void load_inputs(
+    u32 (&inputs)[16], const Arguments& a, const Member& m, int token, int word, int k) {
     const bool valid = token < a.tokens && word * WORD_COLUMNS < a.columns;
+    // Not by __ldg: what the launch ahead wrote must not come from a cache that was filled before.
     const uint4* x = (const uint4*)(a.x + (u64)token * a.columns + word * WORD_COLUMNS);
-    const uint4* right = (const uint4*)(a.right + (u64)k * a.columns + word * WORD_COLUMNS);
+    const uint4* right = (const uint4*)(m.right + (u64)k * a.columns + word * WORD_COLUMNS);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint4 values = valid ? __ldg(x + i) : uint4{0, 0, 0, 0};
+        const uint4 values = valid ? x[i] : uint4{0, 0, 0, 0};
         const uint4 factors = valid ? __ldg(right + i) : uint4{0, 0, 0, 0};
         inputs[4 * i] = product_pair(values.x, factors.x);
         inputs[4 * i + 1] = product_pair(values.y, factors.y);
@@ -69,47 +83,76 @@ __device__ __forceinline__ void load_inputs(u32 (&inputs)[16], const Arguments& 
     }
 }
 
-__device__ __forceinline__ u32 load_signs(const Arguments& a, int row, int word) {
+// The signs of a lane: LANE_WORDS words, from `word` on, of a row of each eight; zeros where there are none.
+__device__ __forceinline__ void load_signs(
+    u32 (&signs)[ROW_TILES][2][LANE_WORDS], const Arguments& a, const Member& m, int first_row, int word) {
     const int words = a.columns / WORD_COLUMNS;
-    return row < a.rows && word < words ? __ldg(a.signs + (u64)row * words + word) : 0;
+#pragma unroll
+    for (int r = 0; r < 2 * ROW_TILES; ++r) {
+        u32(&found)[LANE_WORDS] = signs[r / 2][r % 2];
+        const int row = first_row + 8 * r;
+        const u32* const from = m.signs + (u64)row * words + word;
+        if (words % LANE_WORDS == 0) {
+            const bool valid = row < m.rows && word < words;
+            const uint4 four = valid ? load_once((const uint4*)from) : uint4{0, 0, 0, 0};
+            found[0] = four.x, found[1] = four.y, found[2] = four.z, found[3] = four.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < LANE_WORDS; ++i) {
+                found[i] = row < m.rows && word + i < words ? load_once(from + i) : 0;
+            }
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) add_signs(const __grid_constant__ Arguments a) {
     __shared__ float sums[WARPS][TOKENS][ROWS + 1];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int g = lane / 4, t = lane % 4;
-    const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
-    const int chunks = (a.columns / WORD_COLUMNS + CHUNK_WORDS - 1) / CHUNK_WORDS;
+    int member = 0;
+    while (member + 1 < a.member_count && blockIdx.x >= a.members[member + 1].first_block) ++member;
+    const Member& m = a.members[member];
+    const int first_row = (blockIdx.x - m.first_block) * ROWS, first_token = blockIdx.y * TOKENS;
+    const int steps = (a.columns / WORD_COLUMNS + STEP_WORDS - 1) / STEP_WORDS;
+
+    u32 ahead[ROW_TILES][2][LANE_WORDS];
+    load_signs(ahead, a, m, first_row + g, STEP_WORDS * warp + LANE_WORDS * t);
+    let_next_launch_begin();
+    wait_for_previous_launch();
 
     float totals[ROW_TILES][TOKEN_TILES][4] = {};
-    for (int k = 0; k < a.rank; ++k) {
+    for (int k = 0; k < m.rank; ++k) {
         float sum[ROW_TILES][TOKEN_TILES][4] = {};
-        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-            const int word = CHUNK_WORDS * chunk + t;
-            u32 signs[ROW_TILES][2];
+        for (int step = warp; step < steps; step += WARPS) {
+            u32 signs[ROW_TILES][2][LANE_WORDS];
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r) {
-                signs[r][0] = load_signs(a, first_row + 16 * r + g, word);
-                signs[r][1] = load_signs(a, first_row + 16 * r + g + 8, word);
-            }
-            u32 inputs[TOKEN_TILES][16];
+            for (int i = 0; i < ROW_TILES * 2 * LANE_WORDS; ++i) (&signs[0][0][0])[i] = (&ahead[0][0][0])[i];
+            // Those of the next rank are the first ones again.
+            const int next = step + WARPS < steps ? step + WARPS : warp;
+            if (next != warp || k + 1 < m.rank) load_signs(ahead, a, m, first_row + g, STEP_WORDS * next + LANE_WORDS * t);
 #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; ++n) load_inputs(inputs[n], a, first_token + 8 * n + g, word, k);
+            for (int i = 0; i < LANE_WORDS; ++i) {
+                const int word = STEP_WORDS * step + LANE_WORDS * t + i;
+                u32 inputs[TOKEN_TILES][16];
 #pragma unroll
-            for (int step = 0; step < 8; ++step) {
-                u32 b[TOKEN_TILES][2];
+                for (int n = 0; n < TOKEN_TILES; ++n) load_inputs(inputs[n], a, m, first_token + 8 * n + g, word, k);
 #pragma unroll
-                for (int n = 0; n < TOKEN_TILES; ++n) {
-                    b[n][0] = together<0>(inputs[n][step], inputs[n][step + 8]);
-                    b[n][1] = together<1>(inputs[n][step], inputs[n][step + 8]);
-                }
+                for (int part = 0; part < 8; ++part) {
+                    u32 b[TOKEN_TILES][2];
 #pragma unroll
-                for (int r = 0; r < ROW_TILES; ++r) {
-                    const u32 ones[4] = {
-                        signed_ones(signs[r][0], 2 * step), signed_ones(signs[r][1], 2 * step),
-                        signed_ones(signs[r][0], 2 * step + 1), signed_ones(signs[r][1], 2 * step + 1)};
+                    for (int n = 0; n < TOKEN_TILES; ++n) {
+                        b[n][0] = together<0>(inputs[n][part], inputs[n][part + 8]);
+                        b[n][1] = together<1>(inputs[n][part], inputs[n][part + 8]);
+                    }
 #pragma unroll
-                    for (int n = 0; n < TOKEN_TILES; ++n) multiply(sum[r][n], ones, b[n][0], b[n][1]);
+                    for (int r = 0; r < ROW_TILES; ++r) {
+                        const u32 upper = signs[r][0][i], lower = signs[r][1][i];
+                        const u32 ones[4] = {
+                            signed_ones(upper, 2 * part), signed_ones(lower, 2 * part),
+                            signed_ones(upper, 2 * part + 1), signed_ones(lower, 2 * part + 1)};
+#pragma unroll
+                        for (int n = 0; n < TOKEN_TILES; ++n) multiply(sum[r][n], ones, b[n][0], b[n][1]);
+                    }
                 }
             }
         }
@@ -118,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_signs(const __grid_
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = first_row + 16 * r + 8 * half + g;
-                const float factor = row < a.rows ? to_float(__ldg(a.left + (u64)row * a.rank + k)) : 0;
+                const float factor = row < m.rows ? to_float(__ldg(m.left + (u64)row * m.rank + k)) : 0;
 #pragma unroll
                 for (int n = 0; n < TOKEN_TILES; ++n) {
                     totals[r][n][2 * half] += factor * sum[r][n][2 * half];
@@ -139,11 +182,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_signs(const __grid_
     __syncthreads();
     for (int i = threadIdx.x; i < TOKENS * ROWS; i += 32 * WARPS) {
         const int token = i / ROWS, row = i % ROWS;
-        if (first_token + token >= a.tokens || first_row + row >= a.rows) continue;
+        if (first_token + token >= a.tokens || first_row + row >= m.rows) continue;
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += sums[w][token][row];
-        u16* const y = a.y + (u64)(first_token + token) * a.rows + first_row + row;
+        u16* const y = a.y + (u64)(first_token + token) * a.rows + m.first_row + first_row + row;
         *y = from_float(to_float(*y) + sum);
     }
 }

@@ -104,8 +104,8 @@ class OnnxDecoder:
         self.cache = self.description.cache
         if device == "cuda" and self.cache.shared and self.cache.dtype == "float32":
             raise InputError(
-                f"{folder}: its fused attention is in float32, for which ONNX Runtime has no CUDA kernel; export it with "
-                "--dtype float16, or with --target portable"
+                f"{folder}: its fused attention is in float32, for which ONNX Runtime has no CUDA kernel; "
+                "export it with --dtype float16, or with --target portable"
             )
         self._device = device
         self._runtime = _runtime(device)

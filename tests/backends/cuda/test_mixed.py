@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from slimc.backends.cuda import compiler, mixed
 from slimc.backends.cuda.layer import source
+from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, pack_weight
 
@@ -84,7 +87,9 @@ def test_units_know_their_place() -> None:
     assert [(place // 8, place % 8) for place in places.tolist()] == [(0, 3), (3, 3), (6, 4), (10, 4), (14, 1)]
 
 
-@pytest.mark.parametrize(("asymmetric", "group", "tiles", "tokens", "warps"), [(0, 1, 1, 1, 4), (1, 2, 2, 2, 8)])
+@pytest.mark.parametrize(
+    ("asymmetric", "group", "tiles", "tokens", "warps"), [(0, 1, 1, 1, 16), (1, 2, 2, 4, 8), (1, 1, 4, 2, 8)]
+)
 @pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
 def test_the_kernels_compile(
     arch: str, number: int, bfloat16: int, asymmetric: int, group: int, tiles: int, tokens: int, warps: int
@@ -95,6 +100,44 @@ def test_the_kernels_compile(
     }  # fmt: skip
     cubin = compiler.compile_source(source("mixed.cu"), name="mixed", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
+
+
+def test_siblings_are_one_launch_and_each_gets_its_bytes_back() -> None:
+    """Layers of other widths, rows that end within a tile, one of them with adapters."""
+    siblings = [build(40, (2, 4, 1), 64, 192, True, 0), build(20, (3, 1, 4), 64, 192, True, 3)]
+    siblings[1] = replace(siblings[1], input_scale=None)
+    layers = [mixed.prepare(packed) for packed in siblings]
+    stacked, parts = mixed.stack(layers)
+    assert parts == layers
+    assert sum(tensor.nbytes for tensor in mixed.tensors(stacked).values()) == sum(
+        tensor.nbytes for one in layers for tensor in mixed.tensors(one).values()
+    )
+    formats = tuple(packed.format for packed in siblings)
+    for part, packed in enumerate(siblings):
+        back = mixed.restore(formats, mixed.tensors(stacked), part)
+        assert back.format == packed.format
+        for name, tensor in packed.tensors().items():
+            assert torch.equal(back.tensors()[name], tensor)
+        again = mixed.assemble(formats, mixed.tensors(stacked), part)
+        assert again.codes.data_ptr() == layers[part].codes.data_ptr()
+    arguments = mixed._arguments(stacked.members, 2, None, None, torch.zeros(1))
+    places = [(one.first_row, one.first_block, one.rows) for one in arguments.members[:2]]
+    assert places == [(0, 0, 40), (40, 2, 20)]
+    assert (arguments.member_count, arguments.rows) == (2, 60)
+
+
+def test_layers_that_cannot_be_one_launch_stay_apart() -> None:
+    first = mixed.prepare(build(16, (2, 1), 64, 128, True, 0))
+    others = [
+        build(16, (2, 1), 64, 128, False, 0),
+        build(16, (2, 1), 128, 256, True, 0),
+        build(16, (2, 1), 64, 128, True, 3),
+    ]
+    for packed in others:
+        with pytest.raises(KernelError, match="cannot be stacked"):
+            mixed.stack([first, mixed.prepare(packed)])
+    with pytest.raises(KernelError, match="at most 8 layers can be stacked, not 9"):
+        mixed.stack([first] * 9)
 
 
 def refusal(spec: WeightFormat, monkeypatch: pytest.MonkeyPatch, tokens: int = 1) -> str | None:
@@ -127,7 +170,7 @@ def test_many_tokens_are_for_the_dense_product(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 40])
-def test_tokens_are_taken_sixteen_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_taken_thirty_two_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = build(20, (2, 4, 1), 64, 192, True, 3)
     counts = []
 
@@ -148,14 +191,14 @@ def test_tokens_are_taken_sixteen_at_a_time(tokens: int, monkeypatch: pytest.Mon
     y = mixed.run(x, layer, bias)
     assert y.shape == (tokens, 1, 20)
     assert sum(counts) == tokens
-    assert max(counts) <= 16
+    assert max(counts) <= 32
     torch.testing.assert_close(y, mixed.run_dense(x, layer, bias))
 
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "shape"),
-    [(4096, 1, (1, 4)), (8432, 8, (1, 4)), (8448, 8, (2, 8)), (8448, 9, (1, 4)), (22016, 16, (1, 4))],
+    [(4096, 1, (1, 16)), (8432, 32, (1, 16)), (8448, 8, (4, 8)), (22016, 16, (4, 8)), (22016, 17, (2, 8))],
 )
-def test_layers_of_many_rows_take_two_tiles_for_few_tokens(rows: int, tokens: int, shape: tuple[int, int]) -> None:
-    spec = WeightFormat(rows, 128, 2, 64, dtype=torch.bfloat16, widths=(2, 1))
-    assert mixed.launch_shape(spec, tokens, 132) == mixed.LaunchShape(*shape)
+def test_layers_of_many_rows_take_several_tiles(rows: int, tokens: int, shape: tuple[int, int]) -> None:
+    assert mixed.launch_shape(rows, tokens, 132) == mixed.LaunchShape(*shape)
+    assert mixed.fits(mixed.LaunchShape(*shape), tokens)
