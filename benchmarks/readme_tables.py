@@ -33,7 +33,8 @@ def linear_table(rows: Sequence[Row]) -> list[str]:
 
     def mean(model: str, count: int, key: str) -> str:
         of = [row for row in served if (row["model"], row["tokens"]) == (model, count)]
-        whole = {row["layer"] for row in of} == set(SERVED) and all(key in row for row in of)
+        layers = {row["layer"] for row in served if row["model"] == model}
+        whole = {row["layer"] for row in of} == layers and all(key in row for row in of)
         return f"{geometric_mean([row[key] for row in of]):.2f} x" if whole else ""
 
     columns = {"over bf16": "over_cublas", "over int4": "over_int4"}
