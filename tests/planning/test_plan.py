@@ -78,7 +78,7 @@ def test_an_expression_that_some_site_cannot_have_is_not_for_all_of_them(found):
 def test_the_recipe_names_each_site_and_leaves_dense_what_the_plan_leaves(found):
     recipe = found.plan("0.7x").recipe
     assert recipe.exclude == ["left", "a"]
-    _, per_site, _ = recipe.build()
+    (per_site,) = (one for one in recipe.build() if isinstance(one, PerSite))
     assert per_site == PerSite({"int4": MENU["int4"]}, sites={"b": "int4"})
 
 
