@@ -23,14 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnx_quantiser import quantise
 
 import slimc
 from slimc.backends import hf
-from slimc.backends.onnx.description import DESCRIPTION
 from slimc.backends.onnx.session import OnnxDecoder
 from slimc.runtime.files import readable
 
@@ -113,7 +110,7 @@ def exported(model: str, compressed: Sequence[Path], work: Path) -> dict[str, Pa
         name = quantised(level)
         folders[name] = work / f"quantised-{level}"
         if not folders[name].exists():
-            quantise(folders["fp32"], folders[name], level)
+            quantise(folders["fp32"], folders[name], accuracy_level=level)
         for folder in compressed:
             name = f"{folder.name}, level {level}"
             folders[name] = work / f"{folder.name}-{level}"
@@ -121,50 +118,6 @@ def exported(model: str, compressed: Sequence[Path], work: Path) -> dict[str, Pa
                 small = slimc.load(folder)
                 slimc.export_onnx(small, folders[name], target="ort", accuracy_level=level, embedding_bits=4)
     return folders
-
-
-def quantise(source: Path, folder: Path, level: int) -> None:
-    """Round every matrix of a folder to 4 bits with ONNX Runtime's tool, in its symmetric form and blocks of 32."""
-    model = onnx.load(source / "model.onnx")
-    widen(model)
-    (head,) = (node for node in model.graph.node if node.op_type == "FusedMatMul")
-    table = next(one for one in model.graph.initializer if one.name == head.input[1])
-    model.graph.initializer.append(
-        numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(table).T), "head")
-    )
-    alone = helper.make_node("MatMul", [head.input[0], "head"], list(head.output), name=head.name)
-    head.CopyFrom(alone)
-    tool = MatMulNBitsQuantizer(
-        model,
-        bits=4,
-        block_size=32,
-        is_symmetric=True,
-        accuracy_level=level,
-        op_types_to_quantize=("MatMul", "Gather"),
-        quant_axes=(("MatMul", 0), ("Gather", 1)),
-    )
-    tool.process()
-    folder.mkdir(parents=True)
-    tool.model.save_model_to_file(str(folder / "model.onnx"), True)
-    described = json.loads((source / DESCRIPTION).read_text())
-    files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / DESCRIPTION).write_text(json.dumps(described | {"files": files, "accuracy_level": level}))
-
-
-def widen(model: onnx.ModelProto) -> None:
-    """Store as float32 what is float32 when it is read: the tool sees no constant behind a Cast."""
-    names = set()
-    for constant in model.graph.initializer:
-        if constant.data_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16):
-            names.add(constant.name)
-            wide = numpy_helper.to_array(constant).astype(np.float32)
-            constant.CopyFrom(numpy_helper.from_array(wide, constant.name))
-    casts = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in names]
-    widened = {node.output[0]: node.input[0] for node in casts}
-    for node in casts:
-        model.graph.node.remove(node)
-    for node in model.graph.node:
-        node.input[:] = [widened.get(name, name) for name in node.input]
 
 
 def measured(decoder: OnnxDecoder, prompt: list[int], tokens: int) -> tuple[float, list[float]]:

@@ -29,13 +29,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnx_quantiser import quantise
 from torch import Tensor, nn
 
 import slimc
 from slimc.backends import hf
-from slimc.backends.onnx.description import DESCRIPTION
 from slimc.backends.onnx.session import OnnxDecoder
 from slimc.backends.onnx.tracing import twin
 from slimc.runtime.files import readable
@@ -97,7 +95,7 @@ def main() -> None:
                     rows[name][f"tokens, batch {batch}"] = compared(made, *expected[variant.model][batch])
             decoders[name] = decoder
         except Exception as error:
-            rows[name] = {"failed": " ".join(str(error).split())[:400]}
+            rows[name] = {"failed": " ".join(str(error).replace(str(chosen.work), "DIR").split())[:400]}
         print(name, json.dumps(rows[name]), flush=True)
     for batch in chosen.batches:
         measure(decoders, windows[:batch].tolist(), chosen.rounds, chosen.tokens, rows)
@@ -142,32 +140,6 @@ def exported(
             opened = hf.load_model(model)[0] if source is None else slimc.load(source)
             slimc.export_onnx(opened, variant.folder, target=target, dtype=dtype)
     return variants
-
-
-def quantise(source: Path, folder: Path) -> None:
-    """Round every matrix of a float16 folder to 4 bits with ONNX Runtime's tool, symmetric, in blocks of 32."""
-    model = onnx.load(source / "model.onnx")
-    constants = {one.name: one for one in model.graph.initializer}
-    for node in model.graph.node:
-        # Where embeddings are tied, the head reads their table transposed, which the tool does not know.
-        if node.op_type == "FusedMatMul" and node.input[1] in constants:
-            table = numpy_helper.to_array(constants[node.input[1]])
-            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(table.T), "head"))
-            node.CopyFrom(helper.make_node("MatMul", [node.input[0], "head"], list(node.output), name=node.name))
-    tool = MatMulNBitsQuantizer(
-        model,
-        bits=4,
-        block_size=32,
-        is_symmetric=True,
-        op_types_to_quantize=("MatMul", "Gather"),
-        quant_axes=(("MatMul", 0), ("Gather", 1)),
-    )
-    tool.process()
-    folder.mkdir(parents=True)
-    tool.model.save_model_to_file(str(folder / "model.onnx"), True)
-    described = json.loads((source / DESCRIPTION).read_text())
-    files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / DESCRIPTION).write_text(json.dumps(described | {"files": files}))
 
 
 @torch.no_grad()

@@ -100,7 +100,11 @@ class ProgramPass(Pass, ABC):
     """A pass that stores the dense model in another way that computes the same, before any site is compressed."""
 
     def check_after(self, earlier: Sequence[Pass]) -> None:
-        """Nothing may be compressed, or aimed at, yet."""
+        """Nothing may be compressed, or aimed at, yet, and it is stored anew once."""
+        if self.name in [one.name for one in earlier]:
+            raise RecipeError(
+                f"{self.name} appears twice: the second would choose anew on the first. Remove one of the two."
+            )
         late = [one.name for one in earlier if isinstance(one, SitePass)]
         if late:
             raise RecipeError(

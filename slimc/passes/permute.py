@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from slimc.errors import RecipeError
 from slimc.ir.channels import Channels, Stretch, permutable
 from slimc.ir.program import Program, attribute
-from slimc.passes.base import Pass, ProgramPass, Statistic
+from slimc.passes.base import ProgramPass, Statistic
 from slimc.passes.observe import observe
 from slimc.passes.solvers.permutation import best_order
 from slimc.progress import Progress
@@ -70,12 +69,6 @@ class Permute(ProgramPass):
     def statistics(self) -> frozenset[Statistic]:
         """The mean square of each input channel."""
         return frozenset({"activations"})
-
-    def check_after(self, earlier: Sequence[Pass]) -> None:
-        """Channels are reordered once, before anything is compressed."""
-        super().check_after(earlier)
-        if self.name in [one.name for one in earlier]:
-            raise RecipeError("permute appears twice: the second would undo the first. Remove one of the two.")
 
     def run(
         self,

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slimc.errors import RecipeError
 from slimc.ir.channels import Channels, Stretch, scalable
 from slimc.ir.program import Program, attribute
-from slimc.passes.base import Pass, ProgramPass, Statistic, whole_number
+from slimc.passes.base import ProgramPass, Statistic, whole_number
 from slimc.passes.observe import observe
 from slimc.passes.quantize import Quantize
 from slimc.passes.solvers.quantization import Group
@@ -68,12 +67,6 @@ class ScaleFolding(ProgramPass):
     def statistics(self) -> frozenset[Statistic]:
         """A sample of each site's input."""
         return frozenset({"activations"})
-
-    def check_after(self, earlier: Sequence[Pass]) -> None:
-        """Factors are chosen once, before anything is compressed."""
-        super().check_after(earlier)
-        if self.name in [one.name for one in earlier]:
-            raise RecipeError("scale_folding appears twice: factors are chosen once. Remove one of the two.")
 
     def run(
         self,
