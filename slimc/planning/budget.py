@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from slimc.errors import RecipeError
 
 _BYTES: Mapping[str, float] = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MICROSECONDS: Mapping[str, float] = {"us": 1.0, "ms": 1e3}
 _FORMS = (
-    "3.2bpw (bits a weight), 45MB (or kB, GB, MiB, GiB) or 0.25x (of 16 bit); for a target in time 2ms, 800us or 0.5x"
+    "3.2bpw (bits a weight), 45MB (or kB, GB, MiB, GiB) or 0.25x (of what they take now); for a target in time 2ms, "
+    "800us or 0.5x"
 )
 
 
@@ -63,5 +65,5 @@ class Budget:
         return self.amount * (dense if self.unit == "x" else _MICROSECONDS[self.unit])
 
     def __str__(self) -> str:
-        """As it is written."""
-        return f"{self.amount:g}{self.unit}"
+        """As it is written: :meth:`parse` reads the same budget from it."""
+        return f"{Decimal(repr(self.amount)).normalize():f}{self.unit}"

@@ -24,3 +24,10 @@ def test_what_is_no_budget_is_refused_with_the_forms(text):
 
 def test_it_is_written_as_it_is_read():
     assert [str(Budget.parse(text)) for text in ("3.20bpw", "45 mb", ".25x")] == ["3.2bpw", "45MB", "0.25x"]
+
+
+@pytest.mark.parametrize("text", ["1234567kB", "3.123456789bpw", "0.00001x", "123456789012GB"])
+def test_its_text_loses_no_digit(text):
+    # The command line reads a budget, and hands its text on to be read again.
+    assert str(Budget.parse(text)) == text
+    assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
