@@ -129,11 +129,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     Raises:
         SlimError: with what happened, where, and what to do; see :mod:`slimc.errors`.
     """
-    _require_module(model)
-    if any(isinstance(module, SlimLinear) for module in model.modules()):
-        raise InputError(
-            f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
-        )
+    _require_dense(model)
     progress = progress or SilentProgress()
     if budget is not None:
         if passes != recipes.DEFAULT:
@@ -357,7 +353,7 @@ def _measure(
     progress: Progress,
 ) -> tuple[Sensitivities, list[Any]]:
     """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes."""
-    _require_module(model)
+    _require_dense(model)
     menu = menu if isinstance(menu, Menu) else Menu.load(menu)
     include = (*menu.include, *_several(include))
     exclude = (*menu.exclude, *_several(exclude))
@@ -519,7 +515,7 @@ def fingerprint(
     Raises:
         SlimError: as :func:`compile`, for what it refuses before it computes.
     """
-    _require_module(model)
+    _require_dense(model)
     return _prepare(
         model,
         calibration,
@@ -541,6 +537,14 @@ def _require_module(model: object) -> None:
         raise InputError(
             f"slimc.compile takes a loaded torch.nn.Module, not {given}. Load the model first, for example with "
             "transformers.AutoModelForCausalLM.from_pretrained(path), or give its path to the command 'slimc compress'."
+        )
+
+
+def _require_dense(model: nn.Module) -> None:
+    _require_module(model)
+    if any(isinstance(module, SlimLinear) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
         )
 
 

@@ -338,6 +338,8 @@ def test_a_model_that_cannot_be_copied_says_so_before_any_work(monkeypatch: pyte
 def test_a_compressed_model_is_not_compressed_again(small: Any) -> None:
     with pytest.raises(InputError, match="LlamaForCausalLM is compressed already; compress the dense model"):
         slimc.compile(small, tokens(), PASSES)
+    with pytest.raises(InputError, match="LlamaForCausalLM is compressed already"):
+        slimc.plan(small, tokens(), budget="3bpw")
 
 
 def test_explain_names_a_kernel_for_every_layer_and_why_others_refused(small: Any) -> None:
