@@ -51,7 +51,8 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "compress", "eval", "export", "generate", "inspect", "plan", "recipes", "tune", "verify"]
+    "command",
+    ["bench", "compress", "eval", "export", "generate", "inspect", "kernels", "plan", "recipes", "tune", "verify"],
 )
 def test_help_teaches_by_example(command: str) -> None:
     result = invoke(command, "--help")
@@ -105,6 +106,7 @@ def test_a_plan_may_choose_from_a_menu_of_ones_own(tiny_llama_folder: Path, tmp_
         (["-b", "3"], "'3' is no budget; write 3.2bpw"),
         (["-b", "1bpw"], "the least that the menu can reach"),
         (["-b", "3bpw", "-o", "plan.txt"], "ends in .yaml"),
+        (["-b", "3bpw", "-o", f"{__file__}/plan.yaml"], "test_cli.py is a file"),
         (["-b", "3bpw", "--menu", "none.yaml"], "there is no recipe file 'none.yaml'"),
         (["-b", "3bpw", "--target", "speed"], "there is no target 'speed'; there are 'size', 'decode'"),
     ],

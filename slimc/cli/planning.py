@@ -75,6 +75,7 @@ def plan(
     from slimc.planning.budget import Budget
     from slimc.planning.menu import Menu
     from slimc.runtime.devices import default_device, usable_device
+    from slimc.runtime.files import check_writable
 
     wanted = Budget.parse(budget)
     if output is not None:
@@ -82,6 +83,9 @@ def plan(
             raise InputError(f"{output}: a recipe's file ends in .yaml, so that 'slimc compress --recipe' knows it")
         if output.exists() and not overwrite:
             raise InputError(f"{output} exists; add --overwrite to replace it, or choose another --output")
+        if output.is_dir():
+            raise InputError(f"{output} is a folder; give --output the name of a file")
+        check_writable(output)
     given = {"samples": samples, "length": length, "batch": batch, "seed": seed}
     choices = Menu.load(menu).calibrated(**{option: value for option, value in given.items() if value is not None})
     text = None if calibration == "self" else calibration_text(calibration)

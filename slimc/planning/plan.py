@@ -15,7 +15,7 @@ from slimc.planning.menu import DENSE, Menu
 from slimc.planning.sensitivity import Choice, SiteChoices
 from slimc.progress import counted, printable
 from slimc.recipes import Recipe
-from slimc.runtime.files import write_bytes
+from slimc.runtime.files import check_writable, make_parents, write_bytes
 from slimc.runtime.formats import LinearFormat
 
 SIZE = "size"
@@ -79,12 +79,15 @@ class Plan:
         return sum(site.choice.damage for site in self.sites)
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as a YAML file.
+        """Write the recipe as a YAML file, in folders that are made as needed.
 
         Raises:
             InputError: it cannot be written.
         """
-        write_bytes(Path(path), self.recipe.to_yaml().encode())
+        target = Path(path)
+        check_writable(target)
+        make_parents(target)
+        write_bytes(target, self.recipe.to_yaml().encode())
 
     def counts(self) -> dict[str, int]:
         """Return how many sites get each expression, the most frequent first."""

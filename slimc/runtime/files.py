@@ -262,6 +262,21 @@ def check_replaceable(target: Path, *, overwrite: bool, replaceable: Callable[[P
         )
 
 
+def check_writable(target: Path) -> None:
+    """Raise an InputError unless ``target`` and its missing parents can be made, before work is spent on its content.
+
+    Raises:
+        InputError: the nearest parent that exists is no folder, or may not be written to.
+    """
+    home = next(parent for parent in target.absolute().parents if parent.exists())
+    if not home.is_dir():
+        raise InputError(f"{target}: {home} is a file, so nothing was written; choose a folder that you may write to")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{target}: {home} is read-only, so nothing was written; choose a folder that you may write to"
+        )
+
+
 def make_parents(target: Path) -> list[Path]:
     """Make the missing parents of ``target`` and return them, outermost first."""
     missing = [parent for parent in target.parents if not parent.exists()][::-1]

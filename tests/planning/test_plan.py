@@ -195,9 +195,10 @@ def batches() -> list[torch.Tensor]:
 
 def test_a_planned_model_takes_what_the_plan_promised(network, batches, tmp_path: Path):
     plan = slimc.plan(network, batches, budget="5bpw")
-    plan.save(tmp_path / "plan.yaml")
-    assert recipes.load(tmp_path / "plan.yaml") == plan.recipe
-    small = slimc.compile(network, batches, tmp_path / "plan.yaml")
+    path = tmp_path / "plans" / "plan.yaml"
+    plan.save(path)
+    assert recipes.load(path) == plan.recipe
+    small = slimc.compile(network, batches, path)
     bits = {row.name: row.bits for row in slimc.report(small).sites}
     assert bits == pytest.approx({site.name: site.bits for site in plan.sites if site.choice.name != "dense"})
     assert plan.bits_per_weight <= 5

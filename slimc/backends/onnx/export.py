@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from slimc.backends.onnx.graph import export_module
 from slimc.backends.onnx.weights import COMPUTE_DTYPES, check_options
 from slimc.errors import InputError, closest
 from slimc.ir.capture import Batch
-from slimc.runtime.files import check_replaceable, readable
+from slimc.runtime.files import check_replaceable, check_writable, readable
 
 __all__ = ["OnnxReport", "compute_dtype", "export_folder", "images", "with_mask"]
 
@@ -104,11 +103,7 @@ def check_destination(path: Path, *, overwrite: bool) -> Path:
     """
     folder = folder_of(path)
     check_replaceable(folder, overwrite=overwrite, replaceable=is_replaceable)
-    home = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{folder}: {home} is read-only, so nothing was written; choose a folder that you may write to"
-        )
+    check_writable(folder)
     return folder
 
 
