@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from slimc.cli.terminal import note, say
+from slimc.errors import InputError
 
 
 def kernels(
@@ -31,6 +32,7 @@ def kernels(
             show_default=False,
         ),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Build the library whose kernels compute an ONNX folder's layers in ONNX Runtime's CUDA provider.
 
@@ -49,6 +51,10 @@ def kernels(
     require("onnx", "reading an ONNX model", extra="onnx")
     from slimc.backends.onnx.kernels.build import ARCHITECTURES, build_library, forms_of
 
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; give --output the name of a file")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists; add --overwrite to replace it, or choose another --output")
     wanted = architectures or list(ARCHITECTURES)
     built = build_library(forms_of(folder), output, architectures=wanted, include=include)
     say(f"{built}: kernels for {', '.join(wanted)}")

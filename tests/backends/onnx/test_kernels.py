@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -168,3 +169,41 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KernelError, match="does not compile with false"):
         build_library((), tmp_path / "k.so")
     assert not list(tmp_path.iterdir())
+
+
+def kernels(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["kernels", *map(str, arguments)])
+
+
+def test_the_command_replaces_no_file_unasked(folder: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "notes.txt"
+    precious.write_text("mine")
+    refused = kernels(folder, "-o", precious)
+    assert (refused.exit_code, "add --overwrite" in refused.output) == (2, True)
+    assert precious.read_text() == "mine"
+    refused = kernels(folder, "-o", tmp_path)
+    assert (refused.exit_code, "is a folder" in refused.output) == (2, True)
+
+
+def test_a_folder_that_is_no_onnx_model_is_told_apart(tmp_path: Path) -> None:
+    refused = kernels(tmp_path, "-o", tmp_path / "k.so")
+    assert (refused.exit_code, "is no folder that 'slimc export' wrote" in refused.output) == (2, True)
+
+
+@pytest.mark.parametrize("arch", ["banana", "sm_", "80", "sm_9x"])
+def test_what_is_no_architecture_is_refused_before_anything_is_compiled(arch: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no GPU architecture; write sm_"):
+        build_library((), tmp_path / "k.so", architectures=[arch])
+
+
+def test_a_header_that_is_not_there_is_not_taken_for_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no onnxruntime_c_api\.h to compare with"):
+        build_library((), tmp_path / "k.so", include=tmp_path)
+
+
+def test_a_library_that_is_open_stays_what_it_is(tmp_path: Path) -> None:
+    path = build_library((), tmp_path / "deep" / "k.so")
+    with path.open("rb") as opened:
+        build_library((), path)
+        assert os.fstat(opened.fileno()).st_ino != path.stat().st_ino
+    assert [one.name for one in path.parent.iterdir()] == ["k.so"]

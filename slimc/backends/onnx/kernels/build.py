@@ -7,6 +7,7 @@ ONNX Runtime's headers and NVIDIA's are not needed either: what is called of bot
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,15 +24,17 @@ from onnx import NodeProto, TensorProto
 from slimc.backends.cuda import decode
 from slimc.backends.cuda.compiler import compile_source
 from slimc.backends.cuda.layer import FACTOR_GROUP, source
-from slimc.backends.onnx.description import read_description
+from slimc.backends.onnx.description import is_onnx_folder, read_description
 from slimc.backends.onnx.functions import DOMAIN, INPUTS
 from slimc.errors import InputError, KernelError
-from slimc.runtime.files import file_inside
+from slimc.runtime.files import check_writable, current_umask, file_inside, make_parents, write_bytes
 
 __all__ = ["ARCHITECTURES", "Form", "build_library", "forms_of"]
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 """What is compiled for unless told otherwise: Ampere and Ada, and Hopper."""
+
+PUBLIC_HEADER = "onnxruntime_c_api.h"
 
 SOURCES = ("library.cpp", "driver.hpp", "fragments.hpp", "runtime.hpp")
 
@@ -75,6 +78,10 @@ def forms_of(folder: Path) -> set[Form]:
         InputError: it has none, computes in float32, or has layers that the kernels do not know.
         FormatError: it is damaged.
     """
+    if not is_onnx_folder(folder):
+        raise InputError(
+            f"{folder}: is no folder that 'slimc export' wrote; write one with --target cuda --dtype float16"
+        )
     description = read_description(folder)
     model = onnx.load(file_inside(folder, description.model), load_external_data=False)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == "linear"]
@@ -106,8 +113,18 @@ def build_library(
         ``output``.
 
     Raises:
+        InputError: ``output`` cannot be written, ``include`` has no such header, or an architecture is none.
         KernelError: a kernel or the host program does not compile, or there is no compiler.
     """
+    check_writable(output)
+    for arch in architectures:
+        if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+            raise InputError(f"'{arch}' is no GPU architecture; write sm_ and a compute capability, such as sm_80")
+    if include is not None and not (include / PUBLIC_HEADER).is_file():
+        raise InputError(
+            f"{include}: has no {PUBLIC_HEADER} to compare with; name the folder of ONNX Runtime's headers, or leave "
+            "it out"
+        )
     command = _compiler()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
@@ -122,8 +139,10 @@ def build_library(
         )  # fmt: skip
         if run.returncode:
             raise KernelError(f"the kernel library does not compile with {' '.join(command)}:\n{run.stderr[:4000]}")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made, output)
+        make_parents(output)
+        # Not copied over what is there: a process that has the old library open would run on into the new one.
+        write_bytes(output, made.read_bytes())
+        output.chmod(0o777 & ~current_umask())
     return output
 
 
@@ -144,7 +163,7 @@ def _form_of(folder: Path, node: NodeProto, constants: dict[str, TensorProto]) -
     if weight is None or scale is None or weight.data_type != TensorProto.INT4:
         raise refuse("has no constant codes of 4 bits with a scale")
     if scale.data_type != TensorProto.FLOAT16:
-        raise refuse("computes in another dtype than float16")
+        raise refuse("computes in another dtype than float16, which --dtype float16 exports")
     columns = weight.dims[0]
     if columns % 8:
         raise refuse(f"has {columns} columns, no multiple of 8")
