@@ -166,6 +166,9 @@ def _accepts_exact(spec: LinearFormat, dtype: torch.dtype, device: torch.device,
         return "multiplies activations that are rounded to int8"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    if spec.columns == 1:
+        # torch._int_mm of a [m, 1] by a [1, n] matrix reads memory that neither holds (seen in PyTorch 2.13).
+        return "PyTorch's product of int8 codes needs two columns or more"
     if spec.columns > MAX_EXACT_COLUMNS:
         return f"sums of more than {MAX_EXACT_COLUMNS} products may not fit in 32 bits"
     return (

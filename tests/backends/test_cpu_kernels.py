@@ -215,6 +215,14 @@ def test_exact_products_refuse(activation: str | None, case: dict[str, Any], dty
     assert INT8MM.accepts(form, dtype, CPU, 1) == reason
 
 
+def test_a_single_column_is_not_left_to_products_of_codes_that_read_beyond_it() -> None:
+    packed = replace(linear(21, 1, 4), activation="int8")
+    assert INT8MM.accepts(packed.format, BF16, CPU, 20) == "PyTorch's product of int8 codes needs two columns or more"
+    x = torch.randn(20, 1)
+    y = SlimLinear(packed, kernels=KERNELS)(x)
+    assert torch.equal(y, SlimLinear(packed, kernels=[DECODE])(x))
+
+
 def test_exact_products_refuse_sums_that_may_overflow_and_other_devices() -> None:
     form = replace(linear(1, MAX_EXACT_COLUMNS, 8), activation="int8").format
     assert INT8MM.accepts(form, BF16, CPU, 1) is None
