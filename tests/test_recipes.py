@@ -4,9 +4,12 @@ import contextlib
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import slimc
 from slimc import passes, recipes
 from slimc.errors import RecipeError
 from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Prune, Quantize
@@ -32,6 +35,45 @@ def test_presets_teach_and_have_an_order_that_works(name: str) -> None:
     assert recipe.name == name
     assert len(recipe.description) > 80
     assert recipe.build()
+
+
+SIDE = 256
+"""Of the square layer whose bits are counted."""
+
+VECTORS = 16 * 2 * SIDE / SIDE**2
+"""Bits a weight of two vectors in 16 bits, one along each side."""
+
+ADAPTERS = 25 * 2 * SIDE * 4 / SIDE**2 + 16 * (25 * SIDE / 64 + SIDE) / SIDE**2
+"""Of 4-bit factors of rank 25, a tenth: R has a scale for 64 columns, L one a row, for the rank is less than 64."""
+
+PROMISED = {
+    "joint-w4-2x4": 2 + 1 + 16 / 128 + ADAPTERS,
+    "slim-w4-2x4": 2 + 1 + ADAPTERS,
+    "slim-w4-2x4-grouped": 2 + 1 + 16 / 64 + ADAPTERS,
+    "slim-w4": 4 + 16 / 128 + ADAPTERS,
+    "wanda-2x4": 8 + 1,
+    "rtn-w4": 4 + 16 / 64,
+    "gptq-w4": 4 + 16 / 32,
+    "slim-llm-w2": 2 + (16 + 8) / 64,
+    "slim-llm-w3": 3 + (16 + 8) / 64,
+    "mixed-w2": 2 + (16 + 8) / 128,
+    "mixed-w3": 3 + (16 + 8) / 128,
+    "mixed-w4": 4 + (16 + 8) / 128,
+    # The published ratio counts signs and their magnitudes, but no mask.
+    "slab-50": 8 + 1,
+    "slab-2x4": 8 + 1 + 1 + VECTORS,
+    "slab-2x4-w4": 2 + 1 + 16 / 64 + 1 + VECTORS,
+}
+"""Bits a weight: codes or values, mask, scales (16 bits) and zero points (8), adapters, signs."""
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_preset_stores_the_bits_that_it_promises(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(SIDE, SIDE, bias=False)).bfloat16()
+    inputs = torch.randn(2, 2 * SIDE, SIDE).bfloat16() * torch.randn(SIDE).exp().bfloat16()
+    bits = slimc.report(slimc.compile(layer, [inputs], name)).bits_per_weight
+    assert bits == pytest.approx(PROMISED[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimc.ir.channels import Channels, Stretch, permutable
 from slimc.ir.program import Program, attribute
-from slimc.passes.base import ProgramPass, Statistic
+from slimc.passes.base import ProgramPass, Statistic, whole_number
 from slimc.passes.observe import observe
 from slimc.passes.solvers.permutation import best_order
 from slimc.progress import Progress
@@ -37,12 +37,14 @@ class Permute(ProgramPass):
             "Channel Permutations for N:M Sparsity", NeurIPS 2021). ``None``: every channel by itself.
         sort: by what groups of M channels are ordered, so that those that share a scale are alike: ``"magnitude"`` of
             their weights, ``"energy"`` of their inputs, or ``None``.
+        batches: how many calibration batches the mean squares of the inputs are taken from, at most.
     """
 
     name: ClassVar[str] = "permute"
 
     pattern: str | None = "2:4"
     sort: Literal["magnitude", "energy"] | None = "magnitude"
+    batches: int = 8
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -56,6 +58,9 @@ class Permute(ProgramPass):
         )
         self._require(
             self.pattern is not None or self.sort is not None, "pattern and sort are both null: nothing to do"
+        )
+        self._require(
+            whole_number(self.batches) and self.batches >= 1, f"batches must be 1 or more, not {self.batches!r}"
         )
 
     @property
@@ -87,10 +92,10 @@ class Permute(ProgramPass):
         consumers = {site for one in channels for site in one.consumed}
         energies = observe(
             program,
-            inputs,
+            inputs[: len(inputs) - held_out][: self.batches],
             lambda work: work.require_statistics(self.name).sum_squares,
             sites=consumers,
-            held_out=held_out,
+            held_out=0,
             device=device,
             progress=progress,
             stage=self.name,

@@ -196,6 +196,19 @@ def test_similar_channels_share_a_scale(gated: Gated, run: Run) -> None:
     assert torch.equal(sizes, sizes.sort(descending=True).values)
 
 
+def test_batches_that_are_not_looked_at_change_nothing(gated: Gated, run: Run) -> None:
+    one, other = x(), 9 * x().flip(0, 1)
+
+    def orders(batches: list[Tensor], looked_at: int, held_out: int = 0) -> Tensor:
+        energy = Permute(sort="energy", batches=looked_at)
+        program, _ = run(gated, batches, [Calibrate(), energy, Quantize(), Fuse()], held_out=held_out)
+        return program.dense_weight(program.sites["down"])
+
+    assert torch.equal(orders([one, other], 1), orders([one], 1))
+    assert not torch.equal(orders([one, other], 2), orders([one], 1))
+    assert torch.equal(orders([one, other], 2, held_out=1), orders([one], 1)), "held-out batches are not looked at"
+
+
 def test_blocks_that_the_pattern_does_not_divide_keep_their_order() -> None:
     model, inputs = build("Llama")
     program = captured(model, inputs)
@@ -211,6 +224,7 @@ def test_blocks_that_the_pattern_does_not_divide_keep_their_order() -> None:
         ({"pattern": 0.5}, "pattern must be 'n:m'"),
         ({"sort": "size"}, "sort must be 'magnitude', 'energy' or null, not 'size'"),
         ({"pattern": None, "sort": None}, "nothing to do"),
+        ({"batches": 0}, "batches must be 1 or more, not 0"),
         ({"patern": "2:4"}, "did you mean 'pattern'"),
     ],
 )
