@@ -9,11 +9,20 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from onnx import ModelProto, helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from slimc.backends.onnx.initializers import Initializer, of_tensor
 from slimc.backends.onnx.weights import MICROSOFT
 
-__all__ = ["fuse_for_onnxruntime"]
+__all__ = ["fuse_for_onnxruntime", "keep_rotations_apart"]
+
+_PRODUCTS = {"MatMul", "MatMulNBits", "linear"}
+"""What ONNX Runtime takes for a projection, and what becomes one of these when it inlines functions."""
+
+_SAME_SHAPE = "attention.values.shape"
+"""The name of a constant by which a reshape changes nothing."""
 
 
 def fuse_for_onnxruntime(model: ir.Model) -> dict[str, int]:
@@ -269,6 +278,41 @@ def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
 def _uncast(value: ir.Value | None) -> ir.Value | None:
     node = _producer(value, "Cast")
     return node.inputs[0] if node is not None else value
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def keep_rotations_apart(model: ModelProto, constants: dict[str, Initializer]) -> int:
+    """Keep ONNX Runtime from moving rotations into an attention; return for how many that was necessary.
+
+    Where products lead to queries and keys through RotaryEmbedding and to values directly, ONNX Runtime's CUDA provider
+    (``GroupQueryAttentionFusion``, up to 1.32 at least) makes one product of them and lets GroupQueryAttention rotate.
+    It then drops the positions and takes the cosines for a table of every position from the first on. Those of
+    `_fuse_rotations` are of this call, so the attention refuses them, or rotates by angles of other tokens. A reshape
+    to the same shape between a product and its attention moves nothing and is not looked through.
+
+    Args:
+        model: a decoder whose layers are in place; changed in place.
+        constants: those of the graph, which may become one more.
+    """
+    graph = model.graph
+    producers = {name: node for node in graph.node for name in node.output}
+    nodes, found = [], 0
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            kinds = [producers[name].op_type if name in producers else "" for name in node.input[:3]]
+            if kinds[:2] == ["RotaryEmbedding"] * 2 and kinds[2] in _PRODUCTS:
+                values = f"{node.input[2]}.values"
+                nodes.append(helper.make_node("Reshape", [node.input[2], _SAME_SHAPE], [values], name=values))
+                node.input[2] = values
+                found += 1
+        nodes.append(node)
+    if found:
+        del graph.node[:]
+        graph.node.extend(nodes)
+        constants[_SAME_SHAPE] = of_tensor(torch.tensor([0, 0, -1]))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs

@@ -26,12 +26,15 @@ from slimc.backends.cuda.layer import FACTOR_GROUP, source
 from slimc.backends.onnx.description import read_description
 from slimc.backends.onnx.functions import DOMAIN, INPUTS
 from slimc.errors import InputError, KernelError
-from slimc.runtime.files import file_inside
+from slimc.runtime.files import file_inside, write_bytes
 
 __all__ = ["ARCHITECTURES", "Form", "build_library", "forms_of"]
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 """What is compiled for unless told otherwise: Ampere and Ada, and Hopper."""
+
+HEADER = "onnxruntime_c_api.h"
+"""ONNX Runtime's public header."""
 
 SOURCES = ("library.cpp", "driver.hpp", "fragments.hpp", "runtime.hpp")
 
@@ -103,12 +106,14 @@ def build_library(
         include: a folder with ``onnxruntime_c_api.h``, which is then compared with what the library takes for it.
 
     Returns:
-        ``output``.
+        ``output``, written whole or not at all.
 
     Raises:
+        InputError: the file cannot be written, or ``include`` has no such header; nothing is compiled then.
         KernelError: a kernel or the host program does not compile, or there is no compiler.
     """
     command = _compiler()
+    _check_places(output, include)
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         for name in SOURCES:
@@ -123,8 +128,26 @@ def build_library(
         if run.returncode:
             raise KernelError(f"the kernel library does not compile with {' '.join(command)}:\n{run.stderr[:4000]}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made, output)
+        write_bytes(output, made.read_bytes())
     return output
+
+
+def _check_places(output: Path, include: Path | None) -> None:
+    """Raise `InputError` if the library cannot be written, or there is no header to compare with."""
+    if include is not None and not (include / HEADER).is_file():
+        raise InputError(
+            f"{include}: has no {HEADER}, so there is nothing to compare with; name the folder that holds it (in ONNX "
+            "Runtime's sources include/onnxruntime/core/session), or leave it out"
+        )
+    if output.is_dir():
+        raise InputError(
+            f"{output}: is a folder; name the library that is to be written, such as {output}/slim_kernels.so"
+        )
+    home = next(parent for parent in output.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{output}: {home} is no folder that may be written to, so nothing was compiled; choose another place"
+        )
 
 
 def _form_of(folder: Path, node: NodeProto, constants: dict[str, TensorProto]) -> Form:
