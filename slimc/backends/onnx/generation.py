@@ -13,7 +13,7 @@ from slimc.backends.onnx.decoder import CacheGeometry, trace_decoder
 from slimc.backends.onnx.description import CacheLayout, Description
 from slimc.backends.onnx.exporters import check_exporter
 from slimc.backends.onnx.files import OnnxGraph
-from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart, pack_projections
 from slimc.backends.onnx.initializers import DATA_TYPES
 from slimc.backends.onnx.logits import let_logits_begin_later
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
@@ -61,8 +61,11 @@ def decoder_graph(
     rounded = _embedding_to_round(model, target, embedding_bits)
     decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version, exporter=exporter)
     let_logits_begin_later(decoder.program.model, _output_embedding(model))
+    positions = positions_of(model)
     if contrib:
-        fuse_for_onnxruntime(decoder.program.model)
+        rows = _most_positions(model)
+        if fuse_for_onnxruntime(decoder.program.model, rows)["GroupQueryAttention"]:
+            positions = rows
     proto = onnx_ir.to_proto(decoder.program.model)
     compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
     dense = DenseMatrices(
@@ -76,6 +79,7 @@ def decoder_graph(
     constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
     if contrib:
         keep_rotations_apart(proto, constants)
+        pack_projections(proto)
     if dtype == torch.float32 and target != "dense":
         constants = narrow(proto.graph, constants, apart_from=compressed.sites)
     _declare_shapes(proto, decoder.cache, dtype)
@@ -88,7 +92,7 @@ def decoder_graph(
         inputs=tuple(one.name for one in proto.graph.input),
         outputs=tuple(one.name for one in proto.graph.output),
         cache=layout,
-        positions=positions_of(model),
+        positions=positions,
         accuracy_level=accuracy_level if contrib else 0,
         embedding_bits=embedding_bits,
     )
@@ -114,6 +118,13 @@ def _embedding_to_round(model: nn.Module, target: str, bits: int | None) -> str 
         )
     names: list[str] = [name for name, module in model.named_modules() if module is table]
     return names[0]
+
+
+def _most_positions(model: nn.Module) -> int | None:
+    """Return how many positions a model was made for, None if its configuration does not say."""
+    config: Any = model.config
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def _output_embedding(model: nn.Module) -> str | None:
