@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kernels", type=Path, help="a library that 'slimc kernels' built for these folders")
+    parser.add_argument("--nodes", action="store_true", help="count the operators of each optimised graph, too")
     parser.add_argument("--only", nargs="+", default=[""], help="variants whose names contain one of these")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
@@ -88,7 +89,9 @@ def main() -> None:
         try:
             decoder = OnnxDecoder(variant.folder, device="cuda", kernels=variant.kernels, replay=variant.replay)
             size = sum(file.stat().st_size for file in variant.folder.glob("model.onnx*"))
-            rows[name] = {"bytes": size, "replayed": decoder.replays, "nodes": nodes_of(variant, chosen.work)}
+            rows[name] = {"bytes": size, "replayed": decoder.replays}
+            if chosen.nodes:
+                rows[name]["nodes"] = nodes_of(variant, chosen.work)
             for batch in chosen.batches:
                 made = decoder.generate(windows[:batch].tolist(), chosen.tokens)
                 if variant.model is not None:

@@ -60,6 +60,8 @@ def main() -> None:
             "input_ids": np.array([new]),
             "attention_mask": np.ones((1, read), dtype=np.int64),
             "position_ids": np.arange(read - len(new), read)[None],
+            # Of a prompt only the last token's logits are needed.
+            "first_logits": np.array([len(new) - 1]),
         }
         inputs = {name: value for name, value in inputs.items() if name in description["inputs"]}
         inputs |= {f"past_key_values.{name}": value for name, value in zip(names, past, strict=True)}

@@ -625,6 +625,7 @@ def export_onnx(
     accuracy_level: int = 0,
     cache: bool | None = None,
     embedding_bits: int | None = None,
+    exporter: str = "auto",
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> OnnxReport:
@@ -650,6 +651,8 @@ def export_onnx(
         embedding_bits: with ``"ort"`` and a cache: 4 or 8 round the embedding of tokens, and the output embedding where
             both are one. ``None`` leaves it dense.
         accuracy_level: of ``"ort"``: 0 is exact, 4 rounds the inputs of products to 8 bits and is faster on a CPU.
+        exporter: who traces a model with a cache: ``"transformers"`` (its exporter, from transformers 5.14 and torch
+            2.11 on), ``"slimc"`` (``torch.export`` without it) or ``"auto"``, the first that can. Graphs are equal.
         tokenizer: saved beside the model.
         overwrite: replace an ONNX folder that slimc wrote.
 
@@ -686,6 +689,7 @@ def export_onnx(
         opset=opset,
         accuracy_level=accuracy_level,
         embedding_bits=embedding_bits,
+        exporter=exporter,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )

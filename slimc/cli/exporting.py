@@ -35,6 +35,14 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+class Exporter(StrEnum):
+    """Who traces a language model with its cache."""
+
+    auto = "auto"
+    transformers = "transformers"
+    slimc = "slimc"
+
+
 def export(
     model: Annotated[
         str,
@@ -79,6 +87,10 @@ def export(
             show_default=False,
         ),
     ] = None,
+    exporter: Annotated[
+        Exporter,
+        typer.Option(help="Who traces a model with a cache; auto: transformers' exporter if it is there and can."),
+    ] = Exporter.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX folder that slimc wrote.")] = False,
 ) -> None:
     """Write a model as an ONNX folder, which ONNX Runtime runs without PyTorch and without slimc.
@@ -102,6 +114,7 @@ def export(
         accuracy_level=accuracy_level,
         cache=cache,
         embedding_bits=embedding_bits,
+        exporter=exporter.value,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )

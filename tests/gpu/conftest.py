@@ -24,7 +24,7 @@ except ImportError:
 else:
     _on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 if not _on_cuda:
-    collect_ignore.append("test_onnx_kernels.py")
+    collect_ignore += ["test_onnx_decoder.py", "test_onnx_kernels.py"]
 
 PATTERNS = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)
 """All masks that keep two of four."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimc.backends.hf_text import can_generate
 from slimc.backends.onnx.attention import ATTENTION, DecodingStep, cache_of, register_attention, tracing
+from slimc.backends.onnx.exporters import export_program
 from slimc.backends.onnx.outline import Outline, outline_of
 from slimc.backends.onnx.tracing import quiet
 from slimc.backends.onnx.translation import simplify
@@ -107,7 +108,7 @@ def has_cache(model: nn.Module) -> bool:
     return True
 
 
-def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: int) -> Decoder:
+def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: int, exporter: str = "auto") -> Decoder:
     """Trace ``model`` once, for any batch, any number of new tokens and any length of the past.
 
     Args:
@@ -115,6 +116,7 @@ def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: i
         fused: with ONNX Runtime's GroupQueryAttention, else in standard operators.
         dtype: what the graph computes in.
         opset: the version of the standard operators.
+        exporter: one of `slimc.backends.onnx.exporters.EXPORTERS`.
 
     Raises:
         InputError: the model is not one whose cache is known.
@@ -127,20 +129,22 @@ def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: i
     core.set_attn_implementation(ATTENTION)
     # No size is 1, which the trace would take for a constant, and no two are equal.
     batch, new, past = 2, 3, 5
-    arguments = (
-        torch.zeros(batch, new, dtype=torch.int64),
-        torch.ones(batch, past + new, dtype=torch.int64),
-        torch.arange(past, past + new).repeat(batch, 1),
-        [torch.zeros(batch, geometry.heads, past, geometry.size, dtype=dtype) for _ in range(2 * geometry.layers)],
-    )
+    arguments = {
+        "input_ids": torch.zeros(batch, new, dtype=torch.int64),
+        "attention_mask": torch.ones(batch, past + new, dtype=torch.int64),
+        "position_ids": torch.arange(past, past + new).repeat(batch, 1),
+        "past": [
+            torch.zeros(batch, geometry.heads, past, geometry.size, dtype=dtype) for _ in range(2 * geometry.layers)
+        ],
+    }
     # Names, where they can be given, say which axes are equal: far fewer symbols for the trace to reason about.
     rows, before = torch.export.Dim("batch", min=1), torch.export.Dim("past", min=1)
     asked = {0: rows, 1: torch.export.Dim.AUTO}
-    axes = (asked, asked, asked, [{0: rows, 2: before}] * (2 * geometry.layers))
-    names = ["input_ids", "attention_mask", "position_ids", *geometry.names("past_key_values")]
+    axes = dict(zip(arguments, (asked, asked, asked, [{0: rows, 2: before}] * (2 * geometry.layers)), strict=True))
+    names = [*list(arguments)[:-1], *geometry.names("past_key_values")]
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(_Step(core, fused=fused).eval(), arguments, dynamic_shapes=axes, strict=False)
+            program = export_program(_Step(core, fused=fused).eval(), arguments, axes, exporter)
             exported = torch.onnx.export(
                 program,
                 input_names=names,

@@ -9,10 +9,21 @@ from typing import Any
 from slimc.errors import FormatError
 from slimc.runtime.files import file_inside, json_bytes, read_json, regular_file_size
 
-__all__ = ["DESCRIPTION", "CacheLayout", "Description", "check_files", "is_onnx_folder", "read_description"]
+__all__ = [
+    "DESCRIPTION",
+    "FIRST_LOGITS",
+    "CacheLayout",
+    "Description",
+    "check_files",
+    "is_onnx_folder",
+    "read_description",
+]
 
 DESCRIPTION = "slim_onnx.json"
 FORMAT = 1
+
+FIRST_LOGITS = "first_logits"
+"""Name of an input of decoders, int64 [1]: the first of the new tokens whose logits are computed; 0 by default."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimc.backends import hf
+from slimc.backends.onnx.exporters import check_exporter
 from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, is_replaceable, write_folder
 from slimc.backends.onnx.generation import decoder_graph
 from slimc.backends.onnx.graph import export_module
@@ -117,18 +118,20 @@ def export_folder(
     opset: int | None,
     accuracy_level: int,
     embedding_bits: int | None,
+    exporter: str,
     tokenizer: Any,
     overwrite: bool,
 ) -> OnnxReport:
     """Export ``model`` and write its folder; see ``slimc.export_onnx``. Without an example it gets a cache."""
     check_options(target, dtype, opset, accuracy_level)
+    check_exporter(exporter)
     folder = check_destination(path, overwrite=overwrite)
     _, write_model_files = hf.saved_form(model, tokenizer)
     options: dict[str, Any] = {"target": target, "dtype": dtype, "opset": opset, "accuracy_level": accuracy_level}
     if embedding_bits is not None and example is not None:
         raise InputError("embeddings are rounded in models with a cache only; leave embedding_bits out")
     graph = (
-        decoder_graph(model, embedding_bits=embedding_bits, **options)
+        decoder_graph(model, embedding_bits=embedding_bits, exporter=exporter, **options)
         if example is None
         else export_module(model, example, **options)
     )

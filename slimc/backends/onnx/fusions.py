@@ -5,25 +5,45 @@ The attention needs none: it is traced as one node already (`slimc.backends.onnx
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from onnx import ModelProto, helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from slimc.backends.onnx.initializers import Initializer, of_tensor
+from slimc.backends.onnx.rotations import POSITION_IDS, Rotation, let_attention_rotate
 from slimc.backends.onnx.weights import MICROSOFT
 
-__all__ = ["fuse_for_onnxruntime"]
+__all__ = ["fuse_for_onnxruntime", "keep_rotations_apart", "pack_projections"]
+
+_PRODUCTS = {"MatMul", "MatMulNBits", "linear"}
+"""What ONNX Runtime takes for a projection, and what becomes one of these when it inlines functions."""
+
+_SAME_SHAPE = "attention.values.shape"
+"""The name of a constant by which a reshape changes nothing."""
 
 
-def fuse_for_onnxruntime(model: ir.Model) -> dict[str, int]:
-    """Apply all rewrites to ``model``; return how often each was."""
+def fuse_for_onnxruntime(model: ir.Model, positions: int | None = None) -> dict[str, int]:
+    """Apply all rewrites to ``model``; return how often each was.
+
+    Args:
+        model: traced, with placeholders; changed in place.
+        positions: how many the model has; where that is known, attention may rotate by a table of all.
+    """
+    rotations = _fuse_rotations(model)
     counts = {
-        "RotaryEmbedding": _fuse_rotations(model),
+        "RotaryEmbedding": len(rotations),
         "Reshape": _remove_idle_moves(model),
         "SkipSimplifiedLayerNormalization": _fuse_norms(model),
+        "GroupQueryAttention": 0 if positions is None else let_attention_rotate(model, rotations, positions),
     }
     RemoveUnusedNodesPass()(model)
+    for value in [value for value in model.graph.inputs if value.name == POSITION_IDS and not value.uses()]:
+        model.graph.inputs.remove(value)
     return counts
 
 
@@ -51,14 +71,14 @@ def _remove_idle_moves(model: ir.Model) -> int:
 # ------------------------------------------------------------------------------------------------- rotary positions
 
 
-def _fuse_rotations(model: ir.Model) -> int:
+def _fuse_rotations(model: ir.Model) -> list[Rotation]:
     """``x * cos + rotate_half(x) * sin -> RotaryEmbedding(x, positions, cos, sin)``.
 
     The operator looks cosines up in a table by position. The table is what the graph computes for the tokens of this
     call, and each token's position its own row in it: so every kind of rotary position fuses, and none has a longest.
     Where the heads were moved to the front only to be rotated, they stay where they are.
     """
-    fused = 0
+    fused: list[Rotation] = []
     tables: dict[tuple[int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
     for node in _nodes(model, "Add"):
         found = _rotation(node)
@@ -79,7 +99,7 @@ def _fuse_rotations(model: ir.Model) -> int:
             target = node.outputs[0]
         fresh = ir.node("RotaryEmbedding", [rotated, positions, *table], attributes=attributes, domain=MICROSOFT)
         _stand_in(fresh, target)
-        fused += 1
+        fused.append(Rotation(fresh, cosines, sines))
     return fused
 
 
@@ -269,6 +289,62 @@ def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:
 def _uncast(value: ir.Value | None) -> ir.Value | None:
     node = _producer(value, "Cast")
     return node.inputs[0] if node is not None else value
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def pack_projections(model: ModelProto) -> int:
+    """``GroupQueryAttention(Split(qkv), ...) -> GroupQueryAttention(qkv, ...)``; return how often that was done.
+
+    Args:
+        model: a decoder whose layers are in place; changed in place.
+    """
+    graph = model.graph
+    splits = {tuple(node.output): node for node in graph.node if node.op_type == "Split" and len(node.output) == 3}
+    uses = Counter(name for node in graph.node for name in node.input)
+    packed = set()
+    for node in graph.node:
+        parts = tuple(node.input[:3])
+        if node.op_type == "GroupQueryAttention" and parts in splits and all(uses[name] == 1 for name in parts):
+            node.input[0], node.input[1], node.input[2] = splits[parts].input[0], "", ""
+            packed.add(parts)
+    nodes = [node for node in graph.node if tuple(node.output) not in packed]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return len(packed)
+
+
+def keep_rotations_apart(model: ModelProto, constants: dict[str, Initializer]) -> int:
+    """Keep ONNX Runtime from moving rotations into an attention; return for how many that was necessary.
+
+    Where products lead to queries and keys through RotaryEmbedding and to values directly, ONNX Runtime's CUDA provider
+    (``GroupQueryAttentionFusion``, up to 1.32 at least) makes one product of them and lets GroupQueryAttention rotate.
+    It then drops the positions and takes the cosines for a table of every position from the first on. Those of
+    `_fuse_rotations` are of this call, so the attention refuses them, or rotates by angles of other tokens. A reshape
+    to the same shape between a product and its attention moves nothing and is not looked through.
+
+    Args:
+        model: a decoder whose layers are in place; changed in place.
+        constants: those of the graph, which may become one more.
+    """
+    graph = model.graph
+    producers = {name: node for node in graph.node for name in node.output}
+    nodes, found = [], 0
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            kinds = [producers[name].op_type if name in producers else "" for name in node.input[:3]]
+            if kinds[:2] == ["RotaryEmbedding"] * 2 and kinds[2] in _PRODUCTS:
+                values = f"{node.input[2]}.values"
+                nodes.append(helper.make_node("Reshape", [node.input[2], _SAME_SHAPE], [values], name=values))
+                node.input[2] = values
+                found += 1
+        nodes.append(node)
+    if found:
+        del graph.node[:]
+        graph.node.extend(nodes)
+        constants[_SAME_SHAPE] = of_tensor(torch.tensor([0, 0, -1]))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs

@@ -11,9 +11,11 @@ from torch import nn
 
 from slimc.backends.onnx.decoder import CacheGeometry, trace_decoder
 from slimc.backends.onnx.description import CacheLayout, Description
+from slimc.backends.onnx.exporters import check_exporter
 from slimc.backends.onnx.files import OnnxGraph
-from slimc.backends.onnx.fusions import fuse_for_onnxruntime
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart, pack_projections
 from slimc.backends.onnx.initializers import DATA_TYPES
+from slimc.backends.onnx.logits import let_logits_begin_later
 from slimc.backends.onnx.lowering import CompressedMatrices, DenseMatrices, fill
 from slimc.backends.onnx.narrowing import narrow
 from slimc.backends.onnx.weights import CONTRIB, check_options, opset_of
@@ -32,6 +34,7 @@ def decoder_graph(
     opset: int | None = None,
     accuracy_level: int = 0,
     embedding_bits: int | None = None,
+    exporter: str = "auto",
 ) -> OnnxGraph:
     """Return a causal language model of transformers as a graph that reads prompts and single tokens alike.
 
@@ -44,19 +47,25 @@ def decoder_graph(
         accuracy_level: of MatMulNBits, see `slimc.backends.onnx.weights.lower_linear`.
         embedding_bits: 4 or 8 round the embedding of tokens, and the output embedding if it is the same weight; for
             ``ort`` and ``cuda`` only. None leaves them in ``dtype``.
+        exporter: who traces the model, one of `slimc.backends.onnx.exporters.EXPORTERS`.
 
     Raises:
         InputError: the model cannot be exported with a cache, or an option is not known.
         CaptureError: it cannot be traced.
     """
     check_options(target, dtype, opset, accuracy_level)
+    check_exporter(exporter)
     packed = [module.packed for module in model.modules() if isinstance(module, SlimLinear)]
     version = opset or opset_of(packed, target)
     contrib = target in CONTRIB
     rounded = _embedding_to_round(model, target, embedding_bits)
-    decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version)
+    decoder = trace_decoder(model, fused=contrib, dtype=dtype, opset=version, exporter=exporter)
+    let_logits_begin_later(decoder.program.model, _output_embedding(model))
+    positions = positions_of(model)
     if contrib:
-        fuse_for_onnxruntime(decoder.program.model)
+        rows = _most_positions(model)
+        if fuse_for_onnxruntime(decoder.program.model, rows)["GroupQueryAttention"]:
+            positions = rows
     proto = onnx_ir.to_proto(decoder.program.model)
     compressed = CompressedMatrices(decoder.outline, target, dtype, version, accuracy_level=accuracy_level)
     dense = DenseMatrices(
@@ -68,6 +77,9 @@ def decoder_graph(
         accuracy_level=accuracy_level,
     )
     constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
+    if contrib:
+        keep_rotations_apart(proto, constants)
+        pack_projections(proto)
     if dtype == torch.float32 and target != "dense":
         constants = narrow(proto.graph, constants, apart_from=compressed.sites)
     _declare_shapes(proto, decoder.cache, dtype)
@@ -80,7 +92,7 @@ def decoder_graph(
         inputs=tuple(one.name for one in proto.graph.input),
         outputs=tuple(one.name for one in proto.graph.output),
         cache=layout,
-        positions=positions_of(model),
+        positions=positions,
         accuracy_level=accuracy_level if contrib else 0,
         embedding_bits=embedding_bits,
     )
@@ -108,6 +120,20 @@ def _embedding_to_round(model: nn.Module, target: str, bits: int | None) -> str 
     return names[0]
 
 
+def _most_positions(model: nn.Module) -> int | None:
+    """Return how many positions a model was made for, None if its configuration does not say."""
+    config: Any = model.config
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def _output_embedding(model: nn.Module) -> str | None:
+    """Return the name of the layer that makes logits, None if the model does not say."""
+    core: Any = model
+    layer = core.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is layer), None)
+
+
 def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype) -> None:
     """Name the axes of inputs and outputs; forget those in between, which the trace named by numbers."""
     text = ["batch", "sequence"]
@@ -124,7 +150,8 @@ def _declare_shapes(model: ModelProto, cache: CacheGeometry, dtype: torch.dtype)
             value.CopyFrom(helper.make_tensor_value_info(value.name, *shapes[value.name]))
     logits = model.graph.output[0]
     width = logits.type.tensor_type.shape.dim[2].dim_value
-    logits.CopyFrom(helper.make_tensor_value_info(logits.name, DATA_TYPES[dtype], [*text, width]))
+    kept = [text[0], "kept", width]
+    logits.CopyFrom(helper.make_tensor_value_info(logits.name, DATA_TYPES[dtype], kept))
     del model.graph.value_info[:]
     for name in ("producer_name", "producer_version", "doc_string"):
         model.ClearField(name)

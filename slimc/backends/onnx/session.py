@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimc.backends.onnx.description import Description, check_files, read_description
+from slimc.backends.onnx.description import FIRST_LOGITS, Description, check_files, read_description
 from slimc.backends.onnx.replay import Replays
 from slimc.errors import FormatError, InputError, NumericsError, SlimError
 from slimc.runtime.files import file_inside, read_json
@@ -217,7 +217,9 @@ class OnnxDecoder:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         state = _State(self, len(prompts), longest, capacity=longest + max_new_tokens, lengths=lengths)
-        tokens = pick(state.run(ids)[np.arange(len(prompts)), lengths - 1])
+        # Of a prompt only the last token's logits are needed; those of shorter ones lie before the end.
+        first = int(lengths.min()) - 1 if FIRST_LOGITS in self.description.inputs else 0
+        tokens = pick(state.run(ids, first)[np.arange(len(prompts)), lengths - 1 - first])
         made: list[list[int]] = [[] for _ in prompts]
         done = np.zeros(len(prompts), dtype=bool)
         for step in range(max_new_tokens):
@@ -263,25 +265,30 @@ class _State:
         if self._shared:
             self._bind_cache()
 
-    def run(self, ids: Array) -> Array:
-        """Read tokens [batch, new]; return their logits."""
+    def run(self, ids: Array, first: int = 0) -> Array:
+        """Read tokens [batch, new]; return the logits [batch, new - first, vocabulary] from token ``first`` on."""
         if self._replay is not None and self._begun:
             logits = self._replay.step(ids, self._positions)
         else:
-            logits = self._run(ids)
+            logits = self._run(ids, first)
             self._mask = np.concatenate((self._mask, np.ones((len(ids), 1), dtype=np.int64)), axis=1)
         self._begun = True
         self._positions = self._lengths[:, None].astype(np.int64)
         self._lengths = self._lengths + 1
         return logits
 
-    def _run(self, ids: Array) -> Array:
+    def _run(self, ids: Array, first: int) -> Array:
         decoder, binding = self._decoder, self._binding
         values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": self._positions}
         for name in decoder.description.inputs:
             if name in values:
                 binding.bind_ortvalue_input(name, self._to_device(np.ascontiguousarray(values[name])))
-        logits = np.empty((*ids.shape, decoder.vocabulary), dtype=decoder._dtype)
+        if FIRST_LOGITS in decoder.description.inputs:
+            binding.bind_ortvalue_input(
+                FIRST_LOGITS, decoder._runtime.OrtValue.ortvalue_from_numpy(np.array([first], dtype=np.int64))
+            )
+        batch, new = ids.shape
+        logits = np.empty((batch, new - first, decoder.vocabulary), dtype=decoder._dtype)
         binding.bind_ortvalue_output("logits", decoder._runtime.OrtValue.ortvalue_from_numpy(logits))
         if not self._shared:
             self._bind_cache()

@@ -133,7 +133,7 @@ PER_LAYER = {
 }
 
 
-@pytest.mark.parametrize("target", ["portable", "ort"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_are_verified(name: str, target: str, tmp_path: Path) -> None:
     """Models without a cache, whose layers are not all of one form."""
@@ -175,7 +175,7 @@ def decoder() -> nn.Module:
     return slimc.compile(model, [torch.arange(96).view(4, 24)], passes=[Calibrate(), PerSite(chosen, sites), Fuse()])
 
 
-@pytest.mark.parametrize("target", ["portable", "ort"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_decoder_of_all_expressions(target: str, decoder: nn.Module, tmp_path: Path) -> None:
     slimc.export_onnx(decoder, tmp_path / "onnx", target=target)
     checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=decoder, tokens=16)}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
-from slimc.backends.onnx.fusions import fuse_for_onnxruntime
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart
+from slimc.backends.onnx.initializers import Initializer
 
 Runtime = Callable[[bytes, Mapping[str, np.ndarray]], list[np.ndarray]]
 
@@ -131,3 +134,85 @@ def test_moves_that_lead_back_are_dropped_and_others_kept() -> None:
     """
     _, _, operators = fused(text)
     assert operators == {"Neg": 2, "Reshape": 2}
+
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+graph (float[b,n,16] x, int64[b,n] positions, float[n,4] cos, float[n,4] sin, float[b,2,p,8] keys, float[b,2,p,8] values,
+       int32[b] lengths, int32 total) => (float[b,n,16] result, float[b,2,t,8] k, float[b,2,t,8] v)
+<float[16,16] wq, float[16,16] wk, float[16,16] wv>
+{{
+    q = MatMul(x, wq)
+    k0 = MatMul(x, wk)
+    v0 = {product}
+    q1 = {rotation}(q, positions, cos, sin)
+    k1 = {rotation}(k0, positions, cos, sin)
+    result, k, v = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
+        (q1, k1, v0, keys, values, lengths, total)
+}}
+"""
+ROTARY = "com.microsoft.RotaryEmbedding <num_heads = 2>"
+
+
+def attention(product: str = "MatMul(x, wv)", rotation: str = ROTARY) -> onnx.ModelProto:
+    return onnx.parser.parse_model(ATTENTION.format(product=product, rotation=rotation))
+
+
+def test_values_of_rotated_attention_do_not_come_straight_from_their_product(in_runtime: Runtime) -> None:
+    """What ONNX Runtime would move the rotations into, with a table of all positions in the place of this call's."""
+    before, after = attention(), attention()
+    constants: dict[str, Initializer] = {}
+    assert keep_rotations_apart(after, constants) == 1
+    (node,) = [one for one in after.graph.node if one.op_type == "GroupQueryAttention"]
+    producers = {one.output[0]: one for one in after.graph.node}
+    reshape = producers[node.input[2]]
+    assert (reshape.op_type, producers[reshape.input[0]].op_type) == ("Reshape", "MatMul")
+    random = np.random.default_rng(0)
+    for model in (before, after):
+        del model.graph.initializer[:]
+        for name in ("wq", "wk", "wv"):
+            weight = np.random.default_rng(len(name) + ord(name[1])).standard_normal((16, 16)).astype(np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    after.graph.initializer.extend(constant.proto(name) for name, constant in constants.items())
+    inputs = {
+        "x": random.standard_normal((2, 3, 16)).astype(np.float32),
+        "positions": np.tile(np.arange(3), (2, 1)),
+        "cos": random.standard_normal((3, 4)).astype(np.float32),
+        "sin": random.standard_normal((3, 4)).astype(np.float32),
+        "keys": np.zeros((2, 2, 0, 8), dtype=np.float32),
+        "values": np.zeros((2, 2, 0, 8), dtype=np.float32),
+        "lengths": np.array([2, 2], dtype=np.int32),
+        "total": np.array(3, dtype=np.int32),
+    }
+    expected = in_runtime(before.SerializeToString(), inputs)
+    found = in_runtime(after.SerializeToString(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert keep_rotations_apart(after, constants) == 0, "once is enough"
+
+
+@pytest.mark.parametrize(
+    "change", [{"product": "Neg(x)"}, {"rotation": "com.microsoft.Rotated"}], ids=["no product", "no rotation"]
+)
+def test_other_attention_stays(change: dict[str, str]) -> None:
+    model = attention(**change)
+    nodes = len(model.graph.node)
+    assert keep_rotations_apart(model, {}) == 0
+    assert len(model.graph.node) == nodes
+
+
+def test_onnx_runtime_leaves_the_reshape_where_it_is(tmp_path: Path) -> None:
+    """No optimisation may look through it, or the product would reach its attention after all."""
+    model = attention()
+    constants: dict[str, Initializer] = {}
+    keep_rotations_apart(model, constants)
+    for name in ("wq", "wk", "wv"):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(16, dtype=np.float32), name))
+    model.graph.initializer.extend(constant.proto(name) for name, constant in constants.items())
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx")
+    assert sum(node.op_type == "Reshape" for node in optimised.graph.node) == 1

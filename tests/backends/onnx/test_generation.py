@@ -33,13 +33,16 @@ from transformers import (
 from typer.testing import CliRunner
 
 import slimc
+from slimc.backends.onnx import exporters, session
 from slimc.backends.onnx.description import read_description
+from slimc.backends.onnx.generation import decoder_graph
 from slimc.backends.onnx.replay import Replays
 from slimc.backends.onnx.session import OnnxDecoder, end_tokens
 from slimc.backends.onnx.verify import verify_folder
+from slimc.backends.onnx.weights import TARGETS
 from slimc.cli import app
-from slimc.errors import FormatError, InputError
-from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize
+from slimc.errors import CaptureError, FormatError, InputError
+from slimc.passes import Calibrate, Fuse, LowRank, Pass, PerSite, Prune, Quantize
 from slimc.passes.solvers.quantization import quantize_absmax
 from slimc.runtime.packing import pack_weight
 
@@ -47,17 +50,17 @@ PROMPTS = [list(range(5, 17)), [7, 8, 9], [300], list(range(100, 120))]
 NEW = 12
 
 
-def llama(num_hidden_layers: int = 2) -> nn.Module:
+def llama(num_hidden_layers: int = 2, *, tied: bool = True, hidden_size: int = 64) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=384,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
@@ -148,6 +151,82 @@ def test_tied_embeddings_are_stored_once(folders: dict[str, Path]) -> None:
         assert [list(one.dims) for one in tables] == [[384, 64]]
 
 
+@pytest.mark.parametrize("target", ["ort", "cuda"])
+@pytest.mark.parametrize("passes", [[], [Quantize("absmax", 8, "channel")]], ids=["dense", "codes"])
+def test_no_attention_is_what_onnx_runtime_would_move_rotations_into(
+    passes: list[Pass], target: str, tmp_path: Path
+) -> None:
+    """Its CUDA provider would take this call's table of angles for one of all positions."""
+    model = llama(num_hidden_layers=1)
+    if passes:
+        # Siblings of several forms are not one product, whose parts would be apart anyway.
+        forms = {"wide": passes, "narrow": [Quantize("absmax", 4, 32)]}
+        by_site = PerSite(forms, {"re:.*v_proj": "wide"}, default="narrow")
+        model = slimc.compile(model, [torch.arange(64).view(2, 32)], passes=[Calibrate(), by_site, Fuse()])
+    slimc.export_onnx(model, tmp_path / "llama", target=target)
+    graph = onnx.load(tmp_path / "llama" / "model.onnx", load_external_data=False).graph
+    kinds = {name: node.op_type for node in graph.node for name in node.output}
+    (attention,) = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert [kinds[name] for name in attention.input[:3]] == ["RotaryEmbedding", "RotaryEmbedding", "Reshape"]
+    assert_same(model, tmp_path / "llama")
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_of_a_prompt_only_the_last_logits_are_computed(folders: dict[str, Path], target: str) -> None:
+    decoder = OnnxDecoder(folders[target], threads=1)
+    whole = decoder.logits(np.array([PROMPTS[0]]))
+    for prompts, first in (([PROMPTS[0]], 11), ([PROMPTS[0], PROMPTS[1]], 2)):
+        state = session._State(decoder, len(prompts), 12, capacity=13, lengths=np.array([len(one) for one in prompts]))
+        ids = np.array([prompt + [0] * (12 - len(prompt)) for prompt in prompts])
+        logits = state.run(ids, first)
+        assert logits.shape == (len(prompts), 12 - first, 384)
+        # The same sums, maybe in another order.
+        np.testing.assert_allclose(logits[0], whole[0, first:], rtol=0, atol=2.0**-17 * np.abs(whole).max())
+
+
+def test_callers_that_do_not_say_which_logits_get_all(folders: dict[str, Path]) -> None:
+    for folder in folders.values():
+        opened = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        assert [one.name for one in opened.get_overridable_initializers()] == ["first_logits"]
+        assert "first_logits" not in {one.name for one in opened.get_inputs()}
+
+
+def test_a_folder_that_always_computes_all_logits_runs(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Earlier exports have no such input."""
+    copy = shutil.copytree(folders["ort"], tmp_path / "copy")
+    description = json.loads((copy / "slim_onnx.json").read_text())
+    description["inputs"].remove("first_logits")
+    (copy / "slim_onnx.json").write_text(json.dumps(description))
+    assert OnnxDecoder(copy, threads=1).generate(PROMPTS, 4) == OnnxDecoder(folders["ort"]).generate(PROMPTS, 4)
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_both_exporters_give_one_graph(small: nn.Module, target: str) -> None:
+    ours, theirs = (decoder_graph(small, target=target, exporter=name).whole() for name in ("slimc", "transformers"))
+    assert ours.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True)
+
+
+def test_an_exporter_that_is_not_there_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    with pytest.raises(InputError, match="no exporter 'transformer' .did you mean 'transformers'"):
+        slimc.export_onnx(model, tmp_path / "out", exporter="transformer")
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr(exporters, "_by_transformers", refuse)
+    with pytest.raises(CaptureError, match="LlamaForCausalLM cannot be traced with its cache: cannot"):
+        slimc.export_onnx(model, tmp_path / "out", exporter="transformers")
+    assert not list(tmp_path.iterdir())
+    slimc.export_onnx(model, tmp_path / "fallen-back")
+    monkeypatch.setattr(exporters, "_parts", lambda: None)
+    with pytest.raises(InputError, match=r"transformers .* has no exporter that works"):
+        slimc.export_onnx(model, tmp_path / "out", exporter="transformers")
+    slimc.export_onnx(model, tmp_path / "without")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "without" / name).read_bytes() == (tmp_path / "fallen-back" / name).read_bytes()
+
+
 def test_windows_in_standard_operators(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = MistralConfig(
@@ -209,12 +288,33 @@ def with_rounded_embedding(model: Any, bits: int, group: int) -> Any:
     return rounded
 
 
-def test_rounded_embeddings_are_one_constant_that_is_read_by_rows_and_multiplied_by(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["ort", "cuda"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
+def test_rounded_embeddings_are_one_constant_that_is_read_by_rows_and_multiplied_by(
+    bits: int, group: int, target: str, tmp_path: Path
+) -> None:
     model = llama(num_hidden_layers=1)
-    slimc.export_onnx(model, tmp_path / "four", target="ort", embedding_bits=4)
-    assert_same(with_rounded_embedding(model, 4, 32), tmp_path / "four")
-    graph = onnx.load(tmp_path / "four" / "model.onnx", load_external_data=False).graph
-    assert [list(one.dims) for one in graph.initializer if 384 in one.dims] == [[384, 2, 16], [384, 2]]
+    slimc.export_onnx(model, tmp_path / "onnx", target=target, embedding_bits=bits)
+    assert_same(with_rounded_embedding(model, bits, group), tmp_path / "onnx")
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    blocks = 64 // group
+    tables = [list(one.dims) for one in graph.initializer if 384 in one.dims]
+    assert tables == [[384, blocks, group * bits // 8], [384, blocks]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_output_embedding_in_codes_is_an_option_of_the_recipe(target: str, tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1, tied=False)
+    by_site = PerSite(
+        {"head": [Quantize("absmax", 8, 32)], "rest": [Quantize("absmax", 4, 32)]}, {"lm_head": "head"}, "rest"
+    )
+    batch = torch.arange(64).view(2, 32)
+    small = slimc.compile(model, [batch], passes=[Calibrate(), by_site, Fuse()], include="lm_head")
+    # The embedding that is looked up, which the other one does not share, may be rounded besides.
+    bits = 4 if target in ("ort", "cuda") else None
+    report = slimc.export_onnx(small, tmp_path / "onnx", target=target, embedding_bits=bits)
+    assert report.sites["lm_head"].form.startswith("int8/32")
+    assert_same(with_rounded_embedding(small, 4, 32) if bits else small, tmp_path / "onnx")
 
 
 def test_half_precision_keeps_the_cache_in_it(tmp_path: Path) -> None:
@@ -265,6 +365,13 @@ def test_the_command_line_and_the_example_run_it(folders: dict[str, Path], small
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
+class Scaled(nn.Embedding):
+    """An embedding that is more than a table."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(ids)
+
+
 def test_models_without_a_known_cache_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     with pytest.raises(InputError, match="BertModel cannot be exported with a cache"):
@@ -278,6 +385,13 @@ def test_models_without_a_known_cache_are_refused_before_anything_is_written(tmp
     ):
         with pytest.raises(InputError, match=message):
             slimc.export_onnx(llama(num_hidden_layers=1), tmp_path / "llama", **options)
+    odd = llama(num_hidden_layers=1, hidden_size=40)
+    with pytest.raises(InputError, match="has 40 columns, no multiple of 16, so ONNX Runtime cannot hold it in 4 bits"):
+        slimc.export_onnx(odd, tmp_path / "odd", target="ort", embedding_bits=4)
+    scaled = llama(num_hidden_layers=1)
+    scaled.set_input_embeddings(Scaled(384, 64))
+    with pytest.raises(InputError, match="is a Scaled, which computes more than rows; export without rounding it"):
+        slimc.export_onnx(scaled, tmp_path / "scaled", target="ort", embedding_bits=4)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 import slimc  # noqa: E402
@@ -207,3 +209,135 @@ def test_a_library_that_is_open_stays_what_it_is(tmp_path: Path) -> None:
         build_library((), path)
         assert os.fstat(opened.fileno()).st_ino != path.stat().st_ino
     assert [one.name for one in path.parent.iterdir()] == ["k.so"]
+
+
+# ------------------------------------------------------------------------------------------- what is called of the API
+
+PLACES = {
+    "CreateStatus": 0,
+    "GetErrorMessage": 2,
+    "CreateCustomOpDomain": 26,
+    "CustomOpDomain_Add": 27,
+    "AddCustomOpDomain": 28,
+    "GetTensorMutableData": 51,
+    "GetTensorElementType": 60,
+    "GetDimensionsCount": 61,
+    "GetDimensions": 62,
+    "GetTensorTypeAndShape": 65,
+    "KernelInfoGetAttribute_int64": 86,
+    "KernelContext_GetInput": 90,
+    "KernelContext_GetOutput": 91,
+    "ReleaseStatus": 93,
+    "ReleaseTensorTypeAndShapeInfo": 99,
+    "KernelContext_GetGPUComputeStream": 193,
+    "KernelInfo_GetNodeName": 244,
+    "KernelInfoGetConstantInput_tensor": 249,
+    "KernelContext_GetResource": 265,
+}
+"""Of ``struct OrtApi``, as ONNX Runtime's C# binding lists its members."""
+
+OPERATOR = [
+    "version",
+    "CreateKernel",
+    "GetName",
+    "GetExecutionProviderType",
+    "GetInputType",
+    "GetInputTypeCount",
+    "GetOutputType",
+    "GetOutputTypeCount",
+    "KernelCompute",
+    "KernelDestroy",
+    "GetInputCharacteristic",
+    "GetOutputCharacteristic",
+    "GetInputMemoryType",
+    "GetVariadicInputMinArity",
+    "GetVariadicInputHomogeneity",
+    "GetVariadicOutputMinArity",
+    "GetVariadicOutputHomogeneity",
+    "CreateKernelV2",
+    "KernelComputeV2",
+    "InferOutputShapeFn",
+    "GetStartVersion",
+    "GetEndVersion",
+    "GetMayInplace",
+    "ReleaseMayInplace",
+    "GetAliasMap",
+    "ReleaseAliasMap",
+]
+"""Members of ``struct OrtCustomOp``."""
+
+
+def write_header(folder: Path, *, shifted_from: int = 1000, int4: int = 22) -> Path:
+    """Write what of ONNX Runtime's public header the library is compared with.
+
+    Args:
+        folder: of the header.
+        shifted_from: from this place of the table on, all functions are one further.
+        int4: the number of the type.
+    """
+    names = {place + (place >= shifted_from): name for name, place in PLACES.items()}
+    table = "\n".join(f"    void* {names.get(place, f'unnamed{place}')};" for place in range(max(names) + 1))
+    operator = "\n".join(f"    void* {name};" for name in OPERATOR)
+    folder.mkdir()
+    (folder / "onnxruntime_c_api.h").write_text(
+        f"#pragma once\nstruct OrtApi {{\n{table}\n}};\nstruct OrtCustomOp {{\n{operator}\n}};\n"
+        f"enum {{ ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 = 10, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 = {int4} }};\n"
+        "enum { OrtMemTypeCPUInput = -2, OrtMemTypeDefault = 0, INPUT_OUTPUT_REQUIRED = 0, INPUT_OUTPUT_OPTIONAL };\n"
+    )
+    return folder
+
+
+def test_the_public_header_is_compared_with_what_the_library_takes_for_it(tmp_path: Path) -> None:
+    assert build_library((), tmp_path / "k.so", include=write_header(tmp_path / "same")).is_file()
+    (tmp_path / "k.so").unlink()
+    for name, options, reason in (
+        ("table", {"shifted_from": 65}, "the API's table has changed"),
+        ("types", {"int4": 23}, "types have changed"),
+    ):
+        with pytest.raises(KernelError, match=reason):
+            build_library((), tmp_path / "k.so", include=write_header(tmp_path / name, **options))
+    assert not (tmp_path / "k.so").exists()
+
+
+def test_onnx_runtime_has_the_functions_where_the_library_calls_them(tmp_path: Path) -> None:
+    """All of the table that needs no GPU, called in the ONNX Runtime that is installed."""
+    library, source = tmp_path / "probe.so", Path(__file__).with_name("probe.cpp")
+    include = str(files("slimc.backends.onnx.kernels"))
+    options = [*build.OPTIONS, "-fvisibility=default", "-I", include]
+    subprocess.run([*build._compiler(), *options, str(source), "-o", str(library)], check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+
+    def run(x: np.ndarray, name: str = "probe") -> np.ndarray:
+        sizes = ",".join("N" * x.ndim)
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["" : 21, "tried" : 1]>
+            graph (float[{sizes}] x) => (float[{sizes}] y) <float[1] constant = {{0.5}}>
+            {{ y = tried.Probe <factor: int = 3> (x, constant) }}"""
+        )
+        model.graph.node[0].name = name
+        opened = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        (y,) = opened.run(None, {"x": x})
+        return np.asarray(y)
+
+    x = np.arange(9, dtype=np.float32).reshape(3, 3)
+    np.testing.assert_array_equal(run(x), x * 3 + 0.5)
+    with pytest.raises(Exception, match="this is no matrix"):
+        run(x[0])
+    with pytest.raises(Exception, match="another name"):
+        run(x, "other")
+
+
+def test_nothing_is_compiled_where_the_library_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(*_: object, **__: object) -> None:
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(subprocess, "run", compiled)
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path, tmp_path / "file" / "k.so"):
+        with pytest.raises(InputError):
+            build_library((), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -34,7 +34,8 @@ __all__ = ["ARCHITECTURES", "Form", "build_library", "forms_of"]
 ARCHITECTURES = ("sm_80", "sm_90a")
 """What is compiled for unless told otherwise: Ampere and Ada, and Hopper."""
 
-PUBLIC_HEADER = "onnxruntime_c_api.h"
+HEADER = "onnxruntime_c_api.h"
+"""ONNX Runtime's public header."""
 
 SOURCES = ("library.cpp", "driver.hpp", "fragments.hpp", "runtime.hpp")
 
@@ -110,20 +111,22 @@ def build_library(
         include: a folder with ``onnxruntime_c_api.h``, which is then compared with what the library takes for it.
 
     Returns:
-        ``output``.
+        ``output``, written whole or not at all.
 
     Raises:
         InputError: ``output`` cannot be written, ``include`` has no such header, or an architecture is none.
         KernelError: a kernel or the host program does not compile, or there is no compiler.
     """
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; name the library to write, such as {output}/slim_kernels.so")
     check_writable(output)
     for arch in architectures:
         if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
             raise InputError(f"'{arch}' is no GPU architecture; write sm_ and a compute capability, such as sm_80")
-    if include is not None and not (include / PUBLIC_HEADER).is_file():
+    if include is not None and not (include / HEADER).is_file():
         raise InputError(
-            f"{include}: has no {PUBLIC_HEADER} to compare with; name the folder of ONNX Runtime's headers, or leave "
-            "it out"
+            f"{include}: has no {HEADER} to compare with; name the folder that holds it (in ONNX Runtime's sources "
+            "include/onnxruntime/core/session), or leave it out"
         )
     command = _compiler()
     with tempfile.TemporaryDirectory() as directory:

@@ -72,6 +72,12 @@ constexpr int kFloat16 = 10, kInt4 = 22;
 constexpr int kOnDevice = 0, kOnHost = -2;
 constexpr int kRequired = 0, kOptional = 1;
 
+#if SLIM_PUBLIC_HEADER
+static_assert(kFloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 && kInt4 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4, "types have changed");
+static_assert(kOnDevice == OrtMemTypeDefault && kOnHost == OrtMemTypeCPUInput, "kinds of memory have changed");
+static_assert(kRequired == INPUT_OUTPUT_REQUIRED && kOptional == INPUT_OUTPUT_OPTIONAL, "characteristics have changed");
+#endif
+
 // A resource of the CUDA provider (CudaResource::cublas_handle_t), and the version of that list which has it.
 constexpr int kResourceVersion = 1, kCublasHandle = 10002;
 
@@ -113,7 +119,31 @@ struct CustomOp {
 };
 
 #if SLIM_PUBLIC_HEADER
-static_assert(offsetof(OrtCustomOp, ReleaseAliasMap) == offsetof(CustomOp, ReleaseAliasMap), "OrtCustomOp has changed");
+#define SLIM_CHECK_MEMBER(name) static_assert(offsetof(OrtCustomOp, name) == offsetof(CustomOp, name), "OrtCustomOp has changed")
+SLIM_CHECK_MEMBER(version);
+SLIM_CHECK_MEMBER(GetName);
+SLIM_CHECK_MEMBER(GetExecutionProviderType);
+SLIM_CHECK_MEMBER(GetInputType);
+SLIM_CHECK_MEMBER(GetInputTypeCount);
+SLIM_CHECK_MEMBER(GetOutputType);
+SLIM_CHECK_MEMBER(GetOutputTypeCount);
+SLIM_CHECK_MEMBER(KernelDestroy);
+SLIM_CHECK_MEMBER(GetInputCharacteristic);
+SLIM_CHECK_MEMBER(GetOutputCharacteristic);
+SLIM_CHECK_MEMBER(GetInputMemoryType);
+SLIM_CHECK_MEMBER(GetVariadicInputMinArity);
+SLIM_CHECK_MEMBER(GetVariadicInputHomogeneity);
+SLIM_CHECK_MEMBER(GetVariadicOutputMinArity);
+SLIM_CHECK_MEMBER(GetVariadicOutputHomogeneity);
+SLIM_CHECK_MEMBER(CreateKernelV2);
+SLIM_CHECK_MEMBER(KernelComputeV2);
+SLIM_CHECK_MEMBER(GetStartVersion);
+SLIM_CHECK_MEMBER(GetEndVersion);
+SLIM_CHECK_MEMBER(GetMayInplace);
+SLIM_CHECK_MEMBER(ReleaseMayInplace);
+SLIM_CHECK_MEMBER(GetAliasMap);
+SLIM_CHECK_MEMBER(ReleaseAliasMap);
+#undef SLIM_CHECK_MEMBER
 #endif
 
 // The API as calls that throw what went wrong.
