@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from slimc.backends.attention_pass import attend_fast
 from slimc.errors import InputError, closest
 from slimc.runtime import calls
 from slimc.runtime.prepared import prepared_layer, sibling_layers
@@ -63,6 +64,8 @@ def slim(
             _merge(graph.graph, siblings)
             families.append(positions)
     families.extend([placeholders[_handle(node)]] for node in layers if _handle(node) in placeholders)
+    if layers and not torch.is_grad_enabled():
+        attend_fast(graph.graph)
     graph.recompile()
     return _prepare_first(_inductor(graph, example_inputs, settings), families, example_inputs)
 
