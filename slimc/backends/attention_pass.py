@@ -13,23 +13,19 @@ queries. Anything that differs is left as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional
 
 from slimc.backends.cuda.attention import attend_next, refuses
+from slimc.backends.dynamo_match import MismatchError, as_node, example_of, is_call, is_method, require
 
 __all__ = ["attend_fast"]
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-
-
-class _MismatchError(Exception):
-    """The graph is not what is looked for."""
 
 
 @dataclass
@@ -64,7 +60,7 @@ def attend_fast(graph: fx.Graph) -> int:
     for node in graph.find_nodes(op="call_function", target=functional.scaled_dot_product_attention):
         try:
             found.append(_match(node, order))
-        except _MismatchError:
+        except MismatchError:
             continue
     for one in found:
         _replace(graph, one)
@@ -74,25 +70,25 @@ def attend_fast(graph: fx.Graph) -> int:
 
 def _match(attention: fx.Node, order: dict[fx.Node, int]) -> _Found:
     given: dict[str, Any] = {**dict(zip(_ARGUMENTS, attention.args, strict=False)), **attention.kwargs}
-    _require(not given.get("dropout_p") and not given.get("is_causal"))
+    require(not given.get("dropout_p") and not given.get("is_causal"))
     keys, values = _unrepeated(given["key"]), _unrepeated(given["value"])
-    _require(keys.op == values.op == "placeholder")
+    require(keys.op == values.op == "placeholder")
     copies = [_only_copy(cache, attention) for cache in (keys, values)]
     (_, _, position, new_key), (_, _, other, v) = (copy.args for copy in copies)
-    _require(position is other and isinstance(v, fx.Node))
+    require(position is other and isinstance(v, fx.Node))
     length, step = _counted(position)
     q, k = _turned(given["query"]), _turned(new_key)
-    _require(k.cos is q.cos and k.sin is q.sin)
+    require(k.cos is q.cos and k.sin is q.sin)
     mask = given.get("attn_mask")
-    shown = [_example(node) for node in (q.x, k.x, v, q.cos, q.sin, keys, values)]
-    shown_mask = None if mask is None else _example(mask)
-    _require(refuses(*shown, shown_mask) is None)
+    shown = [example_of(node) for node in (q.x, k.x, v, q.cos, q.sin, keys, values)]
+    shown_mask = None if mask is None else example_of(mask)
+    require(refuses(*shown, shown_mask) is None)
     scale = given.get("scale")
     scale = shown[0].shape[-1] ** -0.5 if scale is None else scale
-    _require(isinstance(scale, float))
+    require(isinstance(scale, float))
     # It is computed where the length still is that of before.
     ready = (q.x, k.x, v, q.cos, q.sin, *(() if mask is None else (mask,)))
-    _require(all(order[node] < order[step] for node in ready))
+    require(all(order[node] < order[step] for node in ready))
     return _Found(attention, q, k, v, keys, values, copies, position, length, step, mask, scale)
 
 
@@ -111,11 +107,11 @@ def _replace(graph: fx.Graph, found: _Found) -> None:
 
 def _without_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Return heads [batch, heads, 1, numbers] as they lie in the product of a stack: of one token no copy is needed."""
-    if not _is_method(node, "transpose", 1, 2) or not _is_method(node.args[0], "view"):
+    if not is_method(node, "transpose", 1, 2) or not is_method(node.args[0], "view"):
         return node
     view: Any = node.args[0]
     part = view.args[0]
-    if not _is_method(part, "contiguous") or part.args[0].target is not torch.narrow:
+    if not is_method(part, "contiguous") or part.args[0].target is not torch.narrow:
         return node
     split = graph.call_method("view", (part.args[0], *view.args[1:]))
     return graph.call_method("transpose", (split, 1, 2))
@@ -136,89 +132,61 @@ def _step_together(graph: fx.Graph, steps: list[fx.Node]) -> None:
             graph.call_function(torch._foreach_add_, (lengths, 1))
 
 
-def _require(holds: bool) -> None:
-    if not holds:
-        raise _MismatchError
-
-
-def _example(node: fx.Node) -> Tensor:
-    example = node.meta.get("example_value")
-    if not isinstance(example, Tensor):
-        raise _MismatchError
-    return example
-
-
-def _is_call(node: Any, target: Callable[..., Any]) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
-
-
-def _is_method(node: Any, name: str, *rest: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target != name:
-        return False
-    return not rest or tuple(node.args[1:]) == rest
-
-
 def _unrepeated(node: Any) -> fx.Node:
     """Return the cache of a ``repeat_kv``, or the node itself."""
-    if not _is_method(node, "reshape"):
-        return _as_node(node)
+    if not is_method(node, "reshape"):
+        return as_node(node)
     expanded = node.args[0]
-    _require(_is_method(expanded, "expand"))
+    require(is_method(expanded, "expand"))
     taken = expanded.args[0]
     whole = slice(None)
-    _require(_is_call(taken, operator.getitem) and taken.args[1] == (whole, whole, None, whole, whole))
-    cache = _as_node(taken.args[0])
+    require(is_call(taken, operator.getitem) and taken.args[1] == (whole, whole, None, whole, whole))
+    cache = as_node(taken.args[0])
     # Heads that read the same keys come one after another.
-    heads = _example(cache).shape[1]
-    batch, many, length, numbers = _example(node).shape
-    _require(_example(expanded).shape == (batch, heads, many // heads, length, numbers))
+    heads = example_of(cache).shape[1]
+    batch, many, length, numbers = example_of(node).shape
+    require(example_of(expanded).shape == (batch, heads, many // heads, length, numbers))
     return cache
-
-
-def _as_node(node: Any) -> fx.Node:
-    if not isinstance(node, fx.Node):
-        raise _MismatchError
-    return node
 
 
 def _only_copy(cache: fx.Node, attention: fx.Node) -> fx.Node:
     """Return the one ``index_copy_`` into a cache that nothing but an attention reads besides."""
-    copies = [user for user in cache.users if _is_method(user, "index_copy_")]
+    copies = [user for user in cache.users if is_method(user, "index_copy_")]
     readers = [user for user in cache.users if user not in copies]
-    _require(len(copies) == 1 and len(readers) == 1)
+    require(len(copies) == 1 and len(readers) == 1)
     (copy,) = copies
-    _require(len(copy.args) == 4 and copy.args[:2] == (cache, 2) and not copy.users)
+    require(len(copy.args) == 4 and copy.args[:2] == (cache, 2) and not copy.users)
     while readers[0] is not attention:
-        _require(len(readers[0].users) == 1)
+        require(len(readers[0].users) == 1)
         readers = list(readers[0].users)
     return copy
 
 
 def _counted(position: Any) -> tuple[fx.Node, fx.Node]:
     """Return the length whose next place ``position`` is, an input, and where it grows."""
-    _require(_is_call(position, operator.add) and len(position.args) == 2)
+    require(is_call(position, operator.add) and len(position.args) == 2)
     counting, length = position.args
-    _require(_is_call(counting, torch.arange) and counting.args == (1,))
-    length = _as_node(length)
-    _require(length.op == "placeholder" and _example(length).dtype == torch.int64 and not _example(length).dim())
-    steps = [user for user in length.users if _is_method(user, "add_", 1)]
+    require(is_call(counting, torch.arange) and counting.args == (1,))
+    length = as_node(length)
+    require(length.op == "placeholder" and example_of(length).dtype == torch.int64 and not example_of(length).dim())
+    steps = [user for user in length.users if is_method(user, "add_", 1)]
     written = [user for user in length.users if user.op == "call_method" and str(user.target).endswith("_")]
-    _require(len(steps) == 1 and written == steps)
+    require(len(steps) == 1 and written == steps)
     return length, steps[0]
 
 
 def _turned(node: Any) -> _Turned:
-    _require(_is_call(node, operator.add) and len(node.args) == 2)
+    require(is_call(node, operator.add) and len(node.args) == 2)
     straight, across = node.args
-    _require(_is_call(straight, operator.mul) and _is_call(across, operator.mul))
+    require(is_call(straight, operator.mul) and is_call(across, operator.mul))
     (x, cos), (turned, sin) = straight.args, across.args
-    _require(_is_call(turned, torch.cat) and turned.kwargs.get("dim", turned.args[-1]) == -1)
+    require(is_call(turned, torch.cat) and turned.kwargs.get("dim", turned.args[-1]) == -1)
     negative, first = turned.args[0]
-    _require(_is_call(negative, operator.neg))
-    half = _example(_as_node(x)).shape[-1] // 2
-    _require(_is_part(negative.args[0], x, slice(half, None)) and _is_part(first, x, slice(None, half)))
-    return _Turned(x, _as_node(cos), _as_node(sin))
+    require(is_call(negative, operator.neg))
+    half = example_of(as_node(x)).shape[-1] // 2
+    require(_is_part(negative.args[0], x, slice(half, None)) and _is_part(first, x, slice(None, half)))
+    return _Turned(x, as_node(cos), as_node(sin))
 
 
 def _is_part(node: Any, x: Any, part: slice) -> bool:
-    return _is_call(node, operator.getitem) and node.args[0] is x and node.args[1] == (..., part)
+    return is_call(node, operator.getitem) and node.args[0] is x and node.args[1] == (..., part)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from slimc.backends.attention_pass import attend_fast
+from slimc.backends.between_pass import join_what_is_between
 from slimc.errors import InputError, closest
 from slimc.runtime import calls
 from slimc.runtime.prepared import prepared_layer, sibling_layers
@@ -66,6 +67,7 @@ def slim(
     families.extend([placeholders[_handle(node)]] for node in layers if _handle(node) in placeholders)
     if layers and not torch.is_grad_enabled():
         attend_fast(graph.graph)
+        join_what_is_between(graph.graph)
     graph.recompile()
     return _prepare_first(_inductor(graph, example_inputs, settings), families, example_inputs)
 

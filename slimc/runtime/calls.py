@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimc.runtime.prepared import prepared_layer, sibling_layers
 
-__all__ = ["prepared_linear", "sibling_linears"]
+__all__ = ["prepared_linear", "run_layers", "sibling_linears"]
 
 
 def _run_prepared(x: Tensor, handle: Tensor, bias: Tensor | None, *, rows: int, columns: int) -> Tensor:  # noqa: ARG001
@@ -25,6 +25,13 @@ def _run_prepared(x: Tensor, handle: Tensor, bias: Tensor | None, *, rows: int, 
 def _run_siblings(x: Tensor, handles: Sequence[Tensor], *, rows: int, columns: int) -> Tensor:  # noqa: ARG001
     layers = sibling_layers(handles)
     return _without_autocast(x, rows, lambda: layers(x))
+
+
+def run_layers(x: Tensor, handles: Sequence[Tensor], rows: int) -> Tensor:
+    """Return y [..., rows of all] of x [..., columns] for one layer, or several that read the same input, without biases."""
+    if len(handles) == 1:
+        return _run_prepared(x, handles[0], None, rows=rows, columns=x.shape[-1])
+    return _run_siblings(x, handles, rows=rows, columns=x.shape[-1])
 
 
 def _without_autocast(x: Tensor, rows: int, compute: Callable[[], Tensor]) -> Tensor:
