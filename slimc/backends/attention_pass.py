@@ -129,7 +129,7 @@ def _step_together(graph: fx.Graph, steps: list[fx.Node]) -> None:
         lengths.append(length)
     if lengths:
         with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
-            graph.call_function(torch._foreach_add_, (lengths, 1))
+            graph.call_function(torch.ops.aten._foreach_add_.Scalar, (lengths, 1))
 
 
 def _unrepeated(node: Any) -> fx.Node:

@@ -199,6 +199,7 @@ def _merge(graph: fx.Graph, siblings: Sequence[fx.Node]) -> None:
             else:
                 # A bias of another dtype must not change that of the result.
                 part = graph.call_function(torch.add, (part, graph.call_method("type_as", (bias, part))))
+            part.meta.update(node.meta)
             node.replace_all_uses_with(part)
             start += count
     for node in siblings:
