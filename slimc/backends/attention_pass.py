@@ -46,7 +46,6 @@ class _Found:
     keys: fx.Node
     values: fx.Node
     copies: list[fx.Node]
-    position: fx.Node
     length: fx.Node
     step: fx.Node
     mask: fx.Node | None
@@ -75,21 +74,22 @@ def _match(attention: fx.Node, order: dict[fx.Node, int]) -> _Found:
     require(keys.op == values.op == "placeholder")
     copies = [_only_copy(cache, attention) for cache in (keys, values)]
     (_, _, position, new_key), (_, _, other, v) = (copy.args for copy in copies)
-    require(position is other and isinstance(v, fx.Node))
+    require(position is other)
+    v = as_node(v)
     length, step = _counted(position)
     q, k = _turned(given["query"]), _turned(new_key)
     require(k.cos is q.cos and k.sin is q.sin)
     mask = given.get("attn_mask")
     shown = [example_of(node) for node in (q.x, k.x, v, q.cos, q.sin, keys, values)]
     shown_mask = None if mask is None else example_of(mask)
-    require(refuses(*shown, shown_mask) is None)
+    require(refuses(shown, shown_mask) is None)
     scale = given.get("scale")
     scale = shown[0].shape[-1] ** -0.5 if scale is None else scale
     require(isinstance(scale, float))
     # It is computed where the length still is that of before.
     ready = (q.x, k.x, v, q.cos, q.sin, *(() if mask is None else (mask,)))
     require(all(order[node] < order[step] for node in ready))
-    return _Found(attention, q, k, v, keys, values, copies, position, length, step, mask, scale)
+    return _Found(attention, q, k, v, keys, values, copies, length, step, mask, scale)
 
 
 def _replace(graph: fx.Graph, found: _Found) -> None:

@@ -26,7 +26,9 @@ __all__ = ["join_what_is_between"]
 
 def join_what_is_between(graph: fx.Graph) -> int:
     """Replace what is found in a graph whose values have no gradients, and return how often something was."""
-    layers = [node for node in graph.nodes if node.op == "call_function" and node.target in _HANDLES]
+    layers = [
+        node for node in graph.nodes if is_call(node, calls.prepared_linear) or is_call(node, calls.sibling_linears)
+    ]
     joined = 0
     for layer in layers:
         for join in (_join_norm, _join_gate):
@@ -37,13 +39,6 @@ def join_what_is_between(graph: fx.Graph) -> int:
             joined += 1
             break
     return joined
-
-
-_HANDLES = {
-    calls.prepared_linear: lambda node: [node.args[1]] if node.args[2] is None else None,
-    calls.sibling_linears: lambda node: node.args[1],
-}
-"""The handles of a layer or of siblings; None of a layer with a bias."""
 
 
 def _join_norm(graph: fx.Graph, layer: fx.Node) -> None:
@@ -105,9 +100,11 @@ def _join_gate(graph: fx.Graph, layer: fx.Node) -> None:
 def _input_and_handles(layer: fx.Node) -> tuple[fx.Node, Any]:
     """Return the input of a layer, which nobody else reads, and the handles."""
     x = as_node(layer.args[0])
-    handles = _HANDLES[layer.target](layer)  # type: ignore[index]
-    require(handles is not None and len(x.users) == 1)
-    return x, handles
+    require(len(x.users) == 1)
+    if is_call(layer, calls.sibling_linears):
+        return x, layer.args[1]
+    require(layer.args[2] is None)
+    return x, [layer.args[1]]
 
 
 def _without_copy(part: fx.Node) -> Any:

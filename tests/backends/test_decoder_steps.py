@@ -1,4 +1,4 @@
-"""``backend="slim"`` on the step of a decoder: what becomes one launch, what is left as it is, and that results stay."""
+"""``backend="slim"`` on the step of a decoder: what becomes one launch, what is left as it is; results stay."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ class Step(nn.Module):
         options: dict[str, Any] = {"scale": 0.2} if "scale" in self.how else {}
         if "dropout" in self.how:
             options["dropout_p"] = 0.5
-        y = functional.scaled_dot_product_attention(q, self.repeat(self.keys), self.repeat(self.values), mask, **options)
+        y = functional.scaled_dot_product_attention(
+            q, self.repeat(self.keys), self.repeat(self.values), mask, **options
+        )
         if "cache is read" in self.how:
             y = y + self.keys.mean()
         if "length is read" in self.how:

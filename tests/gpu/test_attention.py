@@ -43,7 +43,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def check(case: Case) -> Tensor:
     q, k, v, cos, sin, keys, values, position, mask, scale = case
-    assert refuses(q, k, v, cos, sin, keys, values, mask) is None
+    assert refuses(case[:7], mask) is None
     again = keys.clone(), values.clone()
     before = keys.clone(), values.clone()
     y = attend_next(*case)

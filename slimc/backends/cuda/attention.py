@@ -1,4 +1,4 @@
-"""The attention of a new token of each sequence over a static cache, as a decoder has it for each token (``attend.cu``).
+"""The attention of a new token of each sequence over a static cache, as decoders have it (``attend.cu``).
 
 One launch turns q and k by the position, puts k and v into the cache, and attends. PyTorch takes some eight: for the
 rotation, the cache, a mask of numbers, and attention in which each head is read by one block, hidden keys too.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import source
+from slimc.runtime import calls
 
 __all__ = ["attend_next", "refuses"]
 
@@ -54,28 +56,30 @@ class _Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
-def refuses(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
-) -> str | None:
-    """Say why there is no kernel for a case, or return ``None``; the arguments are those of `attend_next`."""
-    if q.device.type != "cuda":
-        return f"needs a CUDA GPU, not {q.device.type}"
-    if torch.cuda.get_device_capability(q.device)[0] < HOPPER:
+def refuses(tensors: Sequence[Tensor], mask: Tensor | None) -> str | None:
+    """Say why there is no kernel for a case, or return ``None``.
+
+    Args:
+        tensors: q, k, v, cos, sin, keys and values of `attend_next`.
+        mask: the mask, if there is one.
+    """
+    device = tensors[0].device
+    if device.type != "cuda":
+        return f"needs a CUDA GPU, not {device.type}"
+    if torch.cuda.get_device_capability(device)[0] < HOPPER:
         return "needs a GPU of compute capability 9.0 or more"
-    return _refuses_sizes(q, k, v, cos, sin, keys, values, mask)
+    return _refuses_sizes(tensors, mask)
 
 
-def _refuses_sizes(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
-) -> str | None:
+def _refuses_sizes(tensors: Sequence[Tensor], mask: Tensor | None) -> str | None:
     """Say what of the sizes and dtypes it cannot compute; a size that is not known before a call may be any."""
-    tensors = (q, k, v, cos, sin, keys, values)
+    q, k, v, cos, sin, keys, values = tensors
     if any(one.dim() != 4 for one in tensors):
         return "needs tensors of four axes"
     if q.dtype not in (torch.bfloat16, torch.float16) or any(one.dtype != q.dtype for one in tensors):
         return "needs tensors of one 16-bit dtype"
     batch, heads, length = k.shape[0], k.shape[1], keys.shape[2]
-    if not any(_same(q.shape[3], numbers) and all(_same(one.shape[3], numbers) for one in tensors) for numbers in HEADS):
+    if not any(all(_same(one.shape[3], numbers) for one in tensors) for numbers in HEADS):
         return f"needs heads of {' or '.join(map(str, HEADS))} numbers"
     if not _are(q, batch, q.shape[1], 1) or not _are(k, batch, heads, 1) or not _are(v, batch, heads, 1):
         return "is for one new token of each sequence"
@@ -118,13 +122,13 @@ def _attend_next(
     scale: float,
 ) -> Tensor:
     heads, rows = k.shape[1], q.shape[1] // k.shape[1]
-    can_be_read = all(map(_can_be_read, (q, k, v, cos, sin, keys, values)))
-    if refuses(q, k, v, cos, sin, keys, values, mask) or not can_be_read or position.dtype != torch.int64:
+    tensors = (q, k, v, cos, sin, keys, values)
+    if refuses(tensors, mask) or not all(map(_can_be_read, tensors)) or position.dtype != torch.int64:
         return _by_pytorch(q, k, v, cos, sin, keys, values, position, mask, scale)
     batch, length, numbers, device_index = q.shape[0], keys.shape[2], q.shape[3], q.get_device()
     y = _empty_like(q)
     blocks = _blocks(batch * heads, length, device_index)
-    mask_strides = (0, 0, 0)
+    mask_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         mask_strides = tuple(mask.expand(batch, q.shape[1], 1, length).stride(axis) for axis in (0, 1, 3))
     arguments = _Arguments(
@@ -151,9 +155,7 @@ def _blocks(heads: int, length: int, device_index: int) -> int:
     """Return how many blocks share a head of one sequence."""
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     blocks = 1
-    while (
-        blocks < MOST_BLOCKS and blocks * heads < BLOCKS_PER_PROCESSOR * processors and 2 * blocks * PIECE <= length
-    ):
+    while blocks < MOST_BLOCKS and blocks * heads < BLOCKS_PER_PROCESSOR * processors and 2 * blocks * PIECE <= length:
         blocks *= 2
     return blocks
 
@@ -174,8 +176,8 @@ def _by_pytorch(
     keys.index_copy_(2, where, _turn(k, cos, sin))
     values.index_copy_(2, where, v)
     rows = q.shape[1] // k.shape[1]
-    every = (one.repeat_interleave(rows, 1) for one in (keys, values))
-    return _empty_like(q).copy_(scaled_dot_product_attention(_turn(q, cos, sin), *every, mask, scale=scale))
+    every, of_all = keys.repeat_interleave(rows, 1), values.repeat_interleave(rows, 1)
+    return _empty_like(q).copy_(scaled_dot_product_attention(_turn(q, cos, sin), every, of_all, mask, scale=scale))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,14 +226,13 @@ def _infer(
     return _empty_like(q)
 
 
-torch.library.define(
+calls.define(
     "slim::attend_next",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
     "Tensor? mask, float scale) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _attend_next,
+    _infer,
 )
-torch.library.impl("slim::attend_next", "CompositeExplicitAutograd", _attend_next)
-torch.library.register_fake("slim::attend_next", _infer)
 
 attend_next = torch.ops.slim.attend_next.default
 """Attention of a new token of each sequence, whose key and value it puts into the cache.

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import source
+from slimc.runtime import calls
 from slimc.runtime.calls import run_layers
 
 __all__ = ["gated_linears", "normed_linears", "refuses"]
@@ -137,24 +138,19 @@ def _infer_gated(gate: Tensor, up: Tensor, handles: Sequence[Tensor], *, rows: i
     return gate.new_empty((*gate.shape[:-1], rows))
 
 
-for _name, _schema, _run, _infer in (
-    (
-        "slim::normed_linears",
-        "(Tensor x, Tensor residual, Tensor weight, float epsilon, Tensor[] handles, *, int rows, int columns) -> "
-        "(Tensor, Tensor)",
-        _normed,
-        _infer_normed,
-    ),
-    (
-        "slim::gated_linears",
-        "(Tensor gate, Tensor up, Tensor[] handles, *, int rows, int columns) -> Tensor",
-        _gated,
-        _infer_gated,
-    ),
-):
-    torch.library.define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_name, "CompositeExplicitAutograd", _run)
-    torch.library.register_fake(_name, _infer)
+calls.define(
+    "slim::normed_linears",
+    "(Tensor x, Tensor residual, Tensor weight, float epsilon, Tensor[] handles, *, int rows, int columns) "
+    "-> (Tensor, Tensor)",
+    _normed,
+    _infer_normed,
+)
+calls.define(
+    "slim::gated_linears",
+    "(Tensor gate, Tensor up, Tensor[] handles, *, int rows, int columns) -> Tensor",
+    _gated,
+    _infer_gated,
+)
 
 normed_linears = torch.ops.slim.normed_linears.default
 """``total = x + residual`` and the layers' results for ``weight * total / sqrt(mean(total^2) + epsilon)``.

@@ -22,10 +22,10 @@ def tensors(
 
 def test_what_attention_it_is_for() -> None:
     mask = torch.ones(1, 1, 1, 40, dtype=torch.bool)
-    assert attention.refuses(*tensors(), mask) == "needs a CUDA GPU, not cpu"
-    assert attention._refuses_sizes(*tensors(), mask) is None
-    assert attention._refuses_sizes(*tensors(heads=8, key_heads=1), None) is None
-    assert attention._refuses_sizes(*tensors(), mask.expand(2, 4, 1, 40)) is None
+    assert attention.refuses(tensors(), mask) == "needs a CUDA GPU, not cpu"
+    assert attention._refuses_sizes(tensors(), mask) is None
+    assert attention._refuses_sizes(tensors(heads=8, key_heads=1), None) is None
+    assert attention._refuses_sizes(tensors(), mask.expand(2, 4, 1, 40)) is None
     first, *rest = tensors()
     *most, values = tensors()
     for reason, case in {
@@ -39,9 +39,9 @@ def test_what_attention_it_is_for() -> None:
         "mask of bools": (*tensors(), mask.to(BF16)),
         "of each key": (*tensors(), mask[..., 1:]),
     }.items():
-        assert reason in str(attention._refuses_sizes(*case))
+        assert reason in str(attention._refuses_sizes(case[:-1], case[-1]))
     q, k, v, cos, sin, keys, values = tensors()
-    assert "one rotation" in str(attention._refuses_sizes(q, k, v, cos.expand(1, 4, 1, 64), sin, keys, values, mask))
+    assert "one rotation" in str(attention._refuses_sizes((q, k, v, cos.expand(1, 4, 1, 64), sin, keys, values), mask))
 
 
 def test_what_attention_can_be_read() -> None:
