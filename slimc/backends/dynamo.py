@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from slimc.backends.attention_pass import attend_fast
+from slimc.backends.between_pass import join_what_is_between
 from slimc.errors import InputError, closest
 from slimc.runtime import calls
 from slimc.runtime.prepared import prepared_layer, sibling_layers
@@ -63,6 +65,9 @@ def slim(
             _merge(graph.graph, siblings)
             families.append(positions)
     families.extend([placeholders[_handle(node)]] for node in layers if _handle(node) in placeholders)
+    if layers and not torch.is_grad_enabled():
+        attend_fast(graph.graph)
+        join_what_is_between(graph.graph)
     graph.recompile()
     return _prepare_first(_inductor(graph, example_inputs, settings), families, example_inputs)
 
@@ -194,6 +199,7 @@ def _merge(graph: fx.Graph, siblings: Sequence[fx.Node]) -> None:
             else:
                 # A bias of another dtype must not change that of the result.
                 part = graph.call_function(torch.add, (part, graph.call_method("type_as", (bias, part))))
+            part.meta.update(node.meta)
             node.replace_all_uses_with(part)
             start += count
     for node in siblings:

@@ -198,8 +198,8 @@ class _Loop:
 _KINDS: tuple[tuple[str, str], ...] = (
     ("compressed layers", r"tinygemm|^(?!triton).*_linear"),
     ("dense products", r"triton_tem|triton\w*_mm_"),
-    ("everything between", r"triton_"),
-    ("attention", r"fmha|flash|attention|sdpa"),
+    ("everything between", r"triton_|^add_norm|^gate"),
+    ("attention", r"fmha|flash|attention|attend|sdpa"),
     ("dense products", r"gemm|gemv|cutlass|nvjet|splitk|cublas"),
     ("copies", r"memcpy|memset"),
 )

@@ -8,13 +8,14 @@ any batch runs the right one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimc.runtime.prepared import prepared_layer, sibling_layers
 
-__all__ = ["prepared_linear", "sibling_linears"]
+__all__ = ["define", "prepared_linear", "run_layers", "sibling_linears"]
 
 
 def _run_prepared(x: Tensor, handle: Tensor, bias: Tensor | None, *, rows: int, columns: int) -> Tensor:  # noqa: ARG001
@@ -25,6 +26,13 @@ def _run_prepared(x: Tensor, handle: Tensor, bias: Tensor | None, *, rows: int, 
 def _run_siblings(x: Tensor, handles: Sequence[Tensor], *, rows: int, columns: int) -> Tensor:  # noqa: ARG001
     layers = sibling_layers(handles)
     return _without_autocast(x, rows, lambda: layers(x))
+
+
+def run_layers(x: Tensor, handles: Sequence[Tensor], rows: int) -> Tensor:
+    """Return y [..., rows of all] of x [..., columns] for one layer or several that read the same input; no biases."""
+    if len(handles) == 1:
+        return _run_prepared(x, handles[0], None, rows=rows, columns=x.shape[-1])
+    return _run_siblings(x, handles, rows=rows, columns=x.shape[-1])
 
 
 def _without_autocast(x: Tensor, rows: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -52,19 +60,20 @@ def _infer(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _define(name: str, schema: str, run: Callable[..., Tensor], infer: Callable[..., Tensor]) -> None:
+def define(name: str, schema: str, run: Callable[..., Any], infer: Callable[..., Any]) -> None:
+    """Define an operator of compiled graphs: what it computes, and the shapes that it returns."""
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CompositeExplicitAutograd", run)
     torch.library.register_fake(name, infer)
 
 
-_define(
+define(
     "slim::prepared_linear",
     "(Tensor x, Tensor handle, Tensor? bias, *, int rows, int columns) -> Tensor",
     _run_prepared,
     _infer_prepared,
 )
-_define(
+define(
     "slim::sibling_linears",
     "(Tensor x, Tensor[] handles, *, int rows, int columns) -> Tensor",
     _run_siblings,

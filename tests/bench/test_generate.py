@@ -45,6 +45,9 @@ def test_the_loop_reads_a_prompt_and_goes_on_from_it(monkeypatch: pytest.MonkeyP
 
 def test_kernels_are_counted_by_kind() -> None:
     kinds = {
+        "attend": "attention",
+        "add_norm": "everything between",
+        "gate": "everything between",
         "decode_linear": "compressed layers",
         "void at::native::tinygemm_m16n8k16_chunk_kernel": "compressed layers",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",

@@ -37,6 +37,7 @@ FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
 
 HEADERS = {
+    "attend.cu": ("hopper.cuh",),
     "prefill.cu": ("hopper.cuh",),
     "stream.cu": ("hopper.cuh", "wgmma.cuh"),
 }

@@ -154,3 +154,20 @@ def test_rounding_of_activations_compiles(bfloat16: int, sparse: int, arch: str,
     }  # fmt: skip
     cubin = compiler.compile_source(source("quantize.cu"), name="quantize_tokens", arch=arch, defines=defines)
     assert b"round_tokens" in cubin
+
+
+@pytest.mark.parametrize("bfloat16", [0, 1])
+@pytest.mark.parametrize(("head", "rows", "mask"), [(64, 1, 1), (128, 4, 1), (128, 8, 0)])
+def test_the_attention_of_a_new_token_compiles(bfloat16: int, head: int, rows: int, mask: int) -> None:
+    defines = {"BFLOAT16": bfloat16, "ARCH": 90, "HEAD": head, "ROWS": rows, "MASK": mask}
+    cubin = compiler.compile_source(source("attend.cu"), name="attend", arch="sm_90a", defines=defines)
+    assert cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("bfloat16", [0, 1])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_what_is_between_linears_compiles(bfloat16: int, chunks: int) -> None:
+    defines = {"BFLOAT16": bfloat16, "ARCH": 90, "CHUNKS": chunks}
+    cubin = compiler.compile_source(source("between.cu"), name="between", arch="sm_90a", defines=defines)
+    assert b"add_norm" in cubin
+    assert b"gate" in cubin
