@@ -92,5 +92,5 @@ def _exported(
     opset: int | None,
     accuracy_level: int,
 ) -> OnnxGraph:
-    proto, stored = to_onnx(trace(model, example), opset or opset_of(layers, target))
+    proto, stored = to_onnx(trace(model, example, dtype), opset or opset_of(layers, target))
     return lower(proto, stored, target, dtype, formats=formats, accuracy_level=accuracy_level)

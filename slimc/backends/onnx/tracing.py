@@ -83,13 +83,14 @@ def twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied.to("cpu", dtype).eval()
 
 
-def trace(model: nn.Module, example: Batch) -> Traced:
+def trace(model: nn.Module, example: Batch, dtype: torch.dtype = torch.float32) -> Traced:
     """Export a model with every size left open that may vary: batches, and all axes of token ids and masks.
 
     Args:
         model: on the CPU; see `twin`.
         example: a call of it. Where all its tensors hold a single sample it is doubled, because a size of 1 would be
             taken for a constant.
+        dtype: of the model's numbers, to which those of the example are brought.
 
     Raises:
         InputError: the example does not fit, the model fails on it, or it returns no tensor.
@@ -100,7 +101,7 @@ def trace(model: nn.Module, example: Batch) -> Traced:
     paths, leaves, structure = _named_leaves(model, example)
     inputs = tuple(path for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor))
     flat = _Flat(model, structure, leaves).eval()
-    tensors = [_on_cpu(leaf, model) for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [_on_cpu(leaf, dtype) for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors:
         raise InputError(f"The example of {name} has no tensor; give a call of the model with its inputs.")
     with torch.no_grad(), quiet():
@@ -196,9 +197,8 @@ def _with(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
     return [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _on_cpu(tensor: Tensor, model: nn.Module) -> Tensor:
-    """Bring an example to the CPU, and numbers to the dtype of the model."""
-    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), tensor.dtype)
+def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring an example to the CPU, and numbers to ``dtype``."""
     return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
 

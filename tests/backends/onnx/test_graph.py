@@ -205,6 +205,20 @@ def test_programs_at_every_stage(passes: list[Any], fused: bool, in_runtime: Run
         assert domains <= DOMAINS[target]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_an_example_in_another_dtype_says_nothing_about_the_graph(dtype: torch.dtype, in_runtime: Runtime) -> None:
+    """Without a bias, compressed layers have no parameter that could say what the model computes in."""
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).to(torch.bfloat16)
+    small = slimc.compile(model, x, [Quantize("absmax", 4, 32)])
+    assert not list(small.parameters())
+    whole = export_module(small, ((x,), {}), dtype=dtype).whole()
+    (found,) = in_runtime(whole.SerializeToString(), {whole.graph.input[0].name: x.to(dtype).numpy()})
+    # Sums of 64 terms: ten roundings to the dtype of the graph, as elsewhere in this file some hundred to float32.
+    exact = twin(small, torch.float32)(x.float())
+    assert relative_error(found.astype(np.float32), exact) < (WITHIN if dtype == torch.float32 else 10 * 2**-11)
+
+
 class Twice(nn.Module):
     """A layer that is called twice."""
 
