@@ -19,6 +19,7 @@ import argparse
 import json
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -73,6 +74,19 @@ def half(group: int | Literal["channel"], rank: float, **options: Any) -> list[P
     return [CALIBRATE, Compensate(strength=0.5), Quantize(group=group), JOINT, covariance(rank, **options), Fuse()]
 
 
+def damped(strength: float, damping: float, target: float = 0.01, rounds: int = 1, *before: Pass) -> list[Pass]:
+    """Return the recipe with a damping of its solvers, and another of the regression for its target."""
+    return [
+        CALIBRATE,
+        *before,
+        Compensate(strength=strength, damping=target),
+        GROUPS,
+        replace(JOINT, damping=damping),
+        covariance(rounds=rounds, damping=damping),
+        Fuse(),
+    ]
+
+
 ONE_BY_ONE = Prune("2:4", method="sparsegpt")
 
 ROWS: dict[str, list[Pass]] = {
@@ -94,6 +108,12 @@ ROWS: dict[str, list[Pass]] = {
     "sums, half, a scale a row": half("channel", 0.115),
     "sums, half, groups of 64": half(64, 0.083),
     "sums, half, damping 0.1": half(128, 0.1, damping=0.1),
+    "damped, a quarter": damped(0.25, 0.1),
+    "damped, half": damped(0.5, 0.1),
+    "damped, half, its target too": damped(0.5, 0.1, 0.1),
+    "damped by 0.3, half, its target by 0.1": damped(0.5, 0.3, 0.1),
+    "damped, half, 4 rounds": damped(0.5, 0.1, rounds=4),
+    "damped, half, permuted": damped(0.5, 0.1, 0.01, 1, Permute(sort="energy", batches=1)),
     "sums, half, siblings share, a scale a row": half("channel", 0.126, shared="siblings"),
     "sums, half, siblings share, a scale a row, damping 0.1": half("channel", 0.126, shared="siblings", damping=0.1),
     "sums, half, a scale a row, damping 0.1": half("channel", 0.115, damping=0.1),
@@ -153,15 +173,15 @@ GRAPH_ROWS: dict[str, list[Pass]] = {
 ROWS |= {f"graph: {name}": passes for name, passes in GRAPH_ROWS.items()}
 
 
-def mixed(bits: float, group: int = 128, strength: float = 0.5, *before: Pass, widest: int | None = None) -> list[Pass]:
+def mixed(bits: float, group: int = 128, strength: float = 0.5, *before: Pass, damping: float = 0.01) -> list[Pass]:
     """Return codes of several widths, aimed at the dense model's output unless ``strength`` is 0."""
     target = [Compensate(strength=strength)] if strength else []
     return [
         CALIBRATE,
         *before,
         *target,
-        AllocateBits(bits, group, "output", narrowest=2 if bits >= 4 else 1, widest=widest or round(bits) + 2),
-        Quantize("gptq", calibrate="sqc", preset="output", order="columns", static_groups=True),
+        AllocateBits(bits, group, "output", narrowest=2 if bits >= 4 else 1, widest=round(bits) + 2),
+        Quantize("gptq", calibrate="sqc", preset="output", order="columns", static_groups=True, damping=damping),
         Fuse(),
     ]
 
@@ -174,6 +194,8 @@ ROWS |= {
     "mixed: 3 bits, a quarter": mixed(3, strength=0.25),
     "mixed: 3 bits, three quarters": mixed(3, strength=0.75),
     "mixed: 3 bits, all": mixed(3, strength=1),
+    "mixed: 3 bits, damped": mixed(3, 128, 0.5, damping=0.1),
+    "mixed: 3 bits, a quarter, damped": mixed(3, 128, 0.25, damping=0.1),
     "mixed: 2 bits, groups of 64": mixed(2, 64),
     "mixed: 3 bits, groups of 64": mixed(3, 64),
     "mixed: 4 bits, groups of 64": mixed(4, 64),

@@ -32,8 +32,9 @@ class Compensate(SitePass):
     is compensated too: ``D`` is the sum of ``(r_dense - r)^T x`` over the tokens.
 
     Attributes:
-        strength: how much of the correction is made, above 0, at most 1. With held-out batches it is the most that
-            is made: the share of least error there is taken.
+        strength: how much of the correction is made, above 0, at most 1; all of it fits the calibration text at the
+            cost of any other. With held-out batches it is the most that is made: the share of least error there is
+            taken.
         damping: of the regression, as a share of the mean diagonal of H. With held-out batches the best of this, ten
             and a hundred times this (up to 1) is taken.
         residual: whether sums count.
@@ -42,7 +43,7 @@ class Compensate(SitePass):
     name: ClassVar[str] = "compensate"
     compresses: ClassVar[bool] = False
 
-    strength: float = 1.0
+    strength: float = 0.5
     damping: float = 0.01
     residual: bool = True
 

@@ -36,7 +36,7 @@ class Prune(SitePass):
             rounding included.
             Where some codes are signs, ``"sparsegpt"`` takes its place. Where calibration saw no input but zeros, all
             of them choose by magnitude.
-        damping: of the Gram matrix, as a share of its mean diagonal, for SparseGPT and for ``sweeps``.
+        damping: of the Gram matrix, as a share of its mean diagonal, for ``"sparsegpt"``, ``"joint"`` and ``sweeps``.
         sweeps: how often coordinate descent then visits all columns, to choose mask, codes and scales anew given the
             rest. The output error on the calibration inputs falls with every sweep.
     """

@@ -66,7 +66,7 @@ def test_the_target_is_the_ridge_regression_of_the_dense_output(with_sum: bool) 
     dense = inputs + 0.2 * torch.randn(200, 12, generator=generator)
     weight, lack = torch.randn(7, 12, generator=generator), torch.randn(200, 7, generator=generator)
     work = work_on(inputs, dense, weight, lack if with_sum else None)
-    Compensate(damping=1e-6).apply(work)
+    Compensate(strength=1.0, damping=1e-6).apply(work)
     wanted = (dense @ weight.T + lack * with_sum).double()
     exact = torch.linalg.lstsq(inputs.double(), wanted).solution.T
     assert torch.allclose(work.target.double(), exact, atol=1e-4)
@@ -80,11 +80,11 @@ def test_held_out_batches_say_how_much_of_the_correction_holds(batches: list[Ten
     weight = torch.randn(5, 24, generator=generator)
     noise = torch.randn(2, 30, 24, generator=generator)
     work = work_on(inputs, inputs + noise[0], weight)
-    Compensate().apply(work)
+    Compensate(strength=1.0).apply(work)
     moved = (work.target - weight).norm()
     judged = work_on(inputs, inputs + noise[0], weight)
     judged.held_out = InputStatistics.gather([fresh], {"gram", "cross_gram"}, "site", dense=[fresh + noise[1]])
-    Compensate().apply(judged)
+    Compensate(strength=1.0).apply(judged)
     assert (judged.target - weight).norm() < 0.5 * moved
     wanted = (fresh + noise[1]) @ weight.T
     errors = [float((fresh @ target.T - wanted).norm()) for target in (weight, work.target, judged.target)]
@@ -96,7 +96,7 @@ def test_strength_scales_the_correction() -> None:
     inputs = torch.randn(80, 8, generator=generator)
     weight = torch.randn(3, 8, generator=generator)
     whole, half = (work_on(inputs, inputs * 1.3, weight) for _ in range(2))
-    Compensate().apply(whole)
+    Compensate(strength=1.0).apply(whole)
     Compensate(strength=0.5).apply(half)
     assert torch.allclose(half.target - weight, (whole.target - weight) / 2, atol=1e-5)
 

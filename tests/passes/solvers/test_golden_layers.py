@@ -91,10 +91,11 @@ def test_4_bit_2_4_with_adapters(layer: Layer) -> None:
     assert layer.output_error(plain) <= layer.figures["naive_lora"] * TOLERANCE
 
 
-def test_the_default_recipe_halves_the_error_at_the_bits_of_4_bit_adapters(layer: Layer) -> None:
+def test_the_default_recipe_lies_far_below_the_reference_at_the_bits_of_4_bit_adapters(layer: Layer) -> None:
     """At most 3.25 bits a weight and 4.25 an element of adapters of the reference's rank, which are in 16 bits.
 
-    The issue asks for 0.6 in the geometric mean; here no layer may have more than 0.5 of the reference's error.
+    No layer may have more than 0.55 of the reference's error. The inputs are those that are fitted to, at which a tenth
+    of the recipe's damping would give 0.45; it is that high for the sake of other inputs.
     """
     passes = [one for one in recipes.load(recipes.DEFAULT).build() if isinstance(one, SitePass)]
     wanted = frozenset[str]().union(*(one.statistics() for one in passes))
@@ -106,4 +107,4 @@ def test_the_default_recipe_halves_the_error_at_the_bits_of_4_bit_adapters(layer
     rows, columns = layer.weight.shape
     allowed = 3.25 * rows * columns + 4.25 * layer.figures["rank"] * (rows + columns)
     assert packed.format.bits_per_weight() * rows * columns <= allowed
-    assert layer.output_error(packed.decode().float()) <= 0.5 * layer.figures["slim_lora"]
+    assert layer.output_error(packed.decode().float()) <= 0.55 * layer.figures["slim_lora"]
