@@ -200,7 +200,9 @@ def _table(
 
     # A cache whose room was rounded up asks for as many rows.
     rows = positions + -positions % CAPACITY_MULTIPLE
-    bounds = [constant(part, np.array(value, dtype=np.float32)) for part, value in (("first", 0), ("end", rows), ("step", 1))]
+    bounds = [
+        constant(part, np.array(value, dtype=np.float32)) for part, value in (("first", 0), ("end", rows), ("step", 1))
+    ]
     column = constant("column", np.array([rows, 1], dtype=np.int64))
     places = add("Reshape", [add("Range", bounds, "places"), column], "places.column")
     products = add("Mul", [places, constant("frequencies", angles.frequencies[None])], "angles")
