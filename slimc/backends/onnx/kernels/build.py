@@ -112,8 +112,8 @@ def build_library(
         InputError: the file cannot be written, or ``include`` has no such header; nothing is compiled then.
         KernelError: a kernel or the host program does not compile, or there is no compiler.
     """
-    command = _compiler()
     _check_places(output, include)
+    command = _compiler()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         for name in SOURCES:
