@@ -102,12 +102,17 @@ def main() -> None:
         print(name, json.dumps(rows[name]), flush=True)
     for batch in chosen.batches:
         measure(decoders, windows[:batch].tolist(), chosen.rounds, chosen.tokens, rows)
+        if chosen.json is not None:
+            save(rows, chosen)
     print_table(rows, chosen.batches)
-    if chosen.json is not None:
-        settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int | list)}
-        settings["compressed"] = [folder.name for folder in chosen.compressed]
-        machine = {"gpu": torch.cuda.get_device_name(), "onnxruntime": onnxruntime.__version__}
-        chosen.json.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def save(rows: dict[str, Any], chosen: argparse.Namespace) -> None:
+    """Write the rows with the settings that they were made with."""
+    settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int | list)}
+    settings["compressed"] = [folder.name for folder in chosen.compressed]
+    machine = {"gpu": torch.cuda.get_device_name(), "onnxruntime": onnxruntime.__version__}
+    chosen.json.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 def models(dense: str, compressed: Sequence[Path]) -> Any:

@@ -47,7 +47,7 @@ def let_logits_begin_later(model: ir.Model, layer: str | None) -> bool:
         graph.register_initializer(value)
     graph.inputs.append(first)
     kept = ir.node("Slice", [states, first, last, axis], name=f"{FIRST_LOGITS}.kept")
-    kept.outputs[0].dtype, kept.outputs[0].shape = states.dtype, ir.Shape([states.shape[0], "kept", states.shape[2]])
+    kept.outputs[0].type, kept.outputs[0].shape = states.type, ir.Shape([states.shape[0], "kept", states.shape[2]])
     graph.insert_before(product, kept)
     product.replace_input_with(0, kept.outputs[0])
     return True

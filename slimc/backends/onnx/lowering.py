@@ -24,6 +24,10 @@ _EMBEDDING_GROUPS = {4: (32, 16), 8: (64, 32, 16)}
 """Columns of an embedding that share a scale, for each number of bits, the most first."""
 
 
+_AS_MANY_NODES = 2
+"""How many products without adapters are as many nodes as one of them all and the Split of its result."""
+
+
 @dataclass
 class Filling:
     """Nodes that take the place of placeholders, the constants that they read, and what is worth a note."""
@@ -132,6 +136,8 @@ class CompressedMatrices:
     def _joined(self, layers: Mapping[str, str], x: str) -> Filling | None:
         """Return layers of one input as fewer products, None if `slimc.backends.onnx.siblings` advises against it."""
         modules = [self._outline.linears[layer] for layer in layers]
+        if len(layers) == _AS_MANY_NODES and all(module.packed.left is None for module in modules):
+            return None
         joined = join([module.packed for module in modules])
         if joined is None:
             return None

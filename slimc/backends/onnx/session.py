@@ -56,11 +56,13 @@ class _Pick:
 
     def __call__(self, logits: Array) -> Array:
         """Return a token for each row."""
-        logits = logits.astype(np.float32)
-        if np.isnan(logits).any() or np.isposinf(logits).any():
+        logits = logits.astype(np.float32, copy=False)
+        tokens = _likeliest(logits)
+        # NaN counts as the largest, and so does Inf.
+        if not np.isfinite(logits[np.arange(len(tokens)), tokens]).all():
             raise NumericsError("the model's logits hold NaN or Inf: its file is damaged or its activations overflow")
         if self.temperature == 0:
-            return _likeliest(logits)
+            return tokens
         # The largest of logits with Gumbel noise is a sample of their softmax.
         return _likeliest(logits / self.temperature + self.random.gumbel(size=logits.shape))
 
@@ -225,7 +227,7 @@ class OnnxDecoder:
         for step in range(max_new_tokens):
             for row in np.flatnonzero(~done).tolist():
                 made[row].append(int(tokens[row]))
-            done |= np.isin(tokens, list(stopping))
+            done |= [int(token) in stopping for token in tokens]
             if on_tokens is not None:
                 on_tokens([int(token) for token in tokens])
             if done.all() or step == max_new_tokens - 1:
@@ -262,11 +264,16 @@ class _State:
             else self._replay.past
         )
         self._begun = False
+        self._first: int | None = None
+        self._logits: Array = np.empty(0, dtype=decoder._dtype)
         if self._shared:
             self._bind_cache()
 
     def run(self, ids: Array, first: int = 0) -> Array:
-        """Read tokens [batch, new]; return the logits [batch, new - first, vocabulary] from token ``first`` on."""
+        """Read tokens [batch, new]; return the logits [batch, new - first, vocabulary] from token ``first`` on.
+
+        They are valid until the next call.
+        """
         if self._replay is not None and self._begun:
             logits = self._replay.step(ids, self._positions)
         else:
@@ -283,13 +290,13 @@ class _State:
         for name in decoder.description.inputs:
             if name in values:
                 binding.bind_ortvalue_input(name, self._to_device(np.ascontiguousarray(values[name])))
-        if FIRST_LOGITS in decoder.description.inputs:
-            binding.bind_ortvalue_input(
-                FIRST_LOGITS, decoder._runtime.OrtValue.ortvalue_from_numpy(np.array([first], dtype=np.int64))
-            )
-        batch, new = ids.shape
-        logits = np.empty((batch, new - first, decoder.vocabulary), dtype=decoder._dtype)
-        binding.bind_ortvalue_output("logits", decoder._runtime.OrtValue.ortvalue_from_numpy(logits))
+        if first != self._first and FIRST_LOGITS in decoder.description.inputs:
+            binding.bind_ortvalue_input(FIRST_LOGITS, self._on_cpu(np.array([first], dtype=np.int64)))
+            self._first = first
+        shape = (len(ids), ids.shape[1] - first, decoder.vocabulary)
+        if self._logits.shape != shape:
+            self._logits = np.empty(shape, dtype=decoder._dtype)
+            binding.bind_ortvalue_output("logits", self._on_cpu(self._logits))
         if not self._shared:
             self._bind_cache()
         decoder._session.run_with_iobinding(
@@ -298,7 +305,7 @@ class _State:
         if not self._shared:
             # The logits were bound before the cache.
             self._past = binding.get_outputs()[1:]
-        return logits
+        return self._logits
 
     def _bind_cache(self) -> None:
         """Bind the cache; one that is input and output at once stays bound for all calls."""
@@ -309,6 +316,9 @@ class _State:
                 self._binding.bind_ortvalue_output(name, past)
             else:
                 self._binding.bind_output(name, self._decoder._device)
+
+    def _on_cpu(self, array: Array) -> Any:
+        return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array)
 
     def _to_device(self, array: Array) -> Any:
         return self._decoder._runtime.OrtValue.ortvalue_from_numpy(array, self._decoder._device, 0)

@@ -138,8 +138,9 @@ def test_moves_that_lead_back_are_dropped_and_others_kept() -> None:
 
 ATTENTION = """
 <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
-graph (float[b,n,16] x, int64[b,n] positions, float[n,4] cos, float[n,4] sin, float[b,2,p,8] keys, float[b,2,p,8] values,
-       int32[b] lengths, int32 total) => (float[b,n,16] result, float[b,2,t,8] k, float[b,2,t,8] v)
+graph (float[b,n,16] x, int64[b,n] positions, float[n,4] cos, float[n,4] sin, float[b,2,p,8] keys,
+       float[b,2,p,8] values, int32[b] lengths, int32 total)
+    => (float[b,n,16] result, float[b,2,t,8] k, float[b,2,t,8] v)
 <float[16,16] wq, float[16,16] wk, float[16,16] wv>
 {{
     q = MatMul(x, wq)

@@ -50,7 +50,7 @@ PROMPTS = [list(range(5, 17)), [7, 8, 9], [300], list(range(100, 120))]
 NEW = 12
 
 
-def llama(num_hidden_layers: int = 2, *, tied: bool = True, hidden_size: int = 64) -> nn.Module:
+def llama(num_hidden_layers: int = 2, *, tied: bool = True, hidden_size: int = 64, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=384,
@@ -59,11 +59,11 @@ def llama(num_hidden_layers: int = 2, *, tied: bool = True, hidden_size: int = 6
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
         tie_word_embeddings=tied,
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
+        **{"max_position_embeddings": 256} | options,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -135,8 +135,11 @@ def test_a_compressed_llama_writes_what_it_writes_in_pytorch(
 
 def test_onnx_runtimes_own_operators_take_the_place_of_everything_in_a_layer(folders: dict[str, Path]) -> None:
     found = operators(folders["ort"])
+    # It rotates q and k, and reads them and v as the one product that they are.
     assert found["GroupQueryAttention"] == 2
-    assert found["RotaryEmbedding"] == 4
+    assert not found["RotaryEmbedding"]
+    # Of gate and up.
+    assert found["Split"] == 2
     # All norms but the first, which follows no sum.
     assert found["SkipSimplifiedLayerNormalization"] == 4
     # q, k, v are one weight with its adapters, and so are gate and up; o and down are alone.
@@ -157,7 +160,8 @@ def test_no_attention_is_what_onnx_runtime_would_move_rotations_into(
     passes: list[Pass], target: str, tmp_path: Path
 ) -> None:
     """Its CUDA provider would take this call's table of angles for one of all positions."""
-    model = llama(num_hidden_layers=1)
+    # Heads of this size are rotated outside.
+    model = llama(num_hidden_layers=1, head_dim=8)
     if passes:
         # Siblings of several forms are not one product, whose parts would be apart anyway.
         forms = {"wide": passes, "narrow": [Quantize("absmax", 4, 32)]}
@@ -169,6 +173,45 @@ def test_no_attention_is_what_onnx_runtime_would_move_rotations_into(
     (attention,) = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     assert [kinds[name] for name in attention.input[:3]] == ["RotaryEmbedding", "RotaryEmbedding", "Reshape"]
     assert_same(model, tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128},
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "linear", "factor": 3.0},
+    ],
+    ids=["yarn", "llama3", "linear"],
+)
+def test_attention_rotates_by_the_angles_of_the_model(scaling: dict[str, Any], tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1, rope_parameters={**scaling, "rope_theta": 100.0})
+    slimc.export_onnx(model, tmp_path / "llama", target="ort")
+    assert not operators(tmp_path / "llama")["RotaryEmbedding"]
+    decoder = assert_same(model, tmp_path / "llama")
+    assert "position_ids" not in decoder.description.inputs
+
+
+def test_a_table_of_rotations_ends_with_the_models_positions(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1, max_position_embeddings=40)
+    slimc.export_onnx(model, tmp_path / "llama", target="ort")
+    decoder = assert_same(model, tmp_path / "llama")
+    assert len(decoder.generate([[7]], 40)[0]) == 40
+    with pytest.raises(InputError, match="41 tokens do not fit this model, which has 40 positions"):
+        decoder.generate([[7]], 41)
+
+
+def test_more_positions_than_a_table_may_have_are_rotated_outside(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1, max_position_embeddings=1 << 18)
+    slimc.export_onnx(model, tmp_path / "llama", target="ort")
+    assert operators(tmp_path / "llama")["RotaryEmbedding"] == 2
+    assert assert_same(model, tmp_path / "llama").description.positions is None
 
 
 @pytest.mark.parametrize("target", ["portable", "ort"])
