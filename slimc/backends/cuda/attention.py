@@ -263,4 +263,4 @@ Returns:
 """
 
 keep = torch.ops.slim.keep.default
-"""A copy of x. Inductor computes what an operator reads anew for each that reads it; of what many read it sees one copy."""
+"""A copy of x, for what many operators read: Inductor would compute it anew for each of them."""
