@@ -3,7 +3,7 @@
 Dynamo hands over a graph in which a compressed layer is one ``slim::prepared_linear`` of its input, its handle and its
 bias (`slimc.runtime.prepared`). Siblings, such as q, k and v, become one ``slim::sibling_linears`` where their kernel
 can run them in one launch; biases are added outside, where Inductor fuses them with what follows. What a decoder does
-between its linears becomes launches of slimc's own where it is recognised (`attention_pass`, `between_pass`). Nothing is
+between its linears becomes launches of slimc's own, where it is found (`attention_pass`, `between_pass`). Nothing is
 kept here: kernels' states belong to the layers, and a compiled graph finds them by the handles that it is called with.
 
 The function is found by name through an entry point of the package; nothing has to be imported. It takes the ``mode``
