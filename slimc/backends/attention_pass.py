@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from slimc.backends.cuda.attention import attend_next, refuses
+from slimc.backends.cuda.attention import attend_next, keep, refuses
 from slimc.backends.dynamo_match import MismatchError, as_node, example_of, is_call, is_method, require
 
 __all__ = ["attend_fast"]
@@ -61,8 +61,9 @@ def attend_fast(graph: fx.Graph) -> int:
             found.append(_match(node, order))
         except MismatchError:
             continue
+    kept: dict[fx.Node, fx.Node] = {}
     for one in found:
-        _replace(graph, one)
+        _replace(graph, one, kept)
     _step_together(graph, [one.step for one in found])
     return len(found)
 
@@ -92,17 +93,30 @@ def _match(attention: fx.Node, order: dict[fx.Node, int]) -> _Found:
     return _Found(attention, q, k, v, keys, values, copies, length, step, mask, scale)
 
 
-def _replace(graph: fx.Graph, found: _Found) -> None:
+def _replace(graph: fx.Graph, found: _Found, kept: dict[fx.Node, fx.Node]) -> None:
     with graph.inserting_before(found.step):
         q, k, v = (_without_copy(graph, node) for node in (found.q.x, found.k.x, found.v))
+        cos, sin = (_kept(graph, node, kept) for node in (found.q.cos, found.q.sin))
+        mask = None if found.mask is None else _kept(graph, found.mask, kept)
         y = graph.call_function(
             attend_next,
-            (q, k, v, found.q.cos, found.q.sin, found.keys, found.values, found.length, found.mask, found.scale),
+            (q, k, v, cos, sin, found.keys, found.values, found.length, mask, found.scale),
         )
     found.attention.replace_all_uses_with(y)
     graph.erase_node(found.attention)
     for copy in found.copies:
         graph.erase_node(copy)
+
+
+def _kept(graph: fx.Graph, node: fx.Node, kept: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Return what all layers read, computed once."""
+    source = as_node(node.args[0]) if is_method(node, "unsqueeze") else node
+    if source.op == "placeholder":
+        return node
+    if source not in kept:
+        with graph.inserting_after(source):
+            kept[source] = graph.call_function(keep, (source,))
+    return kept[source] if source is node else graph.call_method("unsqueeze", (kept[source], *node.args[1:]))
 
 
 def _without_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:

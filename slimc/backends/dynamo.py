@@ -2,8 +2,9 @@
 
 Dynamo hands over a graph in which a compressed layer is one ``slim::prepared_linear`` of its input, its handle and its
 bias (`slimc.runtime.prepared`). Siblings, such as q, k and v, become one ``slim::sibling_linears`` where their kernel
-can run them in one launch; biases are added outside, where Inductor fuses them with what follows. Nothing is kept here:
-kernels' states belong to the layers, and a compiled graph finds them by the handles that it is called with.
+can run them in one launch; biases are added outside, where Inductor fuses them with what follows. What a decoder does
+between its linears becomes launches of slimc's own, where it is found (`attention_pass`, `between_pass`). Nothing is
+kept here: kernels' states belong to the layers, and a compiled graph finds them by the handles that it is called with.
 
 The function is found by name through an entry point of the package; nothing has to be imported. It takes the ``mode``
 and the ``options`` of ``torch.compile``, as Inductor does.
@@ -73,8 +74,12 @@ def slim(
 
 
 def _inductor(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
+    if hasattr(config.triton, "enable_pdl"):
+        # Its kernels would begin while several of slimc's still run, and wait only for the last of them.
+        settings = settings | {"triton.enable_pdl": False}
     compiled: Callable[..., Any] = compile_fx(graph, example_inputs, config_patches=settings)  # type: ignore[assignment]
     return compiled
 

@@ -10,9 +10,10 @@
 //   HEAD   numbers of a query, a key or a value: 64 or 128
 //   ROWS   heads of queries that read the same keys
 //   MASK   1: bytes say which keys a query may see; 0: it sees all
+//   BLOCKS of a cluster
 
 #define INFINITY __int_as_float(0x7f800000)
-#define WARPS 8
+#define WARPS 8                   // of a block, at most
 #define PIECE 16                  // keys that a warp takes at a time
 #define LANES (HEAD / 8)          // that hold a key, 8 numbers each
 #define AT_ONCE (32 / LANES)      // keys that a warp holds side by side
@@ -89,11 +90,12 @@ __device__ __forceinline__ float load_of_block(const float* p, int block) {
     return v;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 2 : 1) attend(const __grid_constant__ Arguments a) {
     __shared__ float of_warps[WARPS][ROWS][FOUND];
     __shared__ float of_block[ROWS][FOUND];
+    const int warps = blockDim.x / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, side = lane / LANES;
-    const int batch = blockIdx.y / a.heads, head = blockIdx.y % a.heads, blocks = gridDim.x;
+    const int batch = blockIdx.y / a.heads, head = blockIdx.y % a.heads;
     u16* const k = a.keys + batch * a.keys_strides[0] + head * a.keys_strides[1] + 8 * part;
     u16* const v = a.values + batch * a.values_strides[0] + head * a.values_strides[1] + 8 * part;
     const int begin = blockIdx.x * a.run, end = min(begin + a.run, a.length);
@@ -132,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
         *(uint4*)(v + position * a.values_strides[2]) = new_value;
     }
 
-    for (; first < end; first += WARPS * PIECE, loaded = false) {
+    for (; first < end; first += warps * PIECE, loaded = false) {
         // A lane knows of one key which queries see it.
         u32 seen = 0;
         const int own = first + lane;
@@ -208,42 +210,49 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
 
     // Those of the warps, and then those of the blocks, in their order.
     u16* const y = a.y + ((size_t)batch * a.heads + head) * ROWS * HEAD;
-    for (int i = threadIdx.x; i < ROWS * HEAD; i += 32 * WARPS) {
+    for (int i = threadIdx.x; i < ROWS * HEAD; i += blockDim.x) {
         const int r = i / HEAD, column = i % HEAD;
         float largest = -INFINITY, weights = 0, value = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, of_warps[w][r][0]);
-        if (largest != -INFINITY) {
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                const float factor = exp2f(of_warps[w][r][0] - largest);
-                weights += factor * of_warps[w][r][1];
-                value += factor * of_warps[w][r][2 + column];
-            }
+        for (int w = 0; w < warps; ++w) largest = fmaxf(largest, of_warps[w][r][0]);
+        for (int w = 0; largest != -INFINITY && w < warps; ++w) {
+            const float factor = exp2f(of_warps[w][r][0] - largest);
+            weights += factor * of_warps[w][r][1];
+            value += factor * of_warps[w][r][2 + column];
         }
-        if (blocks == 1) {
-            y[i] = from_float(weights != 0 ? value / weights : 0.f);
-        } else {
-            of_block[r][2 + column] = value;
-            if (column == 0) of_block[r][0] = largest, of_block[r][1] = weights;
-        }
+#if BLOCKS == 1
+        y[i] = from_float(weights != 0 ? value / weights : 0.f);
+#else
+        of_block[r][2 + column] = value;
+        if (column == 0) of_block[r][0] = largest, of_block[r][1] = weights;
+#endif
     }
-    if (blocks == 1) return;
+#if BLOCKS > 1
     cluster_arrive();
     cluster_wait();
-    // A block writes its part of the results; which, is the same for whole warps.
-    for (int i = (threadIdx.x / 32 * blocks + blockIdx.x) * 32 + lane; i < ROWS * HEAD; i += 32 * WARPS * blocks) {
+    // A block writes its part of the results.
+    for (int i = (threadIdx.x / 32 * BLOCKS + blockIdx.x) * 32 + lane; i < ROWS * HEAD; i += blockDim.x * BLOCKS) {
         const int r = i / HEAD, column = i % HEAD;
+        // All are asked for before the first is needed.
+        float largests[BLOCKS], all_weights[BLOCKS], all_values[BLOCKS];
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+            largests[block] = load_of_block(&of_block[r][0], block);
+            all_weights[block] = load_of_block(&of_block[r][1], block);
+            all_values[block] = load_of_block(&of_block[r][2 + column], block);
+        }
         float largest = -INFINITY, weights = 0, value = 0;
-        for (int block = 0; block < blocks; ++block) largest = fmaxf(largest, load_of_block(&of_block[r][0], block));
-        for (int block = 0; largest != -INFINITY && block < blocks; ++block) {
-            const float factor = exp2f(load_of_block(&of_block[r][0], block) - largest);
-            weights += factor * load_of_block(&of_block[r][1], block);
-            value += factor * load_of_block(&of_block[r][2 + column], block);
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) largest = fmaxf(largest, largests[block]);
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+            const float factor = largests[block] == -INFINITY ? 0.f : exp2f(largests[block] - largest);
+            weights += factor * all_weights[block];
+            value += factor * all_values[block];
         }
         y[i] = from_float(weights != 0 ? value / weights : 0.f);
     }
     // No block leaves while others read what it has found.
     cluster_arrive();
     cluster_wait();
+#endif
 }

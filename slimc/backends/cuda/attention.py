@@ -20,7 +20,7 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import source
 from slimc.runtime import calls
 
-__all__ = ["attend_next", "refuses"]
+__all__ = ["attend_next", "keep", "refuses"]
 
 KERNEL_NAME = "attend"
 
@@ -30,7 +30,7 @@ HEADS = (64, 128)
 MOST_ROWS = 8
 """Heads of queries that read the same keys."""
 
-WARPS, PIECE = 8, 16
+MOST_WARPS, PIECE = 8, 16
 """Of a block, and keys that a warp takes at a time."""
 
 MOST_BLOCKS = 8
@@ -128,6 +128,7 @@ def _attend_next(
     batch, length, numbers, device_index = q.shape[0], keys.shape[2], q.shape[3], q.get_device()
     y = _empty_like(q)
     blocks = _blocks(batch * heads, length, device_index)
+    pieces = -(-length // (blocks * PIECE))
     mask_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         mask_strides = tuple(mask.expand(batch, q.shape[1], 1, length).stride(axis) for axis in (0, 1, 3))
@@ -138,12 +139,12 @@ def _attend_next(
         q_strides=q.stride()[:2], k_strides=k.stride()[:2], v_strides=v.stride()[:2],
         turn_strides=tuple(one.expand(batch, -1, -1, -1).stride(0) for one in (cos, sin)),
         keys_strides=keys.stride()[:3], values_strides=values.stride()[:3], mask_strides=mask_strides,
-        scale=scale * math.log2(math.e), heads=heads, length=length, run=-(-length // (blocks * PIECE)) * PIECE,
+        scale=scale * math.log2(math.e), heads=heads, length=length, run=pieces * PIECE,
     )  # fmt: skip
-    _launcher(q.dtype, numbers, rows, mask is not None, device_index)(
+    _launcher(q.dtype, numbers, rows, blocks, mask is not None, device_index)(
         arguments,
         grid=(blocks, batch * heads, 1),
-        block=(32 * WARPS, 1, 1),
+        block=(32 * min(pieces, MOST_WARPS), 1, 1),
         stream=torch.cuda.current_stream(q.device).cuda_stream,
         programmatic=True,
         cluster=blocks,
@@ -180,6 +181,10 @@ def _by_pytorch(
     return _empty_like(q).copy_(scaled_dot_product_attention(_turn(q, cos, sin), every, of_all, mask, scale=scale))
 
 
+def _keep(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
@@ -198,13 +203,16 @@ def _can_be_read(tensor: Tensor) -> bool:
 
 
 @cache
-def _launcher(dtype: torch.dtype, numbers: int, rows: int, masked: bool, device_index: int) -> driver.Launcher:
+def _launcher(
+    dtype: torch.dtype, numbers: int, rows: int, blocks: int, masked: bool, device_index: int
+) -> driver.Launcher:
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 10 * torch.cuda.get_device_capability(device_index)[0],
         "HEAD": numbers,
         "ROWS": rows,
         "MASK": int(masked),
+        "BLOCKS": blocks,
     }
     return (
         driver.load(source("attend.cu"), KERNEL_NAME, device_index, defines).function(KERNEL_NAME).prepare([_Arguments])
@@ -234,6 +242,8 @@ calls.define(
     _infer,
 )
 
+calls.define("slim::keep", "(Tensor x) -> Tensor", _keep, _keep)
+
 attend_next = torch.ops.slim.attend_next.default
 """Attention of a new token of each sequence, whose key and value it puts into the cache.
 
@@ -251,3 +261,6 @@ Returns:
     y [batch, heads of queries, 1, numbers], zeros where the mask hides all keys. It has no gradients. Where the kernel
     refuses (`refuses`), or tensors lie in memory as it cannot read them, PyTorch's operators compute it.
 """
+
+keep = torch.ops.slim.keep.default
+"""A copy of x, for what many operators read: Inductor would compute it anew for each of them."""

@@ -258,12 +258,10 @@ struct Source {
         }
 #if ADAPTERS
         while (load_acquire(a.flags) != a.mark) {}
-        let_next_launch_begin();
         bool waits = true;
 #else
         wait_for_previous_launch();
-        if (!a.flags) let_next_launch_begin();
-        else if (blockIdx.x == 0) store_release(a.flags, a.mark);
+        if (a.flags && blockIdx.x == 0) store_release(a.flags, a.mark);
 #endif
         asm volatile("fence.proxy.async.global;" ::: "memory");
         int used = 0;
@@ -608,9 +606,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const int own = max(0, min(PIECES - share * OWN_PIECES, OWN_PIECES));
 
     if (threadIdx.x == 0) {
-        // A launch that is not this layer's own may read at once what others than this one have written: it begins when
-        // all before this layer are known to have ended.
-        if (!ADAPTERS && a.flags) let_next_launch_begin();
+        let_next_launch_begin();
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(weights.full + 8 * i, 1);
             barrier_init(weights.empty + 8 * i, 4 * ROW_GROUPS);

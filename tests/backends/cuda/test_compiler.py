@@ -159,7 +159,7 @@ def test_rounding_of_activations_compiles(bfloat16: int, sparse: int, arch: str,
 @pytest.mark.parametrize("bfloat16", [0, 1])
 @pytest.mark.parametrize(("head", "rows", "mask"), [(64, 1, 1), (128, 4, 1), (128, 8, 0)])
 def test_the_attention_of_a_new_token_compiles(bfloat16: int, head: int, rows: int, mask: int) -> None:
-    defines = {"BFLOAT16": bfloat16, "ARCH": 90, "HEAD": head, "ROWS": rows, "MASK": mask}
+    defines = {"BFLOAT16": bfloat16, "ARCH": 90, "HEAD": head, "ROWS": rows, "MASK": mask, "BLOCKS": 4}
     cubin = compiler.compile_source(source("attend.cu"), name="attend", arch="sm_90a", defines=defines)
     assert cubin.startswith(b"\x7fELF")
 
