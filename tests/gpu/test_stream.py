@@ -81,6 +81,8 @@ SHAPES = [
     LaunchShape(64, 1, 4, 1, 1, 1, 256, inputs=3, even=True),
     LaunchShape(128, 1, 4, 1, 1, 1, 128, even=True),
     LaunchShape(128, 2, 2, 1, 1, 1, 128, even=True),
+    LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True, spared=20),
+    LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, spared=122),
 ]
 
 

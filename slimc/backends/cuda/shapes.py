@@ -95,6 +95,7 @@ class LaunchShape:
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
+        spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
     """
 
     tokens: int
@@ -107,6 +108,7 @@ class LaunchShape:
     stages: int = 0
     inputs: int = 0
     even: bool = False
+    spared: int = 0
 
     @property
     def tiles(self) -> int:

@@ -119,10 +119,11 @@ struct Ring {
 using Weights = Ring<STAGES, SLOT_BYTES>;
 using Inputs = Ring<INPUTS, INPUT_BYTES>;
 
-// What a block computes of a tile of results: slots from `begin` on, those of L after those of W.
+// What a block computes of a tile of results: slots of W from `begin` to `middle`, then those of L from `left` to `end`.
+// Slots of L are counted on from those of W.
 struct Segment {
     int row_tile, end_row, token, first_rank;
-    int begin, middle, end;
+    int begin, middle, left, end;
     bool whole;  // nobody else has a part in it
 };
 
@@ -163,18 +164,39 @@ struct Work {
         s.token = tile % a.token_tiles * TOKENS;
         s.first_rank = ADAPTERS ? a.first_rank[member] : 0;
 #if EVEN
+        const int shares = gridDim.x / a.tiles;
+        if (shares * a.tiles == gridDim.x) {
+            divide(s, slots, blockIdx.x % shares, shares);
+            return s;
+        }
         const int before = tile * a.slots;
         s.begin = min(max(from - before, 0), slots);
         s.end = min(to - before, slots);
         s.whole = from <= before && to >= before + a.slots;
+        s.middle = max(s.begin, min(s.end, a.steps));
+        s.left = s.middle;
+#elif TOKENS > 16
+        divide(s, slots, blockIdx.x % CLUSTER, CLUSTER);
 #else
         const int share = blockIdx.x % CLUSTER;
         s.begin = slots * share / CLUSTER;
         s.end = slots * (share + 1) / CLUSTER;
         s.whole = CLUSTER == 1;
-#endif
         s.middle = max(s.begin, min(s.end, a.steps));
+        s.left = s.middle;
+#endif
         return s;
+    }
+
+    // A share of W and one of L, so that nobody waits for who has all of L.
+    __device__ __forceinline__ void divide(Segment& s, int slots, int share, int shares) const {
+        const int units = slots - a.steps;
+        s.begin = a.steps * share / shares;
+        s.middle = a.steps * (share + 1) / shares;
+        // From the other end: who has one slot of W more should have one of L less.
+        s.left = a.steps + units - units * (share + 1) / shares;
+        s.end = a.steps + units - units * share / shares;
+        s.whole = shares == 1;
     }
 };
 
@@ -194,7 +216,9 @@ struct Cursor {
         skip_empty();
     }
     __device__ __forceinline__ void skip_empty() {
-        while (step >= at.end && --tile >= work.first) {
+        while (step >= at.middle) {
+            step = max(step, at.left);
+            if (step < at.end || --tile < work.first) return;
             at = work.segment(tile);
             step = at.begin;
         }
@@ -474,8 +498,9 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sum[m][i] = 0.f;
-    int step = s.begin + column_group;
-    for (; step < s.middle; step += COLUMN_GROUPS) by.multiply_weights(sum);
+    const int of_weights = s.middle - s.begin;
+    int slot = column_group;
+    for (; slot < of_weights; slot += COLUMN_GROUPS) by.multiply_weights(sum);
     wait_for_sums(sum);
 #if GROUP == 0
 #pragma unroll
@@ -490,7 +515,8 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
     }
 #endif
 #if ADAPTERS
-    for (; step < s.end; step += COLUMN_GROUPS) by.multiply_left(sum);
+    const int of_both = of_weights + s.end - s.left;
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
     wait_for_sums(sum);
 #endif
 }
@@ -498,8 +524,6 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 // ----------------------------------------------------------------------------------------------------------- output
 
 #if EVEN
-#define AT_ONCE 4  // pieces whose parts are asked for together: one after another they would take as long as a tile
-
 #ifndef PATIENCE
 #define PATIENCE 1000  // looks at what others have done
 #endif
@@ -526,19 +550,27 @@ __device__ __forceinline__ float4 load_part(const float4* from) {
     return v;
 }
 
-// Sums of pieces from `piece` on, over the blocks that share their tile, in their order.
+// Sums of pieces from `piece` on, over the blocks that share their tile, in their order. The parts of so many blocks are asked
+// for together: one after another they would take as long as a tile.
+template <int AT_ONCE, int BLOCKS_AT_ONCE>
 __device__ __forceinline__ void add_parts(float4 (&v)[AT_ONCE], const float4* first, const float4* others, int blocks, int piece, int end) {
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) v[i] = load_part(first + min(piece + i, end - 1) * CONSUMERS);
-#pragma unroll 2
-    for (int block = 1; block < blocks; ++block, others += 2 * PIECES * CONSUMERS) {
-        float4 w[AT_ONCE];
+    for (int block = 1; block < blocks; block += BLOCKS_AT_ONCE) {
+        float4 w[BLOCKS_AT_ONCE][AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) w[i] = load_part(others + min(piece + i, end - 1) * CONSUMERS);
+        for (int b = 0; b < BLOCKS_AT_ONCE; ++b)
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            v[i].x += w[i].x; v[i].y += w[i].y; v[i].z += w[i].z; v[i].w += w[i].w;
-        }
+            for (int i = 0; i < AT_ONCE; ++i)
+                w[b][i] = block + b < blocks ? load_part(others + min(piece + i, end - 1) * CONSUMERS + b * 2 * PIECES * CONSUMERS)
+                                             : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int b = 0; b < BLOCKS_AT_ONCE; ++b)
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                v[i].x += w[b][i].x; v[i].y += w[b][i].y; v[i].z += w[b][i].z; v[i].w += w[b][i].w;
+            }
+        others += BLOCKS_AT_ONCE * 2 * PIECES * CONSUMERS;
     }
 }
 #endif
@@ -586,6 +618,22 @@ __device__ __forceinline__ void write_results(const Arguments& a, const float4& 
         if (row + 9 < end_row) to[9] = (u16)(second >> 16);
     }
 }
+
+#if EVEN
+// Add up and write pieces of 8 tokens of a warpgroup's rows, from `piece` to `end`.
+template <int AT_ONCE, int BLOCKS_AT_ONCE>
+__device__ __forceinline__ void finish_pieces(const Arguments& a, const Segment& s, const float4* first, const float4* others, int blocks,
+                                              int piece, int end, int first_row, int lane) {
+    for (; piece < end; piece += AT_ONCE) {
+        float4 v[AT_ONCE];
+        add_parts<AT_ONCE, BLOCKS_AT_ONCE>(v, first, others, blocks, piece, end);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (piece + i < end)
+                write_results(a, v[i], first_row + (piece + i) / (TOKENS / 8) * 64, s.end_row, s.token + (piece + i) % (TOKENS / 8) * 8, lane);
+    }
+}
+#endif
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
@@ -690,15 +738,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         const float4* const others = a.parts + (first_block + 1) * 2 * (size_t)(PIECES * CONSUMERS) + thread;
         for (int block = 0; block < blocks; ++block) {
             if (!(mine >> block & 1)) continue;
-            const int end = PIECES * (block + 1) / blocks;
-            for (int piece = PIECES * block / blocks; piece < end; piece += AT_ONCE) {
-                float4 v[AT_ONCE];
-                add_parts(v, first, others, blocks, piece, end);
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i)
-                    if (piece + i < end)
-                        write_results(a, v[i], first_row + (piece + i) / (TOKENS / 8) * 64, s.end_row, s.token + (piece + i) % (TOKENS / 8) * 8, lane);
-            }
+            const int piece = PIECES * block / blocks, end = PIECES * (block + 1) / blocks;
+            if (end - piece > 2) finish_pieces<4, 2>(a, s, first, others, blocks, piece, end, first_row, lane);
+            else finish_pieces<1, 8>(a, s, first, others, blocks, piece, end, first_row, lane);
         }
         // All that this warpgroup reads of the others' sums is in registers.
         wait_named(1 + row_group, 128);

@@ -221,7 +221,8 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
         processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-        grid = shapes.even_blocks(tiles, arguments.slots, processors * shape.blocks)
+        most = max(processors - shape.spared, 1) * shape.blocks
+        grid = shapes.even_blocks(tiles, arguments.slots, most)
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
 
