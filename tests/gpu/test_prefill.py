@@ -167,6 +167,8 @@ SHAPES = [
     LaunchShape(128, 2, 2),
     LaunchShape(128, 2, 1),
     LaunchShape(64, 2, 1, 2),
+    LaunchShape(64, 2, 1, 2, share=False, beside=True),
+    LaunchShape(128, 2, 1, light=True),
 ]
 
 

@@ -46,6 +46,7 @@ ATTRIBUTE_SHARED_BYTES = 1
 ATTRIBUTE_LOCAL_BYTES = 3
 ATTRIBUTE_REGISTERS = 4
 ATTRIBUTE_MAX_DYNAMIC_SHARED_BYTES = 8
+ATTRIBUTE_PREFERRED_SHARED_PERCENT = 9
 
 LAUNCH_COOPERATIVE = 2
 LAUNCH_CLUSTER_DIMENSION = 4
@@ -269,6 +270,17 @@ class Function:
             f"{self.static_shared_bytes} static ones",
         )
         self.shared_bytes = shared_bytes
+
+    def leave_shared(self) -> None:
+        """Ask for multiprocessors that keep all memory they can as shared memory, little as this kernel takes of it.
+
+        A kernel that takes much cannot begin beside one that runs where most is a cache.
+
+        Raises:
+            KernelError: the driver refuses.
+        """
+        status = self._library.cuFuncSetAttribute(self.handle, ATTRIBUTE_PREFERRED_SHARED_PERCENT, 100)
+        _check(status, f"kernel {self.name!r}: asking for multiprocessors of most shared memory")
 
     def max_blocks_per_multiprocessor(self, threads: int, shared_bytes: int = 0) -> int:
         """Return how many blocks of this many threads and dynamic shared bytes a multiprocessor holds at once."""

@@ -19,11 +19,14 @@
 //   OUTPUTS    tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out
 //   BLOCKS     blocks that a multiprocessor can hold at once
 //   MULTICAST  blocks of a cluster, of neighbouring rows, that bring activations for each other
+//   LIGHT      1: leaves registers to another launch on the same multiprocessor
 
 #define THREADS (128 * (WARPGROUPS + 1))
-// Of a thread that multiplies, and of the others: together no more than a block has at its start.
-#define REGISTERS (WARPGROUPS == 4 ? 112 : BLOCKS == 1 ? 232 : 104)
-#define FEW_REGISTERS (WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
+// Of a thread that multiplies, and of the others: together no more than a block has at its start. For what it has then
+// products are compiled, so that a light block says it has as many threads as have 96 registers each.
+#define REGISTERS (WARPGROUPS == 4 || LIGHT ? 112 : BLOCKS == 1 ? 232 : 104)
+#define FEW_REGISTERS (LIGHT ? 56 : WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
+#define BOUND (LIGHT ? 640 : THREADS)
 #define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
 #define TILES (BLOCK_ROWS / 16)
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
@@ -68,6 +71,7 @@ struct Arguments {
     u32 share_rest;        // clusters that have one more
     u32 inverse;           // 2^32 / pieces of a tile, rounded up: a division that the compiler knows to be the same in all lanes
     int wait_first;        // 1: x may still be written by the launch before
+    int wait_last;         // 1: it is not, but the launch after this one reads what the launch before writes
     u32 zero;              // 0, which the compiler does not know
 };
 
@@ -399,6 +403,10 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         }
 #endif
     }
+    if (a.wait_last) {
+        wait_for_previous_launch();
+        let_next_launch_begin();
+    }
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
@@ -589,9 +597,12 @@ __device__ __forceinline__ void add_part(const float4* from, float (&sum)[ROW_TI
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+#if BYTES_8
+    __shared__ __align__(8) float token_scales[WARPGROUPS][TOKENS];
+#endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 slots = shared_address(shared);
     Pipeline pipeline{slots, shared_address(barriers), shared_address(barriers + STAGES), 0, 0};
@@ -638,6 +649,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
         const int units = uniform(ranks_of(a, block_tile).y);
 #endif
         Sum products[ROW_TILES][SUMS] = {};
+#if BYTES_8
+        const float token_scale = a.token_scale[token + threadIdx.x % TOKENS];
+#endif
 #pragma unroll 1
         for (int left = min(s.last, a.units) - s.first; left > 0; --left)
             multiply_weights(products, metadata, reader);
@@ -651,6 +665,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
                 if (GROUP == 0) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
                 bias[m][half] = a.bias ? to_float(a.bias[min(row, a.rows - 1)]) : 0.f;
             }
+#if BYTES_8
+        token_scales[group][threadIdx.x % TOKENS] = token_scale;
+        wait_named(2 + group, 128);
+#endif
         wgmma_wait<0>();
 #if ACTIVATION == 8
         float sum[ROW_TILES][SUMS];
@@ -661,7 +679,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #pragma unroll
         for (int i = 0; i < SUMS; i += 4) {
 #if BYTES_8
-            const float2 s = *(const float2*)(a.token_scale + token + 2 * i + lane % 4 * 2);
+            const float2 s = *(const float2*)&token_scales[group][2 * i + lane % 4 * 2];
             const float even = s.x * CODE_UNIT, odd = s.y * CODE_UNIT;
 #else
             const float even = 1.f, odd = 1.f;
@@ -718,7 +736,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
             }
         }
     }
-    if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();
+    if (!a.wait_first && !a.wait_last && threadIdx.x == 0) let_next_launch_begin();
     if (threadIdx.x % 128 == 0) wait_until_boxes_are_stored();
 #if MULTICAST > 1
     // What the other block brings, and says, must find this one still there.

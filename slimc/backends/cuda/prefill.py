@@ -2,7 +2,8 @@
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
 runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``); adapters read x as
-it came. Sums are taken in an order fixed by the shape of the launch, so results are the same from call to call.
+it came, so that t need not wait for it. Sums are taken in an order fixed by the shape of the launch, so results are the
+same from call to call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
-from slimc.backends.cuda.rounding import ACTIVATION_CODES, round_inputs, threads_for
+from slimc.backends.cuda.rounding import ACTIVATION_CODES, THREAD_COLUMNS, kept_for, round_inputs
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
@@ -46,7 +47,7 @@ SCALE_WORDS_BYTES = 32
 SHARED_BYTES = 228 << 10
 """Shared memory of a multiprocessor."""
 
-RESERVED_BYTES = 2 << 10
+RESERVED_BYTES = 4 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
 ALIGNMENT = 1024
@@ -60,6 +61,12 @@ SMALLEST_IDLE_SHARE = 0.05
 
 ADDING_COST = 2
 """Pieces that it could multiply in the time that it takes to add another's sums."""
+
+QUANTIZER_THREADS = 384
+"""Of a multiprocessor: enough to have memory busy, and few enough that t's launch finds room beside them."""
+
+QUANTIZER_BLOCK = 128
+"""Threads of a block where so many have registers for a token; longer ones take all of a multiprocessor's."""
 
 QUANTIZED_COLUMNS = 32
 """A rounded row is a multiple of this: within so many columns their order changes."""
@@ -77,9 +84,10 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_uint) for name in (
             "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
-            "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse", "wait_first", "zero",
+            "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse",
+            "wait_first", "wait_last", "zero",
         )),
-        ("padding", ctypes.c_uint * 4),
+        ("padding", ctypes.c_uint * 3),
     ]  # fmt: skip
 
 
@@ -95,6 +103,8 @@ class LaunchShape:
         share: whether blocks divide tiles among them where whole ones would leave some idle.
         multicast: blocks of a cluster, of neighbouring rows, that bring activations for each other.
         outputs: tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out.
+        beside: whether to leave the room of all blocks but one to the launches before and after.
+        light: whether a block of two warpgroups of 64 rows takes few registers, so that another launch has some.
     """
 
     tokens: int
@@ -104,6 +114,8 @@ class LaunchShape:
     outputs: int = 64
     share: bool = True
     multicast: int = 1
+    beside: bool = False
+    light: bool = False
 
     @property
     def rows(self) -> int:
@@ -126,7 +138,7 @@ class LaunchShape:
         What is left over after whole tiles is shared together with one more for each cluster: so a tile has few shares,
         whose sums it costs time to add. ``cost`` is that time, in pieces.
         """
-        clusters = processors * self.blocks // self.multicast
+        clusters = processors * (1 if self.beside else self.blocks) // self.multicast
         rest = tiles % clusters
         idle = -tiles % clusters
         if not self.share or idle * pieces <= cost * clusters or idle <= SMALLEST_IDLE_SHARE * (tiles + idle):
@@ -197,6 +209,7 @@ class _Quantizer:
     launcher: driver.Launcher
     columns: int
     threads: int
+    blocks: int
 
 
 @dataclass
@@ -264,9 +277,10 @@ def _quantize(
         x.data_ptr(),
         rounded.data_ptr(),
         scales.data_ptr(),
+        tokens,
         columns,
         quantizer.columns,
-        grid=(tokens, 1, 1),
+        grid=(min(tokens, quantizer.blocks), 1, 1),
         block=(quantizer.threads, 1, 1),
         stream=stream,
         programmatic=True,
@@ -335,6 +349,7 @@ def make_plan(
         raise KernelError(f"sums of 8-bit products cannot have a scale every {group} columns; use 16-bit activations")
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     form = Form(layer.metadata is not None, group, layer.right is not None, activation)
+    own_shape, own_right_shape = _shapes(spec.rows, spec.columns, tokens, activation, processors)
     main = _plan_launch(
         _Arguments(
             scale=pointer(layer.scale),
@@ -354,7 +369,7 @@ def make_plan(
             "left_map": (layer.left, 1),
             "left_scale_map": (layer.left_scale, 1),
         },
-        shape or _shape(spec.rows, spec.columns, tokens, activation, processors),
+        shape or own_shape,
         form,
         dtype,
         layer,
@@ -368,16 +383,17 @@ def make_plan(
                 rows=layer.ranks,
                 row_tiles=layer.ranks // TILE_ROWS,
                 units=layer.right.shape[1],
-                wait_first=1,
+                wait_first=int(activation is None),
+                wait_last=int(activation is not None),
             ),
             {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
-            right_shape or SMALL_TILES,
+            right_shape or own_right_shape,
             Form(False, FACTOR_GROUP, False, None),
             dtype,
             layer,
             processors,
         )
-    quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index)
+    quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index, processors)
     return Plan(main, right, quantizer)
 
 
@@ -397,25 +413,37 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
         "BLOCKS": shape.blocks,
         "MULTICAST": shape.multicast,
         "OUTPUTS": shape.outputs,
+        "LIGHT": int(shape.light),
     }
 
 
 SMALL_TILES = LaunchShape(128, 2, 1)
 """Of t, and where there are few tiles."""
 
+HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
+"""Of t and of a layer with few tiles, whose blocks find room beside those of t."""
+
 LARGE_LAYER = 8192
 """Rows and columns from which on it pays that two blocks bring activations for each other."""
 
+MANY_ROWS = 16384
+MANY_TOKENS = 1024
+"""From which on four warpgroups are faster in 16 bit."""
 
-def _shape(rows: int, columns: int, tokens: int, activation: Activation | None, processors: int) -> LaunchShape:
-    """Choose the shape of a layer's launch, as measured on an H100."""
+
+def _shapes(
+    rows: int, columns: int, tokens: int, activation: Activation | None, processors: int
+) -> tuple[LaunchShape, LaunchShape]:
+    """Choose the shapes of a layer's launch and of that for t, as measured on an H100."""
     tiles = -(-rows // 256) * -(-tokens // 128)
-    few = 2 * tiles <= processors and columns <= LARGE_LAYER if activation is None else 8 * tiles <= 5 * processors
+    few = 2 * tiles <= processors and columns < 2 * LARGE_LAYER if activation is None else 8 * tiles <= 5 * processors
     if few:
-        return SMALL_TILES
+        return (HALF_BLOCKS, HALF_BLOCKS) if activation is None else (SMALL_TILES, SMALL_TILES)
     if min(rows, columns) >= LARGE_LAYER:
-        return LaunchShape(128, 2, 2, outputs=128, multicast=2)
-    return LaunchShape(128, 4, 1) if activation is None else LaunchShape(128, 2, 2, outputs=128)
+        return LaunchShape(128, 2, 2, outputs=128, multicast=2), SMALL_TILES
+    if activation is None and rows >= MANY_ROWS and tokens >= MANY_TOKENS:
+        return LaunchShape(128, 4, 1), SMALL_TILES
+    return LaunchShape(128, 2, 2, outputs=128), SMALL_TILES
 
 
 def _plan_launch(
@@ -443,10 +471,6 @@ def _plan_launch(
             )
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
-    module = driver.load(
-        source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
-    )
-    function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows
@@ -454,6 +478,10 @@ def _plan_launch(
     clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors, cost)
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
     arguments.inverse = -(-(1 << 32) // pieces)
+    module = driver.load(
+        source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
+    )
+    function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
     grid = clusters * shape.multicast
     ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
     return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
@@ -468,18 +496,21 @@ def _ready(layer: FragmentLayer, count: int) -> Counters:
     return found
 
 
-def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int) -> _Quantizer:
-    threads = threads_for(columns)
+def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int, processors: int) -> _Quantizer:
+    threads = QUANTIZER_BLOCK if columns <= QUANTIZER_BLOCK * THREAD_COLUMNS else QUANTIZER_THREADS
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 90,
         "SPARSE": int(form.sparse),
         "ACTIVATION": ACTIVATION_CODES[form.activation],
         "THREADS": threads,
+        "KEPT": kept_for(columns, threads),
     }
     function = driver.load(source("quantize.cu"), QUANTIZER_NAME, device_index, defines).function(QUANTIZER_NAME)
-    kinds = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 2
-    return _Quantizer(function.prepare(kinds), _round_up(columns, QUANTIZED_COLUMNS), threads)
+    function.leave_shared()
+    kinds = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 3
+    blocks = QUANTIZER_THREADS // threads * processors
+    return _Quantizer(function.prepare(kinds), _round_up(columns, QUANTIZED_COLUMNS), threads, blocks)
 
 
 def _round_up(number: int, to: int) -> int:

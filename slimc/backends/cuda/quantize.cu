@@ -10,8 +10,8 @@
 //   ACTIVATION 8: int8, 80: float8 e4m3
 //   SPARSE     1: for a 2:4 weight; 0: for a dense one; `round_tokens` is the same for both
 //   THREADS    of a block
+//   KEPT       times 8 numbers of a thread, in registers; those of longer tokens are read twice
 
-#define KEPT 8  // times 8 numbers of a thread, in registers; those of longer tokens are read twice
 #define LARGEST (ACTIVATION == 8 ? 127.f : 448.f)
 
 #if ACTIVATION == 8
@@ -86,9 +86,11 @@ struct Token {
     float s, inverse;
     bool plainly;
 
-    // All threads of the block. Numbers from `eighths` times 8 on are zeros.
-    __device__ __forceinline__ Token(const uint4* from, int eighths) {
-        __shared__ u32 largest[THREADS / 32];
+    // All threads of the block. Numbers from `eighths` times 8 on are zeros. `turn` is another one than for the token before:
+    // some threads may still be reading what was largest there.
+    __device__ __forceinline__ Token(const uint4* from, int eighths, int turn) {
+        __shared__ u32 both[2][THREADS / 32];
+        u32* const largest = both[turn];
         const int thread = threadIdx.x;
 #pragma unroll
         for (int k = 0; k < KEPT; ++k) {
@@ -133,23 +135,28 @@ struct Token {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const uint4* x, uint2* q, float* scale, int columns, int filled) {
-    const size_t number = blockIdx.x;
+// Few blocks, which go on from token to token, of 72 registers a thread, as the bound makes them: a launch that multiplies finds
+// room beside them.
+extern "C" __global__ void __launch_bounds__(896)
+quantize_tokens(const uint4* x, uint2* q, float* scale, int tokens, int columns, int filled) {
     const int eighths = columns / 8, end = filled / 8;
-    const uint4* const from = x + number * eighths;
-    uint2* const to = q + number * end;
     wait_for_previous_launch();
     if (threadIdx.x == 0) let_next_launch_begin();
-    const Token token(from, eighths);
-    if (threadIdx.x == 0) scale[number] = token.s;
-    token.each(from, eighths, end, [&](int i, const uint4& v) {
-        const u32 words[4] = {v.x, v.y, v.z, v.w};
-        u32 pairs[4];
+    int turn = 0;
+    for (size_t number = blockIdx.x; number < tokens; number += gridDim.x, turn ^= 1) {
+        const uint4* const from = x + number * eighths;
+        uint2* const to = q + number * end;
+        const Token token(from, eighths, turn);
+        if (threadIdx.x == 0) scale[number] = token.s;
+        token.each(from, eighths, end, [&](int i, const uint4& v) {
+            const u32 words[4] = {v.x, v.y, v.z, v.w};
+            u32 pairs[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) pairs[j] = token.divide(words[j], round_pair);
-        const uint2 bytes = exchange(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-        if (i < end) to[place(i)] = bytes;
-    });
+            for (int j = 0; j < 4; ++j) pairs[j] = token.divide(words[j], round_pair);
+            const uint2 bytes = exchange(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+            if (i < end) to[place(i)] = bytes;
+        });
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) round_tokens(const uint4* x, uint4* rounded, int columns) {
@@ -159,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_tokens(const uint4* 
     uint4* const to = rounded + number * eighths;
     wait_for_previous_launch();
     if (threadIdx.x == 0) let_next_launch_begin();
-    const Token token(from, eighths);
+    const Token token(from, eighths, 0);
     token.each(from, eighths, eighths, [&](int i, const uint4& v) {
         const auto round = [&](u32 word) {
             return token.divide(word, [&](float first, float second) { return round_pair_in_16_bits(first, second, token.s); });

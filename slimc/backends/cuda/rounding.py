@@ -12,7 +12,7 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import source
 from slimc.runtime import activations
 
-__all__ = ["ACTIVATION_CODES", "round_inputs", "threads_for"]
+__all__ = ["ACTIVATION_CODES", "THREAD_COLUMNS", "kept_for", "round_inputs", "threads_for"]
 
 KERNEL_NAME = "round_tokens"
 
@@ -20,7 +20,9 @@ ACTIVATION_CODES: dict[str | None, int] = {None: 16, "int8": 8, "float8_e4m3fn":
 """What the sources call the types of activations."""
 
 THREADS = (128, 256, 512)
-THREAD_COLUMNS = 64
+COLUMNS_AT_A_TIME = 8
+MOST_KEPT = 8
+THREAD_COLUMNS = MOST_KEPT * COLUMNS_AT_A_TIME
 """Columns of a token that a thread has registers for."""
 
 FEW_TOKENS = 128
@@ -67,6 +69,11 @@ def threads_for(columns: int, of_a_thread: int = THREAD_COLUMNS) -> int:
     return next((threads for threads in THREADS if threads * of_a_thread >= columns), THREADS[-1])
 
 
+def kept_for(columns: int, threads: int) -> int:
+    """Return how many times 8 columns of a token each of so many threads shall have in registers."""
+    return min(-(-columns // (COLUMNS_AT_A_TIME * threads)), MOST_KEPT)
+
+
 def _has_kernel(x: Tensor, activation: str) -> bool:
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or x.shape[-1] % 8 or not x.numel():
         return False
@@ -81,6 +88,7 @@ def _launcher(activation: str, dtype: torch.dtype, threads: int, device_index: i
         "SPARSE": 0,
         "ACTIVATION": ACTIVATION_CODES[activation],
         "THREADS": threads,
+        "KEPT": MOST_KEPT,
     }
     module = driver.load(source("quantize.cu"), "quantize_tokens", device_index, defines)
     return module.function(KERNEL_NAME).prepare([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int])
