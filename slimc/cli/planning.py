@@ -44,6 +44,12 @@ def plan(
     include: options.Include = None,
     exclude: options.Exclude = None,
     device: options.Device = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measurements of an earlier plan; written there if there are none.", show_default=False
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Carry it out on trial beside the best single expression; keep the better.")
     ] = False,
@@ -69,6 +75,8 @@ def plan(
 
       slimc plan ./llama -b 45MB -o plan.yaml --calibration notes.txt --samples 32
 
+      slimc plan ./llama -b 3bpw --sensitivities llama.json         measure once, and plan again in seconds
+
       slimc plan ./llama -b 0.4x --target decode@h100               of the time of a token, measured on this H100
     """
     import slimc
@@ -83,7 +91,14 @@ def plan(
         if output.exists() and not overwrite:
             raise InputError(f"{output} exists; add --overwrite to replace it, or choose another --output")
     given = {"samples": samples, "length": length, "batch": batch, "seed": seed}
-    choices = Menu.load(menu).calibrated(**{option: value for option, value in given.items() if value is not None})
+    changed = {option: value for option, value in given.items() if value is not None}
+    known = sensitivities is not None and sensitivities.exists()
+    if known and (menu or changed or include or exclude):
+        raise InputError(
+            f"{sensitivities} holds measurements with a menu, calibration and patterns of their own. Leave --menu, "
+            "--samples, --length, --batch, --seed, --include and --exclude out, or name a file that is not there yet."
+        )
+    choices = None if known else Menu.load(menu).calibrated(**changed)
     text = None if calibration == "self" else calibration_text(calibration)
     place = default_device() if device is None else usable_device(device)
     dense, tokenizer = open_model(model, device="cpu")
@@ -98,6 +113,7 @@ def plan(
             device=place,
             include=include or (),
             exclude=exclude or (),
+            sensitivities=sensitivities,
             check=check,
             progress=progress,
         )
