@@ -39,8 +39,8 @@ from slimc.passes.report import LeftRow, Report
 from slimc.planning.budget import Budget
 from slimc.planning.check import measured_damage
 from slimc.planning.menu import Menu, MenuSource
-from slimc.planning.plan import SIZE, Plan, Sensitivities, Times
-from slimc.planning.sensitivity import Measure, measure
+from slimc.planning.plan import SIZE, Plan, Sensitivities, Times, refuse_tied
+from slimc.planning.sensitivity import Measure, measure, tied_sites
 from slimc.progress import Progress, SilentProgress
 from slimc.recipes import Recipe
 from slimc.runtime import modules
@@ -154,6 +154,7 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             device=device,
             include=include,
             exclude=exclude,
+            counts_bytes=target == SIZE or wanted.in_bytes,
             progress=progress,
         )
         # The patterns are the recipe's by now.
@@ -286,6 +287,7 @@ def plan(
             device=device,
             include=include,
             exclude=exclude,
+            counts_bytes=target == SIZE or wanted.in_bytes,
             progress=progress,
         )
         if keep is not None:
@@ -395,9 +397,13 @@ def _measure(
     device: Device,
     include: Patterns,
     exclude: Patterns,
+    counts_bytes: bool = False,
     progress: Progress,
 ) -> tuple[Sensitivities, list[Any]]:
-    """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes."""
+    """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes.
+
+    With ``counts_bytes`` it refuses, before it measures, sites that can save none.
+    """
     _require_module(model)
     menu = Menu.load(menu)
     include = (*menu.include, *_several(include))
@@ -415,6 +421,8 @@ def _measure(
         progress=progress,
         clock=_Clock(),
     )
+    if counts_bytes:
+        refuse_tied(tied_sites(run.program))
     batches, inputs = run.batches, run.inputs
     if run.self_sampled:
         batches = self_sampled_batches(

@@ -60,8 +60,10 @@ def plan(
 
     Every expression on a menu (widths from 2 to 8 bits, sizes of groups, and so on) is tried at every layer of the
     dense model. What it does to a layer's output counts by how much the output of the model depends on it there. A
-    solver then picks one expression for each layer, all at once, so that the predicted damage is least. The budget is
-    for the planned layers, scales and adapters included: bits a weight, megabytes, or a share of what they take now.
+    solver then picks one expression for each layer, all at once, so that the predicted damage is least: the divergence
+    of the model's output from the dense one's, in nats a token (half its squared relative error, if it predicts no
+    tokens). The budget is for the planned layers, scales and adapters included: bits a weight, megabytes, or a share of
+    what they take now.
 
     The plan is a recipe: read it, edit it, and run it with 'slimc compress --recipe' and the same calibration.
 

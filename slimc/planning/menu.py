@@ -21,7 +21,7 @@ from slimc.passes import (
     SitePass,
     check_order,
 )
-from slimc.recipes import Recipe
+from slimc.recipes import PassConfig, Recipe
 
 DENSE = "dense"
 """The choice of leaving a site as it is; every menu has it."""
@@ -97,7 +97,7 @@ class Menu:
     @property
     def recipe(self) -> Recipe:
         """The menu as a recipe."""
-        passes = [one.to_config() for one in self.passes]
+        passes: list[PassConfig] = [one.to_config() for one in self.passes]
         return Recipe(name="menu", passes=passes, include=list(self.include), exclude=list(self.exclude))
 
     @property

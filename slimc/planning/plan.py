@@ -28,6 +28,23 @@ Times = Mapping[LinearFormat, float]
 """Microseconds of one call, by form."""
 
 
+def refuse_tied(sites: Mapping[str, str]) -> None:
+    """Refuse to count bytes that no choice can save.
+
+    Args:
+        sites: those whose weight is the table of an embedding, with the name of that.
+
+    Raises:
+        RecipeError: there are some.
+    """
+    for site, embedding in sites.items():
+        raise RecipeError(
+            f"'{site}' shares its weight with the embedding '{embedding}', which stays as it is: any other form of it "
+            "would be stored besides, and no budget of bytes is met by that. Leave it out, or plan for time (--target "
+            "decode with a budget such as 0.5x)."
+        )
+
+
 @dataclass(frozen=True)
 class PlannedSite:
     """A site and the choice for it."""
@@ -284,13 +301,8 @@ class Sensitivities:
     def _counts_time(self, budget: Budget, times: Times | None) -> bool:
         """Tell whether the budget is one of time; refuse to count bytes that no choice can save."""
         in_time = times is not None and not budget.in_bytes
-        tied = next((site for site in self.sites if site.embedding is not None), None)
-        if tied is not None and not in_time:
-            raise RecipeError(
-                f"'{tied.name}' shares its weight with the embedding '{tied.embedding}', which stays as it is: any "
-                "other form of it would be stored besides, and no budget of bytes is met by that. Leave it out, or "
-                "plan for time (--target decode with a budget such as 0.5x)."
-            )
+        if not in_time:
+            refuse_tied({site.name: site.embedding for site in self.sites if site.embedding is not None})
         return in_time
 
     def _refused(self) -> tuple[str, ...]:

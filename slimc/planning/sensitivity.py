@@ -199,7 +199,7 @@ def measure(
     finally:
         for site in program.sites.values():
             site.packed = None
-    tables = _embeddings(program)
+    tied = tied_sites(program)
     return [
         SiteChoices(
             site.name,
@@ -207,13 +207,17 @@ def measure(
             site.group,
             trial.found[site.name],
             trial.refused.get(site.name, {}),
-            tables.get(memory(attribute(program.module, site.weight_name))),
+            tied.get(site.name),
         )
         for site in program.site_order()
     ]
 
 
-def _embeddings(program: Program) -> dict[tuple[Any, ...], str]:
-    """Return the embeddings of the model by the memory of their tables."""
+def tied_sites(program: Program) -> dict[str, str]:
+    """Return the sites whose weight is the table of an embedding, too, with the name of that embedding."""
     lookups = [node for node in program.graph.nodes if node.target in EMBEDDINGS and node.args[0].op == "get_attr"]
-    return {memory(attribute(program.module, str(node.args[0].target))): innermost_module(node) for node in lookups}
+    tables = {memory(attribute(program.module, str(node.args[0].target))): innermost_module(node) for node in lookups}
+    found = {
+        site.name: tables.get(memory(attribute(program.module, site.weight_name))) for site in program.sites.values()
+    }
+    return {name: table for name, table in found.items() if table is not None}

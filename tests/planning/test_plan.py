@@ -265,6 +265,16 @@ def test_one_measurement_serves_plans_of_several_budgets(network, batches, tmp_p
     assert slimc.plan(network, batches, sensitivities=kept, budget="6.5bpw", check=True).measured > 0
 
 
+def test_a_tied_head_is_refused_before_anything_is_measured(tiny_llama_folder: Path, monkeypatch):
+    from slimc.backends import hf
+
+    monkeypatch.setattr(api, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    model, tokenizer = hf.load_model(tiny_llama_folder)
+    for run in (slimc.plan, slimc.compile):
+        with pytest.raises(RecipeError, match="'lm_head' shares its weight with the embedding 'model.embed_tokens'"):
+            run(model, tokenizer=tokenizer, budget="4bpw", include="lm_head")
+
+
 def test_sensitivities_come_with_their_menu_and_belong_to_a_model(network, batches, tmp_path: Path):
     found = slimc.sensitivities(network, batches, menu=MENU)
     with pytest.raises(RecipeError, match="have a menu, include and exclude of their own"):
