@@ -34,7 +34,7 @@ from slimc.runtime.evaluate import perplexity
 CALIBRATE = Calibrate(samples=64, length=512)
 METHODS = recipes.read(Path(__file__).with_suffix(".yaml"), "the list of methods")
 PLANNER = "planner"
-BUDGETS = ("2.5bpw", "2.75bpw", "3bpw", "3.25bpw", "3.5bpw", "4bpw", "4.5bpw", "5bpw", "6bpw")
+BUDGETS = ("2.5bpw", "2.75bpw", "3bpw", "3.25bpw", "3.5bpw", "4bpw", "4.25bpw", "4.5bpw", "5bpw", "6bpw")
 RANGE = (2.5, 6.0)
 """Bits a weight between which the planner is compared."""
 
@@ -77,7 +77,9 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                 more = {"predicted": plan.damage, "measured": plan.measured, "choices": plan.counts()}
                 yield row(method, budget, plan, **more)
             continue
-        for point in METHODS[method]:
+        for number, point in enumerate(METHODS[method]):
+            if options.points and number not in options.points:
+                continue
             named = isinstance(point, str)
             passes = point if named else [CALIBRATE, *from_config(point), Fuse()]
             yield row(method, point if named else json.dumps(point), passes)
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--methods", nargs="*", default=[*METHODS, PLANNER], choices=[*METHODS, PLANNER])
+    parser.add_argument("--points", type=int, nargs="*", help="only these points of each method, counted from 0")
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--sensitivities", type=Path, help="where the planner's measurements are kept")
     parser.add_argument("--check", action="store_true", help="carry plans out on trial")
