@@ -4,9 +4,11 @@
     python benchmarks/frontier.py --results results/frontier*.json [--plot frontier.png]
 
 The first form measures: every point of ``frontier.yaml`` (or of the methods named by ``--methods``; ``planner`` is one
-of them, at ``--budgets``), with the model, text and windows of ``benchmarks/smollm2.py``. The second one puts files of
-results together: a table, whether the planner lies on or under each other point, and a plot (extra ``report``). Bytes
-are those of the layers as they are stored, adapters, masks and scales included; embeddings stay as they are.
+of them, at ``--budgets``), with the model, text and windows of ``benchmarks/smollm2.py``. A plan is what ``slimc
+plan`` makes and ``slimc compress`` carries out (``--check``: with a trial); ``--sensitivities`` keeps what it measures,
+so that budgets can be run one by one. The second one puts files of results together: a table, whether the planner lies
+on or under each other point, and a plot (extra ``report``). Bytes are those of the layers as they are stored, adapters,
+masks and scales included; embeddings stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 
 import slimc
-from slimc import api, recipes
+from slimc import recipes
 from slimc.backends import hf
 from slimc.passes import Calibrate, Fuse, from_config
 from slimc.runtime.evaluate import perplexity
@@ -32,7 +34,7 @@ from slimc.runtime.evaluate import perplexity
 CALIBRATE = Calibrate(samples=64, length=512)
 METHODS = recipes.read(Path(__file__).with_suffix(".yaml"), "the list of methods")
 PLANNER = "planner"
-BUDGETS = ("2.5bpw", "2.75bpw", "3bpw", "3.25bpw", "3.5bpw", "4bpw", "4.5bpw", "5bpw", "6bpw")
+BUDGETS = ("2.5bpw", "2.75bpw", "3bpw", "3.25bpw", "3.5bpw", "4bpw", "4.25bpw", "4.5bpw", "5bpw", "6bpw")
 RANGE = (2.5, 6.0)
 """Bits a weight between which the planner is compared."""
 
@@ -64,21 +66,20 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             "seconds": seconds,
         } | more
 
-    for path in options.plans:
-        yield row(PLANNER, path.stem.removeprefix("plan-"), path)
     for method in options.methods:
         if method == PLANNER:
-            started = time.perf_counter()
-            sensitivities = api.sensitivities(model, text, tokenizer=tokenizer)
-            seconds = time.perf_counter() - started
+            kept: Any = options.sensitivities or slimc.sensitivities(model, text, tokenizer=tokenizer)
             for budget in options.budgets:
-                plan = sensitivities.plan(budget)
-                more = {"predicted": plan.damage, "seconds to measure": seconds, "choices": plan.counts()}
+                given = {"tokenizer": tokenizer, "sensitivities": kept, "check": options.check}
+                plan = slimc.plan(model, text, budget=budget, **given)
                 if options.json:
                     plan.save(options.json.with_name(f"plan-{budget}.yaml"))
-                yield row(method, budget, plan.recipe.build(), **more)
+                more = {"predicted": plan.damage, "measured": plan.measured, "choices": plan.counts()}
+                yield row(method, budget, plan, **more)
             continue
-        for point in METHODS[method]:
+        for number, point in enumerate(METHODS[method]):
+            if options.points and number not in options.points:
+                continue
             named = isinstance(point, str)
             passes = point if named else [CALIBRATE, *from_config(point), Fuse()]
             yield row(method, point if named else json.dumps(point), passes)
@@ -152,8 +153,10 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--methods", nargs="*", default=[*METHODS, PLANNER], choices=[*METHODS, PLANNER])
+    parser.add_argument("--points", type=int, nargs="*", help="only these points of each method, counted from 0")
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
-    parser.add_argument("--plans", type=Path, nargs="*", default=[], help="recipes that 'slimc plan' wrote before")
+    parser.add_argument("--sensitivities", type=Path, help="where the planner's measurements are kept")
+    parser.add_argument("--check", action="store_true", help="carry plans out on trial")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the results go")

@@ -1,6 +1,6 @@
 """Whether a plan for the time of a token keeps what it promises: predicted against measured microseconds, on a GPU.
 
-    python benchmarks/planner_latency.py [--budgets 0.4x 0.6x 0.8x] [--layers 2] [--json results/...]
+    python benchmarks/planner_latency.py [--budgets 0.5x 0.6x 0.8x] [--layers 2] [--json results/...]
 
 A model of Llama-2-7B's layers, a few of them and with random weights, is planned for ``decode`` and carried out. What
 the plan promises is the sum of times of forms, each taken once. Beside it: the sum of the layers' own times as they
@@ -72,7 +72,7 @@ def _product(layer: nn.Module, x: Tensor) -> Tensor:
 def main() -> None:
     """Plan for each budget, carry it out, and time it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", nargs="*", default=["0.4x", "0.6x", "0.8x", "4bpw"])
+    parser.add_argument("--budgets", nargs="*", default=["0.5x", "0.6x", "0.8x", "4bpw"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--target", default="decode@h100")
     parser.add_argument("--json", type=Path)

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,13 @@ def _gradients(work: SiteWork, sample: Sample, weight: Tensor) -> float:
     return sample.damage(_difference(work, sample, weight))
 
 
-def _relative(work: SiteWork, sample: Sample, weight: Tensor) -> float:
-    exact = sample.inputs.float() @ work.dense.t()
-    return float((_difference(work, sample, weight).norm() / exact.norm()) ** 2)
+def _relative(work: SiteWork, _: Sample, weight: Tensor) -> float:
+    return (work.output_error(weight, work.held_out or work.statistics) or 0.0) ** 2
+
+
+def _by_token(work: SiteWork, sample: Sample, weight: Tensor) -> float:
+    alone = replace(sample, texts=torch.arange(len(sample.inputs), device=sample.inputs.device))
+    return alone.damage(_difference(work, sample, weight))
 
 
 def _by_site(work: SiteWork, sample: Sample, weight: Tensor) -> float:
@@ -62,11 +66,12 @@ def _by_site(work: SiteWork, sample: Sample, weight: Tensor) -> float:
 
 def _by_channel(work: SiteWork, sample: Sample, weight: Tensor) -> float:
     errors = _difference(work, sample, weight).square().mean(0)
-    return float((errors * sample.gradients.float().square().mean(0)).sum())
+    return float((errors * sample.gradients.float().square().mean((0, 1))).sum())
 
 
 MEASURES: dict[str, Measure] = {
     "gradients": _gradients,
+    "gradients, tokens apart": _by_token,
     "gradients^0.75": lambda *case: _gradients(*case) ** 0.75,
     "gradients^0.5": lambda *case: _gradients(*case) ** 0.5,
     "mean squares of a site": _by_site,

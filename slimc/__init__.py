@@ -20,10 +20,22 @@ if TYPE_CHECKING:
         plan,
         report,
         save,
+        sensitivities,
         tune,
     )
 
-__all__ = ["__version__", "compile", "explain", "export_onnx", "load", "plan", "report", "save", "tune"]
+__all__ = [
+    "__version__",
+    "compile",
+    "explain",
+    "export_onnx",
+    "load",
+    "plan",
+    "report",
+    "save",
+    "sensitivities",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -38,10 +38,11 @@ from slimc.passes.journal import Journal, digest
 from slimc.passes.report import LeftRow, Report
 from slimc.planning.budget import Budget
 from slimc.planning.check import measured_damage
-from slimc.planning.menu import Menu
-from slimc.planning.plan import SIZE, Plan, Sensitivities, Times
-from slimc.planning.sensitivity import Measure, measure
+from slimc.planning.menu import Menu, MenuSource
+from slimc.planning.plan import SIZE, Plan, Sensitivities, Times, refuse_tied
+from slimc.planning.sensitivity import Measure, measure, tied_sites
 from slimc.progress import Progress, SilentProgress
+from slimc.recipes import Recipe
 from slimc.runtime import modules
 from slimc.runtime.devices import CANNOT_BE_COPIED, copy_to, home_of, usable_device
 from slimc.runtime.files import file_inside, write_file
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
     from slimc.backends.onnx.export import OnnxReport
 
 Model = TypeVar("Model", bound=nn.Module)
+Passes = str | Path | Recipe | Plan | Pass | Sequence[Pass]
+"""How people name passes: a preset, a recipe file, a recipe or a plan in memory, one pass or several."""
+
+Patterns = str | Sequence[str]
+Device = str | torch.device | None
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -81,17 +87,17 @@ def _in_plain_mode(function: Callable[Parameters, Result]) -> Callable[Parameter
 def compile(  # noqa: A001 - slimc.compile, like torch.compile
     model: Model,
     calibration: Any = None,
-    passes: str | Path | Pass | Sequence[Pass] = recipes.DEFAULT,
+    passes: Passes = recipes.DEFAULT,
     *,
     tokenizer: Any = None,
     inplace: bool = False,
-    device: str | torch.device | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
+    device: Device = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
     journal: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-    skip: str | Sequence[str] = (),
+    skip: Patterns = (),
     stop_after: str | None = None,
     dump_dir: str | Path | None = None,
     budget: str | None = None,
@@ -104,7 +110,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         calibration: texts (with ``tokenizer``), a tensor, or an iterable of batches (tensors, tuples of arguments,
             dicts of keyword arguments). Batches are used as they are given, all of them: the ``samples`` and the
             ``length`` of ``Calibrate`` shape text only. ``None``: a causal language model writes its own text.
-        passes: the name of a preset, the path of a recipe file, one pass or a list of passes.
+        passes: the name of a preset, the path of a recipe file, what :func:`plan` returned, one pass or a list of
+            passes.
         tokenizer: of a language model, for texts and self-sampling.
         inplace: replace the linears of ``model`` itself and return it; an error leaves it as it was.
         device: where to compute, if not where ``model`` is; needed if it is spread over several. The model stays where
@@ -120,7 +127,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         stop_after: name of the last pass to run.
         dump_dir: folder for the text of the graph after each pass.
         budget: in place of ``passes``: what the layers may take together, ``"3.2bpw"`` (bits a weight), ``"45MB"`` or
-            ``"0.25x"`` (of what they take now); :func:`plan` then chooses how to express each of them.
+            ``"0.25x"`` (of what they take now); :func:`plan` then chooses how to express each of them. Nothing is
+            carried out on trial, which would compress three times; ``passes=plan(..., check=True)`` does that.
         target: what the budget counts; see :func:`plan`.
 
     Returns:
@@ -142,10 +150,11 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             device=device,
             include=include,
             exclude=exclude,
+            counts_bytes=target == SIZE or wanted.in_bytes,
             progress=progress,
         )
-        recipe = found.plan(wanted, target, times=times_of(found)).recipe
-        passes, include, exclude = recipe.build(), recipe.include, recipe.exclude
+        # The patterns are the recipe's by now.
+        passes, include, exclude = found.plan(wanted, target, times=times_of(found)), (), ()
     if resume and journal is None:
         raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
     record = Journal(Path(journal), resume=resume) if journal is not None else None
@@ -210,11 +219,12 @@ def plan(
     *,
     budget: str,
     target: str = SIZE,
-    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
+    menu: Menu | MenuSource = None,
     tokenizer: Any = None,
-    device: str | torch.device | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
+    device: Device = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    sensitivities: Sensitivities | str | Path | None = None,
     check: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
@@ -240,6 +250,8 @@ def plan(
         device: as for :func:`compile`.
         include: as for :func:`compile`.
         exclude: as for :func:`compile`.
+        sensitivities: what :func:`sensitivities` measured on this model, in place of measuring; menu and patterns are
+            then those of it. Or a file that keeps it: it is read if it is there, and written if not.
         check: carry out the plan and the best single expression within the budget on trial, and return the one whose
             output is closer to the dense model's, on calibration data that nothing is fitted to. Predictions take
             errors of different layers to add up, which far below 3 bits they do not. It compresses twice.
@@ -250,16 +262,32 @@ def plan(
     """
     progress = progress or SilentProgress()
     wanted, times_of = Budget.parse(budget), _times(target, progress)
-    found, batches = _measure(
-        model,
-        calibration,
-        menu=menu,
-        tokenizer=tokenizer,
-        device=device,
-        include=include,
-        exclude=exclude,
-        progress=progress,
-    )
+    _require_dense(model)
+    keep = Path(sensitivities) if isinstance(sensitivities, str | Path) else None
+    if keep is not None and keep.exists():
+        sensitivities = Sensitivities.load(keep)
+    if isinstance(sensitivities, Sensitivities):
+        if menu is not None or include or exclude:
+            raise RecipeError("Sensitivities have a menu, include and exclude of their own; leave these arguments out.")
+        found = sensitivities
+        found.require_measured_on(model)
+        batches = _batches(model, calibration, found.menu.measuring, tokenizer, device, progress) if check else []
+    else:
+        if keep is not None and not keep.parent.is_dir():
+            raise InputError(f"{keep} cannot be written: there is no folder {keep.parent}.")
+        found, batches = _measure(
+            model,
+            calibration,
+            menu=menu,
+            tokenizer=tokenizer,
+            device=device,
+            include=include,
+            exclude=exclude,
+            counts_bytes=target == SIZE or wanted.in_bytes,
+            progress=progress,
+        )
+        if keep is not None:
+            found.save(keep)
     times = times_of(found)
     best = found.plan(wanted, target, times=times)
     if not check:
@@ -276,7 +304,7 @@ def _try(
     menu: Menu,
     batches: Sequence[Any],
     *,
-    device: str | torch.device | None,
+    device: Device,
     progress: Progress,
 ) -> Plan:
     """Return the plan with what it does to the model when all but the held-out batches are what it is fitted to."""
@@ -301,6 +329,20 @@ def _try(
     )
 
 
+def _batches(
+    model: nn.Module, calibration: Any, settings: Calibrate, tokenizer: Any, device: Device, progress: Progress
+) -> list[Any]:
+    """Return calibration batches in a form that :func:`compile` takes."""
+    if calibration is not None:
+        batches = calibration_batches(model, calibration, settings, tokenizer=tokenizer)
+    else:
+        place = None if device is None else usable_device(device)
+        batches = self_sampled_batches(
+            model, settings, tokenizer=tokenizer, device=place, journal=None, progress=progress
+        )
+    return [args or kwargs for args, kwargs in batches]
+
+
 def _times(target: str, progress: Progress) -> Callable[[Sensitivities], Times | None]:
     """Return what times the choices for ``target``; what can be refused about it is refused at once."""
     if target == SIZE:
@@ -314,15 +356,16 @@ def sensitivities(
     model: nn.Module,
     calibration: Any = None,
     *,
-    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
+    menu: Menu | MenuSource = None,
     tokenizer: Any = None,
-    device: str | torch.device | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
+    device: Device = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
     progress: Progress | None = None,
 ) -> Sensitivities:
     """Measure what :func:`plan` decides by; plans for several budgets can be made of one measurement.
 
+    ``found = sensitivities(...)`` has ``found.plan(budget)``, and ``found.save(path)`` for :func:`plan` on another day.
     The arguments are those of :func:`plan`.
 
     Raises:
@@ -345,16 +388,20 @@ def _measure(
     model: nn.Module,
     calibration: Any,
     *,
-    menu: str | Path | Menu | Mapping[str, Sequence[Any]] | Sequence[Pass] | None = None,
+    menu: Menu | MenuSource = None,
     tokenizer: Any,
-    device: str | torch.device | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
+    device: Device,
+    include: Patterns,
+    exclude: Patterns,
+    counts_bytes: bool = False,
     progress: Progress,
 ) -> tuple[Sensitivities, list[Any]]:
-    """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes."""
+    """Return the sensitivities, and the calibration batches in a form that :func:`compile` takes.
+
+    With ``counts_bytes`` it refuses, before it measures, sites that can save none.
+    """
     _require_dense(model)
-    menu = menu if isinstance(menu, Menu) else Menu.load(menu)
+    menu = Menu.load(menu)
     include = (*menu.include, *_several(include))
     exclude = (*menu.exclude, *_several(exclude))
     run = _prepare(
@@ -370,6 +417,8 @@ def _measure(
         progress=progress,
         clock=_Clock(),
     )
+    if counts_bytes:
+        refuse_tied(tied_sites(run.program))
     batches, inputs = run.batches, run.inputs
     if run.self_sampled:
         batches = self_sampled_batches(
@@ -442,13 +491,13 @@ class _Prepared:
 def _prepare(
     model: nn.Module,
     calibration: Any,
-    passes: str | Path | Pass | Sequence[Pass],
+    passes: Passes,
     *,
     tokenizer: Any,
-    device: str | torch.device | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-    skip: str | Sequence[str],
+    device: Device,
+    include: Patterns,
+    exclude: Patterns,
+    skip: Patterns,
     stop_after: str | None,
     progress: Progress,
     clock: _Clock,
@@ -498,13 +547,13 @@ def _prepare(
 def fingerprint(
     model: nn.Module,
     calibration: Any = None,
-    passes: str | Path | Pass | Sequence[Pass] = recipes.DEFAULT,
+    passes: Passes = recipes.DEFAULT,
     *,
     tokenizer: Any = None,
-    device: str | torch.device | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    skip: str | Sequence[str] = (),
+    device: Device = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    skip: Patterns = (),
     stop_after: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -541,7 +590,7 @@ def _require_module(model: object) -> None:
 
 
 def _require_dense(model: nn.Module) -> None:
-    _require_module(model)
+    _require_dense(model)
     if any(isinstance(module, SlimLinear) for module in model.modules()):
         raise InputError(
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
@@ -670,7 +719,7 @@ def export_onnx(
     from slimc.backends.onnx.decoder import cache_geometry, has_cache
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
-    _require_module(model)
+    _require_dense(model)
     if cache and example_inputs is not None:
         raise InputError("a graph with a cache has inputs of its own: leave example_inputs out, or pass cache=False.")
     example: Batch | None = None
@@ -750,11 +799,14 @@ def report(model: nn.Module) -> Report:
     return found
 
 
-def _passes(passes: str | Path | Pass | Sequence[Pass]) -> tuple[Sequence[str], Sequence[str], Sequence[Pass]]:
+def _passes(passes: Passes) -> tuple[Sequence[str], Sequence[str], Sequence[Pass]]:
     """Return the include patterns, the exclude patterns and the passes of what the user named."""
     if isinstance(passes, str | Path):
-        recipe = recipes.load(passes)
-        return recipe.include, recipe.exclude, recipe.build()
+        passes = recipes.load(passes)
+    if isinstance(passes, Plan):
+        passes = passes.recipe
+    if isinstance(passes, Recipe):
+        return passes.include, passes.exclude, passes.build()
     if isinstance(passes, Pass):
         return (), (), [passes]
     if not isinstance(passes, Iterable):

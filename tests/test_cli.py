@@ -116,6 +116,18 @@ def test_a_plan_that_cannot_be_made_says_why(tiny_llama_folder: Path, arguments:
     assert (result.exit_code, message in result.stderr) == (2, True), result.output
 
 
+def test_what_was_measured_for_a_plan_serves_the_next_one(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "measured.json"
+    for budget in ("3.4bpw", "4bpw"):
+        given = SMALL if budget == "3.4bpw" else []
+        result = invoke("plan", tiny_llama_folder, "-b", budget, "--sensitivities", kept, "-q", *given)
+        assert result.exit_code == 0, result.output
+        assert f"(budget {budget})" in result.stdout
+    result = invoke("plan", tiny_llama_folder, "-b", "4bpw", "--sensitivities", kept, "-q", *SMALL)
+    assert result.exit_code == 2
+    assert "a file that is not there yet" in " ".join(result.stderr.split())
+
+
 def test_a_plan_does_not_replace_a_file_unasked(tiny_llama_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("mine")
     result = invoke("plan", tiny_llama_folder, "-b", "3bpw", "-o", tmp_path / "plan.yaml", "-q")

@@ -44,6 +44,12 @@ def plan(
     include: options.Include = None,
     exclude: options.Exclude = None,
     device: options.Device = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measurements of an earlier plan; written there if there are none.", show_default=False
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Carry it out on trial beside the best single expression; keep the better.")
     ] = False,
@@ -54,8 +60,10 @@ def plan(
 
     Every expression on a menu (widths from 2 to 8 bits, sizes of groups, and so on) is tried at every layer of the
     dense model. What it does to a layer's output counts by how much the output of the model depends on it there. A
-    solver then picks one expression for each layer, all at once, so that the predicted damage is least. The budget is
-    for the planned layers, scales and adapters included: bits a weight, megabytes, or a share of what they take now.
+    solver then picks one expression for each layer, all at once, so that the predicted damage is least: the divergence
+    of the model's output from the dense one's, in nats a token (half its squared relative error, if it predicts no
+    tokens). The budget is for the planned layers, scales and adapters included: bits a weight, megabytes, or a share of
+    what they take now.
 
     The plan is a recipe: read it, edit it, and run it with 'slimc compress --recipe' and the same calibration.
 
@@ -68,6 +76,8 @@ def plan(
       slimc compress ./llama -o small --recipe plan.yaml            run it
 
       slimc plan ./llama -b 45MB -o plan.yaml --calibration notes.txt --samples 32
+
+      slimc plan ./llama -b 3bpw --sensitivities llama.json         measure once, and plan again in seconds
 
       slimc plan ./llama -b 0.4x --target decode@h100               of the time of a token, measured on this H100
     """
@@ -87,7 +97,14 @@ def plan(
             raise InputError(f"{output} is a folder; give --output the name of a file")
         check_writable(output)
     given = {"samples": samples, "length": length, "batch": batch, "seed": seed}
-    choices = Menu.load(menu).calibrated(**{option: value for option, value in given.items() if value is not None})
+    changed = {option: value for option, value in given.items() if value is not None}
+    known = sensitivities is not None and sensitivities.exists()
+    if known and (menu or changed or include or exclude):
+        raise InputError(
+            f"{sensitivities} holds measurements with a menu, calibration and patterns of their own. Leave --menu, "
+            "--samples, --length, --batch, --seed, --include and --exclude out, or name a file that is not there yet."
+        )
+    choices = None if known else Menu.load(menu).calibrated(**changed)
     text = None if calibration == "self" else calibration_text(calibration)
     place = default_device() if device is None else usable_device(device)
     dense, tokenizer = open_model(model, device="cpu")
@@ -102,6 +119,7 @@ def plan(
             device=place,
             include=include or (),
             exclude=exclude or (),
+            sensitivities=sensitivities,
             check=check,
             progress=progress,
         )

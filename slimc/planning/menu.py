@@ -21,6 +21,7 @@ from slimc.passes import (
     SitePass,
     check_order,
 )
+from slimc.recipes import PassConfig, Recipe
 
 DENSE = "dense"
 """The choice of leaving a site as it is; every menu has it."""
@@ -30,6 +31,11 @@ JUDGED = 0.25
 
 PRESET = Path(__file__).with_name("menu.yaml")
 """What a plan chooses from by default."""
+
+
+MenuSource = str | Path | Mapping[str, Sequence[Any]] | Sequence[Pass] | None
+"""How people name a menu: a recipe file, expressions by name, or the passes of a whole recipe; ``None`` is the default.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,30 @@ class Menu:
             raise RecipeError(f"'{DENSE}' is on every menu already, as the choice to leave a site as it is.")
 
     @classmethod
-    def load(cls, menu: str | Path | Mapping[str, Sequence[Any]] | Sequence[Pass] | None) -> Menu:
-        """Return the menu that a user named: a file, a list of passes, or only expressions by name.
+    def load(cls, menu: Menu | MenuSource) -> Menu:
+        """Return the menu that a user named.
 
         Raises:
             RecipeError: it cannot be read, or is no menu.
         """
+        if isinstance(menu, Menu):
+            return menu
         if isinstance(menu, Mapping):
             return cls.load(None)._with(PerSite(expressions=menu))
         if menu is None or isinstance(menu, str | Path):
-            recipe = recipes.load(PRESET if menu is None else menu)
-            return cls(tuple(recipe.build()), tuple(recipe.include), tuple(recipe.exclude))
+            return cls.of(recipes.load(PRESET if menu is None else menu))
         return cls(tuple(menu))
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Menu:
+        """Return the menu that a recipe is."""
+        return cls(tuple(recipe.build()), tuple(recipe.include), tuple(recipe.exclude))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The menu as a recipe."""
+        passes: list[PassConfig] = [one.to_config() for one in self.passes]
+        return Recipe(name="menu", passes=passes, include=list(self.include), exclude=list(self.exclude))
 
     @property
     def calibrate(self) -> Calibrate:

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slimc.errors import RecipeError
+from torch import nn
+
+from slimc.errors import InputError, RecipeError
 from slimc.passes.report import aligned
 from slimc.planning import knapsack
 from slimc.planning.budget import Budget
 from slimc.planning.menu import DENSE, Menu
+from slimc.planning.record import SensitivitiesRecord
 from slimc.planning.sensitivity import Choice, SiteChoices
 from slimc.progress import counted, printable
 from slimc.recipes import Recipe
@@ -23,6 +26,23 @@ SIZE = "size"
 
 Times = Mapping[LinearFormat, float]
 """Microseconds of one call, by form."""
+
+
+def refuse_tied(sites: Mapping[str, str]) -> None:
+    """Refuse to count bytes that no choice can save.
+
+    Args:
+        sites: those whose weight is the table of an embedding, with the name of that.
+
+    Raises:
+        RecipeError: there are some.
+    """
+    for site, embedding in sites.items():
+        raise RecipeError(
+            f"'{site}' shares its weight with the embedding '{embedding}', which stays as it is: any other form of it "
+            "would be stored besides, and no budget of bytes is met by that. Leave it out, or plan for time (--target "
+            "decode with a budget such as 0.5x)."
+        )
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,51 @@ class Sensitivities:
     exclude: tuple[str, ...] = ()
     model: str = "model"
 
+    def save(self, path: str | Path) -> None:
+        """Write them as a JSON file, for plans of later days.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        record = SensitivitiesRecord.of(
+            model=self.model, menu=self.menu.recipe, include=self.include, exclude=self.exclude, sites=self.sites
+        )
+        write_bytes(Path(path), record.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sensitivities:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FormatError: it is no such file.
+        """
+        record = SensitivitiesRecord.read(Path(path))
+        return cls(
+            sites=record.choices(),
+            menu=Menu.of(record.menu),
+            include=tuple(record.include),
+            exclude=tuple(record.exclude),
+            model=record.model,
+        )
+
+    def require_measured_on(self, model: nn.Module) -> None:
+        """Check that ``model`` has the weights that were measured.
+
+        Raises:
+            InputError: it has not.
+        """
+        parameters = model.named_parameters(remove_duplicate=False)
+        shapes = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in parameters}
+        for site in self.sites:
+            found = shapes.get(site.name)
+            if found not in (site.shape, site.shape[::-1]):
+                rows, columns = site.shape
+                raise InputError(
+                    f"These sensitivities are of another model, a {self.model} whose '{site.name}' is {rows} x "
+                    f"{columns}; {type(model).__name__} has {'no such layer' if found is None else f'{found} there'}. "
+                    "Measure this one."
+                )
+
     def plan(self, budget: str | Budget, target: str = SIZE, *, times: Times | None = None) -> Plan:
         """Return the plan of least predicted damage within ``budget``.
 
@@ -191,7 +256,7 @@ class Sensitivities:
                 f"the budget {budget} is a time, and the target '{SIZE}' counts bytes; see --target decode"
             )
         units = [_Unit((site,), times) for site in self.sites] if times is None else self._groups(times)
-        in_time = times is not None and not budget.in_bytes
+        in_time = self._counts_time(budget, times)
         costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
         allowed = self._allowed(budget, costs, in_time=in_time)
         solution = knapsack.solve([[option.damage for option in unit.options] for unit in units], costs, allowed)
@@ -207,7 +272,7 @@ class Sensitivities:
         """
         budget = Budget.parse(budget) if isinstance(budget, str) else budget
         units = [_Unit((site,), times) for site in self.sites]
-        in_time = times is not None and not budget.in_bytes
+        in_time = self._counts_time(budget, times)
         costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
         allowed = self._allowed(budget, costs, in_time=in_time)
         found: list[tuple[float, list[int]]] = []
@@ -235,6 +300,13 @@ class Sensitivities:
         spent = None if times is None else sum(times[site.choice.format] for site in sites)
         plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent, self._refused())
         return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
+
+    def _counts_time(self, budget: Budget, times: Times | None) -> bool:
+        """Tell whether the budget is one of time; refuse to count bytes that no choice can save."""
+        in_time = times is not None and not budget.in_bytes
+        if not in_time:
+            refuse_tied({site.name: site.embedding for site in self.sites if site.embedding is not None})
+        return in_time
 
     def _refused(self) -> tuple[str, ...]:
         reasons: dict[str, list[str]] = {}

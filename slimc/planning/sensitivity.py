@@ -1,8 +1,8 @@
 """What each choice at each site costs: bytes, and the damage to what the model says.
 
 One sweep over the dense model tries every expression of the menu at every site on the inputs that the site has there.
-The damage of a choice is ``1/2 mean_t (g_t . d_t)^2`` over sampled tokens, with ``d_t`` the change of the site's output
-and ``g_t`` the gradient there (`slimc.planning.gradients`). Damages of different sites are taken to add up.
+The damage of a choice is ``1/2 E[(sum_t g_t . d_t)^2]``, with ``d_t`` the change of the site's output at a token and
+``g_t`` the gradient there (`slimc.planning.gradients`). Damages of different sites are taken to add up.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from slimc.errors import SlimError
-from slimc.ir.program import Program
+from slimc.ir.program import EMBEDDINGS, Program, attribute, memory
+from slimc.ir.text import innermost_module
 from slimc.passes import SitePass
 from slimc.passes.base import Statistic
 from slimc.passes.sweep import Sweep
 from slimc.passes.work import SiteWork
-from slimc.planning.gradients import Sample, site_samples
+from slimc.planning.gradients import Sample, Samples
 from slimc.planning.menu import DENSE
 from slimc.progress import Progress
 from slimc.runtime.formats import LinearFormat, WeightFormat
@@ -63,6 +64,7 @@ class SiteChoices:
         group: names of the sites that read the same input, this one included.
         choices: the dense weight first.
         refused: expressions of the menu that cannot be had there, and why.
+        embedding: the embedding whose table the weight is, too. The table stays whatever becomes of the site.
     """
 
     name: str
@@ -70,6 +72,7 @@ class SiteChoices:
     group: tuple[str, ...]
     choices: tuple[Choice, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
+    embedding: str | None = None
 
     @property
     def weights(self) -> int:
@@ -142,12 +145,12 @@ class Measure(SitePass):
         """
         sample = self.samples[trial.name]
         inputs = sample.inputs.float()
-        exact = float((inputs @ trial.dense.t()).norm())
-        if not exact:
+        if not bool(inputs.any()):
             error = float((weight - trial.dense).norm() / trial.dense.norm())
             return error**2 / 2, error
-        differences = trial.output_difference(weight, inputs)
-        return sample.damage(differences), float(differences.norm()) / exact
+        statistics = trial.held_out or trial.require_statistics(self.name)
+        output_error = trial.output_error(weight, statistics)
+        return sample.damage(trial.output_difference(weight, inputs)), output_error or 0.0
 
 
 def measure(
@@ -169,7 +172,7 @@ def measure(
         menu: the passes of each expression (:attr:`slimc.planning.menu.Menu.expressions`).
         inputs: flat calibration inputs by batch.
         held_out: how many of the last batches the choices are judged by, and not fitted to; 0: all, for both.
-        vocabulary: see :func:`slimc.planning.gradients.site_samples`.
+        vocabulary: see :class:`slimc.planning.gradients.Samples`.
         seed: of what is drawn.
         device: where to compute, if not on the device of the model.
         progress: told what happens.
@@ -180,7 +183,7 @@ def measure(
         NumericsError: NaN or Inf appeared in activations or gradients.
     """
     judged = inputs[len(inputs) - held_out :] if held_out else inputs
-    samples = site_samples(program, judged, vocabulary=vocabulary, seed=seed, device=device, progress=progress)
+    samples = Samples(program, judged, vocabulary=vocabulary, seed=seed, device=device, progress=progress)
     trial = by(menu, samples)
     try:
         Sweep(
@@ -196,7 +199,25 @@ def measure(
     finally:
         for site in program.sites.values():
             site.packed = None
+    tied = tied_sites(program)
     return [
-        SiteChoices(site.name, site.shape, site.group, trial.found[site.name], trial.refused.get(site.name, {}))
+        SiteChoices(
+            site.name,
+            site.shape,
+            site.group,
+            trial.found[site.name],
+            trial.refused.get(site.name, {}),
+            tied.get(site.name),
+        )
         for site in program.site_order()
     ]
+
+
+def tied_sites(program: Program) -> dict[str, str]:
+    """Return the sites whose weight is the table of an embedding, too, with the name of that embedding."""
+    lookups = [node for node in program.graph.nodes if node.target in EMBEDDINGS and node.args[0].op == "get_attr"]
+    tables = {memory(attribute(program.module, str(node.args[0].target))): innermost_module(node) for node in lookups}
+    found = {
+        site.name: tables.get(memory(attribute(program.module, site.weight_name))) for site in program.sites.values()
+    }
+    return {name: table for name, table in found.items() if table is not None}

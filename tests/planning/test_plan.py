@@ -11,7 +11,7 @@ from torch import nn
 
 import slimc
 from slimc import api, recipes
-from slimc.errors import InputError, RecipeError
+from slimc.errors import FormatError, InputError, RecipeError
 from slimc.passes import Activations, Calibrate, Fuse, LowRank, PerSite, Quantize
 from slimc.planning.check import measured_damage
 from slimc.planning.menu import JUDGED, PRESET, Menu
@@ -105,6 +105,40 @@ def test_a_budget_in_time_needs_a_target_in_time(found):
         found.plan("2ms")
     with pytest.raises(RecipeError, match="target 'decode' needs times"):
         found.plan("4bpw", target="decode")
+
+
+def test_a_head_that_is_the_embedding_too_can_save_time_but_no_bytes(found):
+    tied = replace(found, sites=(found.sites[0], replace(found.sites[1], embedding="embed")))
+    for plan in (tied.plan, tied.uniform):
+        with pytest.raises(RecipeError, match="'b' shares its weight with the embedding 'embed', which stays as it is"):
+            plan("4bpw")
+    times = _times(tied, {"dense": 10, "int4": 5, "int2": 3})
+    assert _choices(tied.plan("6us", target="decode", times=times)) == {"a": "int2", "b": "int2"}
+    with pytest.raises(RecipeError, match="plan for time"):
+        tied.plan("4bpw", target="decode", times=times)
+
+
+def test_sensitivities_are_the_same_after_a_file(found, tmp_path: Path):
+    sites = (replace(found.sites[0], refused={"int4": "why not"}), replace(found.sites[1], embedding="embed"))
+    saved = replace(found, sites=sites, include=("b",), model="Model")
+    saved.save(tmp_path / "found.json")
+    assert Sensitivities.load(tmp_path / "found.json") == saved
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{}", "has no format_version, so it holds no sensitivities"),
+        ('{"format_version": 9}', "has format version 9, but .* reads version 1; measure again"),
+        ('{"format_version": 1}', "slimc_version: Field required; the file is damaged or was edited"),
+    ],
+)
+def test_a_file_without_sensitivities_is_refused(tmp_path: Path, content, message):
+    if content is not None:
+        (tmp_path / "found.json").write_text(content)
+    with pytest.raises(FormatError, match=message):
+        Sensitivities.load(tmp_path / "found.json")
 
 
 def _times(found: Sensitivities, by_name: dict[str, float]) -> dict[LinearFormat, float]:
@@ -209,6 +243,47 @@ def test_a_budget_in_place_of_passes_is_the_same_plan(network, batches):
     planned = slimc.compile(network, batches, budget="4bpw")
     recipe = slimc.report(planned).recipe
     assert recipe == [one.to_config() for one in plan.recipe.build()]
+
+
+@pytest.mark.parametrize("form", ["plan", "recipe"])
+def test_what_a_plan_is_can_be_carried_out_as_it_is(network, batches, form):
+    plan = slimc.plan(network, batches, budget="9bpw", exclude="2")
+    small = slimc.compile(network, batches, plan if form == "plan" else plan.recipe)
+    bits = {row.name: row.bits for row in slimc.report(small).sites}
+    assert "2" not in bits
+    assert bits == pytest.approx({site.name: site.bits for site in plan.sites if site.choice.name != "dense"})
+
+
+def test_one_measurement_serves_plans_of_several_budgets(network, batches, tmp_path: Path, monkeypatch):
+    kept = tmp_path / "found.json"
+    first = slimc.plan(network, batches, budget="6.5bpw", menu=MENU, sensitivities=kept)
+    found = Sensitivities.load(kept)
+    monkeypatch.setattr(api, "measure", lambda *_, **__: pytest.fail("it was measured again"))
+    for given in (kept, str(kept), found):
+        again = slimc.plan(network, sensitivities=given, budget="6.5bpw")
+        assert again == first
+    assert slimc.plan(network, sensitivities=kept, budget="8bpw").damage < first.damage
+    assert slimc.plan(network, batches, sensitivities=kept, budget="6.5bpw", check=True).measured > 0
+
+
+def test_a_tied_head_is_refused_before_anything_is_measured(tiny_llama_folder: Path, monkeypatch):
+    from slimc.backends import hf
+
+    monkeypatch.setattr(api, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    model, tokenizer = hf.load_model(tiny_llama_folder)
+    for run in (slimc.plan, slimc.compile):
+        with pytest.raises(RecipeError, match="'lm_head' shares its weight with the embedding 'model.embed_tokens'"):
+            run(model, tokenizer=tokenizer, budget="4bpw", include="lm_head")
+
+
+def test_sensitivities_come_with_their_menu_and_belong_to_a_model(network, batches, tmp_path: Path):
+    found = slimc.sensitivities(network, batches, menu=MENU)
+    with pytest.raises(RecipeError, match="have a menu, include and exclude of their own"):
+        slimc.plan(network, sensitivities=found, budget="4bpw", menu=MENU)
+    with pytest.raises(InputError, match="another model, a Sequential whose '0' is 96 x 64; Linear has no such layer"):
+        slimc.plan(nn.Linear(64, 96), sensitivities=found, budget="4bpw")
+    with pytest.raises(InputError, match="there is no folder"):
+        slimc.plan(network, batches, sensitivities=tmp_path / "none" / "found.json", budget="4bpw")
 
 
 def test_a_model_writes_its_own_text_once_for_plan_and_compression(tiny_llama_folder: Path, monkeypatch):
