@@ -590,7 +590,7 @@ def _require_module(model: object) -> None:
 
 
 def _require_dense(model: nn.Module) -> None:
-    _require_dense(model)
+    _require_module(model)
     if any(isinstance(module, SlimLinear) for module in model.modules()):
         raise InputError(
             f"{type(model).__name__} is compressed already; compress the dense model that it was made from."
