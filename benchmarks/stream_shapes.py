@@ -3,7 +3,9 @@
     python benchmarks/stream_shapes.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,32,64,128] [--json FILE]
 
 Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, calls of a CUDA graph, median): first
-every shape of the layer's launch with one shape of the launch for t, then the best of them with all of that one.
+every shape of the layer's launch with one shape of the launch for t, then the best of them with all of that one. An
+even launch leaves to that one the multiprocessors that it takes.
+
 Measuring is done in a process of its own, which is ended if a launch does not: that shape is left out, and reported.
 """
 
@@ -41,6 +43,12 @@ BEST = 3
 
 BLOCKS = (0.45, 2.1)
 """A launch has so many blocks a multiprocessor, or they are not worth measuring."""
+
+LONGEST_RIGHT = 0.35
+"""Share of the multiprocessors that an even launch may leave to the launch for t."""
+
+WHOLE = 0.9
+"""Share of the rest that it must keep, to have each tile divided among as many blocks as any other."""
 
 START_SECONDS, CASE_SECONDS = 60, 10
 """How long making the layers, and one measurement, may take."""
@@ -84,8 +92,37 @@ def right_candidates(
     possible: dict[int, list[LaunchShape]], ranks: int, tokens: int, processors: int
 ) -> list[LaunchShape]:
     """Return shapes of the launch for t."""
-    suiting = shapes.suiting(possible, shapes.token_tile(tokens), FACTOR)
-    return [shape for shape in suiting if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
+    tile = shapes.token_tile(tokens)
+    suiting = shapes.suiting(possible, tile, FACTOR)
+    found = [shape for shape in suiting if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
+    if tile < 64:
+        return found
+    # Blocks that have a multiprocessor each take no more of them than they need, wherever they are launched.
+    alone = {tile: [LaunchShape(tile, 1, *groups, 1, 1, 128) for groups in ((4, 1), (2, 1), (2, 2))]}
+    return found + [
+        shape
+        for shape in shapes.suiting(alone, tile, FACTOR)
+        if shape.cluster > 1 and right_share(shape, ranks, tokens, processors) <= LONGEST_RIGHT
+    ]
+
+
+def right_share(shape: LaunchShape, ranks: int, tokens: int, processors: int) -> float:
+    """Return the share of the multiprocessors that the launch for t takes."""
+    return math.ceil(shapes.blocks_of(shape, ranks) * math.ceil(tokens / shape.tokens) / shape.blocks) / processors
+
+
+def sparing(
+    main: LaunchShape, right: LaunchShape, rows: tuple[int, ...], ranks: int, tokens: int, processors: int
+) -> LaunchShape:
+    """Return the shape of a layer's launch beside one for t: an even one leaves multiprocessors to that."""
+    share = right_share(right, ranks, tokens, processors)
+    if not main.even or share > LONGEST_RIGHT:
+        return main
+    rest = processors - round(share * processors)
+    starts = [sum(rows[:one]) for one in range(1, len(rows))]
+    tiles = shapes.blocks_of(main, sum(rows), starts) * math.ceil(tokens / main.tokens)
+    whole = rest // tiles * tiles
+    return replace(main, spared=processors - (whole if whole >= WHOLE * rest else rest))
 
 
 def compiling(wanted: Iterable[LaunchShape], form: Form) -> list[LaunchShape]:
@@ -204,6 +241,7 @@ def best_shapes(
     mains, rights = compiling(mains, LAYER), compiling(rights, FACTOR)
 
     def taken(main: LaunchShape, right: LaunchShape) -> float:
+        main = sparing(main, right, rows, clock.ranks, tokens, processors)
         result = clock.time(tokens, main, right)
         if log is not None:
             log.write(json.dumps([rows, tokens, result, _short(main), _short(right)]) + "\n")
@@ -212,13 +250,13 @@ def best_shapes(
 
     ranked = sorted(mains, key=lambda main: taken(main, rights[0]))
     times = {(main, right): taken(main, right) for main in ranked[:BEST] for right in rights}
-    best = min(times, key=times.__getitem__)
-    return times[best], *best
+    main, right = min(times, key=times.__getitem__)
+    return times[main, right], sparing(main, right, rows, clock.ranks, tokens, processors), right
 
 
 def _short(shape: LaunchShape) -> str:
     groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
-    groups += " even" if shape.even else ""
+    groups += f" even spared {shape.spared}" if shape.even else ""
     return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from slimc.backends.cuda import compiler, shapes
+from slimc.backends import KERNELS
+from slimc.backends.cuda import compiler, prefill, shapes, stream
 from slimc.backends.cuda.layer import source
 from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.backends.cuda.stream import KERNEL_NAME, defines_of
 from slimc.errors import KernelError
+from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.select import choose
 
 LAYER = Form(sparse=True, group=0, adapters=True, dtype=torch.bfloat16)
 FACTOR = Form(sparse=False, group=64, adapters=False, dtype=torch.bfloat16)
@@ -90,6 +94,26 @@ def test_blocks_that_divide_all_tiles_have_no_other_room_for_sums() -> None:
 )
 def test_how_many_blocks_divide_all_tiles(tiles: int, slots: int, most: int, blocks: int) -> None:
     assert shapes.even_blocks(tiles, slots, most) == blocks
+
+
+def test_the_kernel_for_many_tokens_takes_layers_of_many_rows_earlier(gpu: SimpleNamespace) -> None:
+    del gpu
+
+    def chosen(rows: int, tokens: int, activation: str | None = None) -> object:
+        weight = WeightFormat(rows, 4096, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
+        spec = LinearFormat(weight, activation=activation)
+        return choose(KERNELS, spec, torch.bfloat16, torch.device("cuda", 0), tokens)[0]
+
+    few, many = stream.STREAM, prefill.PREFILL
+    assert [chosen(22016, tokens) for tokens in (64, 65, 128, 129)] == [few, many, many, many]
+    assert [chosen(12288, tokens) for tokens in (64, 65, 128, 129)] == [few, few, few, many]
+    assert chosen(22016, 128, "int8") is few
+
+
+def test_even_launches_leave_multiprocessors_to_the_launch_for_t_where_that_was_measured() -> None:
+    spared = [one.shape for one in shapes.measured()["layers"] if one.shape.spared]
+    assert spared
+    assert all(shape.even and shape.spared < PROCESSORS // 2 for shape in spared)
 
 
 def test_threads_that_multiply_get_registers_of_others_where_they_need_them() -> None:
