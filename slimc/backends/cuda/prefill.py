@@ -418,6 +418,9 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
 
 
 SMALL_TILES = LaunchShape(128, 2, 1)
+LIGHT_TILES = LaunchShape(128, 2, 1, light=True)
+"""Of t where inputs are rounded beside it."""
+
 LARGE_TILES = LaunchShape(128, 2, 2, outputs=128)
 LARGE_TILES_TOGETHER = LaunchShape(128, 2, 2, outputs=128, multicast=2)
 HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
@@ -442,7 +445,7 @@ def _shapes(
     if activation is not None:
         if 8 * tiles <= 5 * processors:
             return SMALL_TILES, HALF_BLOCKS
-        return LARGE_TILES_TOGETHER if together else LARGE_TILES, SMALL_TILES
+        return LARGE_TILES_TOGETHER if together else LARGE_TILES, LIGHT_TILES
     if 2 * tiles <= processors and not together:
         return LaunchShape(64, 4, 1) if tokens >= MANY_TOKENS else SMALL_TILES, HALF_BLOCKS
     if min(rows, columns) >= LARGE_LAYER:
