@@ -421,10 +421,13 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
 
 
 SMALL_TILES = LaunchShape(128, 2, 1)
-"""Of t, and where there are few tiles."""
+LIGHT_TILES = LaunchShape(128, 2, 1, light=True)
+"""Of t where inputs are rounded beside it."""
 
+LARGE_TILES = LaunchShape(128, 2, 2, outputs=128)
+LARGE_TILES_TOGETHER = LaunchShape(128, 2, 2, outputs=128, multicast=2)
 HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
-"""Of t and of a layer with few tiles, whose blocks find room beside those of t."""
+"""Of t and of a layer with very few tiles: blocks of one find room beside those of the other."""
 
 LARGE_LAYER = 8192
 """Rows and columns from which on it pays that two blocks bring activations for each other."""
@@ -438,15 +441,21 @@ def _shapes(
     rows: int, columns: int, tokens: int, activation: Activation | None, processors: int
 ) -> tuple[LaunchShape, LaunchShape]:
     """Choose the shapes of a layer's launch and of that for t, as measured on an H100."""
-    tiles = -(-rows // 256) * -(-tokens // 128)
-    few = 2 * tiles <= processors and columns < 2 * LARGE_LAYER if activation is None else 8 * tiles <= 5 * processors
-    if few:
-        return (HALF_BLOCKS, HALF_BLOCKS) if activation is None else (SMALL_TILES, SMALL_TILES)
+    tiles = -(-rows // LARGE_TILES.rows) * -(-tokens // LARGE_TILES.tokens)
+    if 4 * tiles <= processors:
+        return HALF_BLOCKS, HALF_BLOCKS
+    together = min(rows, columns) >= LARGE_LAYER and max(rows, columns) >= MANY_ROWS
+    if activation is not None:
+        if 8 * tiles <= 5 * processors:
+            return SMALL_TILES, HALF_BLOCKS
+        return LARGE_TILES_TOGETHER if together else LARGE_TILES, LIGHT_TILES
+    if 2 * tiles <= processors and not together:
+        return LaunchShape(64, 4, 1) if tokens >= MANY_TOKENS else SMALL_TILES, HALF_BLOCKS
     if min(rows, columns) >= LARGE_LAYER:
-        return LaunchShape(128, 2, 2, outputs=128, multicast=2), SMALL_TILES
-    if activation is None and rows >= MANY_ROWS and tokens >= MANY_TOKENS:
+        return LARGE_TILES_TOGETHER, SMALL_TILES
+    if rows >= MANY_ROWS and tokens >= MANY_TOKENS:
         return LaunchShape(128, 4, 1), SMALL_TILES
-    return LaunchShape(128, 2, 2, outputs=128), SMALL_TILES
+    return LARGE_TILES, SMALL_TILES
 
 
 def _plan_launch(
