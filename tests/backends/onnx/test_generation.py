@@ -186,9 +186,8 @@ def test_no_attention_is_what_onnx_runtime_would_move_rotations_into(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
-        {"rope_type": "linear", "factor": 3.0},
     ],
-    ids=["yarn", "llama3", "linear"],
+    ids=["yarn", "llama3"],
 )
 def test_attention_rotates_by_the_angles_of_the_model(scaling: dict[str, Any], tmp_path: Path) -> None:
     model = llama(num_hidden_layers=1, rope_parameters={**scaling, "rope_theta": 100.0})
