@@ -3,6 +3,7 @@
     python benchmarks/ablation.py MODEL --calibration valid.txt --test test.txt [--rows NAME...] [--json results/...]
     python benchmarks/ablation.py MODEL --calibration valid.txt --blocks 6           # seconds alone
 
+The recipe joint-w4-2x4 is the row "damped, half"; what is added or taken away one by one is so at a damping of 0.01.
 The setting is that of ``smollm2.py``: calibration on the first 64 x 512 tokens, perplexity on the first 16 windows of
 1024 tokens of each text of ``--test``. Every row but the mixed ones and ``slim w4`` has a rank such that its sites take
 at most 3.78 bits a weight in SmolLM2-135M (what the SLiM authors' 4-bit adapters take), scales, masks and adapters
@@ -58,9 +59,9 @@ def covariance(rank: int | float = 0.1, rounds: int = 1, **options: Any) -> LowR
     return LowRank("covariance", rank=rank, bits=4, rounds=rounds, **options)
 
 
-def with_pass(recipe: str, added: Pass) -> list[Pass]:
-    """Return the passes of a recipe with one more after ``calibrate``."""
-    first, *others = recipes.load(recipe).build()
+def with_pass(passes: list[Pass], added: Pass) -> list[Pass]:
+    """Return passes with one more after ``calibrate``."""
+    first, *others = passes
     return [first, added, *others]
 
 
@@ -138,35 +139,34 @@ ROWS: dict[str, list[Pass]] = {
     "sums, tuned": [CALIBRATE, Compensate(strength=1.0), GROUPS, JOINT, covariance(), Tune(), Fuse()],
 }
 
-SLIM = recipes.load("slim-w4-2x4").build()
+SLIM, SLIM_W4 = recipes.load("slim-w4-2x4").build(), recipes.load("slim-w4").build()
+UNDAMPED = compensated(0.5)
 
 GRAPH_ROWS: dict[str, list[Pass]] = {
-    "joint": recipes.load("joint-w4-2x4").build(),
-    "joint, permuted": with_pass("joint-w4-2x4", Permute()),
-    "joint, permuted by one batch": with_pass("joint-w4-2x4", Permute(batches=1)),
-    "joint, permuted, unsorted": with_pass("joint-w4-2x4", Permute(sort=None)),
-    "joint, permuted, sorted by energy": with_pass("joint-w4-2x4", Permute(sort="energy")),
-    "joint, permuted by one batch, sorted by energy": with_pass("joint-w4-2x4", Permute(sort="energy", batches=1)),
-    "joint, sorted only": with_pass("joint-w4-2x4", Permute(pattern=None)),
-    "slim": recipes.load("slim-w4-2x4").build(),
-    "slim, permuted": with_pass("slim-w4-2x4", Permute()),
-    "slim, permuted, unsorted": with_pass("slim-w4-2x4", Permute(sort=None)),
-    "slim, scales folded": with_pass("slim-w4-2x4", ScaleFolding()),
-    "slim, scales of norms folded": with_pass("slim-w4-2x4", ScaleFolding(layers=False)),
-    "joint, scales folded": with_pass("joint-w4-2x4", ScaleFolding(group=128)),
-    "joint, scales of norms folded": with_pass("joint-w4-2x4", ScaleFolding(group=128, layers=False)),
-    "slim w4, scales folded": with_pass("slim-w4", ScaleFolding(group=128)),
-    "slim, scales folded, permuted": [*with_pass("slim-w4-2x4", ScaleFolding())[:2], Permute(), *SLIM[1:]],
+    "joint": UNDAMPED,
+    "joint, permuted": with_pass(UNDAMPED, Permute()),
+    "joint, permuted by one batch": with_pass(UNDAMPED, Permute(batches=1)),
+    "joint, permuted, unsorted": with_pass(UNDAMPED, Permute(sort=None)),
+    "joint, permuted, sorted by energy": with_pass(UNDAMPED, Permute(sort="energy")),
+    "joint, permuted by one batch, sorted by energy": with_pass(UNDAMPED, Permute(sort="energy", batches=1)),
+    "joint, sorted only": with_pass(UNDAMPED, Permute(pattern=None)),
+    "slim": SLIM,
+    "slim, permuted": with_pass(SLIM, Permute()),
+    "slim, permuted, unsorted": with_pass(SLIM, Permute(sort=None)),
+    "slim, scales folded": with_pass(SLIM, ScaleFolding()),
+    "slim, scales of norms folded": with_pass(SLIM, ScaleFolding(layers=False)),
+    "joint, scales folded": with_pass(UNDAMPED, ScaleFolding(group=128)),
+    "joint, scales of norms folded": with_pass(UNDAMPED, ScaleFolding(group=128, layers=False)),
+    "slim w4, scales folded": with_pass(SLIM_W4, ScaleFolding(group=128)),
+    "slim, scales folded, permuted": [*with_pass(SLIM, ScaleFolding())[:2], Permute(), *SLIM[1:]],
     # What siblings save is spent on rank.
-    "joint, siblings share": recipes.load("joint-w4-2x4")
-    .override(["low_rank.rank=0.108", "low_rank.shared=siblings"])
-    .build(),
+    "joint, siblings share": half(128, 0.108, shared="siblings"),
     "slim, siblings share": recipes.load("slim-w4-2x4")
     .override(["low_rank.rank=0.108", "low_rank.shared=siblings"])
     .build(),
-    "slim w4": recipes.load("slim-w4").build(),
-    "slim w4, sorted": with_pass("slim-w4", Permute(pattern=None)),
-    "slim w4, sorted by energy": with_pass("slim-w4", Permute(pattern=None, sort="energy")),
+    "slim w4": SLIM_W4,
+    "slim w4, sorted": with_pass(SLIM_W4, Permute(pattern=None)),
+    "slim w4, sorted by energy": with_pass(SLIM_W4, Permute(pattern=None, sort="energy")),
 }
 """What the passes over the graph add to a recipe."""
 
