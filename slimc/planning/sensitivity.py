@@ -29,6 +29,8 @@ from slimc.runtime.formats import LinearFormat, WeightFormat
 
 log = logging.getLogger(__name__)
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -144,7 +146,8 @@ class Measure(SitePass):
         inputs = sample.inputs.float()
         exact = float((inputs @ trial.dense.t()).norm())
         if not exact:
-            error = float((weight - trial.dense).norm() / trial.dense.norm())
+            # Nor is there a relative error of a weight of zeros, which every expression holds exactly.
+            error = float((weight - trial.dense).norm() / trial.dense.norm().clamp(min=_TINY))
             return error**2 / 2, error
         differences = trial.output_difference(weight, inputs)
         return sample.damage(differences), float(differences.norm()) / exact
