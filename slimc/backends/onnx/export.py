@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimc.backends import hf
 from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, is_replaceable, write_folder
@@ -114,7 +114,7 @@ def check_range(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         InputError: there is such a tensor. (Other buffers, such as masks, may become infinite.)
     """
-    stored = dict(model.named_parameters())
+    stored: dict[str, Tensor] = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, SlimLinear):
             stored |= {f"{name}.{part}": tensor for part, tensor in module.packed.tensors().items()}
