@@ -139,6 +139,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
     """
     _require_dense(model)
     progress = progress or SilentProgress()
+    if budget is None and target != SIZE:
+        raise RecipeError(f"target={target!r} is of a plan, which is made for a budget: pass budget=, too.")
     if budget is not None:
         if passes != recipes.DEFAULT:
             raise RecipeError("passes= and budget= exclude each other: a budget is what the passes are chosen by.")
@@ -709,8 +711,8 @@ def export_onnx(
         What the folder takes; a table if printed.
 
     Raises:
-        InputError: an option is not known, the example does not fit the model, the folder exists or cannot be written,
-            or a package is missing. Nothing is written then.
+        InputError: an option is not known, the example does not fit the model, a weight is too large for ``dtype``, the
+            folder exists or cannot be written, or a package is missing. Nothing is written then.
         CaptureError: PyTorch cannot trace the model, or not translate it to ONNX.
     """
     for package in ("onnx", "onnxscript"):

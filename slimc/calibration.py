@@ -17,7 +17,7 @@ from slimc.passes import Calibrate
 from slimc.passes.journal import Journal
 from slimc.progress import Progress
 from slimc.runtime.devices import copy_to
-from slimc.runtime.positions import check_positions
+from slimc.runtime.positions import check_positions, check_tokens
 
 _EXAMPLE = (2, 9)
 """Samples and tokens a sample of a text that is only captured with: no size is 1, and no two are equal."""
@@ -169,6 +169,9 @@ def _call(model: nn.Module, batch: Any) -> Batch:
         ) from error
     if isinstance(tokens := kwargs.get("input_ids"), Tensor):
         check_positions(model, tokens.shape[-1])
+        # Beside images a token outside the table may stand for one.
+        if not any(tensor.is_floating_point() for tensor in tensors):
+            check_tokens(model, tokens)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def move(value: Any) -> Any:

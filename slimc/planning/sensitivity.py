@@ -30,6 +30,8 @@ from slimc.runtime.formats import LinearFormat, WeightFormat
 
 log = logging.getLogger(__name__)
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -145,8 +147,9 @@ class Measure(SitePass):
         """
         sample = self.samples[trial.name]
         inputs = sample.inputs.float()
-        if not bool(inputs.any()):
-            error = float((weight - trial.dense).norm() / trial.dense.norm())
+        if not bool(inputs.any()) or not bool(trial.dense.any()):
+            # Nor is there a relative error of a weight of zeros, which every expression holds exactly.
+            error = float((weight - trial.dense).norm() / trial.dense.norm().clamp(min=_TINY))
             return error**2 / 2, error
         statistics = trial.held_out or trial.require_statistics(self.name)
         output_error = trial.output_error(weight, statistics)

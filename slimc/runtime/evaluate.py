@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimc.errors import InputError, NumericsError
 from slimc.progress import Progress, SilentProgress
-from slimc.runtime.positions import check_positions
+from slimc.runtime.positions import check_positions, check_tokens
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -62,12 +62,13 @@ def perplexity(model: nn.Module, ids: Tensor, batch: int = 1, progress: Progress
 
     Raises:
         InputError: there is no window, a window is shorter than two tokens or longer than the model's
-            positions, or the model gives no logits.
+            positions, a token is none of the model's, or the model gives no logits.
         NumericsError: the loss of a window is NaN or infinite.
     """
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise InputError(f"perplexity needs token ids [windows >= 1, length >= 2], not {list(ids.shape)}")
     check_positions(model, ids.shape[1])
+    check_tokens(model, ids)
     progress = progress or SilentProgress()
     device, training = model_device(model), model.training
     total = 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimc.errors import InputError, NumericsError
 from slimc.runtime.evaluate import model_device
-from slimc.runtime.positions import check_positions
+from slimc.runtime.positions import check_positions, check_tokens
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def generate_text(
 
     Raises:
         InputError: the model cannot generate, the prompt has no tokens, or it and ``max_new_tokens`` exceed the
-            model's positions.
+            model's positions, or a token is none of the model's.
         NumericsError: NaN or Inf in the logits.
     """
     generate = getattr(model, "generate", None)
@@ -136,6 +136,7 @@ def generate_text(
     ids = encode_prompt(tokenizer, prompt, chat=chat).to(device)
     # The last new token is never read.
     check_positions(model, ids.shape[1] + max_new_tokens - 1)
+    check_tokens(model, ids)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}

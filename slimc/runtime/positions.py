@@ -1,10 +1,10 @@
-"""How long a text a model can read, where a learned table of positions sets a hard end to it."""
+"""What text a model can read: how long, where a learned table of positions sets a hard end to it, and which tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimc.errors import InputError
 
@@ -54,4 +54,24 @@ def check_positions(model: nn.Module, length: int) -> None:
         raise InputError(
             f"{length} tokens do not fit this {type(model).__name__}, which has {positions} positions; use shorter "
             f"texts, {positions} tokens at most"
+        )
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Check that ``model`` has an embedding for each of the token ids; a GPU would not even say which call failed.
+
+    Models that do not tell their table of embeddings pass.
+
+    Raises:
+        InputError: an id lies outside the table, as with another model's tokenizer.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    table = getter() if callable(getter) else None
+    if not isinstance(table, nn.Embedding) or ids.is_floating_point() or not ids.numel():
+        return
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= table.num_embeddings:
+        raise InputError(
+            f"a text holds the token {least if least < 0 else most}, and this {type(model).__name__} knows 0 to "
+            f"{table.num_embeddings - 1}; use the tokenizer that belongs to the model"
         )

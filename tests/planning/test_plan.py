@@ -302,6 +302,8 @@ def test_a_model_writes_its_own_text_once_for_plan_and_compression(tiny_llama_fo
 
 
 def test_passes_and_a_budget_exclude_each_other(network, batches):
+    with pytest.raises(RecipeError, match="target='decode' is of a plan, which is made for a budget"):
+        slimc.compile(network, batches, target="decode")
     with pytest.raises(RecipeError, match="exclude each other"):
         slimc.compile(network, batches, "rtn-w4", budget="4bpw")
 

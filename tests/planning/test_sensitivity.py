@@ -246,3 +246,10 @@ def test_a_model_whose_output_no_gradient_reaches_is_refused(inputs):
     samples = Samples(program, [[inputs[0]]], vocabulary=None, seed=0, device=None, progress=SilentProgress())
     with pytest.raises(CaptureError, match="in a way that gradients can follow"):
         samples["gate"]
+
+
+def test_a_weight_of_zeros_costs_nothing_in_any_expression(pair: Pair, inputs: list[Tensor]) -> None:
+    with torch.no_grad():
+        pair.gate.weight.zero_()
+    _, found = _measure(pair, inputs, {"w2": [Quantize(bits=2)], "w8": [Quantize(bits=8)]})
+    assert {name: choice.damage for name, choice in found["gate"].items()} == {"dense": 0, "w2": 0, "w8": 0}

@@ -21,11 +21,13 @@ from transformers import (
     RobertaModel,
 )
 
+import slimc
 from slimc.backends import hf
 from slimc.errors import InputError
+from slimc.passes import Quantize
 from slimc.runtime.evaluate import perplexity
 from slimc.runtime.generate import generate_text
-from slimc.runtime.positions import check_positions, positions_of
+from slimc.runtime.positions import check_positions, check_tokens, positions_of
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 24}
 
@@ -53,6 +55,24 @@ def test_the_limit_is_where_the_model_itself_fails(kind: str) -> None:
         model(torch.full((1, 17), 5))
     with pytest.raises(InputError, match="17 tokens do not fit this .*, which has 16 positions; use shorter texts"):
         check_positions(model, 17)
+
+
+@pytest.mark.parametrize("token", [24, -1])
+def test_tokens_of_another_vocabulary_are_refused_before_the_model_fails(token: int) -> None:
+    model = gpt2()
+    ids = torch.full((2, 8), 23)
+    check_tokens(model, ids)
+    ids[1, 3] = token
+    with pytest.raises(IndexError):
+        model(ids)
+    message = f"holds the token {token}, and this GPT2LMHeadModel knows 0 to 23; use the tokenizer"
+    for attempt in (check_tokens, perplexity, lambda model, ids: slimc.compile(model, ids, [Quantize()])):
+        with pytest.raises(InputError, match=message):
+            attempt(model, ids)
+
+
+def test_plain_modules_tell_no_vocabulary() -> None:
+    check_tokens(nn.Embedding(4, 2), torch.tensor([9]))
 
 
 def test_rotary_models_and_plain_modules_have_no_limit() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimc.backends import hf
 from slimc.backends.onnx.exporters import check_exporter
@@ -20,6 +20,7 @@ from slimc.backends.onnx.weights import COMPUTE_DTYPES, check_options
 from slimc.errors import InputError, closest
 from slimc.ir.capture import Batch
 from slimc.runtime.files import check_replaceable, check_writable, readable
+from slimc.runtime.modules import SlimLinear
 
 __all__ = ["OnnxReport", "compute_dtype", "export_folder", "images", "with_mask"]
 
@@ -108,6 +109,27 @@ def check_destination(path: Path, *, overwrite: bool) -> Path:
     return folder
 
 
+def check_range(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse a model with weights or scales that would become infinite in ``dtype``.
+
+    Raises:
+        InputError: there is such a tensor. (Other buffers, such as masks, may become infinite.)
+    """
+    stored: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, SlimLinear):
+            stored |= {f"{name}.{part}": tensor for part, tensor in module.packed.tensors().items()}
+    limit = torch.finfo(dtype).max
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).max > limit and tensor.numel():
+            largest = float(tensor.detach().abs().amax())
+            if limit < largest < float("inf"):
+                raise InputError(
+                    f"'{name}' holds {largest:.4g}, and the largest number of {str(dtype).removeprefix('torch.')} is "
+                    f"{limit:.6g}; export the model with dtype float32"
+                )
+
+
 def export_folder(
     model: nn.Module,
     path: Path,
@@ -126,6 +148,7 @@ def export_folder(
     check_options(target, dtype, opset, accuracy_level)
     check_exporter(exporter)
     folder = check_destination(path, overwrite=overwrite)
+    check_range(model, dtype)
     _, write_model_files = hf.saved_form(model, tokenizer)
     options: dict[str, Any] = {"target": target, "dtype": dtype, "opset": opset, "accuracy_level": accuracy_level}
     if embedding_bits is not None and example is not None:

@@ -167,6 +167,22 @@ def test_a_read_only_place(small: nn.Module, tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("where", ["bias", "scale"])
+def test_a_number_that_float16_lacks_is_refused_before_any_work(where: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 32)).to(torch.bfloat16)
+    with torch.no_grad():
+        if where == "bias":
+            model[0].bias[3] = 1e6
+        else:
+            model[0].weight *= 1e7
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    small = slimc.compile(model, x, [Quantize("absmax", 4, "channel")])
+    with pytest.raises(InputError, match=rf"'0\.\w*{where}' holds .* of float16 is 65504; export .* dtype float32"):
+        slimc.export_onnx(small, tmp_path / "out", x, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    slimc.export_onnx(small, tmp_path / "out", x)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
