@@ -143,6 +143,7 @@ def _start(
         stream=stream,
         programmatic=True,
         cluster=step.shape.cluster,
+        spread=step.shape.tokens <= shapes.FEW_TOKENS,
     )
 
 
@@ -223,6 +224,8 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         processors = torch.cuda.get_device_properties(device_index).multi_processor_count
         grid = shapes.even_blocks(tiles, arguments.slots, processors * shape.blocks)
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
+        if shape.alone:
+            grid = min(grid, shapes.even_blocks(tiles, arguments.slots, processors))
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
 
 
