@@ -70,6 +70,7 @@ def everything(tile: int) -> list[LaunchShape]:
             registers = shape.registers[0] or (1 << 14) // 32 // -(-blocks * (shape.threads // 32) // 4)
             if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
                 found.append(shape)
+    found += [replace(shape, alone=True) for shape in found if tile <= shapes.FEW_TOKENS and shape.blocks == 2]
     return found + [replace(shape, even=True) for shape in found if shape.column_groups == 1]
 
 
@@ -82,6 +83,8 @@ def candidates(
     found = {}
     for shape in shapes.suiting(possible, tile, LAYER):
         waves = shapes.blocks_of(shape, total, starts) / processors
+        if shape.alone and waves > 1 and not shape.even:
+            continue
         if shape.even or BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
             stages, inputs = shape.stages_of(LAYER)
             found[replace(shape, stages=stages, inputs=inputs)] = shape
@@ -244,7 +247,7 @@ def best_shapes(
         main = sparing(main, right, rows, clock.ranks, tokens, processors)
         result = clock.time(tokens, main, right)
         if log is not None:
-            log.write(json.dumps([rows, tokens, result, _short(main), _short(right)]) + "\n")
+            log.write(json.dumps([rows, tokens, result, _short(main), main.alone, _short(right)]) + "\n")
             log.flush()
         return result
 

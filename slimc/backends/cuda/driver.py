@@ -50,7 +50,9 @@ ATTRIBUTE_PREFERRED_SHARED_PERCENT = 9
 
 LAUNCH_COOPERATIVE = 2
 LAUNCH_CLUSTER_DIMENSION = 4
+LAUNCH_CLUSTER_SCHEDULING_POLICY = 5
 LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+CLUSTER_SPREAD = 1
 
 _PLAIN_TYPES = "?bBhHiIlLqQfdP"
 """Codes, shared by ctypes and struct, of the types that a kernel can take."""
@@ -311,6 +313,7 @@ class Function:
         programmatic: bool = False,
         cooperative: bool = False,
         cluster: int = 1,
+        spread: bool = False,
     ) -> None:
         """Launch with arguments that tell their type: a plain int is a pointer, anything else a ctypes value.
 
@@ -332,6 +335,7 @@ class Function:
             programmatic=programmatic,
             cooperative=cooperative,
             cluster=cluster,
+            spread=spread,
         )
 
     def _attribute(self, number: int) -> int:
@@ -371,6 +375,7 @@ class Launcher:
         programmatic: bool = False,
         cooperative: bool = False,
         cluster: int = 1,
+        spread: bool = False,
     ) -> None:
         """Put a launch into a stream; the module's device must be the current one.
 
@@ -384,12 +389,13 @@ class Launcher:
                 (``griddepcontrol.wait``) before it touches what that one writes.
             cooperative: all blocks must fit on the device at once, so that they may wait for each other.
             cluster: blocks, along x, of a cluster.
+            spread: whether the blocks of a cluster had better run on multiprocessors of their own.
 
         Raises:
             KernelError: the values do not fit the argument types, or the driver refuses the launch. It also hands on
                 what an earlier kernel did wrong.
         """
-        attributes, count = _launch_attributes(programmatic, cooperative, cluster)
+        attributes, count = _launch_attributes(programmatic, cooperative, cluster, spread)
         with self._lock:
             try:
                 self._packing.pack_into(self._values, 0, *(values if self._plain else self._as_bytes(values)))
@@ -567,7 +573,7 @@ def _current(context: ctypes.c_void_p) -> Iterator[None]:
 
 
 @cache
-def _launch_attributes(programmatic: bool, cooperative: bool, cluster: int) -> tuple[int, int]:
+def _launch_attributes(programmatic: bool, cooperative: bool, cluster: int, spread: bool) -> tuple[int, int]:
     """Return the address and the number of the attributes of a launch; there are few combinations and they are kept."""
     values: list[tuple[int, tuple[int, ...]]] = []
     if programmatic:
@@ -576,6 +582,8 @@ def _launch_attributes(programmatic: bool, cooperative: bool, cluster: int) -> t
         values.append((LAUNCH_COOPERATIVE, (1,)))
     if cluster != 1:
         values.append((LAUNCH_CLUSTER_DIMENSION, (cluster, 1, 1)))
+        if spread:
+            values.append((LAUNCH_CLUSTER_SCHEDULING_POLICY, (CLUSTER_SPREAD,)))
     if not values:
         return 0, 0
     attributes = (LaunchAttribute * len(values))()

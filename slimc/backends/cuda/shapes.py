@@ -59,6 +59,9 @@ MOST_SHARES = 15
 FEW_IDLE = 0.95
 """Share of the blocks that must be at work."""
 
+FEW_TOKENS = 16
+"""Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
+
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
 
@@ -94,6 +97,7 @@ class LaunchShape:
         step: columns of a slot of the ring, 128 or 256.
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
+        alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
     """
@@ -107,6 +111,7 @@ class LaunchShape:
     step: int
     stages: int = 0
     inputs: int = 0
+    alone: bool = False
     even: bool = False
     spared: int = 0
 
@@ -141,8 +146,9 @@ class LaunchShape:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: warpgroups that multiply, and a warp, or a warpgroup, that brings what they read."""
-        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32)
+        """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
+        warps = 2 if self.tokens <= FEW_TOKENS else 1
+        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * warps)
 
     @property
     def input_bytes(self) -> int:
@@ -161,7 +167,8 @@ class LaunchShape:
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        room = SHARED_BYTES // self.blocks - RESERVED_BYTES - self._output_bytes - ALIGNMENT
+        available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
+        room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
         else:
@@ -181,8 +188,9 @@ class LaunchShape:
         return fits and inputs >= 2 * self.column_groups and self._ring_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
-        """Dynamic shared memory of a block: the rings, and sums that are sent to it."""
-        return self._ring_bytes(form) + self._output_bytes
+        """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
+        needed = self._ring_bytes(form) + self._output_bytes
+        return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:
         stages, inputs = self.stages_of(form)
@@ -288,10 +296,12 @@ def _choose(
     for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
-        if one.shape.fits(form):
+        # Blocks that run alone would take a second round, for a few of them.
+        too_many = one.shape.alone and blocks_of(one.shape, rows, starts) > processors
+        if one.shape.fits(form) and not too_many:
             return one.shape
     # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
-    possible = [shape for shape in suiting(candidates, tile, form) if not shape.even]
+    possible = [shape for shape in suiting(candidates, tile, form) if not (shape.even or shape.alone)]
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
     # Blocks of a second wave begin late; too few leave multiprocessors idle.

@@ -39,8 +39,11 @@
 #endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
-// One more warp brings what they read; or a warpgroup of which that is one, if it hands registers to those that multiply.
-#define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32))
+// Where tokens are few two more warps bring what they read, weights and activations: weights then never wait for either's
+// barriers but their own. With more tokens one does both: a warp more would take registers of those that multiply. It is part
+// of a warpgroup, if that hands registers to those that multiply.
+#define BRINGERS (TOKENS <= 16 ? 2 : 1)
+#define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32 * BRINGERS))
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
 #define UNITS (STEP / UNIT)                       // of W in a slot
@@ -264,23 +267,47 @@ struct Source {
         load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
     }
 
+    // The weights of a slot, once there is room for them.
+    __device__ __forceinline__ void bring_next(Weights& ring, Cursor& next) const {
+        if (next.done()) return;
+        ring.wait_empty();
+        bring_weights(ring, next);
+        ring.advance(1);
+        next.advance();
+    }
+
     // Weights go ahead of activations as far as their ring reaches.
-    __device__ __forceinline__ void run(const Work& work, Weights weights, Inputs inputs) const {
+    __device__ __forceinline__ void run(const Work& work, Weights weights, const Inputs& inputs) const {
+        Cursor next(work);
+        prefetch_maps_of_weights();
+        for (int i = 0; i < STAGES; ++i) bring_next(weights, next);
+        int used = 0;
+        run_inputs(work, inputs, [&] {
+            // Who has released the activations of a step has the weights of the next one in registers.
+            if (++used >= INPUTS) bring_next(weights, next);
+        });
+    }
+
+    __device__ __forceinline__ void run_weights(const Work& work, Weights ring) const {
+        prefetch_maps_of_weights();
+        for (Cursor next(work); !next.done();) bring_next(ring, next);
+    }
+
+    __device__ __forceinline__ void prefetch_maps_of_weights() const {
         prefetch_map(&a.codes_map);
         if (SPARSE) prefetch_map(&a.metadata_map);
         if (GROUP > 0) prefetch_map(&a.scale_map);
-        prefetch_map(&a.x_map);
         if (ADAPTERS) {
             prefetch_map(&a.left_map);
             prefetch_map(&a.left_scale_map);
-            prefetch_map(&a.t_map);
         }
-        Cursor next(work);
-        for (int i = 0; i < STAGES && !next.done(); ++i, next.advance()) {
-            bring_weights(weights, next);
-            weights.advance(1);
-        }
+    }
+
+    template <typename AfterEach>
+    __device__ __forceinline__ void run_inputs(const Work& work, Inputs ring, AfterEach after_each) const {
+        prefetch_map(&a.x_map);
 #if ADAPTERS
+        prefetch_map(&a.t_map);
         while (load_acquire(a.flags) != a.mark) {}
         bool waits = true;
 #else
@@ -288,9 +315,8 @@ struct Source {
         if (a.flags && blockIdx.x == 0) store_release(a.flags, a.mark);
 #endif
         asm volatile("fence.proxy.async.global;" ::: "memory");
-        int used = 0;
-        for (Cursor now(work); !now.done(); now.advance(), inputs.advance(1)) {
-            if (used >= INPUTS) inputs.wait_empty();
+        for (Cursor now(work); !now.done(); now.advance(), ring.advance(1)) {
+            ring.wait_empty();
 #if ADAPTERS
             if (now.step >= a.steps) {
                 if (waits) {
@@ -298,17 +324,11 @@ struct Source {
                     asm volatile("fence.proxy.async.global;" ::: "memory");
                     waits = false;
                 }
-                bring_t(inputs, now);
+                bring_t(ring, now);
             } else
 #endif
-                bring_x(inputs, now);
-            // Who has released the activations of a step has the weights of the next one in registers.
-            if (++used >= INPUTS && !next.done()) {
-                weights.wait_empty();
-                bring_weights(weights, next);
-                weights.advance(1);
-                next.advance();
-            }
+                bring_x(ring, now);
+            after_each();
         }
 #if ADAPTERS
         if (waits) wait_for_previous_launch();
@@ -327,7 +347,7 @@ __device__ __forceinline__ float4 load_shared_sums(u32 address) {
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
 // from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
-#define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (ROW_TILES * TOKENS >= 128 && THREADS > 512) || (REGISTERS > 0 && ROW_TILES > 1) ? 1 : 2)
+#define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (ROW_TILES * TOKENS >= 128 && THREADS > 512) || (REGISTERS > 0 && ROW_TILES > 1) || (TOKENS <= 16 && ROW_TILES > 1 && COLUMN_GROUPS > 1) ? 1 : 2)
 
 // One warpgroup's part of the product.
 struct Multiplier {
@@ -678,7 +698,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #if REGISTERS > 0
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
 #endif
-        if (warp == CONSUMERS / 32 && lane == 0) Source{a}.run(work, weights, inputs);
+        if (lane == 0) {
+            const Source source{a};
+            if (BRINGERS == 1 && warp == CONSUMERS / 32) source.run(work, weights, inputs);
+            if (BRINGERS == 2 && warp == CONSUMERS / 32) source.run_weights(work, weights);
+            if (BRINGERS == 2 && warp == CONSUMERS / 32 + 1) source.run_inputs(work, inputs, [] {});
+        }
 #if CLUSTER > 1
         __syncwarp();
         cluster_wait();

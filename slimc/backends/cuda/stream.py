@@ -143,6 +143,7 @@ def _start(
         stream=stream,
         programmatic=True,
         cluster=step.shape.cluster,
+        spread=step.shape.tokens <= shapes.FEW_TOKENS,
     )
 
 
@@ -224,6 +225,8 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         most = max(processors - shape.spared, 1) * shape.blocks
         grid = shapes.even_blocks(tiles, arguments.slots, most)
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
+        if shape.alone:
+            grid = min(grid, shapes.even_blocks(tiles, arguments.slots, processors))
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
 
 

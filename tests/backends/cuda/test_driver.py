@@ -45,10 +45,13 @@ def test_what_is_no_argument_type_is_refused() -> None:
 
 
 def test_attributes_of_a_launch_are_made_once() -> None:
-    assert driver._launch_attributes(False, False, 1) == (0, 0)
-    address, count = driver._launch_attributes(True, True, 4)
+    assert driver._launch_attributes(False, False, 1, False) == (0, 0)
+    # There is no cluster whose blocks could be spread.
+    assert driver._launch_attributes(False, False, 1, True) == (0, 0)
+    address, count = driver._launch_attributes(True, True, 4, False)
     assert count == 3
-    assert driver._launch_attributes(True, True, 4) == (address, count)
+    assert driver._launch_attributes(True, True, 4, False) == (address, count)
+    assert driver._launch_attributes(True, True, 4, True)[1] == 4
 
 
 def test_without_a_gpu_the_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,9 +120,28 @@ def test_threads_that_multiply_get_registers_of_others_where_they_need_them() ->
     many, few = LaunchShape(128, 1, 4, 1, 1, 1, 128), LaunchShape(64, 1, 2, 1, 1, 2, 128)
     assert (many.registers, many.threads) == ((112, 32), 5 * 128)
     assert (few.registers, few.threads) == ((0, 0), 2 * 128 + 32)
+    # With few tokens there is a warp more.
+    assert replace(few, tokens=16).threads == 2 * 128 + 64
     for groups, (own, others) in shapes.MOVED_REGISTERS.items():
         at_the_start = shapes.REGISTERS // (128 * (groups + 1)) // 8 * 8
         assert groups * own + others <= (groups + 1) * at_the_start
+
+
+def test_a_multiprocessor_has_room_for_one_block_that_is_alone_and_one_for_t() -> None:
+    for stages in (2, 0):
+        shape = LaunchShape(8, 1, 2, 1, cluster=1, blocks=2, step=256, stages=stages, alone=True)
+        taken, other = shape.shared_bytes(LAYER) + 1024, LaunchShape(8, 1, 1, 2, 8, blocks=3, step=256)
+        assert 2 * taken > shapes.SHARED_BYTES
+        assert taken + other.shared_bytes(FACTOR) + 1024 <= shapes.SHARED_BYTES
+
+
+def test_blocks_that_run_alone_take_no_second_round() -> None:
+    alone = [one for one in shapes.measured()["layers"] if one.shape.alone and not one.shape.even]
+    assert alone
+    for one in alone:
+        assert shapes.blocks_of(one.shape, one.rows) <= PROCESSORS
+        assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS) == one.shape
+        assert not shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS // 2).alone
 
 
 def test_measured_shapes_can_be_launched() -> None:
