@@ -29,11 +29,12 @@ def llama(form: str) -> nn.Module:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        # More positions than a table may have are rotated outside of the attention.
+        max_position_embeddings=1 << 18 if form == "rotated outside" else 256,
         initializer_range=0.2,
     )
     model: nn.Module = transformers.LlamaForCausalLM(config).eval()
-    if form == "dense":
+    if form != "siblings of two forms":
         return model
     # Siblings of two forms, which are not one product.
     by_site = PerSite(
@@ -44,7 +45,7 @@ def llama(form: str) -> nn.Module:
     return slimc.compile(model, [torch.arange(64).view(2, 32)], passes=[Calibrate(), by_site, Fuse()])
 
 
-@pytest.mark.parametrize("form", ["dense", "siblings of two forms"])
+@pytest.mark.parametrize("form", ["dense", "rotated outside", "siblings of two forms"])
 @pytest.mark.parametrize("replay", [False, True])
 def test_rotations_are_those_of_each_tokens_position(form: str, replay: bool, tmp_path: Path) -> None:
     """Moved into the attention, they would be those of the first rows of a table that has no others."""

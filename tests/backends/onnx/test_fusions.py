@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart
+from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart, pack_projections
 from slimc.backends.onnx.initializers import Initializer
 
 Runtime = Callable[[bytes, Mapping[str, np.ndarray]], list[np.ndarray]]
@@ -217,3 +217,96 @@ def test_onnx_runtime_leaves_the_reshape_where_it_is(tmp_path: Path) -> None:
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(tmp_path / "optimised.onnx")
     assert sum(node.op_type == "Reshape" for node in optimised.graph.node) == 1
+
+
+ROTATED = """
+<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+graph (int64[2,3] position_ids, float[2,3,32] q, float[2,3,32] k, float[2,3,32] v, float[2,2,0,16] keys,
+       float[2,2,0,16] values, int32[2] lengths, int32 total)
+    => (float[2,3,32] result, float[2,2,3,16] new_keys, float[2,2,3,16] new_values)
+<float[8] frequencies = {{1.0, 0.5, 0.25, 0.125, 0.1, 0.05, 0.02, 0.01}}, int64[4] split = {{2, 3, 2, 16}},
+ int64[3] merge = {{2, 3, 32}}, int64[1] heads = {{1}}, int64[1] zero = {{0}}, int64[1] half = {{8}},
+ int64[1] end = {{9223372036854775807}}, int64[1] last = {{3}}, int64[1] two = {{2}}, float one = {{1.0}}>
+{{
+    numbers = Cast <to = 1> (position_ids)
+    column = Unsqueeze(numbers, two)
+    products = Mul(column, frequencies)
+    halves = {angles}
+    angles = Concat <axis = -1> (halves, halves)
+    cos = Cos(angles)
+    sin = Sin(angles)
+    cosines = Unsqueeze(cos, heads)
+    sines = Unsqueeze(sin, heads)
+    {q}
+    {k}
+    result, new_keys, new_values = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
+        (q_result, k_result, v, keys, values, lengths, total)
+}}
+"""
+ROTATED_PART = """
+    {x}_apart = Reshape({x}, split)
+    {x}_moved = Transpose <perm = [0, 2, 1, 3]> ({x}_apart)
+    {x}_lower = Slice({x}_moved, zero, half, last)
+    {x}_upper = Slice({x}_moved, half, end, last)
+    {x}_negative = Neg({x}_upper)
+    {x}_turned = Concat <axis = -1> ({x}_negative, {x}_lower)
+    {x}_straight = Mul({x}_moved, cosines)
+    {x}_across = Mul({x}_turned, sines)
+    {x}_rotated = Add({x}_straight, {x}_across)
+    {x}_back = Transpose <perm = [0, 2, 1, 3]> ({x}_rotated)
+    {x}_result = Reshape({x}_back, merge)
+"""
+
+
+def rotated(angles: str) -> onnx.ModelProto:
+    q, k = (ROTATED_PART.format(x=x) for x in "qk")
+    return onnx.shape_inference.infer_shapes(onnx.parser.parse_model(ROTATED.format(angles=angles, q=q, k=k)))
+
+
+def test_attention_rotates_where_angles_are_proportional_to_the_position(in_runtime: Runtime) -> None:
+    before = rotated("Mul(products, one)")
+    model = ir.from_proto(before)
+    assert fuse_for_onnxruntime(model, 40)["GroupQueryAttention"] == 1
+    after = ir.to_proto(model)
+    assert "position_ids" not in [one.name for one in after.graph.input]
+    assert not sum(node.op_type in ("RotaryEmbedding", "Neg") for node in after.graph.node)
+    random = np.random.default_rng(0)
+    inputs = {x: random.standard_normal((2, 3, 32)).astype(np.float32) for x in "qkv"} | {
+        "keys": np.zeros((2, 2, 0, 16), dtype=np.float32),
+        "values": np.zeros((2, 2, 0, 16), dtype=np.float32),
+        "lengths": np.array([2, 2], dtype=np.int32),
+        "total": np.array(3, dtype=np.int32),
+    }
+    expected = in_runtime(before.SerializeToString(), inputs | {"position_ids": np.tile(np.arange(3), (2, 1))})
+    found = in_runtime(after.SerializeToString(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        # Fewer than 16 roundings of numbers below 16.
+        np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-16)
+
+
+@pytest.mark.parametrize("positions", [1, 40, (1 << 17) + 1])
+def test_other_angles_are_rotated_outside_of_the_attention(positions: int) -> None:
+    model = ir.from_proto(rotated("Mul(products, products)" if positions == 40 else "Mul(products, one)"))
+    counts = fuse_for_onnxruntime(model, positions)
+    assert (counts["RotaryEmbedding"], counts["GroupQueryAttention"]) == (2, 0)
+    assert "position_ids" in [value.name for value in model.graph.inputs]
+
+
+def test_attention_reads_queries_keys_and_values_that_are_one_product_as_one() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        graph (float[b,n,48] qkv, float[b,n,48] other, float[b,1,p,16] keys, float[b,1,p,16] values, int32[b] lengths,
+               int32 total) => (float[b,n,16] first, float[b,n,16] second, float[b,n,16] z)
+        {
+            q, k, v = Split <num_outputs = 3, axis = -1> (qkv)
+            first = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1>
+                (q, k, v, keys, values, lengths, total)
+            x, y, z = Split <num_outputs = 3, axis = -1> (other)
+            second = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1>
+                (x, z, y, keys, values, lengths, total)
+        }"""
+    )
+    assert pack_projections(model) == 1
+    attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert [list(node.input[:3]) for node in attentions] == [["qkv", "", ""], ["x", "z", "y"]]
+    assert pack_projections(model) == 0
