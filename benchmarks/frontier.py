@@ -5,7 +5,7 @@
 
 The first form measures: every point of ``frontier.yaml`` (or of the methods named by ``--methods``; ``planner`` is one
 of them, at ``--budgets``), with the model, text and windows of ``benchmarks/smollm2.py``. A plan is what ``slimc
-plan`` makes and ``slimc compress`` carries out (``--check``: with a trial); ``--sensitivities`` keeps what it measures,
+plan`` makes, after a trial, and ``slimc compress`` carries out; ``--sensitivities`` keeps what it measures,
 so that budgets can be run one by one. The second one puts files of results together: a table, whether the planner lies
 on or under each other point, and a plot (extra ``report``). Bytes are those of the layers as they are stored, adapters,
 masks and scales included; embeddings stay as they are.
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, nargs="*", help="only these points of each method, counted from 0")
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--sensitivities", type=Path, help="where the planner's measurements are kept")
-    parser.add_argument("--check", action="store_true", help="carry plans out on trial")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not carry plans out on trial")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the results go")
