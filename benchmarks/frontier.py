@@ -104,7 +104,11 @@ def show(rows: Sequence[Row]) -> None:
         beside = "" if there is None else f"{there:.2f}"
         numbers = f"{row['bits']:6.3f} {megabytes:>8} {row['perplexity']:11.2f} {beside:>9}"
         print(f"{row['method']:28} {numbers}  {row['point']}", flush=True)
-    others = [row for row in rows if row["method"] not in (PLANNER, "dense") and RANGE[0] <= row["bits"] <= RANGE[1]]
+    others = [
+        row
+        for row in rows
+        if row["method"] != "dense" and not row["method"].startswith(PLANNER) and RANGE[0] <= row["bits"] <= RANGE[1]
+    ]
     compared = [(row, there) for row in others if (there := interpolate(planned, row["bits"])) is not None]
     above = [f"{row['method']} {row['point']}" for row, there in compared if there > row["perplexity"]]
     if compared:
@@ -122,7 +126,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5.5))
     axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in dict.fromkeys(row["method"] for row in rows if not row["method"].startswith(f"{PLANNER},")):
         points = sorted((row["bits"], row["perplexity"]) for row in rows if row["method"] == method)
         if method == "dense":
             axes.axhline(points[0][1], color="black", linewidth=0.8, linestyle=":", label="dense, 16 bits")
