@@ -5,7 +5,7 @@
 
 The first form measures: every point of ``frontier.yaml`` (or of the methods named by ``--methods``; ``planner`` is one
 of them, at ``--budgets``), with the model, text and windows of ``benchmarks/smollm2.py``. A plan is what ``slimc
-plan`` makes and ``slimc compress`` carries out (``--check``: with a trial); ``--sensitivities`` keeps what it measures,
+plan`` makes, after a trial, and ``slimc compress`` carries out; ``--sensitivities`` keeps what it measures,
 so that budgets can be run one by one. The second one puts files of results together: a table, whether the planner lies
 on or under each other point, and a plot (extra ``report``). Bytes are those of the layers as they are stored, adapters,
 masks and scales included; embeddings stay as they are.
@@ -104,7 +104,11 @@ def show(rows: Sequence[Row]) -> None:
         beside = "" if there is None else f"{there:.2f}"
         numbers = f"{row['bits']:6.3f} {megabytes:>8} {row['perplexity']:11.2f} {beside:>9}"
         print(f"{row['method']:28} {numbers}  {row['point']}", flush=True)
-    others = [row for row in rows if row["method"] not in (PLANNER, "dense") and RANGE[0] <= row["bits"] <= RANGE[1]]
+    others = [
+        row
+        for row in rows
+        if row["method"] != "dense" and not row["method"].startswith(PLANNER) and RANGE[0] <= row["bits"] <= RANGE[1]
+    ]
     compared = [(row, there) for row in others if (there := interpolate(planned, row["bits"])) is not None]
     above = [f"{row['method']} {row['point']}" for row, there in compared if there > row["perplexity"]]
     if compared:
@@ -122,7 +126,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5.5))
     axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in dict.fromkeys(row["method"] for row in rows if not row["method"].startswith(f"{PLANNER},")):
         points = sorted((row["bits"], row["perplexity"]) for row in rows if row["method"] == method)
         if method == "dense":
             axes.axhline(points[0][1], color="black", linewidth=0.8, linestyle=":", label="dense, 16 bits")
@@ -156,7 +160,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, nargs="*", help="only these points of each method, counted from 0")
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--sensitivities", type=Path, help="where the planner's measurements are kept")
-    parser.add_argument("--check", action="store_true", help="carry plans out on trial")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not carry plans out on trial")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where the results go")

@@ -127,8 +127,8 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
         stop_after: name of the last pass to run.
         dump_dir: folder for the text of the graph after each pass.
         budget: in place of ``passes``: what the layers may take together, ``"3.2bpw"`` (bits a weight), ``"45MB"`` or
-            ``"0.25x"`` (of what they take now); :func:`plan` then chooses how to express each of them. Nothing is
-            carried out on trial, which would compress three times; ``passes=plan(..., check=True)`` does that.
+            ``"0.25x"`` (of what they take now); :func:`plan`, with its trial, then chooses how to express each of
+            them.
         target: what the budget counts; see :func:`plan`.
 
     Returns:
@@ -155,8 +155,12 @@ def compile(  # noqa: A001 - slimc.compile, like torch.compile
             counts_bytes=target == SIZE or wanted.in_bytes,
             progress=progress,
         )
-        # The patterns are the recipe's by now.
-        passes, include, exclude = found.plan(wanted, target, times=times_of(found)), (), ()
+        # The patterns are the plan's by now.
+        passes, include, exclude = (
+            _best(model, found, wanted, target, times_of(found), calibration, device, progress),
+            (),
+            (),
+        )
     if resume and journal is None:
         raise InputError("There is nothing to resume from: pass journal= with the folder of the run that stopped.")
     record = Journal(Path(journal), resume=resume) if journal is not None else None
@@ -227,7 +231,7 @@ def plan(
     include: Patterns = (),
     exclude: Patterns = (),
     sensitivities: Sensitivities | str | Path | None = None,
-    check: bool = False,
+    check: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Choose how to express each layer, so that all together keep to a budget and the model's output suffers least.
@@ -255,8 +259,9 @@ def plan(
         sensitivities: what :func:`sensitivities` measured on this model, in place of measuring; menu and patterns are
             then those of it. Or a file that keeps it: it is read if it is there, and written if not.
         check: carry out the plan and the best single expression within the budget on trial, and return the one whose
-            output is closer to the dense model's, on calibration data that nothing is fitted to. Predictions take
-            errors of different layers to add up, which far below 3 bits they do not. It compresses twice.
+            output is closer to the dense model's, on calibration data that nothing is fitted to. Predictions are of
+            sites in the dense model, one at a time; that later sites make good the errors of earlier ones
+            (``compensate``) they do not see. It compresses twice, where measuring tries the whole menu at every site.
         progress: told what happens.
 
     Raises:
@@ -290,13 +295,26 @@ def plan(
         )
         if keep is not None:
             found.save(keep)
-    times = times_of(found)
-    best = found.plan(wanted, target, times=times)
     if not check:
-        return best
-    uniform = found.uniform(wanted, target, times=times)
-    plans = [best] if uniform is None else [best, uniform]
-    tried = [_try(model, one, found.menu, batches, device=device, progress=progress) for one in plans]
+        return found.plan(wanted, target, times=times_of(found))
+    return _best(model, found, wanted, target, times_of(found), batches, device, progress)
+
+
+def _best(
+    model: nn.Module,
+    found: Sensitivities,
+    budget: Budget,
+    target: str,
+    times: Times | None,
+    batches: Sequence[Any],
+    device: Device,
+    progress: Progress,
+) -> Plan:
+    """Return the plan, or the best single expression within the budget, whichever does less when it is tried."""
+    plans = [found.plan(budget, target, times=times), found.uniform(budget, target, times=times)]
+    tried = [
+        _try(model, one, found.menu, batches, device=device, progress=progress) for one in plans if one is not None
+    ]
     return min(tried, key=lambda one: math.inf if one.measured is None else one.measured)
 
 

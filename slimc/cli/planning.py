@@ -51,8 +51,11 @@ def plan(
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Carry it out on trial beside the best single expression; keep the better.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Carry it out on trial beside the best single expression; keep the better."
+        ),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -64,6 +67,9 @@ def plan(
     of the model's output from the dense one's, in nats a token (half its squared relative error, if it predicts no
     tokens). The budget is for the planned layers, scales and adapters included: bits a weight, megabytes, or a share of
     what they take now.
+
+    Predictions are of one layer at a time, so in the end the plan is carried out on trial, beside the best single
+    expression within the budget, and the one closer to the dense model is kept.
 
     The plan is a recipe: read it, edit it, and run it with 'slimc compress --recipe' and the same calibration.
 
@@ -77,7 +83,7 @@ def plan(
 
       slimc plan ./llama -b 45MB -o plan.yaml --calibration notes.txt --samples 32
 
-      slimc plan ./llama -b 3bpw --sensitivities llama.json         measure once, and plan again in seconds
+      slimc plan ./llama -b 3bpw --sensitivities llama.json         measure once for all budgets
 
       slimc plan ./llama -b 0.4x --target decode@h100               of the time of a token, measured on this H100
     """
