@@ -169,7 +169,7 @@ SHAPES = [
     LaunchShape(64, 2, 1, 2),
     LaunchShape(64, 2, 1, 2, share=False, beside=True),
     LaunchShape(128, 2, 1, light=True),
-    LaunchShape(128, 2, 1, light=True, multicast=2),
+    LaunchShape(64, 4, 1),
 ]
 
 
