@@ -739,7 +739,7 @@ def export_onnx(
     from slimc.backends.onnx.decoder import cache_geometry, has_cache
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
-    _require_dense(model)
+    _require_module(model)
     if cache and example_inputs is not None:
         raise InputError("a graph with a cache has inputs of its own: leave example_inputs out, or pass cache=False.")
     example: Batch | None = None
