@@ -604,7 +604,7 @@ def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         given = repr(str(model)) if isinstance(model, str | Path) else f"a {type(model).__name__}"
         raise InputError(
-            f"slimc.compile takes a loaded torch.nn.Module, not {given}. Load the model first, for example with "
+            f"slimc takes a loaded torch.nn.Module, not {given}. Load the model first, for example with "
             "transformers.AutoModelForCausalLM.from_pretrained(path), or give its path to the command 'slimc compress'."
         )
 
@@ -674,9 +674,9 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
 
     Raises:
         FormatError: a file is missing, damaged, or not what ``slimc.json`` promises.
-        InputError: ``model`` is missing or does not fit.
+        InputError: ``model`` is missing or does not fit, or ``device`` cannot be used.
     """
-    loaded, record = load_folder(Path(path), model=model, skeleton=hf.native_skeleton, device=device)
+    loaded, record = load_folder(Path(path), model=model, skeleton=hf.native_skeleton, device=usable_device(device))
     use_kernels(loaded, KERNELS)
     _attach(loaded, replace(Report.from_json(record), graph=_read_graph(Path(path))))
     return loaded

@@ -411,3 +411,8 @@ def test_save_pretrained_of_a_compressed_model_points_to_save(small: Any, tmp_pa
         with pytest.raises(InputError, match=r"slimc\.save"):
             model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_none_is_refused_before_a_folder_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no device 'gpu7'; name cpu, cuda"):
+        slimc.load(tmp_path, device="gpu7")

@@ -255,7 +255,9 @@ def check_replaceable(target: Path, *, overwrite: bool, replaceable: Callable[[P
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{target}: already exists; choose another folder, or replace it with overwrite=True")
+        raise InputError(
+            f"{target}: already exists; choose another folder, or replace it with overwrite=True (--overwrite)"
+        )
     if not replaceable(target):
         raise InputError(
             f"{target}: holds files that slimc did not write, so it will not be replaced; choose another folder"
