@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from slimc.backends import attention_pass, between_pass, dynamo
+from slimc.backends import attention_pass, between_pass
 from slimc.backends.cuda import attention, between
 from slimc.backends.cuda.attention import attend_next
 from slimc.backends.cuda.between import gated_linears, normed_linears
@@ -111,19 +111,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """Collects the graphs that Inductor would be given, and runs them as they are."""
-    seen: list[fx.Graph] = []
-
-    def interpret(graph: fx.GraphModule, inputs: Any, settings: Any) -> Callable[..., Any]:
-        seen.append(graph.graph)
-        return graph.forward
-
-    monkeypatch.setattr(dynamo, "_inductor", interpret)
-    return seen
 
 
 def make_inputs(masked: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

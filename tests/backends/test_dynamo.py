@@ -99,19 +99,6 @@ def fresh() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """Collects the graphs that Inductor would be given, and runs them as they are."""
-    seen: list[fx.Graph] = []
-
-    def interpret(graph: fx.GraphModule, inputs: Any, settings: Any) -> Callable[..., Any]:
-        seen.append(graph.graph)
-        return graph.forward
-
-    monkeypatch.setattr(dynamo, "_inductor", interpret)
-    return seen
-
-
 def count(graph: fx.Graph, target: Any) -> int:
     return len(graph.find_nodes(op="call_function", target=target))
 
