@@ -115,6 +115,7 @@ ROWS: dict[str, list[Pass]] = {
     "damped by 0.3, half, its target by 0.1": damped(0.5, 0.3, 0.1),
     "damped, half, 4 rounds": damped(0.5, 0.1, rounds=4),
     "damped, half, permuted": damped(0.5, 0.1, 0.01, 1, Permute(sort="energy", batches=1)),
+    "damped, half, tuned": [*damped(0.5, 0.1)[:-1], Tune(), Fuse()],
     "sums, half, siblings share, a scale a row": half("channel", 0.126, shared="siblings"),
     "sums, half, siblings share, a scale a row, damping 0.1": half("channel", 0.126, shared="siblings", damping=0.1),
     "sums, half, a scale a row, damping 0.1": half("channel", 0.115, damping=0.1),
