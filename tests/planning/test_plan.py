@@ -130,7 +130,7 @@ def test_sensitivities_are_the_same_after_a_file(found, tmp_path: Path):
     [
         (None, "cannot be read"),
         ("{}", "has no format_version, so it holds no sensitivities"),
-        ('{"format_version": 9}', "has format version 9, but .* reads version 1; measure again"),
+        ('{"format_version": 9}', "has format version 9, but .* reads version 1; upgrade slimc"),
         ('{"format_version": 1}', "slimc_version: Field required; the file is damaged or was edited"),
     ],
 )
@@ -236,6 +236,16 @@ def test_a_planned_model_takes_what_the_plan_promised(network, batches, tmp_path
     bits = {row.name: row.bits for row in slimc.report(small).sites}
     assert bits == pytest.approx({site.name: site.bits for site in plan.sites if site.choice.name != "dense"})
     assert plan.bits_per_weight <= 5
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_plan_needs_no_more_than_two_samples(network, batches, rows):
+    assert slimc.plan(network, batches[0][:rows], budget="6bpw", menu=MENU).measured > 0
+
+
+def test_one_sample_is_too_few_for_a_plan(network, batches):
+    with pytest.raises(InputError, match="is held out to judge choices by, which leaves none of 1 to fit them to"):
+        slimc.plan(network, batches[0][:1], budget="6bpw", menu=MENU)
 
 
 def test_a_budget_in_place_of_passes_is_the_same_plan(network, batches):
