@@ -39,7 +39,7 @@ from slimc.passes.report import LeftRow, Report
 from slimc.planning.budget import Budget
 from slimc.planning.check import measured_damage
 from slimc.planning.menu import Menu, MenuSource
-from slimc.planning.plan import SIZE, Plan, Sensitivities, Times, refuse_tied
+from slimc.planning.plan import SIZE, Plan, Sensitivities, Times, refuse_tied, weights_digest
 from slimc.planning.sensitivity import Measure, measure, tied_sites
 from slimc.progress import Progress, SilentProgress
 from slimc.recipes import Recipe
@@ -454,7 +454,7 @@ def _measure(
         device=run.device,
         progress=progress,
     )
-    found = Sensitivities(sites=tuple(sites), menu=menu, include=include, exclude=exclude, model=type(model).__name__)
+    found = Sensitivities(tuple(sites), menu, include, exclude, type(model).__name__, weights_digest(model))
     return found, [args or kwargs for args, kwargs in batches]
 
 

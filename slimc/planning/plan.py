@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from slimc.errors import InputError, RecipeError
+from slimc.errors import FormatError, InputError, RecipeError
+from slimc.passes.journal import digest
 from slimc.passes.report import aligned
 from slimc.planning import knapsack
 from slimc.planning.budget import Budget
@@ -43,6 +44,31 @@ def refuse_tied(sites: Mapping[str, str]) -> None:
             "would be stored besides, and no budget of bytes is met by that. Leave it out, or plan for time (--target "
             "decode with a budget such as 0.5x)."
         )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of the matrices of ``model``: names, shapes, dtypes and first rows, read in a moment."""
+    matrices = [(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.dim() == 2]
+    return digest((f"{name} {tuple(tensor.shape)}", tensor[:1]) for name, tensor in sorted(matrices))
+
+
+def _check_choices(sites: Sequence[SiteChoices], menu: Menu) -> None:
+    """Refuse what no measurement leads to.
+
+    Raises:
+        FormatError: it is there.
+    """
+    known = {DENSE, *menu.expressions}
+    for name, count in Counter(site.name for site in sites).items():
+        if count > 1:
+            raise FormatError(f"'{name}' is there twice")
+    for site in sites:
+        names = [choice.name for choice in site.choices]
+        if names[0] != DENSE or len(names) != len(set(names)) or not known.issuperset(names):
+            raise FormatError(f"the choices at '{site.name}' are not '{DENSE}' first, then expressions of the menu")
+        for choice in site.choices:
+            if (choice.format.weight.rows, choice.format.weight.columns) != site.shape:
+                raise FormatError(f"the form of '{choice.name}' at '{site.name}' is not of its shape")
 
 
 @dataclass(frozen=True)
@@ -179,6 +205,7 @@ class Sensitivities:
         include: patterns of weights that were taken in, those of the menu too.
         exclude: patterns of weights that were left out, those of the menu too.
         model: what it is called, for the recipe's description.
+        weights: :func:`weights_digest` of the model that was measured; ``None``: not known.
     """
 
     sites: tuple[SiteChoices, ...]
@@ -186,6 +213,7 @@ class Sensitivities:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     model: str = "model"
+    weights: str | None = None
 
     def save(self, path: str | Path) -> None:
         """Write them as a JSON file, for plans of later days.
@@ -194,7 +222,12 @@ class Sensitivities:
             InputError: it cannot be written.
         """
         record = SensitivitiesRecord.of(
-            model=self.model, menu=self.menu.recipe, include=self.include, exclude=self.exclude, sites=self.sites
+            model=self.model,
+            weights=self.weights,
+            menu=self.menu.recipe,
+            include=self.include,
+            exclude=self.exclude,
+            sites=self.sites,
         )
         write_bytes(Path(path), record.to_bytes())
 
@@ -206,16 +239,15 @@ class Sensitivities:
             FormatError: it is no such file.
         """
         record = SensitivitiesRecord.read(Path(path))
-        return cls(
-            sites=record.choices(),
-            menu=Menu.of(record.menu),
-            include=tuple(record.include),
-            exclude=tuple(record.exclude),
-            model=record.model,
-        )
+        try:
+            menu, sites = Menu.of(record.menu), record.choices()
+            _check_choices(sites, menu)
+        except (FormatError, RecipeError) as error:
+            raise FormatError(f"{path}: {error}; the file is damaged or was edited, so measure again") from error
+        return cls(sites, menu, tuple(record.include), tuple(record.exclude), record.model, record.weights)
 
     def require_measured_on(self, model: nn.Module) -> None:
-        """Check that ``model`` has the weights that were measured.
+        """Check that ``model`` is the one that was measured.
 
         Raises:
             InputError: it has not.
@@ -231,6 +263,11 @@ class Sensitivities:
                     f"{columns}; {type(model).__name__} has {'no such layer' if found is None else f'{found} there'}. "
                     "Measure this one."
                 )
+        if self.weights not in (None, weights_digest(model)):
+            raise InputError(
+                f"These sensitivities are of another model, a {self.model} of other weights or in another dtype. "
+                "Measure this one; or plan for the other, and carry that plan out on this one: a plan is a recipe."
+            )
 
     def plan(self, budget: str | Budget, target: str = SIZE, *, times: Times | None = None) -> Plan:
         """Return the plan of least predicted damage within ``budget``.

@@ -40,20 +40,29 @@ class SensitivitiesRecord(Record):
     format_version: int
     slimc_version: str
     model: str
+    weights: str | None = None
     menu: Recipe
     include: list[str]
     exclude: list[str]
-    sites: list[_SiteRecord]
+    sites: list[_SiteRecord] = Field(min_length=1)
 
     @classmethod
     def of(
-        cls, *, model: str, menu: Recipe, include: Iterable[str], exclude: Iterable[str], sites: Iterable[SiteChoices]
+        cls,
+        *,
+        model: str,
+        weights: str | None,
+        menu: Recipe,
+        include: Iterable[str],
+        exclude: Iterable[str],
+        sites: Iterable[SiteChoices],
     ) -> SensitivitiesRecord:
         """Return the record of what was measured."""
         return cls(
             format_version=VERSION,
             slimc_version=__version__,
             model=model,
+            weights=weights,
             menu=menu,
             include=list(include),
             exclude=list(exclude),
