@@ -270,6 +270,11 @@ def plan(
     progress = progress or SilentProgress()
     wanted, times_of = Budget.parse(budget), _times(target, progress)
     _require_dense(model)
+    if not isinstance(sensitivities, Sensitivities | str | Path | None):
+        kind = type(sensitivities).__name__
+        raise InputError(
+            f"sensitivities is of type {kind}; give what slimc.sensitivities returned, or a file that keeps it."
+        )
     keep = Path(sensitivities) if isinstance(sensitivities, str | Path) else None
     if keep is not None and keep.exists():
         sensitivities = Sensitivities.load(keep)

@@ -371,7 +371,7 @@ class Sensitivities:
             told = f"{allowed:.0f} us", f"{least:.0f} us, of {dense:.0f} us dense"
         else:
             allowed = budget.nbytes(weights, dense)
-            told = f"{allowed / 1e6:.3f} MB", f"{least / 1e6:.3f} MB ({8 * least / weights:.3f} bits a weight)"
+            told = f"{allowed / 1e6:.6g} MB", f"{least / 1e6:.6g} MB ({8 * least / weights:.3f} bits a weight)"
         if least > allowed:
             raise RecipeError(
                 f"The budget {budget} is {told[0]}, and the least that the menu can reach is {told[1]}. Raise the "

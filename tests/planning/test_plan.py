@@ -320,6 +320,8 @@ def test_sensitivities_come_with_their_menu_and_belong_to_a_model(network, batch
         slimc.plan(nn.Linear(64, 96), sensitivities=found, budget="4bpw")
     with pytest.raises(InputError, match="another model, a Sequential of other weights or in another dtype"):
         slimc.plan(copy.deepcopy(network).double(), sensitivities=found, budget="4bpw")
+    with pytest.raises(InputError, match="sensitivities is of type int; give what slimc.sensitivities returned"):
+        slimc.plan(network, batches, sensitivities=3, budget="4bpw")
     with pytest.raises(InputError, match="there is no folder"):
         slimc.plan(network, batches, sensitivities=tmp_path / "none" / "found.json", budget="4bpw")
 
