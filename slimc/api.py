@@ -270,8 +270,9 @@ def plan(
     progress = progress or SilentProgress()
     wanted, times_of = Budget.parse(budget), _times(target, progress)
     _require_dense(model)
-    if not isinstance(sensitivities, Sensitivities | str | Path | None):
-        kind = type(sensitivities).__name__
+    given: object = sensitivities
+    if not isinstance(given, Sensitivities | str | Path | None):
+        kind = type(given).__name__
         raise InputError(
             f"sensitivities is of type {kind}; give what slimc.sensitivities returned, or a file that keeps it."
         )
