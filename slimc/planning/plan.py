@@ -293,9 +293,7 @@ class Sensitivities:
                 f"the budget {budget} is a time, and the target '{SIZE}' counts bytes; see --target decode"
             )
         units = [_Unit((site,), times) for site in self.sites] if times is None else self._groups(times)
-        in_time = self._counts_time(budget, times)
-        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
-        allowed = self._allowed(budget, costs, in_time=in_time)
+        costs, allowed = self._costs(budget, units, times)
         solution = knapsack.solve([[option.damage for option in unit.options] for unit in units], costs, allowed)
         return self._plan(budget, target, units, solution, times)
 
@@ -309,9 +307,7 @@ class Sensitivities:
         """
         budget = Budget.parse(budget) if isinstance(budget, str) else budget
         units = [_Unit((site,), times) for site in self.sites]
-        in_time = self._counts_time(budget, times)
-        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
-        allowed = self._allowed(budget, costs, in_time=in_time)
+        costs, allowed = self._costs(budget, units, times)
         found: list[tuple[float, list[int]]] = []
         for name in self.menu.expressions:
             chosen = [next((at for at, one in enumerate(unit.options) if one.is_called(name)), None) for unit in units]
@@ -338,12 +334,18 @@ class Sensitivities:
         plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent, self._refused())
         return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
 
-    def _counts_time(self, budget: Budget, times: Times | None) -> bool:
-        """Tell whether the budget is one of time; refuse to count bytes that no choice can save."""
-        in_time = times is not None and not budget.in_bytes
-        if not in_time:
-            refuse_tied({site.name: site.embedding for site in self.sites if site.embedding is not None})
-        return in_time
+    def _costs(self, budget: Budget, units: Sequence[_Unit], times: Times | None) -> tuple[list[list[float]], float]:
+        """Return what each option of each unit costs, and what all may, in the unit of the budget.
+
+        Raises:
+            RecipeError: it is one of bytes, and there are sites that can save none.
+        """
+        if times is not None and not budget.in_bytes:
+            costs = [[option.microseconds for option in unit.options] for unit in units]
+            return costs, self._allowed(budget, costs, in_time=True)
+        refuse_tied({site.name: site.embedding for site in self.sites if site.embedding is not None})
+        costs = [[option.nbytes for option in unit.options] for unit in units]
+        return costs, self._allowed(budget, costs, in_time=False)
 
     def _refused(self) -> tuple[str, ...]:
         reasons: dict[str, list[str]] = {}
