@@ -36,15 +36,21 @@ from slimc.passes import (
 
 SLIM: list[Pass] = [Quantize(group=64), Prune("2:4"), LowRank(bits=4)]
 ROUNDED: list[Pass] = [Quantize(group=64, bits=3)]
-JOINT: list[Pass] = [
-    Compensate(strength=0.5),
-    Quantize(group=128),
-    Prune("2:4", method="joint"),
-    LowRank("covariance", bits=4, rounds=1),
-]
+
+
+def joint(damping: float = 0.01, rounds: int = 1) -> list[Pass]:
+    """Return the passes of the recipe joint-w4-2x4, which has a damping of 0.1 and one round."""
+    return [
+        Compensate(strength=0.5),
+        Quantize(group=128),
+        Prune("2:4", method="joint", damping=damping),
+        LowRank("covariance", bits=4, rounds=rounds, damping=damping),
+    ]
+
+
 ROWS: dict[str, list[Pass]] = {
     f"{name}{added}": [Calibrate(), *before, *recipe, *after, Fuse()]
-    for name, recipe in (("3 bits", ROUNDED), ("slim 2:4", SLIM), ("joint 2:4", JOINT))
+    for name, recipe in (("3 bits", ROUNDED), ("slim 2:4", SLIM), ("joint 2:4", joint()))
     for added, before, after in (
         ("", [], []),
         (", biases corrected", [], [BiasCorrection()]),
@@ -52,6 +58,9 @@ ROWS: dict[str, list[Pass]] = {
         (", permuted, unsorted", [Permute(sort=None)], []),
         (", scales folded", [ScaleFolding(group=64)], []),
     )
+} | {
+    f"joint 2:4, damping {damping}, {rounds} round{'s' * (rounds > 1)}": [Calibrate(), *joint(damping, rounds), Fuse()]
+    for damping, rounds in ((0.1, 1), (0.01, 4), (0.1, 4), (0.3, 4))
 }
 
 

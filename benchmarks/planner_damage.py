@@ -77,7 +77,8 @@ def main() -> None:
         weight += error(weight, row["bits"])
         row["measured"] = measured_damage(model, changed, judged, vocabulary=vocabulary)
         weight.copy_(kept)
-    record = {"device": str(options.device), "torch": str(torch.__version__), "rows": rows, "summary": []}
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    record = {"device": device, "torch": str(torch.__version__), "rows": rows, "summary": []}
     for bits in options.bits:
         for weight in weights.values():
             weight += error(weight, bits)

@@ -50,8 +50,8 @@ VARIANTS: dict[str, list[Pass]] = {
         Calibrate(),
         Compensate(strength=0.5),
         Quantize(group=128),
-        Prune("2:4", method="joint"),
-        LowRank("covariance", bits=4, rounds=1),
+        Prune("2:4", method="joint", damping=0.1),
+        LowRank("covariance", bits=4, rounds=4, damping=0.1),
         Fuse(),
     ],
 }

@@ -39,7 +39,7 @@ from slimc.passes.report import LeftRow, Report
 from slimc.planning.budget import Budget
 from slimc.planning.check import measured_damage
 from slimc.planning.menu import Menu, MenuSource
-from slimc.planning.plan import SIZE, Plan, Sensitivities, Times, refuse_tied
+from slimc.planning.plan import SIZE, Plan, Sensitivities, Times, refuse_tied, weights_digest
 from slimc.planning.sensitivity import Measure, measure, tied_sites
 from slimc.progress import Progress, SilentProgress
 from slimc.recipes import Recipe
@@ -270,6 +270,12 @@ def plan(
     progress = progress or SilentProgress()
     wanted, times_of = Budget.parse(budget), _times(target, progress)
     _require_dense(model)
+    given: object = sensitivities
+    if not isinstance(given, Sensitivities | str | Path | None):
+        kind = type(given).__name__
+        raise InputError(
+            f"sensitivities is of type {kind}; give what slimc.sensitivities returned, or a file that keeps it."
+        )
     keep = Path(sensitivities) if isinstance(sensitivities, str | Path) else None
     if keep is not None and keep.exists():
         sensitivities = Sensitivities.load(keep)
@@ -454,7 +460,7 @@ def _measure(
         device=run.device,
         progress=progress,
     )
-    found = Sensitivities(sites=tuple(sites), menu=menu, include=include, exclude=exclude, model=type(model).__name__)
+    found = Sensitivities(tuple(sites), menu, include, exclude, type(model).__name__, weights_digest(model))
     return found, [args or kwargs for args, kwargs in batches]
 
 

@@ -47,7 +47,7 @@ def calibration_batches(
     if isinstance(calibration, str):
         batches: list[Any] = [calibration]
     elif isinstance(calibration, Tensor):
-        batches = _split(calibration, settings.batch) if calibration.ndim > 1 else [calibration]
+        batches = _split(calibration, settings) if calibration.ndim > 1 else [calibration]
     elif isinstance(calibration, Mapping):
         batches = [calibration]
     elif isinstance(calibration, Iterable):
@@ -82,7 +82,7 @@ def self_sampled_batches(
     if batches is None:
         writer = model if device is None else copy_to(model, device)
         samples = hf.sample_calibration(writer, tokenizer, settings.samples, settings.length, settings.seed, progress)
-        batches = _split(torch.stack(list(samples)), settings.batch)
+        batches = _split(torch.stack(list(samples)), settings)
         if journal:
             journal.record_tokens(batches)
     return [_call(model, batch) for batch in batches]
@@ -100,7 +100,7 @@ def self_sampled_outline(model: nn.Module, settings: Calibrate) -> list[Batch]:
             "calibration= with texts or batches of inputs (on the command line: --calibration FILE)."
         )
     zeros = torch.zeros((1, 1), dtype=torch.int64).expand(settings.samples, settings.length)
-    return [_call(model, batch) for batch in _split(zeros, settings.batch)]
+    return [_call(model, batch) for batch in _split(zeros, settings)]
 
 
 def example_batches(model: nn.Module, *, needed: str = "calibration=") -> list[Batch]:
@@ -141,11 +141,12 @@ def _tokenised(texts: str | Sequence[str], settings: Calibrate, tokenizer: Any) 
         raise InputError("Calibration texts need tokenizer=, to turn them into tokens.")
     options = "fewer or shorter samples: --samples and --length, in Python Calibrate(samples=, length=)"
     windows = hf.tokenize_text(tokenizer, texts, settings.samples, settings.length, options=options)
-    return _split(windows, settings.batch)
+    return _split(windows, settings)
 
 
-def _split(samples: Tensor, size: int) -> list[Tensor]:
-    """Cut ``[samples, ...]`` into batches of ``size``, the last one perhaps smaller."""
+def _split(samples: Tensor, settings: Calibrate) -> list[Tensor]:
+    """Cut ``[samples, ...]`` into batches, the last one perhaps smaller."""
+    size = settings.batch_of(len(samples))
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 

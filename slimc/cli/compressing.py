@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,14 +30,6 @@ if TYPE_CHECKING:
 _REPLACE = "add --overwrite to replace it, or choose another --output"
 
 
-class DType(StrEnum):
-    """The precision in which the dense model is loaded, and in which 16-bit values and scales are stored."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
 def compress(
     model: options.Model,
     output: Annotated[
@@ -59,7 +50,7 @@ def compress(
     seed: options.Seed = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    dtype: Annotated[DType | None, typer.Option(help="Load the model in this precision, not its own.")] = None,
+    dtype: options.DType = None,
     device: options.Device = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted, if it is not complete.")

@@ -43,6 +43,7 @@ def plan(
     seed: options.Seed = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    dtype: options.DType = None,
     device: options.Device = None,
     sensitivities: Annotated[
         Path | None,
@@ -113,7 +114,7 @@ def plan(
     choices = None if known else Menu.load(menu).calibrated(**changed)
     text = None if calibration == "self" else calibration_text(calibration)
     place = default_device() if device is None else usable_device(device)
-    dense, tokenizer = open_model(model, device="cpu")
+    dense, tokenizer = open_model(model, dtype=dtype, device="cpu")
     with for_console(err, quiet=quiet) as progress:
         found = slimc.plan(
             dense,
@@ -134,5 +135,6 @@ def plan(
         note("Nothing was written; with --output plan.yaml the recipe would be.")
         return
     found.save(output)
-    flag = "" if calibration == "self" else f" --calibration {calibration}"
-    say(f"\n{output} is written. Next: slimc compress {model} -o small --recipe {output}{flag}")
+    flags = "" if calibration == "self" else f" --calibration {calibration}"
+    flags += "" if dtype is None else f" --dtype {dtype}"
+    say(f"\n{output} is written. Next: slimc compress {model} -o small --recipe {output}{flags}")

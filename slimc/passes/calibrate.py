@@ -24,7 +24,8 @@ class Calibrate(Pass):
             memory; a larger one makes larger kernels.
         seed: of the sampling, when the model writes its own calibration text.
         held_out: share of the batches, the last ones, that nothing is fitted to. They run through the sweep like the
-            others, and passes that choose between alternatives judge them by the error there; the report shows it.
+            others, and passes that choose between alternatives judge them by the error there; the report shows it. Of
+            few samples fewer run together, so that it is about this share.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -54,6 +55,12 @@ class Calibrate(Pass):
                 f"calibrate must be the first pass, but it comes after '{earlier[-1].name}'. Move it to the top."
             )
 
+    def batch_of(self, samples: int) -> int:
+        """Return how many of ``samples`` run together: no more than are held out, for batches are held out whole."""
+        if not self.held_out:
+            return self.batch
+        return max(1, min(self.batch, int(samples * min(self.held_out, 1 - self.held_out))))
+
     def held_out_batches(self, batches: int) -> int:
         """Return how many of ``batches`` are held out: the nearest number to the share, but at least one.
 
@@ -65,7 +72,8 @@ class Calibrate(Pass):
         held_out = max(1, round(self.held_out * batches))
         if held_out >= batches:
             raise InputError(
-                f"calibrate: held_out={self.held_out} of {batches} calibration batch{'es' * (batches != 1)} leaves "
-                "none to fit to. Give more batches (more samples, or a smaller batch), or hold out a smaller share."
+                f"calibrate: a share of {self.held_out} of the calibration batches is held out to judge choices by, "
+                f"which leaves none of {batches} to fit them to. Give more batches (more samples), or hold out a "
+                "smaller share."
             )
         return held_out

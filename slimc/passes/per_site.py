@@ -110,7 +110,8 @@ class PerSite(SitePass):
             if not any(matches(pattern, name) for name in names):
                 raise RecipeError(
                     f"per_site: '{pattern}' matches no weight{closest(pattern, names)}. Patterns are matched against "
-                    "module paths such as 'model.layers.0.mlp.up_proj'; '*' stands for anything."
+                    "module paths such as 'model.layers.0.mlp.up_proj'; '*' stands for anything. The plan of another "
+                    "model does not fit this one."
                 )
 
     def check_site(self, name: str, shape: tuple[int, int]) -> None:
@@ -136,7 +137,7 @@ class PerSite(SitePass):
         if chosen is None:
             raise RecipeError(
                 f"per_site: nothing says how '{site}' is to be expressed. Name it under sites, give a default, or "
-                f"leave it dense with exclude=['{site}']."
+                f"leave it dense with exclude=['{site}']. The plan of another model does not fit this one."
             )
         return chosen
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from slimc.errors import InputError, RecipeError
+from slimc.errors import FormatError, InputError, RecipeError
+from slimc.passes.journal import digest
 from slimc.passes.report import aligned
 from slimc.planning import knapsack
 from slimc.planning.budget import Budget
@@ -43,6 +44,31 @@ def refuse_tied(sites: Mapping[str, str]) -> None:
             "would be stored besides, and no budget of bytes is met by that. Leave it out, or plan for time (--target "
             "decode with a budget such as 0.5x)."
         )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of the matrices of ``model``: names, shapes, dtypes and first rows, read in a moment."""
+    matrices = [(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.dim() == 2]
+    return digest((f"{name} {tuple(tensor.shape)}", tensor[:1]) for name, tensor in sorted(matrices))
+
+
+def _check_choices(sites: Sequence[SiteChoices], menu: Menu) -> None:
+    """Refuse what no measurement leads to.
+
+    Raises:
+        FormatError: it is there.
+    """
+    known = {DENSE, *menu.expressions}
+    for name, count in Counter(site.name for site in sites).items():
+        if count > 1:
+            raise FormatError(f"'{name}' is there twice")
+    for site in sites:
+        names = [choice.name for choice in site.choices]
+        if names[0] != DENSE or len(names) != len(set(names)) or not known.issuperset(names):
+            raise FormatError(f"the choices at '{site.name}' are not '{DENSE}' first, then expressions of the menu")
+        for choice in site.choices:
+            if (choice.format.weight.rows, choice.format.weight.columns) != site.shape:
+                raise FormatError(f"the form of '{choice.name}' at '{site.name}' is not of its shape")
 
 
 @dataclass(frozen=True)
@@ -179,6 +205,7 @@ class Sensitivities:
         include: patterns of weights that were taken in, those of the menu too.
         exclude: patterns of weights that were left out, those of the menu too.
         model: what it is called, for the recipe's description.
+        weights: :func:`weights_digest` of the model that was measured; ``None``: not known.
     """
 
     sites: tuple[SiteChoices, ...]
@@ -186,6 +213,7 @@ class Sensitivities:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     model: str = "model"
+    weights: str | None = None
 
     def save(self, path: str | Path) -> None:
         """Write them as a JSON file, for plans of later days.
@@ -194,7 +222,12 @@ class Sensitivities:
             InputError: it cannot be written.
         """
         record = SensitivitiesRecord.of(
-            model=self.model, menu=self.menu.recipe, include=self.include, exclude=self.exclude, sites=self.sites
+            model=self.model,
+            weights=self.weights,
+            menu=self.menu.recipe,
+            include=self.include,
+            exclude=self.exclude,
+            sites=self.sites,
         )
         write_bytes(Path(path), record.to_bytes())
 
@@ -206,16 +239,15 @@ class Sensitivities:
             FormatError: it is no such file.
         """
         record = SensitivitiesRecord.read(Path(path))
-        return cls(
-            sites=record.choices(),
-            menu=Menu.of(record.menu),
-            include=tuple(record.include),
-            exclude=tuple(record.exclude),
-            model=record.model,
-        )
+        try:
+            menu, sites = Menu.of(record.menu), record.choices()
+            _check_choices(sites, menu)
+        except (FormatError, RecipeError) as error:
+            raise FormatError(f"{path}: {error}; the file is damaged or was edited, so measure again") from error
+        return cls(sites, menu, tuple(record.include), tuple(record.exclude), record.model, record.weights)
 
     def require_measured_on(self, model: nn.Module) -> None:
-        """Check that ``model`` has the weights that were measured.
+        """Check that ``model`` is the one that was measured.
 
         Raises:
             InputError: it has not.
@@ -231,6 +263,11 @@ class Sensitivities:
                     f"{columns}; {type(model).__name__} has {'no such layer' if found is None else f'{found} there'}. "
                     "Measure this one."
                 )
+        if self.weights not in (None, weights_digest(model)):
+            raise InputError(
+                f"These sensitivities are of another model, a {self.model} of other weights or in another dtype. "
+                "Measure this one; or plan for the other, and carry that plan out on this one: a plan is a recipe."
+            )
 
     def plan(self, budget: str | Budget, target: str = SIZE, *, times: Times | None = None) -> Plan:
         """Return the plan of least predicted damage within ``budget``.
@@ -256,9 +293,7 @@ class Sensitivities:
                 f"the budget {budget} is a time, and the target '{SIZE}' counts bytes; see --target decode"
             )
         units = [_Unit((site,), times) for site in self.sites] if times is None else self._groups(times)
-        in_time = self._counts_time(budget, times)
-        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
-        allowed = self._allowed(budget, costs, in_time=in_time)
+        costs, allowed = self._costs(budget, units, times)
         solution = knapsack.solve([[option.damage for option in unit.options] for unit in units], costs, allowed)
         return self._plan(budget, target, units, solution, times)
 
@@ -272,9 +307,7 @@ class Sensitivities:
         """
         budget = Budget.parse(budget) if isinstance(budget, str) else budget
         units = [_Unit((site,), times) for site in self.sites]
-        in_time = self._counts_time(budget, times)
-        costs = [[option.microseconds if in_time else option.nbytes for option in unit.options] for unit in units]
-        allowed = self._allowed(budget, costs, in_time=in_time)
+        costs, allowed = self._costs(budget, units, times)
         found: list[tuple[float, list[int]]] = []
         for name in self.menu.expressions:
             chosen = [next((at for at, one in enumerate(unit.options) if one.is_called(name)), None) for unit in units]
@@ -301,12 +334,18 @@ class Sensitivities:
         plan = Plan(budget, target, sites, self._recipe(budget, sites), solution.gap, spent, self._refused())
         return replace(plan, recipe=plan.recipe.model_copy(update={"description": self._description(plan)}))
 
-    def _counts_time(self, budget: Budget, times: Times | None) -> bool:
-        """Tell whether the budget is one of time; refuse to count bytes that no choice can save."""
-        in_time = times is not None and not budget.in_bytes
-        if not in_time:
-            refuse_tied({site.name: site.embedding for site in self.sites if site.embedding is not None})
-        return in_time
+    def _costs(self, budget: Budget, units: Sequence[_Unit], times: Times | None) -> tuple[list[list[float]], float]:
+        """Return what each option of each unit costs, and what all may, in the unit of the budget.
+
+        Raises:
+            RecipeError: it is one of bytes, and there are sites that can save none.
+        """
+        if times is not None and not budget.in_bytes:
+            costs = [[option.microseconds for option in unit.options] for unit in units]
+            return costs, self._allowed(budget, costs, in_time=True)
+        refuse_tied({site.name: site.embedding for site in self.sites if site.embedding is not None})
+        costs = [[option.nbytes for option in unit.options] for unit in units]
+        return costs, self._allowed(budget, costs, in_time=False)
 
     def _refused(self) -> tuple[str, ...]:
         reasons: dict[str, list[str]] = {}
@@ -334,7 +373,7 @@ class Sensitivities:
             told = f"{allowed:.0f} us", f"{least:.0f} us, of {dense:.0f} us dense"
         else:
             allowed = budget.nbytes(weights, dense)
-            told = f"{allowed / 1e6:.3f} MB", f"{least / 1e6:.3f} MB ({8 * least / weights:.3f} bits a weight)"
+            told = f"{allowed / 1e6:.6g} MB", f"{least / 1e6:.6g} MB ({8 * least / weights:.3f} bits a weight)"
         if least > allowed:
             raise RecipeError(
                 f"The budget {budget} is {told[0]}, and the least that the menu can reach is {told[1]}. Raise the "

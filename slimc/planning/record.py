@@ -6,32 +6,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from slimc.errors import FormatError
 from slimc.planning.sensitivity import Choice, SiteChoices
 from slimc.recipes import Recipe
 from slimc.runtime.files import json_bytes, read_json
 from slimc.runtime.formats import LinearFormat
+from slimc.runtime.records import Record, parse_record
 from slimc.version import __version__
 
 VERSION = 1
 
 
-class _Record(BaseModel):
-    """Part of the file: exactly these keys, exactly these types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class _ChoiceRecord(_Record):
+class _ChoiceRecord(Record):
     name: str
     damage: float = Field(ge=0, allow_inf_nan=False)
     output_error: float = Field(ge=0, allow_inf_nan=False)
     format: dict[str, Any]
 
 
-class _SiteRecord(_Record):
+class _SiteRecord(Record):
     name: str
     shape: list[int] = Field(min_length=2, max_length=2)
     group: list[str] = Field(min_length=1)
@@ -40,26 +34,35 @@ class _SiteRecord(_Record):
     refused: dict[str, str]
 
 
-class SensitivitiesRecord(_Record):
+class SensitivitiesRecord(Record):
     """The file's content: the fields of :class:`slimc.planning.plan.Sensitivities`, the menu as a recipe."""
 
     format_version: int
     slimc_version: str
     model: str
+    weights: str | None = None
     menu: Recipe
     include: list[str]
     exclude: list[str]
-    sites: list[_SiteRecord]
+    sites: list[_SiteRecord] = Field(min_length=1)
 
     @classmethod
     def of(
-        cls, *, model: str, menu: Recipe, include: Iterable[str], exclude: Iterable[str], sites: Iterable[SiteChoices]
+        cls,
+        *,
+        model: str,
+        weights: str | None,
+        menu: Recipe,
+        include: Iterable[str],
+        exclude: Iterable[str],
+        sites: Iterable[SiteChoices],
     ) -> SensitivitiesRecord:
         """Return the record of what was measured."""
         return cls(
             format_version=VERSION,
             slimc_version=__version__,
             model=model,
+            weights=weights,
             menu=menu,
             include=list(include),
             exclude=list(exclude),
@@ -91,20 +94,14 @@ class SensitivitiesRecord(_Record):
         Raises:
             FormatError: it is none of these, is damaged, or comes from another version.
         """
-        value = read_json(path)
-        version = value.get("format_version") if isinstance(value, dict) else None
-        if type(version) is not int:
-            raise FormatError(f"{path}: has no format_version, so it holds no sensitivities of slimc")
-        if version != VERSION:
-            raise FormatError(
-                f"{path}: has format version {version}, but slimc {__version__} reads version {VERSION}; measure again"
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part)[:100] for part in first["loc"])
-            raise FormatError(f"{path}: {where}: {first['msg']}; the file is damaged or was edited") from None
+        return parse_record(
+            cls,
+            read_json(path),
+            path,
+            version=VERSION,
+            holds="sensitivities",
+            again="measure once more into another file",
+        )
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""

@@ -5,23 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from slimc.errors import FormatError
 from slimc.runtime.formats import LinearFormat
-from slimc.version import __version__
+from slimc.runtime.records import Record, parse_record
 
 DESCRIPTION = "slimc.json"
 FORMAT_VERSION = 1
 
 
-class _Record(BaseModel):
-    """Part of ``slimc.json``: exactly these keys, exactly these types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelRecord(_Record):
+class ModelRecord(Record):
     """Which model the tensors belong to.
 
     ``huggingface`` models are rebuilt from ``config.json``; for a ``module`` the caller brings an instance.
@@ -33,7 +25,7 @@ class ModelRecord(_Record):
     attention: Literal["eager", "sdpa"] | None = None
 
 
-class _SiteRow(_Record):
+class _SiteRow(Record):
     name: str
     shape: list[int]
     expression: str
@@ -48,13 +40,13 @@ class _SiteRow(_Record):
     fallback: str | None = None
 
 
-class _LeftRow(_Record):
+class _LeftRow(Record):
     name: str
     shape: list[int]
     reason: str
 
 
-class ReportRecord(_Record):
+class ReportRecord(Record):
     """The compression's report, in the form of ``Report.to_json()``."""
 
     recipe: list[dict[str, Any]]
@@ -63,7 +55,7 @@ class ReportRecord(_Record):
     calibration_tokens: int
 
 
-class SiteRecord(_Record):
+class SiteRecord(Record):
     """A compressed linear: its module's name, its format, and the digest of its packed tensors."""
 
     name: str
@@ -71,7 +63,7 @@ class SiteRecord(_Record):
     sha256: str
 
 
-class DenseRecord(_Record):
+class DenseRecord(Record):
     """A tensor stored as it is: its ``state_dict`` name, its form, and the digest of its bytes."""
 
     name: str
@@ -80,7 +72,7 @@ class DenseRecord(_Record):
     sha256: str
 
 
-class Description(_Record):
+class Description(Record):
     """All of ``slimc.json``.
 
     ``ties`` maps every further name of a stored tensor to the name it is stored under; ``buffers`` gives the
@@ -100,20 +92,14 @@ class Description(_Record):
 
 def parse_description(value: Any, source: Path) -> Description:
     """Validate the content of ``slimc.json``: the version first, then every key and type."""
-    version = value.get("format_version") if isinstance(value, dict) else None
-    if type(version) is not int:
-        raise FormatError(f"{source}: has no format_version, so slimc did not write it")
-    if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{source}: has format version {version}, but slimc {__version__} reads version {FORMAT_VERSION}; "
-            f"{'upgrade slimc' if version > FORMAT_VERSION else 'compress the model again'}"
-        )
-    try:
-        return Description.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part)[:100] for part in first["loc"])
-        raise FormatError(f"{source}: {where}: {first['msg']}; the file is damaged or was edited") from None
+    return parse_record(
+        Description,
+        value,
+        source,
+        version=FORMAT_VERSION,
+        holds="compressed model",
+        again="compress the model again",
+    )
 
 
 def parse_format(site: SiteRecord, source: Path) -> LinearFormat:

@@ -235,13 +235,20 @@ def test_the_number_of_held_out_batches(share: float, batches: int, expected: in
     assert Calibrate(held_out=share).held_out_batches(batches) == expected
 
 
+@pytest.mark.parametrize(
+    ("share", "samples", "expected"), [(0.0, 3, 8), (0.25, 64, 8), (0.25, 12, 3), (0.75, 30, 7), (0.25, 3, 1)]
+)
+def test_a_batch_is_no_larger_than_the_share_held_out(share: float, samples: int, expected: int) -> None:
+    assert Calibrate(batch=8, held_out=share).batch_of(samples) == expected
+
+
 def test_held_out_batches_that_nothing_could_be_judged_by_are_refused(batches: list[Tensor]) -> None:
     with pytest.raises(RecipeError, match="held_out=0.3 judges nothing"):
         slimc.compile(chain(), batches, [Calibrate(held_out=0.3), Quantize(), LowRank(method="svd", rounds=3)])
 
 
 def test_no_batch_left_to_fit_to_is_an_error(batches: list[Tensor]) -> None:
-    with pytest.raises(InputError, match="held_out=0.5 of 1 calibration batch leaves none to fit to"):
+    with pytest.raises(InputError, match="share of 0.5 .* which leaves none of 1 to fit them to"):
         slimc.compile(chain(), batches[:1], [Calibrate(held_out=0.5), Prune()])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_the_plan_is_printed_as_a_table_with_its_totals(found):
 
 
 def test_a_budget_below_the_menu_is_refused_with_the_least_that_it_reaches(found):
-    with pytest.raises(RecipeError, match=r"The budget 3bpw is .* the least .* is 0.000 MB \(4.000 bits a weight\)"):
+    with pytest.raises(RecipeError, match=r"The budget 3bpw is 4.8e-05 MB, and the least .* is 6.4e-05 MB \(4.000 bits a weight\)"):
         found.plan("3bpw")
 
 
@@ -120,7 +122,7 @@ def test_a_head_that_is_the_embedding_too_can_save_time_but_no_bytes(found):
 
 def test_sensitivities_are_the_same_after_a_file(found, tmp_path: Path):
     sites = (replace(found.sites[0], refused={"int4": "why not"}), replace(found.sites[1], embedding="embed"))
-    saved = replace(found, sites=sites, include=("b",), model="Model")
+    saved = replace(found, sites=sites, include=("b",), model="Model", weights="1f")
     saved.save(tmp_path / "found.json")
     assert Sensitivities.load(tmp_path / "found.json") == saved
 
@@ -130,7 +132,7 @@ def test_sensitivities_are_the_same_after_a_file(found, tmp_path: Path):
     [
         (None, "cannot be read"),
         ("{}", "has no format_version, so it holds no sensitivities"),
-        ('{"format_version": 9}', "has format version 9, but .* reads version 1; measure again"),
+        ('{"format_version": 9}', "has format version 9, but .* reads version 1; upgrade slimc"),
         ('{"format_version": 1}', "slimc_version: Field required; the file is damaged or was edited"),
     ],
 )
@@ -139,6 +141,30 @@ def test_a_file_without_sensitivities_is_refused(tmp_path: Path, content, messag
         (tmp_path / "found.json").write_text(content)
     with pytest.raises(FormatError, match=message):
         Sensitivities.load(tmp_path / "found.json")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda file: file.update(sites=[]), "sites: List should have at least 1 item"),
+        (lambda file: file["sites"].append(file["sites"][0]), "'a' is there twice"),
+        (lambda file: file["sites"][0]["choices"].pop(0), "the choices at 'a' are not 'dense' first"),
+        (lambda file: file["sites"][1]["choices"].append(file["sites"][1]["choices"][1]), "the choices at 'b' are not"),
+        (lambda file: file["sites"][0]["choices"][1].update(name="int3"), "the choices at 'a' are not"),
+        (lambda file: file["sites"][0].update(shape=[8, 16]), "the form of 'dense' at 'a' is not of its shape"),
+        (lambda file: file["sites"][0]["choices"][1]["format"]["weight"].update(bits=99), "cannot have 99 bits"),
+        (lambda file: file["sites"][0]["choices"][1].update(damage=-1.0), "greater than or equal to 0"),
+        (lambda file: file["menu"].update(passes=["fuse"]), "fuse has nothing to fuse"),
+    ],
+)
+def test_edited_sensitivities_are_refused(found, tmp_path: Path, edit, message):
+    path = tmp_path / "found.json"
+    found.save(path)
+    file = json.loads(path.read_text())
+    edit(file)
+    path.write_text(json.dumps(file))
+    with pytest.raises(FormatError, match=f"found.json: .*{message}.*; the file is damaged or was edited"):
+        Sensitivities.load(path)
 
 
 def _times(found: Sensitivities, by_name: dict[str, float]) -> dict[LinearFormat, float]:
@@ -238,6 +264,16 @@ def test_a_planned_model_takes_what_the_plan_promised(network, batches, tmp_path
     assert plan.bits_per_weight <= 5
 
 
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_plan_needs_no_more_than_two_samples(network, batches, rows):
+    assert slimc.plan(network, batches[0][:rows], budget="6bpw", menu=MENU).measured > 0
+
+
+def test_one_sample_is_too_few_for_a_plan(network, batches):
+    with pytest.raises(InputError, match="is held out to judge choices by, which leaves none of 1 to fit them to"):
+        slimc.plan(network, batches[0][:1], budget="6bpw", menu=MENU)
+
+
 def test_a_budget_in_place_of_passes_is_the_same_plan(network, batches):
     plan = slimc.plan(network, batches, budget="4bpw")
     planned = slimc.compile(network, batches, budget="4bpw")
@@ -282,6 +318,10 @@ def test_sensitivities_come_with_their_menu_and_belong_to_a_model(network, batch
         slimc.plan(network, sensitivities=found, budget="4bpw", menu=MENU)
     with pytest.raises(InputError, match="another model, a Sequential whose '0' is 96 x 64; Linear has no such layer"):
         slimc.plan(nn.Linear(64, 96), sensitivities=found, budget="4bpw")
+    with pytest.raises(InputError, match="another model, a Sequential of other weights or in another dtype"):
+        slimc.plan(copy.deepcopy(network).double(), sensitivities=found, budget="4bpw")
+    with pytest.raises(InputError, match="sensitivities is of type int; give what slimc.sensitivities returned"):
+        slimc.plan(network, batches, sensitivities=3, budget="4bpw")
     with pytest.raises(InputError, match="there is no folder"):
         slimc.plan(network, batches, sensitivities=tmp_path / "none" / "found.json", budget="4bpw")
 
