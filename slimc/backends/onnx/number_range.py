@@ -72,7 +72,11 @@ def _too_small(name: str, tensor: Tensor, dtype: torch.dtype, lost: float) -> In
 
 def _lost(tensor: Tensor, dtype: torch.dtype) -> float:
     """Return how far rounding to ``dtype`` moves a tensor, relative to its norm; 0 for what is surely next to nothing."""
-    if not tensor.is_floating_point() or torch.finfo(tensor.dtype).tiny >= torch.finfo(dtype).tiny or not tensor.numel():
+    if (
+        not tensor.is_floating_point()
+        or torch.finfo(tensor.dtype).tiny >= torch.finfo(dtype).tiny
+        or not tensor.numel()
+    ):
         return 0.0
     largest = _largest(tensor)
     half_step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2

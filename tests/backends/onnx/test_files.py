@@ -202,7 +202,9 @@ def tiny_scales(passes: list[Any], factor: float) -> nn.Module:
         ([Calibrate(), Decompose(ratio=0.5, rounds=1)], "sign_left|values|sign_right"),
     ],
 )
-def test_numbers_too_small_for_float16_are_refused_before_any_work(passes: list[Any], part: str, tmp_path: Path) -> None:
+def test_numbers_too_small_for_float16_are_refused_before_any_work(
+    passes: list[Any], part: str, tmp_path: Path
+) -> None:
     small, x = tiny_scales(passes, 2**-19), torch.randn(4, 64)
     message = rf"'0\.({part})' holds numbers of .* float16 keeps all digits from 6.1e-05 on: .* dtype float32"
     with pytest.raises(InputError, match=message):
