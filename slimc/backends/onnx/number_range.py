@@ -15,7 +15,7 @@ _MOST_LOST = 2**-8
 """How much of a matrix may be lost, in the Frobenius norm: what rounding to bfloat16 may cost."""
 
 _SURELY_KEPT = 2**-10
-"""Parts of a layer that lose no more than this cannot cost it `_MOST_LOST`: its weight is a product of three at most."""
+"""Parts of a layer that lose no more than this cannot cost it `_MOST_LOST`: a weight is a product of three at most."""
 
 
 def check_range(model: nn.Module, dtype: torch.dtype) -> None:
@@ -71,7 +71,7 @@ def _too_small(name: str, tensor: Tensor, dtype: torch.dtype, lost: float) -> In
 
 
 def _lost(tensor: Tensor, dtype: torch.dtype) -> float:
-    """Return how far rounding to ``dtype`` moves a tensor, relative to its norm; 0 for what is surely next to nothing."""
+    """Return how far rounding to ``dtype`` moves a tensor, relative to its norm; 0 if that is surely next to nothing."""
     if (
         not tensor.is_floating_point()
         or torch.finfo(tensor.dtype).tiny >= torch.finfo(dtype).tiny

@@ -297,7 +297,8 @@ def test_attention_reads_queries_keys_and_values_that_are_one_product_as_one() -
     model = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
         graph (float[b,n,48] qkv, float[b,n,48] other, int64[3] sizes, int64[3] shared, float[b,1,p,16] keys,
-               float[b,1,p,16] values, int32[b] lengths, int32 total) => (float[b,n,16] first, float[b,n,16] second, float[b,n,16] z)
+               float[b,1,p,16] values, int32[b] lengths, int32 total)
+            => (float[b,n,16] first, float[b,n,16] second, float[b,n,16] z)
         {
             q, k, v = Split <axis = -1> (qkv, sizes)
             first = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1>
