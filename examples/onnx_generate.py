@@ -38,6 +38,7 @@ def main() -> None:
     config = json.loads((chosen.folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(chosen.folder / "tokenizer.json"))
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # Errors only: it warns of inputs that may be left out.
     # Products that ONNX Runtime finds in the graph are then computed in its dtype, and not with inputs of 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     model = chosen.folder / description["model"]

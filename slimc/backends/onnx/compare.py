@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Difference:
     """How far the two are apart.
 
     Attributes:
-        error: the largest difference of an output, relative to the largest number in it.
+        largest: the largest difference of an output, relative to the largest number in it.
+        typical: the root mean square of the differences, relative to that of the outputs.
         tokens: how many tokens both chose greedily, None if the model is no language model.
         equal_tokens: how many of them are equal.
     """
 
-    error: float
+    largest: float
+    typical: float
     tokens: int | None = None
     equal_tokens: int = 0
 
@@ -89,7 +91,9 @@ def compare_decoder(folder: Path, model: nn.Module, *, tokens: int) -> Differenc
     for prompt, made in zip([*prompts, prompts[0]], [*together, *alone], strict=True):
         chosen = _chosen(exact, {"input_ids": torch.cat((prompt, made))[None]}, tokens)
         equal += int((chosen[0] == made).sum())
-    return Difference(relative_error(found, expected.numpy()), together.numel() + alone.numel(), equal)
+    return replace(
+        _difference([(found, expected.numpy())]), tokens=together.numel() + alone.numel(), equal_tokens=equal
+    )
 
 
 def _round_embedding(model: Any, bits: int) -> None:
@@ -124,12 +128,13 @@ def compare_outputs(session: Any, model: nn.Module, *, tokens: int) -> Differenc
     if any("." in name for name in inputs):
         return None
     expected, found = _torch_outputs(exact, inputs), _runtime_outputs(session, inputs)
-    error = max(relative_error(one.numpy(), other.numpy()) for one, other in zip(found, expected, strict=False))
+    difference = _difference([(one.numpy(), other.numpy()) for one, other in zip(found, expected, strict=False)])
     if "input_ids" not in inputs or session.get_outputs()[0].name != "logits":
-        return Difference(error)
+        return difference
     longer = _continued(inputs, tokens, lambda longer: _runtime_outputs(session, longer)[0])
     made = longer["input_ids"][:, -tokens:]
-    return Difference(error, made.numel(), int((_chosen(exact, longer, tokens) == made).sum()))
+    equal = int((_chosen(exact, longer, tokens) == made).sum())
+    return replace(difference, tokens=made.numel(), equal_tokens=equal)
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -138,6 +143,22 @@ def relative_error(found: Array, expected: Array) -> float:
         return float("inf")
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
     return float(difference / max(np.abs(expected).max(initial=0.0), np.finfo(np.float32).tiny))
+
+
+def _difference(pairs: Sequence[tuple[Array, Array]]) -> Difference:
+    """Return how far outputs are from those that are expected: of each pair the first from the second."""
+    return Difference(
+        max(relative_error(found, expected) for found, expected in pairs),
+        max(_relative_root_mean_square(found, expected) for found, expected in pairs),
+    )
+
+
+def _relative_root_mean_square(found: Array, expected: Array) -> float:
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    exact = expected.astype(np.float64)
+    squares = ((found - exact) ** 2).sum() / max((exact**2).sum(), np.finfo(np.float32).tiny)
+    return float(np.sqrt(squares))
 
 
 def _exact(model: nn.Module) -> nn.Module:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimc.backends import hf
 from slimc.backends.onnx.exporters import check_exporter
 from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, is_replaceable, write_folder
 from slimc.backends.onnx.generation import decoder_graph
 from slimc.backends.onnx.graph import export_module
+from slimc.backends.onnx.number_range import check_range
 from slimc.backends.onnx.weights import COMPUTE_DTYPES, check_options
 from slimc.errors import InputError, closest
 from slimc.ir.capture import Batch
 from slimc.runtime.files import check_replaceable, check_writable, readable
-from slimc.runtime.modules import SlimLinear
 
 __all__ = ["OnnxReport", "compute_dtype", "export_folder", "images", "with_mask"]
 
@@ -107,27 +107,6 @@ def check_destination(path: Path, *, overwrite: bool) -> Path:
     check_replaceable(folder, overwrite=overwrite, replaceable=is_replaceable)
     check_writable(folder)
     return folder
-
-
-def check_range(model: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse a model with weights or scales that would become infinite in ``dtype``.
-
-    Raises:
-        InputError: there is such a tensor. (Other buffers, such as masks, may become infinite.)
-    """
-    stored: dict[str, Tensor] = dict(model.named_parameters())
-    for name, module in model.named_modules():
-        if isinstance(module, SlimLinear):
-            stored |= {f"{name}.{part}": tensor for part, tensor in module.packed.tensors().items()}
-    limit = torch.finfo(dtype).max
-    for name, tensor in stored.items():
-        if tensor.is_floating_point() and torch.finfo(tensor.dtype).max > limit and tensor.numel():
-            largest = float(tensor.detach().abs().amax())
-            if limit < largest < float("inf"):
-                raise InputError(
-                    f"'{name}' holds {largest:.4g}, and the largest number of {str(dtype).removeprefix('torch.')} is "
-                    f"{limit:.6g}; export the model with dtype float32"
-                )
 
 
 def export_folder(

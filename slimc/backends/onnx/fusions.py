@@ -294,11 +294,12 @@ def _uncast(value: ir.Value | None) -> ir.Value | None:
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-def pack_projections(model: ModelProto) -> int:
+def pack_projections(model: ModelProto, constants: dict[str, Initializer]) -> int:
     """``GroupQueryAttention(Split(qkv), ...) -> GroupQueryAttention(qkv, ...)``; return how often that was done.
 
     Args:
         model: a decoder whose layers are in place; changed in place.
+        constants: those of the graph; the sizes of parts that nobody splits any more are dropped.
     """
     graph = model.graph
     splits = {tuple(node.output): node for node in graph.node if node.op_type == "Split" and len(node.output) == 3}
@@ -312,6 +313,11 @@ def pack_projections(model: ModelProto) -> int:
     nodes = [node for node in graph.node if tuple(node.output) not in packed]
     del graph.node[:]
     graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    for parts in packed:
+        for sizes in splits[parts].input[1:]:
+            if sizes not in read:
+                constants.pop(sizes, None)
     return len(packed)
 
 

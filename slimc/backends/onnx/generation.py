@@ -79,7 +79,7 @@ def decoder_graph(
     constants = fill(proto, {"Compressed": compressed.linears, "Linear": dense.linears, "Embedding": dense.embeddings})
     if contrib:
         keep_rotations_apart(proto, constants)
-        pack_projections(proto)
+        pack_projections(proto, constants)
     if dtype == torch.float32 and target != "dense":
         constants = narrow(proto.graph, constants, apart_from=compressed.sites)
     _declare_shapes(proto, decoder.cache, dtype)

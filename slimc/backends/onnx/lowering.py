@@ -155,7 +155,8 @@ class CompressedMatrices:
         whole = results[0] if len(layers) == 1 else product
         filling.extend(self._lowered(f"{name}.joined", PackedLinear(joined.weight), None, wide, whole))
         if len(layers) > 1:
-            sizes = f"{name}.rows"
+            # Not among the layer's own constants, since it goes where attention reads the product as it is.
+            sizes = f"rows of {name}"
             filling.nodes.append(helper.make_node("Split", [product, sizes], results, name=f"{name}.split", axis=-1))
             filling.constants[sizes] = of_tensor(torch.tensor(joined.rows))
         for (layer, result), module, unbiased in zip(layers.items(), modules, results, strict=True):

@@ -250,6 +250,8 @@ class _State:
         self._decoder = decoder
         self._lengths = np.full(batch, longest) if lengths is None else lengths
         self._binding = decoder._session.io_binding()
+        # On a processor a bound value is the memory of an array, which older versions of ONNX Runtime do not keep.
+        self._bound: dict[str, Any] = {}
         # Padding follows a prompt: its tokens are masked, and what is generated comes after it in the mask.
         self._mask = (np.arange(longest)[None] < self._lengths[:, None]).astype(np.int64)
         self._positions = np.minimum(np.arange(longest)[None], self._lengths[:, None] - 1).astype(np.int64)
@@ -289,9 +291,9 @@ class _State:
         values = {"input_ids": ids, "attention_mask": self._mask, "position_ids": self._positions}
         for name in decoder.description.inputs:
             if name in values:
-                binding.bind_ortvalue_input(name, self._to_device(np.ascontiguousarray(values[name])))
+                self._bind_input(name, self._to_device(np.ascontiguousarray(values[name])))
         if first != self._first and FIRST_LOGITS in decoder.description.inputs:
-            binding.bind_ortvalue_input(FIRST_LOGITS, self._on_cpu(np.array([first], dtype=np.int64)))
+            self._bind_input(FIRST_LOGITS, self._on_cpu(np.array([first], dtype=np.int64)))
             self._first = first
         shape = (len(ids), ids.shape[1] - first, decoder.vocabulary)
         if self._logits.shape != shape:
@@ -306,6 +308,10 @@ class _State:
             # The logits were bound before the cache.
             self._past = binding.get_outputs()[1:]
         return self._logits
+
+    def _bind_input(self, name: str, value: Any) -> None:
+        self._binding.bind_ortvalue_input(name, value)
+        self._bound[name] = value
 
     def _bind_cache(self) -> None:
         """Bind the cache; one that is input and output at once stays bound for all calls."""
@@ -334,11 +340,14 @@ def _providers(device: str, settings: dict[str, str]) -> list[Any]:
 def why_not_opened(path: Path, runtime: Any, error: Exception) -> SlimError:
     """Return what to raise when ONNX Runtime refuses a file: it is too old for it, or the file is damaged."""
     reason = " ".join(str(error).split())[:400]
-    unknown = ("Unsupported model IR version", "only *guarantees* support for models stamped", "is not a registered")
+    unknown = (
+        *("Unsupported model IR version", "only *guarantees* support for models stamped"),
+        *("is not a registered", "Unrecognized attribute"),
+    )
     if any(words in reason for words in unknown):
         return InputError(
             f"{path}: ONNX Runtime {runtime.__version__} is too old for it: {reason}; pip install -U onnxruntime, or "
-            "export the model again with a lower opset"
+            "export the model again with a lower opset, or without --embedding-bits"
         )
     return FormatError(
         f"{path}: ONNX Runtime {runtime.__version__} cannot open it: {reason}; the file is damaged, or this ONNX "

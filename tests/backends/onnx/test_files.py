@@ -183,6 +183,62 @@ def test_a_number_that_float16_lacks_is_refused_before_any_work(where: str, tmp_
     slimc.export_onnx(small, tmp_path / "out", x)
 
 
+def tiny_scales(passes: list[Any], factor: float) -> nn.Module:
+    """Return two bfloat16 layers, the weight of the first times ``factor``, compressed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight *= factor
+    return slimc.compile(model, torch.randn(16, 64, dtype=torch.bfloat16), [*passes, Fuse()])
+
+
+@pytest.mark.parametrize(
+    ("passes", "part"),
+    [
+        ([Quantize("absmax", 4, 32)], "scale"),
+        ([Quantize("absmax", 4)], "scale"),
+        ([Prune("2:4", method="magnitude")], "values"),
+        ([Quantize("absmax", 4, 32), LowRank(rank=4, method="svd")], "scale"),
+        ([Calibrate(), Decompose(ratio=0.5, rounds=1)], "sign_left|values|sign_right"),
+    ],
+)
+def test_numbers_too_small_for_float16_are_refused_before_any_work(
+    passes: list[Any], part: str, tmp_path: Path
+) -> None:
+    small, x = tiny_scales(passes, 2**-19), torch.randn(4, 64)
+    message = rf"'0\.({part})' holds numbers of .* float16 keeps all digits from 6.1e-05 on: .* dtype float32"
+    with pytest.raises(InputError, match=message):
+        slimc.export_onnx(small, tmp_path / "out", x, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    slimc.export_onnx(small, tmp_path / "out", x)
+    assert all(check.passed for check in verify_folder(tmp_path / "out", against=small))
+
+
+def test_a_dense_matrix_too_small_for_float16(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[1].weight *= 2**-19
+        model[1].bias *= 2**-19  # which is nothing beside what is added to
+    with pytest.raises(InputError, match=r"'1\.weight' holds numbers of .* of the matrix would be lost"):
+        slimc.export_onnx(model, tmp_path / "out", torch.randn(4, 64, dtype=torch.bfloat16), dtype="float16")
+
+
+def test_rows_that_vanish_beside_others_are_no_reason_to_refuse(in_runtime: Runtime, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight[:8] *= 2**-30
+    x = torch.randn(4, 64)
+    small = slimc.compile(model, x.bfloat16(), [Quantize("absmax", 4, 32), LowRank(rank=2, method="svd"), Fuse()])
+    slimc.export_onnx(small, tmp_path / "out", x, dtype="float16", target="ort")
+    name = onnx.load(tmp_path / "out" / MODEL, load_external_data=False).graph.input[0].name
+    (found,) = in_runtime(tmp_path / "out" / MODEL, {name: x.half().numpy()})
+    with torch.no_grad():
+        expected = small.float()(x).numpy()
+    # Sums of 64 terms of float16.
+    assert np.abs(found - expected).max() <= 2**-8 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

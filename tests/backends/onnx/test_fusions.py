@@ -11,9 +11,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 from slimc.backends.onnx.fusions import fuse_for_onnxruntime, keep_rotations_apart, pack_projections
-from slimc.backends.onnx.initializers import Initializer
+from slimc.backends.onnx.initializers import Initializer, of_tensor
 
 Runtime = Callable[[bytes, Mapping[str, np.ndarray]], list[np.ndarray]]
 
@@ -295,18 +296,21 @@ def test_other_angles_are_rotated_outside_of_the_attention(positions: int) -> No
 def test_attention_reads_queries_keys_and_values_that_are_one_product_as_one() -> None:
     model = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
-        graph (float[b,n,48] qkv, float[b,n,48] other, float[b,1,p,16] keys, float[b,1,p,16] values, int32[b] lengths,
-               int32 total) => (float[b,n,16] first, float[b,n,16] second, float[b,n,16] z)
+        graph (float[b,n,48] qkv, float[b,n,48] other, int64[3] sizes, int64[3] shared, float[b,1,p,16] keys,
+               float[b,1,p,16] values, int32[b] lengths, int32 total)
+            => (float[b,n,16] first, float[b,n,16] second, float[b,n,16] z)
         {
-            q, k, v = Split <num_outputs = 3, axis = -1> (qkv)
+            q, k, v = Split <axis = -1> (qkv, sizes)
             first = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1>
                 (q, k, v, keys, values, lengths, total)
-            x, y, z = Split <num_outputs = 3, axis = -1> (other)
+            x, y, z = Split <axis = -1> (other, shared)
             second = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1>
                 (x, z, y, keys, values, lengths, total)
         }"""
     )
-    assert pack_projections(model) == 1
+    constants = {name: of_tensor(torch.tensor([16, 16, 16])) for name in ("sizes", "shared")}
+    assert pack_projections(model, constants) == 1
+    assert set(constants) == {"shared"}, "what nobody splits by is not stored"
     attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
     assert [list(node.input[:3]) for node in attentions] == [["qkv", "", ""], ["x", "z", "y"]]
-    assert pack_projections(model) == 0
+    assert pack_projections(model, constants) == 0

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from slimc.backends.onnx.verify import verify_folder
 from slimc.backends.onnx.weights import TARGETS
 from slimc.cli import app
 from slimc.errors import CaptureError, FormatError, InputError
-from slimc.passes import Calibrate, Fuse, LowRank, Pass, PerSite, Prune, Quantize
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Pass, PerSite, Prune, Quantize
 from slimc.passes.solvers.quantization import quantize_absmax
 from slimc.runtime.packing import pack_weight
 
@@ -372,6 +373,44 @@ def test_half_precision_keeps_the_cache_in_it(tmp_path: Path) -> None:
     assert error <= 2**-5 * np.abs(expected).max()
 
 
+class ForgetfulBinding:
+    """Binds values as ONNX Runtime 1.22 does, which keeps their memory's address only."""
+
+    def __init__(self, binding: Any) -> None:
+        self._binding = binding
+        self.arrays: dict[str, weakref.ref[np.ndarray]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        self._binding._iobinding.bind_ortvalue_input(name, value._ortvalue)
+        if value._numpy_obj is not None:
+            self.arrays[name] = weakref.ref(value._numpy_obj)
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_what_is_bound_stays_in_memory(target: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, expected = OnnxDecoder(folders[target]), OnnxDecoder(folders[target]).generate(PROMPTS, NEW)
+    bindings, alive = [], []
+    make, run = decoder._session.io_binding, decoder._session.run_with_iobinding
+
+    def forgetful() -> ForgetfulBinding:
+        bindings.append(ForgetfulBinding(make()))
+        return bindings[-1]
+
+    def checked(binding: ForgetfulBinding, options: Any) -> None:
+        alive.append({name for name, array in binding.arrays.items() if array() is not None})
+        run(binding, options)
+
+    monkeypatch.setattr(decoder._session, "io_binding", forgetful)
+    monkeypatch.setattr(decoder._session, "run_with_iobinding", checked)
+    assert decoder.generate(PROMPTS, NEW) == expected
+    own = set(decoder.description.inputs) - set(decoder.cache.names("past_key_values"))
+    assert len(alive) == NEW
+    assert all(own <= names for names in alive)
+
+
 def test_sampling_follows_its_seed(folders: dict[str, Path]) -> None:
     decoder = OnnxDecoder(folders["ort"], threads=1)
     first, again, other = (decoder.generate(PROMPTS[:2], NEW, temperature=5.0, seed=seed) for seed in (1, 1, 2))
@@ -468,6 +507,25 @@ def test_rounded_exports_are_verified_as_what_they_are(small: nn.Module, level: 
     assert [name for name, check in checks.items() if not check.passed] == []
     if level == 0:
         assert "40 of 40 greedy tokens" in checks["tokens"].detail
+
+
+def test_rounding_does_not_hide_another_model(small: nn.Module, tmp_path: Path) -> None:
+    slimc.export_onnx(small, tmp_path / "onnx", target="ort", accuracy_level=4)
+    other = copy.deepcopy(small)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(torch.linspace(0.5, 1.5, len(other.model.norm.weight)))
+    checks = {check.name: check.passed for check in verify_folder(tmp_path / "onnx", against=other, tokens=1)}
+    assert [name for name, passed in checks.items() if not passed] == ["outputs"]
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_layers_that_round_their_inputs_are_verified_as_what_they_are(target: str, tmp_path: Path) -> None:
+    passes = [Calibrate(), Quantize("absmax", 4, 32), Activations(kind="int8"), Fuse()]
+    model = slimc.compile(llama(), [torch.randint(0, 300, (4, 32))], passes=passes)
+    slimc.export_onnx(model, tmp_path / "onnx", target=target)
+    checks = {check.name: check for check in verify_folder(tmp_path / "onnx", against=model, tokens=8)}
+    assert [name for name, check in checks.items() if not check.passed] == []
+    assert "root mean square" in checks["outputs"].detail
 
 
 def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
