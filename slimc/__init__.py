@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slimc.api import (
         compile,  # noqa: A004 - slimc.compile, like torch.compile
         explain,
+        export_hf,
         export_onnx,
         load,
         plan,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "compile",
     "explain",
+    "export_hf",
     "export_onnx",
     "load",
     "plan",

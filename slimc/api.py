@@ -1,4 +1,4 @@
-"""The public functions: ``compile``, ``plan``, ``save``, ``load``, ``export_onnx``, ``report`` and so on."""
+"""The public functions: ``compile``, ``plan``, ``save``, ``load``, ``export_onnx``, ``export_hf`` and so on."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ from slimc.version import __version__
 
 if TYPE_CHECKING:
     from slimc.backends.onnx.export import OnnxReport
+    from slimc.backends.stock.export import HfReport
 
 Model = TypeVar("Model", bound=nn.Module)
 Passes = str | Path | Recipe | Plan | Pass | Sequence[Pass]
@@ -768,6 +769,40 @@ def export_onnx(
         tokenizer=tokenizer,
         overwrite=overwrite,
     )
+
+
+@_in_plain_mode
+def export_hf(
+    model: nn.Module, path: str | Path, *, tokenizer: Any = None, allow_dense: bool = False, overwrite: bool = False
+) -> HfReport:
+    """Write a compressed model of transformers as a folder that transformers opens without slimc, and vLLM serves.
+
+    Codes are stored as int4 or int8 of compressed-tensors (``pack-quantized``), low-rank adapters in 16 bits as a PEFT
+    LoRA in the same folder: ``from_pretrained(path)`` finds both if the packages ``compressed-tensors`` and ``peft``
+    are there. What it computes is what ``model`` computes, but for the order of sums; what 2:4 and narrower codes gain
+    in size is lost, and the report says how much. transformers decodes the codes, so it is neither smaller in memory
+    nor faster there than the dense model.
+
+    Args:
+        model: what :func:`compile` or :func:`load` returned, of a class of transformers. It is left as it was.
+        path: the folder. It appears whole or not at all.
+        tokenizer: saved beside the model.
+        allow_dense: decode layers that the folder has no codes for (signs, scaled inputs) to dense weights, adapters
+            included and rounded once to the dtype of the model, in place of refusing them.
+        overwrite: replace a folder that this function wrote.
+
+    Returns:
+        What the folder takes; a table if printed.
+
+    Raises:
+        InputError: the model is not compressed or not of transformers, a layer has no place in such a folder (the first
+            is named), the folder exists or cannot be written. Nothing is written then.
+    """
+    from slimc.backends.stock import export
+
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
+    report(model)
+    return export.export_folder(model, Path(path), tokenizer=tokenizer, allow_dense=allow_dense, overwrite=overwrite)
 
 
 def explain(model: nn.Module) -> Explanation:

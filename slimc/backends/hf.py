@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "native_skeleton",
+    "outline",
     "output_embedding_names",
     "sample_calibration",
     "saved_form",
@@ -268,10 +269,24 @@ def native_skeleton(folder: NativeFolder) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def saved_form(model: nn.Module, tokenizer: Any = None) -> tuple[ModelRecord, Callable[[Path], None]]:
+def outline(model: Any) -> nn.Module:
+    """Return a model of transformers as its configuration has it: dense, on the meta device.
+
+    Raises:
+        FormatError: transformers cannot build it.
+    """
+    cls: Any = type(model)
+    built: nn.Module = _build(cls, _config_of(model), Path(CONFIG), on_meta=True)
+    return built
+
+
+def saved_form(
+    model: nn.Module, tokenizer: Any = None, *, keys: Mapping[str, Any] | None = None
+) -> tuple[ModelRecord, Callable[[Path], None]]:
     """Return how ``model`` is recorded in ``slimc.json``, and a function that writes its files into a folder.
 
-    A model whose class is not part of transformers is recorded as a plain module. Does not import transformers.
+    A model whose class is not part of transformers is recorded as a plain module. ``keys`` take the
+    place of those of the model's ``config.json``. Does not import transformers.
     """
     # torch.compile's wrapper has another class; what it wraps is the model.
     model = getattr(model, "_orig_mod", model)
@@ -284,7 +299,7 @@ def saved_form(model: nn.Module, tokenizer: Any = None) -> tuple[ModelRecord, Ca
         architecture=cls.__name__,
         attention=attention if attention in ("eager", "sdpa") else None,
     )
-    return record, partial(_write_files, model if known else None, tokenizer)
+    return record, partial(_write_files, model if known else None, tokenizer, keys or {})
 
 
 def guard_save_pretrained(model: nn.Module) -> None:
@@ -305,7 +320,7 @@ def _refuse_save_pretrained(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _write_files(model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_files(model: Any, tokenizer: Any, keys: Mapping[str, Any], folder: Path) -> None:
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)
@@ -315,13 +330,18 @@ def _write_files(model: Any, tokenizer: Any, folder: Path) -> None:
             raise InputError(f"the tokenizer cannot be saved: {error}") from error
     if model is None:
         return
+    write_file(folder / CONFIG, json_bytes(_config_of(model) | dict(keys)))
+    if getattr(model, "generation_config", None) is not None:
+        write_file(folder / GENERATION_CONFIG, json_bytes(json.loads(model.generation_config.to_json_string())))
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    """Return the configuration of a model as it is now."""
     config = without_directives(json.loads(model.config.to_json_string()))
     config["architectures"] = [type(model).__name__]
     if config.get("tie_word_embeddings") and not _embeddings_are_tied(model):
         config["tie_word_embeddings"] = False
-    write_file(folder / CONFIG, json_bytes(config))
-    if getattr(model, "generation_config", None) is not None:
-        write_file(folder / GENERATION_CONFIG, json_bytes(json.loads(model.generation_config.to_json_string())))
+    return config
 
 
 def _embeddings_are_tied(model: Any) -> bool:

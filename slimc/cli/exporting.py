@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slimc.cli.models import open_model
 from slimc.cli.terminal import note, say
-from slimc.errors import FormatError
+from slimc.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimc.backends.check import Check
 
 
 class Format(StrEnum):
     """What to export to."""
 
     onnx = "onnx"
+    hf = "hf"
 
 
 class Target(StrEnum):
@@ -55,7 +62,12 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
     ],
-    form: Annotated[Format, typer.Option("--format", help="What to export to.")] = Format.onnx,
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="onnx; hf: a folder for transformers with compressed-tensors and peft, and for vLLM."
+        ),
+    ] = Format.onnx,
     target: Annotated[
         Target,
         typer.Option(
@@ -91,20 +103,44 @@ def export(
         Exporter,
         typer.Option(help="Who traces a model with a cache; auto: transformers' exporter if it is there and can."),
     ] = Exporter.auto,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an ONNX folder that slimc wrote.")] = False,
+    allow_dense: Annotated[
+        bool,
+        typer.Option(
+            "--allow-dense", help="With --format hf: decode layers that it has no codes for, in place of refusing them."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace such a folder that slimc wrote.")] = False,
 ) -> None:
-    """Write a model as an ONNX folder, which ONNX Runtime runs without PyTorch and without slimc.
+    """Write a model as a folder that runs without slimc: ONNX Runtime's, or one that stock transformers opens.
 
     [bold]Examples[/bold]
 
       slimc export small -o small-onnx
 
       slimc export small -o small-onnx --target ort --accuracy-level 4        for speed on a CPU
+
+      slimc export small -o small-hf --format hf                              for transformers and vLLM
     """
     import slimc
 
-    del form  # the only one so far
+    changed = {
+        "--target": target is not Target.portable,
+        "--dtype": dtype is not Precision.float32,
+        "--opset": opset is not None,
+        "--accuracy-level": accuracy_level != 0,
+        "--cache": cache is not None,
+        "--embedding-bits": embedding_bits is not None,
+        "--exporter": exporter is not Exporter.auto,
+    }
+    misplaced = ["--allow-dense"] * allow_dense if form is Format.onnx else [name for name in changed if changed[name]]
+    if misplaced:
+        raise InputError(f"{misplaced[0]} has no meaning with --format {form}; leave it out")
     opened, tokenizer = open_model(model, device="cpu")
+    if form is Format.hf:
+        done = slimc.export_hf(opened, output, tokenizer=tokenizer, allow_dense=allow_dense, overwrite=overwrite)
+        say(str(done))
+        note(f"Check it with: slimc verify {output} --against {model}; {output}/README.md says how to open it")
+        return
     written = slimc.export_onnx(
         opened,
         output,
@@ -128,11 +164,11 @@ def verify(
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The model that an ONNX folder was exported from.", show_default=False),
+        typer.Option(metavar="MODEL", help="The model that the folder was exported from.", show_default=False),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many greedy tokens are compared, with --against.")] = 64,
 ) -> None:
-    """Check a folder: files, sizes, digests; of an ONNX folder also the graph, and what it computes.
+    """Check a folder: files, sizes, digests; of an exported one also what it computes.
 
     [bold]Examples[/bold]
 
@@ -140,21 +176,32 @@ def verify(
 
       slimc verify small-onnx --against small        compares outputs and 64 greedy tokens with PyTorch's
     """
-    from slimc.backends.hf_library import require
     from slimc.runtime.storage import is_native_folder, open_folder
 
     if is_native_folder(folder):
         opened = open_folder(folder, verify=True)
         say(f"{folder}: every file is whole, {len(opened.formats)} compressed layers")
         return
-    require("onnx", "verifying an ONNX model", extra="onnx")
-    from slimc.backends.onnx.verify import verify_folder
-
     model = None if against is None else open_model(against, device="cpu")[0]
     failed = []
-    for check in verify_folder(folder, against=model, tokens=tokens):
+    for check in _checks(folder, model, tokens):
         say(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
         if not check.passed:
             failed.append(check.name)
     if failed:
         raise FormatError(f"{folder}: did not pass: {', '.join(failed)}; export the model again")
+
+
+def _checks(folder: Path, model: nn.Module | None, tokens: int) -> Iterable[Check]:
+    """Return the checks of an exported folder, each made when its turn comes."""
+    from slimc.backends.hf_library import require
+    from slimc.backends.stock.folder import is_stock_folder
+
+    if is_stock_folder(folder):
+        from slimc.backends.stock.verify import verify_folder as verify_stock
+
+        return verify_stock(folder, against=model)
+    require("onnx", "verifying an ONNX model", extra="onnx")
+    from slimc.backends.onnx.verify import verify_folder
+
+    return verify_folder(folder, against=model, tokens=tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import nn
 
+from slimc.backends.check import Check
 from slimc.backends.onnx.compare import Difference, compare_decoder, compare_outputs, open_session, relative_error
 from slimc.backends.onnx.description import Description
 from slimc.backends.onnx.files import DATA, MODEL, damaged_files, open_folder
@@ -26,7 +26,7 @@ from slimc.backends.onnx.weights import MICROSOFT
 from slimc.errors import SlimError
 from slimc.runtime.modules import SlimLinear
 
-__all__ = ["TOKENS", "Check", "verify_folder"]
+__all__ = ["TOKENS", "verify_folder"]
 
 _OUTPUTS_WITHIN, _ROUNDED_OUTPUTS_WITHIN = 1e-3, 1e-1
 """How far ONNX Runtime may be from PyTorch: in float32 the largest difference relative to the largest output; in fewer
@@ -45,21 +45,6 @@ _SAMPLES, _LENGTH = 2, 7
 """Sizes of the inputs that a layer is tried with."""
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        passed: whether it is as it should be.
-        detail: what was found.
-    """
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def verify_folder(path: Path, *, against: nn.Module | None = None, tokens: int = TOKENS) -> Iterator[Check]:
