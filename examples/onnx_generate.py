@@ -35,6 +35,8 @@ def main() -> None:
         arguments.error(f"{chosen.folder} was exported without a cache, so it cannot generate text")
     if not (chosen.folder / "tokenizer.json").is_file():
         arguments.error(f"{chosen.folder} has no tokenizer.json; export the model with its tokenizer")
+    if chosen.provider not in onnxruntime.get_available_providers():
+        arguments.error(f"this onnxruntime has no {chosen.provider}, only {onnxruntime.get_available_providers()}")
     config = json.loads((chosen.folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(chosen.folder / "tokenizer.json"))
     options = onnxruntime.SessionOptions()
@@ -43,13 +45,20 @@ def main() -> None:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     model = chosen.folder / description["model"]
     # Merging equal scales of several layers would keep it from finding those products.
-    session = onnxruntime.InferenceSession(
-        str(model), options, providers=[chosen.provider], disabled_optimizers=["ConstantSharing"]
-    )
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=[chosen.provider], disabled_optimizers=["ConstantSharing"]
+        )
+    except Exception as error:
+        arguments.error(f"ONNX Runtime {onnxruntime.__version__} cannot open {model}, a newer one may: {error}")
 
     cache = description["cache"]
     names = [f"{layer}.{part}" for layer in range(cache["layers"]) for part in ("key", "value")]
     ids = tokenizer.encode(chosen.prompt).ids
+    if not ids:
+        arguments.error("the prompt is empty; give at least one word")
+    if description["positions"] is not None and len(ids) + chosen.tokens - 1 > description["positions"]:
+        arguments.error(f"{len(ids)} + {chosen.tokens} tokens do not fit the {description['positions']} of this model")
     ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
     # A cache of nothing. (A longer one may be bound as input and output at once, if `shared` says so.)
     past = [np.zeros((1, cache["heads"], 0, cache["size"]), dtype=cache["dtype"]) for _ in names]

@@ -62,7 +62,7 @@ def open_onnx_model(folder: Path, *, device: str | None = None, kernels: Path | 
     from slimc.backends import hf
     from slimc.backends.onnx.session import OnnxDecoder, best_device
 
-    decoder = OnnxDecoder(folder, device=device or best_device(), kernels=kernels)
+    decoder = OnnxDecoder(folder, device=device or best_device(), kernels=kernels, replay=True)
     tokenizer = hf.load_tokenizer(folder)
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")

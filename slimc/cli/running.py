@@ -118,13 +118,15 @@ def generate(
         continue_prompt = partial(generate_text, *open_language_model(model, device=device))
     if not chat:
         say(prompt, end="")
-    made = continue_prompt(
-        prompt,
-        max_new_tokens=tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        write=lambda piece: say(piece, end=""),
-    )
-    say()
+    try:
+        made = continue_prompt(
+            prompt,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            write=lambda piece: say(piece, end=""),
+        )
+    finally:
+        say()
     note(f"{counted(made.tokens, 'token')} in {duration(made.seconds)}, {made.tokens / made.seconds:.1f} a second")

@@ -71,7 +71,7 @@ def _too_small(name: str, tensor: Tensor, dtype: torch.dtype, lost: float) -> In
 
 
 def _lost(tensor: Tensor, dtype: torch.dtype) -> float:
-    """Return how far rounding to ``dtype`` moves a tensor, relative to its norm; 0 if surely next to nothing."""
+    """Return how far rounding to ``dtype`` moves a tensor, relative to its norm; 0 if that is surely little."""
     if (
         not tensor.is_floating_point()
         or torch.finfo(tensor.dtype).tiny >= torch.finfo(dtype).tiny

@@ -113,6 +113,24 @@ def test_every_expression_has_a_lowering(target: str, small: nn.Module, in_runti
         assert error <= limit * theirs.abs().max(), f"{expression}: {error:.1e}"
 
 
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("portable", {"dtype": "float16"}),
+        ("portable", {"opset": 25}),
+        ("portable", {"opset": 26}),
+        ("ort", {"dtype": "float16"}),
+        ("ort", {"accuracy_level": 4}),
+        ("dense", {"dtype": "float16", "opset": 25}),
+    ],
+)
+def test_every_expression_with_other_options(
+    target: str, options: dict[str, Any], small: nn.Module, tmp_path: Path
+) -> None:
+    slimc.export_onnx(small, tmp_path / "onnx", torch.randn(5, COLUMNS), target, **options)
+    assert [check for check in verify_folder(tmp_path / "onnx", against=small) if not check.passed] == []
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_expression_is_verified(target: str, small: nn.Module, tmp_path: Path) -> None:
     slimc.export_onnx(small, tmp_path / "onnx", torch.randn(5, COLUMNS), target)

@@ -440,7 +440,24 @@ def test_the_command_line_and_the_example_run_it(folders: dict[str, Path], small
     assert text in result.output
     script = Path(__file__).parents[3] / "examples" / "onnx_generate.py"
     command = [sys.executable, str(script), str(folder), "--prompt", prompt, "--tokens", "8"]
-    assert text in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert text in made.stdout
+    assert made.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--tokens", "300"], "300 tokens do not fit the 256 of this model"),
+        (["--provider", "NoneSuch"], "this onnxruntime has no NoneSuch"),
+    ],
+)
+def test_what_the_example_refuses(options: list[str], message: str, folders: dict[str, Path]) -> None:
+    script = Path(__file__).parents[3] / "examples" / "onnx_generate.py"
+    made = subprocess.run([sys.executable, str(script), str(folders["ort"]), *options], capture_output=True, text=True)
+    assert made.returncode == 2
+    assert message in made.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
