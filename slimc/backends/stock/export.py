@@ -156,8 +156,7 @@ def export_folder(model: nn.Module, path: Path, *, tokenizer: Any, allow_dense: 
     others = _other_tensors(model, contents)
     keys: dict[str, Any] = {"dtype": _dtype(others, layers)}
     if scheme is not None:
-        dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        dense += [name for name, layer in layers.items() if not layer.coded]
+        dense = _dense_matrices(model) + [name for name, layer in layers.items() if not layer.coded]
         keys["quantization_config"] = scheme.to_json(ignore=dense)
     _, write_model_files = hf.saved_form(model, tokenizer, keys=keys)
     report = HfReport(path, scheme, sum(map(tensor_nbytes, others.values())), sites)
@@ -203,6 +202,17 @@ def _place(model: nn.Module, *, allow_dense: bool) -> dict[str, _Layer]:
             "(--allow-dense), choose another recipe ('slimc recipes'), or export to ONNX, which has a place for all"
         )
     return layers
+
+
+def _dense_matrices(model: nn.Module) -> list[str]:
+    """Return the modules with a dense matrix that compressed-tensors may take for a linear, such as routers."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding | SlimLinear)
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.dim() == 2
+    ]
 
 
 def _other_tensors(model: nn.Module, contents: Contents) -> dict[str, Tensor]:
