@@ -75,13 +75,13 @@ def _error(row: SiteRow) -> float | None:
 def _tiles(report: Report) -> str:
     weights = sum(_weights(row.shape) for row in report.sites)
     packed = sum(row.bits * _weights(row.shape) for row in report.sites) / 8
-    left = sum(_weights(row.shape) for row in report.left)
     errors = [row.output_error for row in report.sites if row.output_error is not None]
     tiles = [
         (f"{report.bits_per_weight:.3f}", "bits a weight"),
         (_bytes(packed), f"in {counted(len(report.sites), 'layer')}; {_bytes(2 * weights)} in 16 bits"),
         (f"{weights:,}", "weights compressed"),
-        (f"{left:,}", f"weights left dense, in {len(report.left)}"),
+        # Their weights do not add up: a tied embedding is listed under both of its names.
+        (str(len(report.left)), "matrices left dense"),
     ]
     if errors:
         tiles.append((f"{fmean(errors):.4f}", f"mean output error; largest {max(errors):.4f}"))
