@@ -79,7 +79,7 @@ def _tiles(report: Report) -> str:
     tiles = [
         (f"{report.bits_per_weight:.3f}", "bits a weight"),
         (_bytes(packed), f"in {counted(len(report.sites), 'layer')}; {_bytes(2 * weights)} in 16 bits"),
-        (f"{weights:,}", "weights compressed"),
+        (_count(weights), "weights compressed"),
         # Their weights do not add up: a tied embedding is listed under both of its names.
         (str(len(report.left)), "matrices left dense"),
     ]
@@ -99,6 +99,13 @@ def _weights(shape: Sequence[int]) -> int:
     for side in shape:
         total *= side
     return total
+
+
+def _count(number: int) -> str:
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.1f} {word}"
+    return f"{number:,}"
 
 
 def _bytes(size: float) -> str:
