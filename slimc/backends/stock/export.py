@@ -67,7 +67,7 @@ class HfReport:
             sum(getattr(site, part) for site in self.sites.values())
             for part in ("bytes", "packed_bytes", "adapter_bytes")
         )
-        weights = sum(site.shape[0] * site.shape[1] for site in self.sites.values())
+        weights = max(sum(site.shape[0] * site.shape[1] for site in self.sites.values()), 1)
         codes = "dense weights" if self.scheme is None else f"codes {self.scheme}"
         lines = [
             f"{self.folder}: {readable(layers + self.other_bytes)}, for stock transformers: {codes}",
