@@ -11,7 +11,7 @@ PIPFLAGS ?=
 RECIPE   ?=
 
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check $(PIPFLAGS)
-SOURCES     = $(shell find slimc -name '*.py' -o -name '*.yaml')
+SOURCES     = $(shell find slimc -name '*.py' -o -name '*.yaml' -o -name '*.html')
 
 TEST = .venv/bin/python
 DEMO = .venv-demo/bin/python

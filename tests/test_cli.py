@@ -193,6 +193,18 @@ def test_inspect_filters_by_name(compressed: tuple[Path, Result]) -> None:
     assert "no compressed layer" in result.stderr
 
 
+def test_inspect_writes_a_page(compressed: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, _ = compressed
+    path = tmp_path / "report.html"
+    result = invoke("inspect", folder, "--html", path)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "14 layers; open it in a browser" in result.stderr
+    assert "<h1>small</h1>" in path.read_text()
+    again = invoke("inspect", folder, "--html", path)
+    assert (again.exit_code, "already exists" in again.stderr) == (2, True)
+    assert invoke("inspect", folder, "--html", path, "--overwrite").exit_code == 0
+
+
 def test_inspect_prints_the_graph(compressed: tuple[Path, Result]) -> None:
     folder, _ = compressed
     result = invoke("inspect", folder, "--graph")

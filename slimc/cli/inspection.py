@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimc.cli.terminal import megabytes, out, say, show
+from slimc.cli.terminal import megabytes, note, out, say, show
 from slimc.errors import InputError
 from slimc.progress import counted
 
@@ -46,6 +46,11 @@ def inspect(
     sites: Annotated[str, typer.Option(metavar="PATTERN", help="Only layers whose name matches: '*.mlp.*'")] = "*",
     graph: Annotated[bool, typer.Option("--graph", help="Print the program as text instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page for a browser, of all layers, instead.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Show what is in a compressed folder: a row a layer, what was left dense and why, and the totals.
 
@@ -58,6 +63,8 @@ def inspect(
       slimc inspect small --sites '*.layers.0.*'
 
       slimc inspect small --graph                   the program that the compressed layers are part of
+
+      slimc inspect small --html report.html        tables to sort, and errors by depth
     """
     from slimc.passes.report import Report
     from slimc.runtime.storage import open_folder
@@ -67,6 +74,10 @@ def inspect(
         say(_graph(folder), end="")
         return
     report = Report.from_json(opened.report)
+    if html is not None:
+        report.to_html(html, title=folder.resolve().name, overwrite=overwrite)
+        note(f"{html}: {counted(len(report.sites), 'layer')}; open it in a browser")
+        return
     rows = [row for row in report.sites if fnmatchcase(row.name, sites)]
     if not rows:
         raise InputError(f"no compressed layer of {folder} matches '{sites}'; 'slimc inspect {folder}' lists them")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from slimc.errors import InputError
+from slimc.passes.report_page import page
 from slimc.progress import counted, printable
+from slimc.runtime.files import json_bytes, write_bytes
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,37 @@ class Report:
         parts.append(f"{counted(len(self.sites), 'layer')}: {self.bits_per_weight:.3f} bits a weight")
         return "\n".join(parts)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON types, without the timings, the graph and the fingerprint."""
+    def to_html(self, path: str | Path, *, title: str = "What slimc compressed", overwrite: bool = False) -> None:
+        """Write the report as one page for a browser: totals, errors by depth, a row a site that can be sorted by.
+
+        The page needs no other file and no network.
+
+        Args:
+            path: the file.
+            title: above everything.
+            overwrite: replace an existing file.
+
+        Raises:
+            InputError: the file exists or cannot be written.
+        """
+        _write(Path(path), page(self, title).encode(), overwrite=overwrite)
+
+    def to_json(self, path: str | Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+        """Return the report as plain JSON types, without the timings, the graph and the fingerprint.
+
+        Args:
+            path: a file to write it to, too.
+            overwrite: replace an existing file.
+
+        Raises:
+            InputError: the file exists or cannot be written.
+        """
+        record = self._record()
+        if path is not None:
+            _write(Path(path), json_bytes(record), overwrite=overwrite)
+        return record
+
+    def _record(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe,
             "sites": [asdict(row) | {"shape": list(row.shape)} for row in self.sites],
@@ -106,6 +139,16 @@ class Report:
             left=[LeftRow(**{**row, "shape": tuple(row["shape"])}) for row in record["left"]],
             calibration_tokens=record["calibration_tokens"],
         )
+
+
+def _write(path: Path, content: bytes, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise InputError(
+            f"{path}: already exists; choose another file, or replace it with overwrite=True (--overwrite)"
+        )
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file to write to")
+    write_bytes(path, content)
 
 
 UNROUNDED = "inputs not rounded"

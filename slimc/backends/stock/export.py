@@ -34,6 +34,7 @@ class ExportedSite:
         bytes: in the folder, without the bias.
         packed_bytes: of its packed form.
         adapter_bytes: of its adapters in the folder, part of ``bytes``.
+        packed_adapter_bytes: of the same in their packed form, part of ``packed_bytes``.
         notes: why it takes more.
     """
 
@@ -42,6 +43,7 @@ class ExportedSite:
     bytes: int
     packed_bytes: int
     adapter_bytes: int
+    packed_adapter_bytes: int
     notes: tuple[str, ...] = ()
 
 
@@ -63,17 +65,22 @@ class HfReport:
 
     def __str__(self) -> str:
         """Say what is how large, and why it is larger than the packed form where it is."""
-        layers, packed, adapters = (
+        layers, packed, adapters, packed_adapters = (
             sum(getattr(site, part) for site in self.sites.values())
-            for part in ("bytes", "packed_bytes", "adapter_bytes")
+            for part in ("bytes", "packed_bytes", "adapter_bytes", "packed_adapter_bytes")
         )
-        weights = sum(site.shape[0] * site.shape[1] for site in self.sites.values())
+        weights = max(sum(site.shape[0] * site.shape[1] for site in self.sites.values()), 1)
         codes = "dense weights" if self.scheme is None else f"codes {self.scheme}"
         lines = [
             f"{self.folder}: {readable(layers + self.other_bytes)}, for stock transformers: {codes}",
             f"  compressed layers: {len(self.sites)}, {readable(layers)}, {8 * layers / weights:.2f} bits a weight",
             f"    as slimc packs them: {readable(packed)}, {8 * packed / weights:.2f} bits a weight",
-            f"    of these, adapters (PEFT LoRA): {readable(adapters)}",
+        ]
+        if adapters:
+            lines.append(
+                f"    adapters (PEFT LoRA): {readable(adapters)}; as slimc packs them: {readable(packed_adapters)}"
+            )
+        lines += [
             f"  everything else: {readable(self.other_bytes)}",
         ]
         counts: dict[str, int] = {}
@@ -125,9 +132,10 @@ class _Layer:
         form, weight = self.form, self.form.weight
         dense = form.rows * form.columns * weight.dtype.itemsize
         base = specs_nbytes(scheme.specs(weight)) if self.coded and scheme is not None else dense
-        adapters = 0
-        if self.adapted and form.left is not None:
+        adapters = packed_adapters = 0
+        if self.adapted and form.left is not None and form.right is not None:
             adapters = form.rank * (form.rows + form.columns) * form.left.dtype.itemsize
+            packed_adapters = form.left.nbytes() + form.right.nbytes()
         why = [f"decoded to a dense weight: {self.merged}"] if self.merged is not None else []
         return ExportedSite(
             form=form.describe(),
@@ -135,6 +143,7 @@ class _Layer:
             bytes=base + adapters,
             packed_bytes=form.nbytes(),
             adapter_bytes=adapters,
+            packed_adapter_bytes=packed_adapters,
             notes=tuple(why or notes(form, scheme if self.coded else None)),
         )
 
@@ -156,8 +165,7 @@ def export_folder(model: nn.Module, path: Path, *, tokenizer: Any, allow_dense: 
     others = _other_tensors(model, contents)
     keys: dict[str, Any] = {"dtype": _dtype(others, layers)}
     if scheme is not None:
-        dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        dense += [name for name, layer in layers.items() if not layer.coded]
+        dense = _dense_matrices(model) + [name for name, layer in layers.items() if not layer.coded]
         keys["quantization_config"] = scheme.to_json(ignore=dense)
     _, write_model_files = hf.saved_form(model, tokenizer, keys=keys)
     report = HfReport(path, scheme, sum(map(tensor_nbytes, others.values())), sites)
@@ -203,6 +211,17 @@ def _place(model: nn.Module, *, allow_dense: bool) -> dict[str, _Layer]:
             "(--allow-dense), choose another recipe ('slimc recipes'), or export to ONNX, which has a place for all"
         )
     return layers
+
+
+def _dense_matrices(model: nn.Module) -> list[str]:
+    """Return the modules with a dense matrix that compressed-tensors may take for a linear, such as routers."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding | SlimLinear)
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.dim() == 2
+    ]
 
 
 def _other_tensors(model: nn.Module, contents: Contents) -> dict[str, Tensor]:

@@ -146,6 +146,8 @@ def test_the_report_says_what_the_format_costs(opened: dict[str, Any]) -> None:
     assert "compressed layers: 14" in text
     assert "zeros of 2:4 are stored, so the codes are as large as without it (14 of the layers)" in text
     assert "adapters of 4 bits take 32 (14 of the layers)" in text
+    assert "adapters (PEFT LoRA): 44.5 kB; as slimc packs them: " in text
+    assert "PEFT" not in str(opened["int8"][1])
     assert "decoded to a dense weight: has signs with a magnitude of low rank (14 of the layers)" in str(
         opened["signs"][1]
     )
