@@ -38,6 +38,7 @@ def test_the_loop_reads_a_prompt_and_goes_on_from_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     model: Any = build(TINY, VARIANTS["slimc"], torch.device("cpu"))
     loop = generate._Loop(model, {"backend": "eager"}, batch=2, prompt=6, tokens=8)
+    assert loop.read_prompt(compiled=True) > 0
     assert loop.read_prompt() > 0
     assert loop.run(3) > 0
     assert int(loop._cache.get_seq_length()) == 9
@@ -64,7 +65,7 @@ def test_kernels_are_counted_by_kind() -> None:
 def test_the_table_compares_with_the_fastest_dense_model() -> None:
     def one(variant: str, batch: int, speed: float, memory: float) -> Measurement:
         return Measurement(
-            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 30.0, memory, memory, {"attention": (0.25, 2)}
+            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 4.0, 30.0, memory, memory, {"attention": (0.25, 2)}
         )
 
     found = [one("dense", 1, 100, 20), one("dense, tuned", 1, 125, 20), one("slimc", 1, 250, 5), one("slimc", 16, 9, 5)]

@@ -65,6 +65,9 @@ SMALLEST_IDLE_SHARE = 0.05
 ADDING_COST = 2
 """Pieces that it could multiply in the time that it takes to add another's sums."""
 
+MOST_PLANS = 64
+"""Numbers of tokens whose launches a layer remembers: prompts may have any length."""
+
 QUANTIZER_THREADS = 384
 """Of a multiprocessor: enough to have memory busy, and few enough that t's launch finds room beside them."""
 
@@ -196,13 +199,34 @@ class Form:
 
 
 @dataclass
-class _Launch:
-    """One launch, ready but for its pointers."""
+class _Loaded:
+    """A kernel on its device with what it is told of a weight: all that does not depend on the number of tokens.
+
+    Attributes:
+        arguments: with the maps of the weight.
+        launcher: launches the kernel.
+        shape: of the launch.
+        form: that the kernel is compiled for.
+        columns: of what is multiplied.
+        shared_bytes: of a block.
+    """
 
     arguments: _Arguments
     launcher: driver.Launcher
     shape: LaunchShape
     form: Form
+    columns: int
+    shared_bytes: int
+
+
+@dataclass
+class _Launch:
+    """One launch, ready but for its pointers: its maps are those of other memory of the same sizes."""
+
+    arguments: _Arguments
+    launcher: driver.Launcher
+    shape: LaunchShape
+    shared_bytes: int
     grid: int
     ready: Counters | None
 
@@ -233,9 +257,12 @@ class Plan:
 def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
     tokens = x.numel() // layer.format.columns
-    plan = layer.plans.get((KERNEL_NAME, tokens))
+    plans: dict[int, Plan] = layer.plans.setdefault((KERNEL_NAME, "plans"), {})
+    plan = plans.get(tokens)
     if plan is None:
-        plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens, _multiplied(layer.format))
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plan = plans[tokens] = make_plan(layer, x.dtype, tokens, _multiplied(layer.format))
     x = x.contiguous()
     # The copy engine reads 16 bytes at a time; a view may begin anywhere.
     return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
@@ -264,8 +291,8 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     t = parts_of_t = None
     if plan.right is not None:
         t = x.new_empty(tokens, layer.ranks)
-        parts_of_t = _start(plan.right, x, columns, None, t, None, None, stream)
-    _start(plan.main, read, columns if scales is None else read.shape[1], t, y, bias, scales, stream)
+        parts_of_t = _start(plan.right, x, None, t, None, None, stream)
+    _start(plan.main, read, t, y, bias, scales, stream)
     del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
     return y
 
@@ -292,38 +319,26 @@ def _quantize(
 
 
 def _start(
-    step: _Launch,
-    x: Tensor,
-    columns: int,
-    t: Tensor | None,
-    y: Tensor,
-    bias: Tensor | None,
-    scales: Tensor | None,
-    stream: int,
+    step: _Launch, x: Tensor, t: Tensor | None, y: Tensor, bias: Tensor | None, scales: Tensor | None, stream: int
 ) -> Tensor | None:
     """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
-    tokens, box = arguments.tokens, step.shape.tokens
-    size = 2 if scales is None else 1
-    own = box // step.shape.multicast
-    driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, own, BOX_BYTES // size, size)
+    driver.replace_address(arguments.x_map, x.data_ptr())
     if t is not None:
-        driver.encode_matrix_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2, 2)
+        driver.replace_address(arguments.t_map, t.data_ptr())
     if arguments.rows % 8 == 0:
-        driver.encode_matrix_map(
-            arguments.y_map, y.data_ptr(), tokens, arguments.rows, step.shape.outputs, BOX_BYTES // 2, 2
-        )
+        driver.replace_address(arguments.y_map, y.data_ptr())
     arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
     parts = None
     if step.ready is not None:
-        parts = torch.empty(step.grid * step.shape.rows * box, dtype=torch.float32, device=x.device)
+        parts = torch.empty(step.grid * step.shape.rows * step.shape.tokens, dtype=torch.float32, device=x.device)
         arguments.parts, arguments.ready = parts.data_ptr(), step.ready.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
         block=(step.shape.threads, 1, 1),
-        shared_bytes=step.form.shared_bytes(step.shape),
+        shared_bytes=step.shared_bytes,
         stream=stream,
         programmatic=True,
         cluster=step.shape.multicast,
@@ -353,49 +368,11 @@ def make_plan(
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     form = Form(layer.metadata is not None, group, layer.right is not None, activation)
     own_shape, own_right_shape = _shapes(spec.rows, spec.columns, tokens, activation, processors)
-    main = _plan_launch(
-        _Arguments(
-            scale=pointer(layer.scale),
-            rank_range=pointer(layer.rank_range),
-            tokens=tokens,
-            rows=spec.rows,
-            row_tiles=layer.row_tiles,
-            units=layer.codes.shape[1],
-            row_scale=int(not group and not spec.weight.per_tensor),
-            left_units=layer.left_units,
-            wait_first=int(layer.right is None),
-        ),
-        {
-            "codes_map": (layer.codes, 1),
-            "metadata_map": (layer.metadata, 1),
-            "scale_map": (layer.scale if group else None, form.scale_groups),
-            "left_map": (layer.left, 1),
-            "left_scale_map": (layer.left_scale, 1),
-        },
-        shape or own_shape,
-        form,
-        dtype,
-        layer,
-        processors,
-    )
+    main = _divide(_load_main(layer, form, shape or own_shape, dtype), layer, tokens, processors)
     right = None
     if layer.right is not None:
-        right = _plan_launch(
-            _Arguments(
-                tokens=tokens,
-                rows=layer.ranks,
-                row_tiles=layer.ranks // TILE_ROWS,
-                units=layer.right.shape[1],
-                wait_first=int(activation is None),
-                wait_last=int(activation is not None),
-            ),
-            {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
-            right_shape or own_right_shape,
-            Form(False, FACTOR_GROUP, False, None),
-            dtype,
-            layer,
-            processors,
-        )
+        loaded = _load_right(layer, right_shape or own_right_shape, dtype, beside_rounding=activation is not None)
+        right = _divide(loaded, layer, tokens, processors)
     quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index, processors)
     return Plan(main, right, quantizer)
 
@@ -458,17 +435,61 @@ def _shapes(
     return LARGE_TILES, SMALL_TILES
 
 
-def _plan_launch(
+def _load_main(layer: FragmentLayer, form: Form, shape: LaunchShape, dtype: torch.dtype) -> _Loaded:
+    """Return the kernel that computes y, the same at every call for a form and a shape."""
+    key = (KERNEL_NAME, "main", form, shape)
+    if key not in layer.plans:
+        weight = layer.format.weight
+        arguments = _Arguments(
+            scale=pointer(layer.scale),
+            rank_range=pointer(layer.rank_range),
+            rows=weight.rows,
+            row_tiles=layer.row_tiles,
+            units=layer.codes.shape[1],
+            row_scale=int(not form.group and not weight.per_tensor),
+            left_units=layer.left_units,
+            wait_first=int(layer.right is None),
+        )
+        tensors = {
+            "codes_map": (layer.codes, 1),
+            "metadata_map": (layer.metadata, 1),
+            "scale_map": (layer.scale if form.group else None, form.scale_groups),
+            "left_map": (layer.left, 1),
+            "left_scale_map": (layer.left_scale, 1),
+        }
+        columns = weight.columns if form.activation is None else _round_up(weight.columns, QUANTIZED_COLUMNS)
+        layer.plans[key] = _load(arguments, tensors, shape, form, columns, dtype)
+    loaded: _Loaded = layer.plans[key]
+    return loaded
+
+
+def _load_right(layer: FragmentLayer, shape: LaunchShape, dtype: torch.dtype, *, beside_rounding: bool) -> _Loaded:
+    """Return the kernel that computes t, the same at every call for a shape."""
+    key = (KERNEL_NAME, "right", beside_rounding, shape)
+    if key not in layer.plans and layer.right is not None:
+        arguments = _Arguments(
+            rows=layer.ranks,
+            row_tiles=layer.ranks // TILE_ROWS,
+            units=layer.right.shape[1],
+            wait_first=int(not beside_rounding),
+            wait_last=int(beside_rounding),
+        )
+        tensors = {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)}
+        form = Form(False, FACTOR_GROUP, False, None)
+        layer.plans[key] = _load(arguments, tensors, shape, form, layer.format.columns, dtype)
+    loaded: _Loaded = layer.plans[key]
+    return loaded
+
+
+def _load(
     arguments: _Arguments,
     tensors: Mapping[str, tuple[Tensor | None, int]],
     shape: LaunchShape,
     form: Form,
+    columns: int,
     dtype: torch.dtype,
-    layer: FragmentLayer,
-    processors: int,
-) -> _Launch:
+) -> _Loaded:
     """Complete ``arguments`` with maps of tensors, words [row tiles, units, ...], and the units of their boxes."""
-    device_index = layer.codes.get_device()
     for name, (tensor, units) in tensors.items():
         if tensor is not None:
             words = tensor[0, 0].numel()
@@ -481,22 +502,38 @@ def _plan_launch(
                 units * words,
                 4,
             )
-    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
+    arguments.inverse = -(-(1 << 32) // (arguments.units + arguments.left_units))
+    codes, _ = tensors["codes_map"]
+    device_index = -1 if codes is None else codes.get_device()
+    bfloat16 = dtype == torch.bfloat16
+    module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=bfloat16))
+    shared_bytes = form.shared_bytes(shape)
+    function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
+    return _Loaded(arguments, function.prepare([_Arguments]), shape, form, columns, shared_bytes)
+
+
+def _divide(loaded: _Loaded, layer: FragmentLayer, tokens: int, processors: int) -> _Launch:
+    """Decide which block computes what of so many tokens."""
+    arguments, shape, form = _Arguments.from_buffer_copy(loaded.arguments), loaded.shape, loaded.form
+    arguments.tokens = tokens
+    arguments.token_tiles = -(-tokens // shape.tokens)
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows
     cost = SHARING_COST_OF_LARGE_8_BIT_TILES if large else SHARING_COST
     clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors, cost)
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
-    arguments.inverse = -(-(1 << 32) // pieces)
-    module = driver.load(
-        source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
-    )
-    function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
-    grid = clusters * shape.multicast
+    # Each launch puts its addresses in the place of this one.
+    anywhere = layer.codes.data_ptr()
+    own, size = shape.tokens // shape.multicast, 2 if form.activation is None else 1
+    driver.encode_matrix_map(arguments.x_map, anywhere, tokens, loaded.columns, own, BOX_BYTES // size, size)
+    if form.adapters:
+        driver.encode_matrix_map(arguments.t_map, anywhere, tokens, layer.ranks, shape.tokens, BOX_BYTES // 2, 2)
+    if arguments.rows % 8 == 0:
+        driver.encode_matrix_map(arguments.y_map, anywhere, tokens, arguments.rows, shape.outputs, BOX_BYTES // 2, 2)
     ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
-    return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
+    return _Launch(arguments, loaded.launcher, shape, loaded.shared_bytes, clusters * shape.multicast, ready)
 
 
 def _ready(layer: FragmentLayer, count: int) -> Counters:
