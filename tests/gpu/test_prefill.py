@@ -196,6 +196,14 @@ def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: An
     check(packed, x, None, layer(x))
 
 
+def test_prompts_of_many_lengths(random_layer: Any, check: Any) -> None:
+    packed = random_layer(1024, 1024, 102)
+    layer = prepare(packed)
+    for tokens in (130, 700, 131, 2500, 130):
+        x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
+        check(packed, x, None, PREFILL.run(x, layer, None))
+
+
 @pytest.mark.parametrize("activation", [None, "int8"])
 def test_a_captured_graph_replays_the_same_result(random_layer: Any, activation: Activation | None) -> None:
     layer = prepare(random_layer(2048, 2048, 204))
