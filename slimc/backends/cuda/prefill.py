@@ -200,28 +200,16 @@ class Form:
 
 @dataclass
 class _Loaded:
-    """A kernel on its device with what it is told of a weight: all that does not depend on the number of tokens.
+    """What launches of one shape share, whatever the number of tokens: maps of the weight, and the kernel."""
 
-    Attributes:
-        arguments: with the maps of the weight.
-        launcher: launches the kernel.
-        shape: of the launch.
-        form: that the kernel is compiled for.
-        columns: of what is multiplied.
-        shared_bytes: of a block.
-    """
-
-    arguments: _Arguments
+    maps: dict[str, driver.TensorMap]
     launcher: driver.Launcher
-    shape: LaunchShape
-    form: Form
-    columns: int
     shared_bytes: int
 
 
 @dataclass
 class _Launch:
-    """One launch, ready but for its pointers: its maps are those of other memory of the same sizes."""
+    """One launch, ready but for its pointers: its maps of activations are those of other memory of their sizes."""
 
     arguments: _Arguments
     launcher: driver.Launcher
@@ -368,11 +356,49 @@ def make_plan(
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     form = Form(layer.metadata is not None, group, layer.right is not None, activation)
     own_shape, own_right_shape = _shapes(spec.rows, spec.columns, tokens, activation, processors)
-    main = _divide(_load_main(layer, form, shape or own_shape, dtype), layer, tokens, processors)
+    main = _plan_launch(
+        _Arguments(
+            scale=pointer(layer.scale),
+            rank_range=pointer(layer.rank_range),
+            tokens=tokens,
+            rows=spec.rows,
+            row_tiles=layer.row_tiles,
+            units=layer.codes.shape[1],
+            row_scale=int(not group and not spec.weight.per_tensor),
+            left_units=layer.left_units,
+            wait_first=int(layer.right is None),
+        ),
+        {
+            "codes_map": (layer.codes, 1),
+            "metadata_map": (layer.metadata, 1),
+            "scale_map": (layer.scale if group else None, form.scale_groups),
+            "left_map": (layer.left, 1),
+            "left_scale_map": (layer.left_scale, 1),
+        },
+        shape or own_shape,
+        form,
+        dtype,
+        layer,
+        processors,
+    )
     right = None
     if layer.right is not None:
-        loaded = _load_right(layer, right_shape or own_right_shape, dtype, beside_rounding=activation is not None)
-        right = _divide(loaded, layer, tokens, processors)
+        right = _plan_launch(
+            _Arguments(
+                tokens=tokens,
+                rows=layer.ranks,
+                row_tiles=layer.ranks // TILE_ROWS,
+                units=layer.right.shape[1],
+                wait_first=int(activation is None),
+                wait_last=int(activation is not None),
+            ),
+            {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
+            right_shape or own_right_shape,
+            Form(False, FACTOR_GROUP, False, None),
+            dtype,
+            layer,
+            processors,
+        )
     quantizer = None if activation is None else _plan_quantizer(form, spec.columns, dtype, device_index, processors)
     return Plan(main, right, quantizer)
 
@@ -435,105 +461,71 @@ def _shapes(
     return LARGE_TILES, SMALL_TILES
 
 
-def _load_main(layer: FragmentLayer, form: Form, shape: LaunchShape, dtype: torch.dtype) -> _Loaded:
-    """Return the kernel that computes y, the same at every call for a form and a shape."""
-    key = (KERNEL_NAME, "main", form, shape)
-    if key not in layer.plans:
-        weight = layer.format.weight
-        arguments = _Arguments(
-            scale=pointer(layer.scale),
-            rank_range=pointer(layer.rank_range),
-            rows=weight.rows,
-            row_tiles=layer.row_tiles,
-            units=layer.codes.shape[1],
-            row_scale=int(not form.group and not weight.per_tensor),
-            left_units=layer.left_units,
-            wait_first=int(layer.right is None),
-        )
-        tensors = {
-            "codes_map": (layer.codes, 1),
-            "metadata_map": (layer.metadata, 1),
-            "scale_map": (layer.scale if form.group else None, form.scale_groups),
-            "left_map": (layer.left, 1),
-            "left_scale_map": (layer.left_scale, 1),
-        }
-        columns = weight.columns if form.activation is None else _round_up(weight.columns, QUANTIZED_COLUMNS)
-        layer.plans[key] = _load(arguments, tensors, shape, form, columns, dtype)
-    loaded: _Loaded = layer.plans[key]
-    return loaded
-
-
-def _load_right(layer: FragmentLayer, shape: LaunchShape, dtype: torch.dtype, *, beside_rounding: bool) -> _Loaded:
-    """Return the kernel that computes t, the same at every call for a shape."""
-    key = (KERNEL_NAME, "right", beside_rounding, shape)
-    if key not in layer.plans and layer.right is not None:
-        arguments = _Arguments(
-            rows=layer.ranks,
-            row_tiles=layer.ranks // TILE_ROWS,
-            units=layer.right.shape[1],
-            wait_first=int(not beside_rounding),
-            wait_last=int(beside_rounding),
-        )
-        tensors = {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)}
-        form = Form(False, FACTOR_GROUP, False, None)
-        layer.plans[key] = _load(arguments, tensors, shape, form, layer.format.columns, dtype)
-    loaded: _Loaded = layer.plans[key]
-    return loaded
-
-
-def _load(
+def _plan_launch(
     arguments: _Arguments,
     tensors: Mapping[str, tuple[Tensor | None, int]],
     shape: LaunchShape,
     form: Form,
-    columns: int,
     dtype: torch.dtype,
-) -> _Loaded:
+    layer: FragmentLayer,
+    processors: int,
+) -> _Launch:
     """Complete ``arguments`` with maps of tensors, words [row tiles, units, ...], and the units of their boxes."""
-    for name, (tensor, units) in tensors.items():
-        if tensor is not None:
-            words = tensor[0, 0].numel()
-            driver.encode_matrix_map(
-                getattr(arguments, name),
-                tensor.data_ptr(),
-                tensor.shape[0],
-                tensor.shape[1] * words,
-                shape.rows // TILE_ROWS,
-                units * words,
-                4,
-            )
+    key = (KERNEL_NAME, "loaded", form, shape)
+    if key not in layer.plans:
+        layer.plans[key] = _load(tensors, shape, form, dtype, layer.codes.get_device())
+    loaded: _Loaded = layer.plans[key]
+    for name, of_weight in loaded.maps.items():
+        setattr(arguments, name, of_weight)
+    arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
-    arguments.inverse = -(-(1 << 32) // (arguments.units + arguments.left_units))
-    codes, _ = tensors["codes_map"]
-    device_index = -1 if codes is None else codes.get_device()
-    bfloat16 = dtype == torch.bfloat16
-    module = driver.load(source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=bfloat16))
-    shared_bytes = form.shared_bytes(shape)
-    function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
-    return _Loaded(arguments, function.prepare([_Arguments]), shape, form, columns, shared_bytes)
-
-
-def _divide(loaded: _Loaded, layer: FragmentLayer, tokens: int, processors: int) -> _Launch:
-    """Decide which block computes what of so many tokens."""
-    arguments, shape, form = _Arguments.from_buffer_copy(loaded.arguments), loaded.shape, loaded.form
-    arguments.tokens = tokens
-    arguments.token_tiles = -(-tokens // shape.tokens)
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows
     cost = SHARING_COST_OF_LARGE_8_BIT_TILES if large else SHARING_COST
     clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors, cost)
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
-    # Each launch puts its addresses in the place of this one.
-    anywhere = layer.codes.data_ptr()
-    own, size = shape.tokens // shape.multicast, 2 if form.activation is None else 1
-    driver.encode_matrix_map(arguments.x_map, anywhere, tokens, loaded.columns, own, BOX_BYTES // size, size)
+    arguments.inverse = -(-(1 << 32) // pieces)
+    _describe_activations(arguments, shape, form, layer)
+    ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
+    return _Launch(arguments, loaded.launcher, shape, loaded.shared_bytes, clusters * shape.multicast, ready)
+
+
+def _load(
+    tensors: Mapping[str, tuple[Tensor | None, int]],
+    shape: LaunchShape,
+    form: Form,
+    dtype: torch.dtype,
+    device_index: int,
+) -> _Loaded:
+    maps = {}
+    for name, (tensor, units) in tensors.items():
+        if tensor is not None:
+            words = tensor[0, 0].numel()
+            rows, columns = tensor.shape[0], tensor.shape[1] * words
+            of_weight = maps[name] = driver.TensorMap()
+            driver.encode_matrix_map(
+                of_weight, tensor.data_ptr(), rows, columns, shape.rows // TILE_ROWS, units * words, 4
+            )
+    module = driver.load(
+        source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
+    )
+    shared_bytes = form.shared_bytes(shape)
+    function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
+    return _Loaded(maps, function.prepare([_Arguments]), shared_bytes)
+
+
+def _describe_activations(arguments: _Arguments, shape: LaunchShape, form: Form, layer: FragmentLayer) -> None:
+    """Complete the maps of x, t and y but for their addresses, which each launch puts in place of one that is there."""
+    anywhere, tokens, columns = layer.codes.data_ptr(), arguments.tokens, layer.format.columns
+    size, own = 2, shape.tokens // shape.multicast
+    if form.activation is not None:
+        size, columns = 1, _round_up(columns, QUANTIZED_COLUMNS)
+    driver.encode_matrix_map(arguments.x_map, anywhere, tokens, columns, own, BOX_BYTES // size, size)
     if form.adapters:
         driver.encode_matrix_map(arguments.t_map, anywhere, tokens, layer.ranks, shape.tokens, BOX_BYTES // 2, 2)
     if arguments.rows % 8 == 0:
         driver.encode_matrix_map(arguments.y_map, anywhere, tokens, arguments.rows, shape.outputs, BOX_BYTES // 2, 2)
-    ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
-    return _Launch(arguments, loaded.launcher, shape, loaded.shared_bytes, clusters * shape.multicast, ready)
 
 
 def _ready(layer: FragmentLayer, count: int) -> Counters:
