@@ -229,7 +229,8 @@ def build(config: dict[str, Any], variant: Variant, device: torch.device) -> nn.
     settings = transformers().LlamaConfig(**config, tie_word_embeddings=False)
     with torch.device("meta"):
         model: Any = transformers().LlamaForCausalLM(settings).to(torch.bfloat16).eval()
-    for parent in list(model.modules()):
+    # Linear layers among them are replaced by their parents, and must not be made for nothing.
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 make = variant.head if child is model.lm_head else variant.layer

@@ -33,6 +33,19 @@ def test_models_are_whole_and_on_their_device(variant: str) -> None:
     assert logits.isfinite().all()
 
 
+def test_no_dense_layer_is_made_for_a_compressed_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    empty_like = torch.empty_like
+
+    def noted(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        made.append(tuple(tensor.shape))
+        return empty_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", noted)
+    build(TINY, VARIANTS["slimc, int4 head"], torch.device("cpu"))
+    assert sorted(made) == [(128,), (128,), (128,), (256, 128)]
+
+
 @pytest.mark.filterwarnings("ignore")  # what Dynamo and Inductor say about themselves
 def test_the_loop_reads_a_prompt_and_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
