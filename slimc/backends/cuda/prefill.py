@@ -91,9 +91,9 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint) for name in (
             "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
             "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse",
-            "wait_first", "wait_last", "zero",
+            "wait_first", "wait_last", "zero", "band",
         )),
-        ("padding", ctypes.c_uint * 3),
+        ("padding", ctypes.c_uint * 2),
     ]  # fmt: skip
 
 
@@ -432,6 +432,9 @@ LARGE_TILES_TOGETHER = LaunchShape(128, 2, 2, outputs=128, multicast=2)
 HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
 """Of t and of a layer with very few tiles: blocks of one find room beside those of the other."""
 
+BAND_TOKENS = 2048
+"""Tokens that all rows go through before the next ones."""
+
 LARGE_LAYER = 8192
 """Rows and columns from which on it pays that two blocks bring activations for each other."""
 
@@ -479,6 +482,7 @@ def _plan_launch(
         setattr(arguments, name, of_weight)
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
+    arguments.band = min(BAND_TOKENS // shape.tokens, arguments.token_tiles)
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows
