@@ -2,7 +2,8 @@
 
 ``cusparselt`` computes layers that store such values, and keeps them in the library's form. ``cusparselt-decoded``
 brings 4-bit ones into it at every call, which pays off for very many tokens on cards that ``cuda-prefill`` is not for:
-half as many values are written as a dense weight has. Adapters are two dense products more, the second of which adds to y.
+half as many values are written as a dense weight has. Adapters are two dense products more, the second of which adds to
+y.
 
 The order of the library's metadata is not documented. It is compared, once in a process, with what the library's own
 compression gives; that takes milliseconds a layer, too long for a call (22016 x 4096 on an H100: 3 ms).

@@ -75,7 +75,7 @@ def test_it_computes_what_eager_does_call_after_call(block: Block, tokens: int, 
 
 @pytest.mark.parametrize("tokens", [1, 200, 500, 1000])
 def test_a_graph_is_captured_after_eager_calls(block: Block, tokens: int) -> None:
-    # Eager calls, and those ahead of a capture on another stream, must leave the graph what it needs outside its memory.
+    # They, and the call on another stream ahead of the capture, must leave what the graph needs outside its memory.
     x = random_input(tokens)
     expected = block(x)
     compiled = torch.compile(block, backend=slim, fullgraph=True, mode="reduce-overhead")
