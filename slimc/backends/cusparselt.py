@@ -1,8 +1,9 @@
 """``cusparselt``: 2:4 weights of 16 bits on the sparse tensor cores, by NVIDIA's library, through PyTorch's own ops.
 
 ``cusparselt`` computes layers that store such values, and keeps them in the library's form. ``cusparselt-decoded``
-brings 4-bit ones into it at every call, which pays off for very many tokens: half as many values are written as a
-dense weight has. Adapters are two dense products more, the second of which adds to y.
+brings 4-bit ones into it at every call, which pays off for very many tokens on cards that ``cuda-prefill`` is not for:
+half as many values are written as a dense weight has. Adapters are two dense products more, the second of which adds to
+y.
 
 The order of the library's metadata is not documented. It is compared, once in a process, with what the library's own
 compression gives; that takes milliseconds a layer, too long for a call (22016 x 4096 on an H100: 3 ms).
@@ -50,7 +51,9 @@ UNIT_COLUMNS = 128
 TOKEN_MULTIPLE = 8
 
 FEWEST_DECODED = 4096
-"""Below, decoding takes longer than the library saves over ``cuda-prefill``."""
+"""Below, decoding takes longer than the library saves over a dense product."""
+
+HOPPER = (9, 0)
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +237,9 @@ def _accepts_decoded(spec: LinearFormat, dtype: torch.dtype, device: torch.devic
     return refuses(spec, dtype, device) or _refuses_weight(spec.weight) or _refuses_library(device)
 
 
-def _expects_decoded(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
+def _expects_decoded(_spec: LinearFormat, _dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER:
+        return "is slower than cuda-prefill"
     if tokens < FEWEST_DECODED:
         return f"is slower for fewer than {FEWEST_DECODED} tokens"
     return None

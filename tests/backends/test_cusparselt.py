@@ -48,6 +48,14 @@ def test_few_tokens_do_not_pay_for_decoding() -> None:
     assert cusparselt._expects_decoded(*case, 4096) is None
 
 
+def test_another_kernel_is_faster_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = LinearFormat(CODES), torch.bfloat16, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    assert cusparselt._expects_decoded(*case, 8192) == "is slower than cuda-prefill"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    assert cusparselt._expects_decoded(*case, 8192) is None
+
+
 def test_metadata_in_the_librarys_order() -> None:
     rows, columns = 128, 256
     masks = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)

@@ -33,11 +33,25 @@ def test_models_are_whole_and_on_their_device(variant: str) -> None:
     assert logits.isfinite().all()
 
 
+def test_no_dense_layer_is_made_for_a_compressed_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    empty_like = torch.empty_like
+
+    def noted(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        made.append(tuple(tensor.shape))
+        return empty_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", noted)
+    build(TINY, VARIANTS["slimc, int4 head"], torch.device("cpu"))
+    assert sorted(made) == [(128,), (128,), (128,), (256, 128)]
+
+
 @pytest.mark.filterwarnings("ignore")  # what Dynamo and Inductor say about themselves
 def test_the_loop_reads_a_prompt_and_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     model: Any = build(TINY, VARIANTS["slimc"], torch.device("cpu"))
     loop = generate._Loop(model, {"backend": "eager"}, batch=2, prompt=6, tokens=8)
+    assert loop.read_prompt(compiled=True) > 0
     assert loop.read_prompt() > 0
     assert loop.run(3) > 0
     assert int(loop._cache.get_seq_length()) == 9
@@ -64,7 +78,7 @@ def test_kernels_are_counted_by_kind() -> None:
 def test_the_table_compares_with_the_fastest_dense_model() -> None:
     def one(variant: str, batch: int, speed: float, memory: float) -> Measurement:
         return Measurement(
-            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 30.0, memory, memory, {"attention": (0.25, 2)}
+            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 4.0, 30.0, memory, memory, {"attention": (0.25, 2)}
         )
 
     found = [one("dense", 1, 100, 20), one("dense, tuned", 1, 125, 20), one("slimc", 1, 250, 5), one("slimc", 16, 9, 5)]

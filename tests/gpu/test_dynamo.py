@@ -73,6 +73,16 @@ def test_it_computes_what_eager_does_call_after_call(block: Block, tokens: int, 
         assert near(compiled(x), block(x))
 
 
+@pytest.mark.parametrize("tokens", [1, 200, 500, 1000])
+def test_a_graph_is_captured_after_eager_calls(block: Block, tokens: int) -> None:
+    # They, and the call on another stream ahead of the capture, must leave what the graph needs outside its memory.
+    x = random_input(tokens)
+    expected = block(x)
+    compiled = torch.compile(block, backend=slim, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        assert near(compiled(x), expected)
+
+
 def test_siblings_are_one_launch(block: Block) -> None:
     compiled = torch.compile(block, backend=slim, fullgraph=True)
     x = random_input(1)

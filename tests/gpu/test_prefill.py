@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
+from slimc.backends.cuda import prefill
 from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.prefill import PREFILL, Activation, LaunchShape, launch, make_plan
 from slimc.errors import KernelError
@@ -194,6 +195,25 @@ def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: An
     assert PREFILL in [choice.kernel for choice in layer.choices()]
     x = torch.randn(200 * 640 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(200, 640)
     check(packed, x, None, layer(x))
+
+
+@pytest.mark.parametrize("rows", [1024, 22016])
+def test_tiles_of_a_band_of_tokens_after_another(
+    random_layer: Any, check: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    packed = random_layer(rows, 512, 51)
+    x = torch.randn(1300, 512, dtype=torch.bfloat16, device="cuda")
+    for band in (prefill.BAND_TOKENS, 512, 256, 128):
+        monkeypatch.setattr(prefill, "BAND_TOKENS", band)
+        check(packed, x, None, run(packed, x))
+
+
+def test_prompts_of_many_lengths(random_layer: Any, check: Any) -> None:
+    packed = random_layer(1024, 1024, 102)
+    layer = prepare(packed)
+    for tokens in (130, 700, 131, 2500, 130):
+        x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
+        check(packed, x, None, PREFILL.run(x, layer, None))
 
 
 @pytest.mark.parametrize("activation", [None, "int8"])

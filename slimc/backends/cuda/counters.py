@@ -48,12 +48,17 @@ class Counters:
             _captured.append(taken)
             return taken.data_ptr()
         turns = self._by_stream.get(stream)
+        if turns is None:
+            turns = self._by_stream[stream] = cycle([self._take() for _ in range(TURNS)])
         if len(self._free) < FEWEST_SLOTS // 2:
             # Graphs that are captured next take some for good.
             self._refill()
-        if turns is None:
-            turns = self._by_stream[stream] = cycle([self._free.pop() for _ in range(TURNS)])
         return next(turns).data_ptr()
+
+    def _take(self) -> Tensor:
+        if not self._free:
+            self._refill()
+        return self._free.pop()
 
     def _refill(self) -> None:
         slots = max(FEWEST_SLOTS, min(SLOT_BYTES // (4 * self._count), MOST_SLOTS))

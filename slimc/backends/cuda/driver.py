@@ -35,6 +35,7 @@ __all__ = [
     "encode_piece_map",
     "encode_word_map",
     "load",
+    "replace_address",
     "target_arch",
 ]
 
@@ -156,6 +157,21 @@ def encode_word_map(into: TensorMap, tensor: Tensor, box: tuple[int, int, int]) 
     """
     a, b, c = tensor.shape
     _encode_map(into, tensor.data_ptr(), 4, (c, b, a), (4 * c, 4 * b * c), tuple(reversed(box)))
+
+
+def replace_address(of: TensorMap, address: int) -> None:
+    """Let a map describe other memory of the same sizes, in a tenth of the time that describing it takes.
+
+    Args:
+        of: what is changed.
+        address: a multiple of 16.
+
+    Raises:
+        KernelError: the driver refuses the address.
+    """
+    status = _library().cuTensorMapReplaceAddress(ctypes.byref(of), address)
+    if status:
+        _check(status, f"describing a tensor at {address:#x}")
 
 
 def _encode_map(
@@ -534,6 +550,7 @@ def _declare(library: Any) -> None:
     }
     for name, argument_types in signatures.items():
         getattr(library, name).argtypes = argument_types
+    library.cuTensorMapReplaceAddress.argtypes = [pointer, pointer]
     library.cuTensorMapEncodeTiled.argtypes = [
         pointer, integer, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer,
         integer, integer, integer, integer,

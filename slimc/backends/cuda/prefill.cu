@@ -73,6 +73,7 @@ struct Arguments {
     int wait_first;        // 1: x may still be written by the launch before
     int wait_last;         // 1: it is not, but the launch after this one reads what the launch before writes
     u32 zero;              // 0, which the compiler does not know
+    int band;              // token tiles that all rows go through before the next ones: their activations stay in the cache
 };
 
 // ------------------------------------------------------------------------------------------------- instructions
@@ -333,8 +334,16 @@ struct Work {
     }
 };
 
+struct Place { int row_block, token_tile; };
+
+__device__ __forceinline__ Place place_of(const Arguments& a, const Segment& s) {
+    const int first = s.tile / (a.band * a.row_blocks) * a.band, inside = s.tile - first * a.row_blocks;
+    const int width = min(a.band, a.token_tiles - first);
+    return {inside / width, first + inside % width};
+}
+
 __device__ __forceinline__ int first_row_tile(const Arguments& a, const Segment& s, int block) {
-    return (s.tile / a.token_tiles * MULTICAST + block) * TILES;
+    return (place_of(a, s).row_block * MULTICAST + block) * TILES;
 }
 __device__ __forceinline__ int2 ranks_of(const Arguments& a, int row_tile) { return a.rank_range[min(row_tile, a.row_tiles - 1)]; }
 
@@ -359,7 +368,7 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
     for (int i = 0;; ++i) {
         const Segment s = work.segment(a, i);
         if (s.tile >= a.row_blocks * a.token_tiles) break;
-        const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
+        const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = place_of(a, s).token_tile * TOKENS;
         for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
@@ -644,7 +653,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
     for (int i = 0;; ++i) {
         const Segment s = work.segment(a, i);
         if (s.tile >= a.row_blocks * a.token_tiles) break;
-        const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
+        const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = place_of(a, s).token_tile * TOKENS;
 #if ADAPTERS
         const int units = uniform(ranks_of(a, block_tile).y);
 #endif

@@ -65,6 +65,9 @@ SMALLEST_IDLE_SHARE = 0.05
 ADDING_COST = 2
 """Pieces that it could multiply in the time that it takes to add another's sums."""
 
+MOST_PLANS = 64
+"""Numbers of tokens whose launches a layer remembers: prompts may have any length."""
+
 QUANTIZER_THREADS = 384
 """Of a multiprocessor: enough to have memory busy, and few enough that t's launch finds room beside them."""
 
@@ -88,9 +91,9 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_uint) for name in (
             "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
             "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse",
-            "wait_first", "wait_last", "zero",
+            "wait_first", "wait_last", "zero", "band",
         )),
-        ("padding", ctypes.c_uint * 3),
+        ("padding", ctypes.c_uint * 2),
     ]  # fmt: skip
 
 
@@ -196,13 +199,22 @@ class Form:
 
 
 @dataclass
+class _Loaded:
+    """What launches of one shape share, whatever the number of tokens: maps of the weight, and the kernel."""
+
+    maps: dict[str, driver.TensorMap]
+    launcher: driver.Launcher
+    shared_bytes: int
+
+
+@dataclass
 class _Launch:
-    """One launch, ready but for its pointers."""
+    """One launch, ready but for its pointers: its maps of activations are those of other memory of their sizes."""
 
     arguments: _Arguments
     launcher: driver.Launcher
     shape: LaunchShape
-    form: Form
+    shared_bytes: int
     grid: int
     ready: Counters | None
 
@@ -233,9 +245,12 @@ class Plan:
 def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
     tokens = x.numel() // layer.format.columns
-    plan = layer.plans.get((KERNEL_NAME, tokens))
+    plans: dict[int, Plan] = layer.plans.setdefault((KERNEL_NAME, "plans"), {})
+    plan = plans.get(tokens)
     if plan is None:
-        plan = layer.plans[KERNEL_NAME, tokens] = make_plan(layer, x.dtype, tokens, _multiplied(layer.format))
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plan = plans[tokens] = make_plan(layer, x.dtype, tokens, _multiplied(layer.format))
     x = x.contiguous()
     # The copy engine reads 16 bytes at a time; a view may begin anywhere.
     return launch(plan, x if x.data_ptr() % 16 == 0 else x.clone(), layer, bias)
@@ -264,8 +279,8 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     t = parts_of_t = None
     if plan.right is not None:
         t = x.new_empty(tokens, layer.ranks)
-        parts_of_t = _start(plan.right, x, columns, None, t, None, None, stream)
-    _start(plan.main, read, columns if scales is None else read.shape[1], t, y, bias, scales, stream)
+        parts_of_t = _start(plan.right, x, None, t, None, None, stream)
+    _start(plan.main, read, t, y, bias, scales, stream)
     del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
     return y
 
@@ -292,38 +307,26 @@ def _quantize(
 
 
 def _start(
-    step: _Launch,
-    x: Tensor,
-    columns: int,
-    t: Tensor | None,
-    y: Tensor,
-    bias: Tensor | None,
-    scales: Tensor | None,
-    stream: int,
+    step: _Launch, x: Tensor, t: Tensor | None, y: Tensor, bias: Tensor | None, scales: Tensor | None, stream: int
 ) -> Tensor | None:
     """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
-    tokens, box = arguments.tokens, step.shape.tokens
-    size = 2 if scales is None else 1
-    own = box // step.shape.multicast
-    driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, own, BOX_BYTES // size, size)
+    driver.replace_address(arguments.x_map, x.data_ptr())
     if t is not None:
-        driver.encode_matrix_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], box, BOX_BYTES // 2, 2)
+        driver.replace_address(arguments.t_map, t.data_ptr())
     if arguments.rows % 8 == 0:
-        driver.encode_matrix_map(
-            arguments.y_map, y.data_ptr(), tokens, arguments.rows, step.shape.outputs, BOX_BYTES // 2, 2
-        )
+        driver.replace_address(arguments.y_map, y.data_ptr())
     arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
     parts = None
     if step.ready is not None:
-        parts = torch.empty(step.grid * step.shape.rows * box, dtype=torch.float32, device=x.device)
+        parts = torch.empty(step.grid * step.shape.rows * step.shape.tokens, dtype=torch.float32, device=x.device)
         arguments.parts, arguments.ready = parts.data_ptr(), step.ready.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
         block=(step.shape.threads, 1, 1),
-        shared_bytes=step.form.shared_bytes(step.shape),
+        shared_bytes=step.shared_bytes,
         stream=stream,
         programmatic=True,
         cluster=step.shape.multicast,
@@ -429,6 +432,9 @@ LARGE_TILES_TOGETHER = LaunchShape(128, 2, 2, outputs=128, multicast=2)
 HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
 """Of t and of a layer with very few tiles: blocks of one find room beside those of the other."""
 
+BAND_TOKENS = 2048
+"""Tokens that all rows go through before the next ones."""
+
 LARGE_LAYER = 8192
 """Rows and columns from which on it pays that two blocks bring activations for each other."""
 
@@ -468,21 +474,15 @@ def _plan_launch(
     processors: int,
 ) -> _Launch:
     """Complete ``arguments`` with maps of tensors, words [row tiles, units, ...], and the units of their boxes."""
-    device_index = layer.codes.get_device()
-    for name, (tensor, units) in tensors.items():
-        if tensor is not None:
-            words = tensor[0, 0].numel()
-            driver.encode_matrix_map(
-                getattr(arguments, name),
-                tensor.data_ptr(),
-                tensor.shape[0],
-                tensor.shape[1] * words,
-                shape.rows // TILE_ROWS,
-                units * words,
-                4,
-            )
+    key = (KERNEL_NAME, "loaded", form, shape)
+    if key not in layer.plans:
+        layer.plans[key] = _load(tensors, shape, form, dtype, layer.codes.get_device())
+    loaded: _Loaded = layer.plans[key]
+    for name, of_weight in loaded.maps.items():
+        setattr(arguments, name, of_weight)
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
+    arguments.band = min(BAND_TOKENS // shape.tokens, arguments.token_tiles)
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows
@@ -490,13 +490,46 @@ def _plan_launch(
     clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors, cost)
     arguments.share, arguments.share_rest = divmod(arguments.shared_tiles * pieces, clusters)
     arguments.inverse = -(-(1 << 32) // pieces)
+    _describe_activations(arguments, shape, form, layer)
+    ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
+    return _Launch(arguments, loaded.launcher, shape, loaded.shared_bytes, clusters * shape.multicast, ready)
+
+
+def _load(
+    tensors: Mapping[str, tuple[Tensor | None, int]],
+    shape: LaunchShape,
+    form: Form,
+    dtype: torch.dtype,
+    device_index: int,
+) -> _Loaded:
+    maps = {}
+    for name, (tensor, units) in tensors.items():
+        if tensor is not None:
+            words = tensor[0, 0].numel()
+            rows, columns = tensor.shape[0], tensor.shape[1] * words
+            of_weight = maps[name] = driver.TensorMap()
+            driver.encode_matrix_map(
+                of_weight, tensor.data_ptr(), rows, columns, shape.rows // TILE_ROWS, units * words, 4
+            )
     module = driver.load(
         source("prefill.cu"), KERNEL_NAME, device_index, defines(form, shape, bfloat16=dtype == torch.bfloat16)
     )
-    function = module.function(KERNEL_NAME, shared_bytes=form.shared_bytes(shape))
-    grid = clusters * shape.multicast
-    ready = _ready(layer, shape.warpgroups * processors * shape.blocks) if arguments.shared_tiles else None
-    return _Launch(arguments, function.prepare([_Arguments]), shape, form, grid, ready)
+    shared_bytes = form.shared_bytes(shape)
+    function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
+    return _Loaded(maps, function.prepare([_Arguments]), shared_bytes)
+
+
+def _describe_activations(arguments: _Arguments, shape: LaunchShape, form: Form, layer: FragmentLayer) -> None:
+    """Complete the maps of x, t and y but for their addresses, which each launch puts in place of one that is there."""
+    anywhere, tokens, columns = layer.codes.data_ptr(), arguments.tokens, layer.format.columns
+    size, own = 2, shape.tokens // shape.multicast
+    if form.activation is not None:
+        size, columns = 1, _round_up(columns, QUANTIZED_COLUMNS)
+    driver.encode_matrix_map(arguments.x_map, anywhere, tokens, columns, own, BOX_BYTES // size, size)
+    if form.adapters:
+        driver.encode_matrix_map(arguments.t_map, anywhere, tokens, layer.ranks, shape.tokens, BOX_BYTES // 2, 2)
+    if arguments.rows % 8 == 0:
+        driver.encode_matrix_map(arguments.y_map, anywhere, tokens, arguments.rows, shape.outputs, BOX_BYTES // 2, 2)
 
 
 def _ready(layer: FragmentLayer, count: int) -> Counters:

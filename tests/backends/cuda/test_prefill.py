@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from slimc.backends.cuda import prefill
-from slimc.backends.cuda.layer import FACTOR_GROUP
+from slimc.backends.cuda.driver import TensorMap
+from slimc.backends.cuda.layer import FACTOR_GROUP, prepare
 from slimc.backends.cuda.prefill import Form, LaunchShape
 from slimc.backends.cuda.rounding import kept_for
 
@@ -57,3 +62,76 @@ def test_rounding_and_the_launch_for_t_fit_on_a_multiprocessor_together() -> Non
     rounding, multiplying = (REGISTERS // threads // 8 * 8 for threads in (896, 640))
     threads = LaunchShape(128, 2, 1, light=True).threads
     assert prefill.QUANTIZER_THREADS * rounding + threads * multiplying <= REGISTERS
+
+
+class Launches:
+    """A driver that notes what it is asked for, in place of a GPU's."""
+
+    def __init__(self) -> None:
+        self.loaded: list[dict[str, int | str]] = []
+        self.described: list[tuple[int, int]] = []
+        self.launched: list[tuple[prefill._Arguments, int]] = []
+
+    def load(self, _source: str, _name: str, _device: int, defines: dict[str, int | str]) -> SimpleNamespace:
+        self.loaded.append(defines)
+        return SimpleNamespace(function=lambda _name, **_room: SimpleNamespace(prepare=lambda _kinds: self.launch))
+
+    def describe(self, into: TensorMap, address: int, rows: int, columns: int, *_box: int) -> None:
+        into.opaque[0], into.opaque[1] = address, rows << 32 | columns
+        self.described.append((rows, columns))
+
+    def replace(self, of: TensorMap, address: int) -> None:
+        of.opaque[0] = address
+
+    def launch(self, arguments: prefill._Arguments, *, grid: tuple[int, int, int], **_others: object) -> None:
+        self.launched.append((arguments, grid[0]))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    fake = Launches()
+    monkeypatch.setattr(prefill.driver, "load", fake.load)
+    monkeypatch.setattr(prefill.driver, "encode_matrix_map", fake.describe)
+    monkeypatch.setattr(prefill.driver, "replace_address", fake.replace)
+    processors = SimpleNamespace(multi_processor_count=PROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: processors)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return fake
+
+
+def test_a_prompt_of_another_length_takes_the_kernels_that_are_loaded(make_packed: Any, launches: Launches) -> None:
+    layer = prepare(make_packed(256, 512, 20))
+    prefill.run(torch.zeros(200, 512).bfloat16(), layer, None)
+    loaded = list(launches.loaded)
+    launches.described.clear()
+    prefill.run(torch.zeros(201, 512).bfloat16(), layer, None)
+    assert [one["ADAPTERS"] for one in loaded] == [1, 0]
+    assert launches.loaded == loaded
+    # x, t and y of the layer, and x and its result t of the launch before it; no weight is described again.
+    assert launches.described == [(201, 512), (201, layer.ranks), (201, 256), (201, 512), (201, layer.ranks)]
+    assert [arguments.tokens for arguments, _ in launches.launched] == [200, 200, 201, 201]
+
+
+def test_a_launch_reads_and_writes_its_own_memory(make_packed: Any, launches: Launches) -> None:
+    layer = prepare(make_packed(256, 512, 20))
+    for _ in range(2):
+        x = torch.zeros(200, 512).bfloat16()
+        launches.launched.clear()
+        y = prefill.run(x, layer, None)
+        (right, _), (main, _) = launches.launched
+        assert right.x_map.opaque[0] == main.x_map.opaque[0] == x.data_ptr()
+        assert main.y_map.opaque[0] == main.y == y.data_ptr()
+        assert main.t_map.opaque[0] == right.y_map.opaque[0] == right.y
+        assert main.y_map.opaque[1] == 200 << 32 | 256
+
+
+def test_a_layer_remembers_launches_of_few_lengths(
+    make_packed: Any, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "MOST_PLANS", 3)
+    layer = prepare(make_packed(256, 512))
+    for tokens in range(130, 140):
+        prefill.run(torch.zeros(tokens, 512).bfloat16(), layer, None)
+        assert len(layer.plans[prefill.KERNEL_NAME, "plans"]) <= 3
+    assert [arguments.tokens for arguments, _ in launches.launched] == list(range(130, 140))
