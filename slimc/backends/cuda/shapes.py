@@ -39,6 +39,15 @@ SHARED_BYTES = 228 << 10
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
 
+BESIDE = 4
+"""Blocks a multiprocessor, by which a launch for t says that it runs beside blocks that are alone."""
+
+BESIDE_BYTES = 66 << 10
+"""Shared memory that blocks of more than `FEW_TOKENS` that are alone leave to one for t."""
+
+BESIDE_REGISTERS = 80
+"""Of a thread of such a block for t."""
+
 MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 """By the warpgroups that multiply: registers of their threads, and of those of one more."""
 
@@ -100,6 +109,7 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
+        ahead: whether warpgroups load the words of a slot while products with the one before run.
     """
 
     tokens: int
@@ -114,6 +124,7 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
+    ahead: bool = False
 
     @property
     def tiles(self) -> int:
@@ -145,6 +156,17 @@ class LaunchShape:
         return MOVED_REGISTERS[warpgroups] if needed > own else (0, 0)
 
     @property
+    def most_registers(self) -> int:
+        """Registers of a thread, where a block that is alone and one for t must find room together; else 0."""
+        if self.tokens <= FEW_TOKENS or not (self.alone or self.blocks == BESIDE):
+            return 0
+        if not self.alone:
+            return BESIDE_REGISTERS
+        # Beside many threads there is room for one warpgroup that multiplies, beside few for two.
+        theirs = (1 if self.row_groups * self.column_groups > 2 else 2) * 128 + 32
+        return min((REGISTERS - theirs * BESIDE_REGISTERS) // self.threads // 8 * 8, 248)
+
+    @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
         warps = 2 if self.tokens <= FEW_TOKENS else 1
@@ -167,7 +189,11 @@ class LaunchShape:
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
+        available = SHARED_BYTES // self.blocks
+        if self.alone:
+            available = SHARED_BYTES * 2 // 3 if self.tokens <= FEW_TOKENS else SHARED_BYTES - BESIDE_BYTES
+        elif self.tokens > FEW_TOKENS and self.blocks == BESIDE:
+            available = BESIDE_BYTES
         room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
@@ -182,6 +208,7 @@ class LaunchShape:
         """Whether warpgroups can wait for a slot while they hold another, and the rings take their sums at the end."""
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
+        sums += self._sent_bytes if self.tokens > FEW_TOKENS else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
@@ -198,10 +225,13 @@ class LaunchShape:
         return inputs * self.input_bytes + weights
 
     @property
-    def _output_bytes(self) -> int:
+    def _sent_bytes(self) -> int:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
-        sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
-        return sums + ALIGNMENT
+        return pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
+
+    @property
+    def _output_bytes(self) -> int:
+        return ALIGNMENT + (self._sent_bytes if self.tokens <= FEW_TOKENS else 0)
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,8 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
+        "MOST_REGISTERS": shape.most_registers,
+        "AHEAD": int(shape.ahead),
     }
 
 
