@@ -367,6 +367,14 @@ struct Words {
 #endif
 };
 
+#if ADAPTERS
+// The same of L.
+struct LeftWords {
+    uint4 codes[LEFT_UNITS][ROW_TILES];
+    u32 scales[LEFT_UNITS][ROW_TILES];
+};
+#endif
+
 // One warpgroup's part of the product.
 struct Multiplier {
     Weights weights;
@@ -379,10 +387,10 @@ struct Multiplier {
     __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
 
     // What a warp reads of a slot is in its registers.
-    __device__ __forceinline__ void release_weights() {
+    __device__ __forceinline__ void release_weights(bool none) {
         __syncwarp();
-        barrier_arrive_if(lane == 0, weights.released());
-        weights.advance(COLUMN_GROUPS);
+        barrier_arrive_if(lane == 0 && !none, weights.released());
+        weights.advance(none ? 0 : COLUMN_GROUPS);
     }
 
     // All products but those of the last batch are done; so are those with the slot before.
@@ -416,9 +424,7 @@ struct Multiplier {
                 w.scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
 #endif
         }
-        __syncwarp();
-        barrier_arrive_if(lane == 0 && !none, weights.released());
-        weights.advance(none ? 0 : COLUMN_GROUPS);
+        release_weights(none);
     }
 
     // Products of a slot; `last`: of W. Where AHEAD the words of the next one are loaded while products run.
@@ -471,21 +477,23 @@ struct Multiplier {
     }
 
 #if ADAPTERS
-    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
-        u32 of[2][BATCH][ROW_TILES][4];
-        uint4 codes[LEFT_UNITS][ROW_TILES];
-        u32 scales[LEFT_UNITS][ROW_TILES];
-        weights.wait_full();
+    __device__ __forceinline__ void load_left(LeftWords& w, bool none) {
+        barrier_wait_unless(none, weights.arrived(), weights.parity);
         const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < LEFT_UNITS; ++u) {
-                codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
-                scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
+                w.codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
+                w.scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
             }
         }
-        release_weights();
+        release_weights(none);
+    }
+
+    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], LeftWords& w, bool last) {
+        u32 of[2][BATCH][ROW_TILES][4];
+        if (!AHEAD) load_left(w, false);
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
@@ -495,8 +503,8 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(codes[u][m], j));
-                    apply_scales(of[set][i][m], scales[u][m]);
+                    decode_word(of[set][i][m], word_of(w.codes[u][m], j));
+                    apply_scales(of[set][i][m], w.scales[u][m]);
                 }
             }
             if (batch == 0) inputs.wait_full();
@@ -509,6 +517,7 @@ struct Multiplier {
                 for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
             wgmma_commit();
+            if (AHEAD && batch == 4 * LEFT_UNITS / BATCH - 1) load_left(w, last);
             end_batch(batch == 0);
         }
         next_slot();
@@ -540,7 +549,7 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) sum[m][i] = 0.f;
+        for (int i = 0; i < SUMS; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum[m][i]));  // ahead of any branch
     const int of_weights = s.middle - s.begin;
     int slot = column_group;
     Words words;
@@ -561,7 +570,12 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #endif
 #if ADAPTERS
     const int of_both = of_weights + s.end - s.left;
-    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
+    LeftWords left;
+    if (AHEAD) {
+        wait_for_sums(sum);
+        by.load_left(left, slot >= of_both);
+    }
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum, left, slot + COLUMN_GROUPS >= of_both);
     wait_for_sums(sum);
 #endif
 }
