@@ -94,6 +94,8 @@ SHAPES = [
     LaunchShape(64, 2, 2, 1, 8, 2, 128, alone=True, ahead=True),
     LaunchShape(128, 1, 2, 1, 4, 2, 128, alone=True, ahead=True),
     LaunchShape(128, 1, 3, 1, 1, 2, 128, alone=True, even=True, ahead=True),
+    LaunchShape(64, 1, 4, 1, 1, 2, 128, alone=True, even=True, handed=True, ahead=True),
+    LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, handed=True),
 ]
 
 

@@ -109,6 +109,8 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
+        handed: whether blocks of an even launch hand their sums to the one that has the end of a tile, which it computes
+            last; else all that share a tile add up a part of it.
         ahead: whether warpgroups load the words of a slot while products with the one before run.
     """
 
@@ -124,6 +126,7 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
+    handed: bool = False
     ahead: bool = False
 
     @property

@@ -256,7 +256,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "STAGES": stages,
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
-        "EVEN": int(shape.even),
+        "EVEN": int(shape.even) + int(shape.even and shape.handed),
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
