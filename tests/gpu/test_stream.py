@@ -96,6 +96,9 @@ SHAPES = [
     LaunchShape(128, 1, 3, 1, 1, 2, 128, alone=True, even=True, ahead=True),
     LaunchShape(64, 1, 4, 1, 1, 2, 128, alone=True, even=True, handed=True, ahead=True),
     LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, handed=True),
+    LaunchShape(64, 4, 2, 1, 1, 1, 128),
+    LaunchShape(64, 1, 4, 1, 3, 1, 128),
+    LaunchShape(64, 3, 2, 1, 5, 1, 256, inputs=3),
 ]
 
 

@@ -58,7 +58,7 @@ ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
 TOKEN_TILES = (8, 16, 32, 64, 128)
-CLUSTERS = (1, 2, 3, 4, 6, 8)
+CLUSTERS = (1, 2, 3, 4, 5, 6, 7, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
 
@@ -197,7 +197,7 @@ class LaunchShape:
             available = SHARED_BYTES * 2 // 3 if self.tokens <= FEW_TOKENS else SHARED_BYTES - BESIDE_BYTES
         elif self.tokens > FEW_TOKENS and self.blocks == BESIDE:
             available = BESIDE_BYTES
-        room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
+        room = available - RESERVED_BYTES - self._output_bytes(form) - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
         else:
@@ -211,7 +211,7 @@ class LaunchShape:
         """Whether warpgroups can wait for a slot while they hold another, and the rings take their sums at the end."""
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
-        sums += self._sent_bytes if self.tokens > FEW_TOKENS else 0
+        sums += self._sent_bytes if self._sums_in_rings(form) else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
@@ -219,7 +219,7 @@ class LaunchShape:
 
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
-        needed = self._ring_bytes(form) + self._output_bytes
+        needed = self._ring_bytes(form) + self._output_bytes(form)
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:
@@ -232,9 +232,11 @@ class LaunchShape:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
         return pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
 
-    @property
-    def _output_bytes(self) -> int:
-        return ALIGNMENT + (self._sent_bytes if self.tokens <= FEW_TOKENS else 0)
+    def _sums_in_rings(self, form: Form) -> bool:
+        return form.adapters and self.tokens > FEW_TOKENS
+
+    def _output_bytes(self, form: Form) -> int:
+        return ALIGNMENT + (0 if self._sums_in_rings(form) else self._sent_bytes)
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@
 #define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
 #define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
 // Sums that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs; those of few
-// tokens are small and have room of their own.
-#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS > 16)
+// tokens and those of t are small and have room of their own.
+#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS > 16 && ADAPTERS)
 
 struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
