@@ -39,15 +39,6 @@ SHARED_BYTES = 228 << 10
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
 
-BESIDE = 4
-"""Blocks a multiprocessor, by which a launch for t says that it runs beside blocks that are alone."""
-
-BESIDE_BYTES = 66 << 10
-"""Shared memory that blocks of more than `FEW_TOKENS` that are alone leave to one for t."""
-
-BESIDE_REGISTERS = 80
-"""Of a thread of such a block for t."""
-
 MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 """By the warpgroups that multiply: registers of their threads, and of those of one more."""
 
@@ -70,6 +61,9 @@ FEW_IDLE = 0.95
 
 FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
+
+MANY_TOKENS = 64
+"""Of a block, from which on the sums that a cluster of a layer exchanges take the place of its rings."""
 
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
@@ -109,8 +103,6 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
-        handed: whether blocks of an even launch hand their sums to the one that has the end of a tile, which it computes
-            last; else all that share a tile add up a part of it.
         ahead: whether warpgroups load the words of a slot while products with the one before run.
     """
 
@@ -126,7 +118,6 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
-    handed: bool = False
     ahead: bool = False
 
     @property
@@ -159,17 +150,6 @@ class LaunchShape:
         return MOVED_REGISTERS[warpgroups] if needed > own else (0, 0)
 
     @property
-    def most_registers(self) -> int:
-        """Registers of a thread, where a block that is alone and one for t must find room together; else 0."""
-        if self.tokens <= FEW_TOKENS or not (self.alone or self.blocks == BESIDE):
-            return 0
-        if not self.alone:
-            return BESIDE_REGISTERS
-        # Beside many threads there is room for one warpgroup that multiplies, beside few for two.
-        theirs = (1 if self.row_groups * self.column_groups > 2 else 2) * 128 + 32
-        return min((REGISTERS - theirs * BESIDE_REGISTERS) // self.threads // 8 * 8, 248)
-
-    @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
         warps = 2 if self.tokens <= FEW_TOKENS else 1
@@ -192,11 +172,7 @@ class LaunchShape:
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        available = SHARED_BYTES // self.blocks
-        if self.alone:
-            available = SHARED_BYTES * 2 // 3 if self.tokens <= FEW_TOKENS else SHARED_BYTES - BESIDE_BYTES
-        elif self.tokens > FEW_TOKENS and self.blocks == BESIDE:
-            available = BESIDE_BYTES
+        available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
         room = available - RESERVED_BYTES - self._output_bytes(form) - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
@@ -233,7 +209,7 @@ class LaunchShape:
         return pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
 
     def _sums_in_rings(self, form: Form) -> bool:
-        return form.adapters and self.tokens > FEW_TOKENS
+        return form.adapters and self.tokens >= MANY_TOKENS
 
     def _output_bytes(self, form: Form) -> int:
         return ALIGNMENT + (0 if self._sums_in_rings(form) else self._sent_bytes)

@@ -31,7 +31,6 @@
 //   AHEAD          1: a warpgroup loads the words of a slot of W while products with the one before run
 //   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
-//   MOST_REGISTERS of a thread, if others than `BLOCKS` equal blocks shall find room. 0: what these leave
 
 #if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
 #error "a slot must always meet the same warpgroup, and weights are ahead: see LaunchShape.stages_of"
@@ -68,12 +67,11 @@
 
 #define PIECES (ROW_TILES * (TOKENS / 8))  // of sums, each of 64 rows a row group by 8 tokens
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
-#define PIECES_AT_ONCE (PIECES % 8 || TOKENS > 64 ? (PIECES % 4 ? 1 : 4) : 8)  // of others' sums, that are asked for together
 #define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
 #define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
 // Sums that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs; those of few
 // tokens and those of t are small and have room of their own.
-#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS > 16 && ADAPTERS)
+#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS >= 64 && ADAPTERS)
 
 struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
@@ -159,7 +157,6 @@ struct Work {
     __device__ __forceinline__ int total() const { return a.tiles * a.slots; }
     __device__ __forceinline__ int first_slot(int block) const { return total() * block / (int)gridDim.x; }
     __device__ __forceinline__ int block_of(int slot) const { return ((slot + 1) * (int)gridDim.x - 1) / total(); }
-    __device__ __forceinline__ bool has_end(int tile) const { return to >= (tile + 1) * a.slots; }
 #endif
 
     __device__ __forceinline__ Segment segment(int tile) const {
@@ -636,14 +633,6 @@ __device__ __forceinline__ void add_parts(float4 (&v)[AT_ONCE], const float4* fi
 }
 #endif
 
-// Sums of a thread of 8 tokens of 64 rows.
-__device__ __forceinline__ float4 piece_of(const float (&sum)[ROW_TILES][SUMS], int i) {
-    const int m = i / (TOKENS / 8), b = i % (TOKENS / 8);
-    return make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
-}
-
-__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-
 // Send sums of a thread to the block that writes them.
 __device__ __forceinline__ void send_sums(u32 to, u32 barrier, int block, const float4& s) {
     asm volatile("{\n.reg .b32 there, arrived;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 arrived, %1, %2;\n"
@@ -706,16 +695,10 @@ __device__ __forceinline__ void finish_pieces(const Arguments& a, const Segment&
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-#if MOST_REGISTERS > 0
-#define BOUNDS __maxnreg__(MOST_REGISTERS)
-#else
-#define BOUNDS __launch_bounds__(THREADS, BLOCKS)
-#endif
-
-extern "C" __global__ void BOUNDS stream_linear(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2 * INPUTS + 1];
-#if EVEN == 1
+#if EVEN
     __shared__ volatile u32 taken[ROW_GROUPS];  // what each warpgroup adds up of a tile
 #endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -779,49 +762,7 @@ extern "C" __global__ void BOUNDS stream_linear(const __grid_constant__ Argument
     by.weights.advance(column_group);
     by.inputs.advance(column_group);
     float sum[ROW_TILES][SUMS];
-#if EVEN == 2
-#pragma unroll 1
-    for (int tile = work.last; tile >= work.first; --tile) {
-        const Segment s = work.segment(tile);
-        compute_sums(a, s, by, column_group, sum);
-        const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
-        const int first_block = work.block_of(tile * a.slots), others = work.block_of((tile + 1) * a.slots - 1) - first_block;
-        u32* const written = a.shared + (tile * ROW_GROUPS + row_group) * 2;
-        if (!work.has_end(tile)) {
-            float4* const part = a.parts + blockIdx.x * (size_t)(PIECES * CONSUMERS) + thread;
-#pragma unroll
-            for (int i = 0; i < PIECES; ++i) part[i * CONSUMERS] = piece_of(sum, i);
-            wait_named(1 + row_group, 128);
-            if (threadIdx.x % 128 == 0) add_here_and_there(written, 1);
-            continue;
-        }
-        if (others > 0) {
-            // Those before this block began before it, and wait for nobody.
-            if (threadIdx.x % 128 == 0) {
-                while (load_acquire(written) != others) {}
-                *written = 0;
-            }
-            wait_named(1 + row_group, 128);
-        }
-        const float4* const parts = a.parts + first_block * (size_t)(PIECES * CONSUMERS) + thread;
-#pragma unroll
-        for (int i = 0; i < PIECES; i += PIECES_AT_ONCE) {
-            float4 v[PIECES_AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < PIECES_AT_ONCE; ++j) v[j] = piece_of(sum, i + j);
-            for (int block = 0; block < others; ++block) {
-                float4 w[PIECES_AT_ONCE];
-#pragma unroll
-                for (int j = 0; j < PIECES_AT_ONCE; ++j) w[j] = load_part(parts + ((size_t)block * PIECES + i + j) * CONSUMERS);
-#pragma unroll
-                for (int j = 0; j < PIECES_AT_ONCE; ++j) v[j] = v[j] + w[j];
-            }
-#pragma unroll
-            for (int j = 0; j < PIECES_AT_ONCE; ++j)
-                write_results(a, v[j], first_row + (i + j) / (TOKENS / 8) * 64, s.end_row, s.token + (i + j) % (TOKENS / 8) * 8, lane);
-        }
-    }
-#elif EVEN
+#if EVEN
     u32 before[2];  // of the tiles at the beginning and the end of this block's work: what others had done
 #pragma unroll 1
     for (int tile = work.last; tile >= work.first; --tile) {

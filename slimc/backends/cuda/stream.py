@@ -256,11 +256,10 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "STAGES": stages,
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
-        "EVEN": int(shape.even) + int(shape.even and shape.handed),
+        "EVEN": int(shape.even),
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
-        "MOST_REGISTERS": shape.most_registers,
         "AHEAD": int(shape.ahead),
     }
 
