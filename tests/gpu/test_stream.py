@@ -86,6 +86,12 @@ SHAPES = [
     LaunchShape(128, 2, 2, 1, 1, 1, 128, even=True),
     LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True, spared=20),
     LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, spared=122),
+    LaunchShape(64, 1, 2, 1, 1, 1, 256, ahead=True),
+    LaunchShape(64, 1, 1, 2, 2, 1, 128, ahead=True),
+    LaunchShape(128, 1, 2, 1, 3, 1, 128, ahead=True),
+    LaunchShape(64, 4, 2, 1, 1, 1, 128),
+    LaunchShape(64, 1, 4, 1, 3, 1, 128),
+    LaunchShape(64, 3, 2, 1, 5, 1, 256, inputs=3),
 ]
 
 

@@ -49,7 +49,7 @@ ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
 TOKEN_TILES = (8, 16, 32, 64, 128)
-CLUSTERS = (1, 2, 3, 4, 6, 8)
+CLUSTERS = (1, 2, 3, 4, 5, 6, 7, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
 
@@ -61,6 +61,9 @@ FEW_IDLE = 0.95
 
 FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
+
+MANY_TOKENS = 64
+"""Of a block, from which on the sums that a cluster of a layer exchanges take the place of its rings."""
 
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
@@ -100,6 +103,7 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
+        ahead: whether warpgroups load the words of a slot while products with the one before run.
     """
 
     tokens: int
@@ -114,6 +118,7 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
+    ahead: bool = False
 
     @property
     def tiles(self) -> int:
@@ -168,7 +173,7 @@ class LaunchShape:
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
         available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
-        room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
+        room = available - RESERVED_BYTES - self._output_bytes(form) - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
         else:
@@ -182,6 +187,7 @@ class LaunchShape:
         """Whether warpgroups can wait for a slot while they hold another, and the rings take their sums at the end."""
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
+        sums += self._sent_bytes if self._sums_in_rings(form) else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
@@ -189,7 +195,7 @@ class LaunchShape:
 
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
-        needed = self._ring_bytes(form) + self._output_bytes
+        needed = self._ring_bytes(form) + self._output_bytes(form)
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:
@@ -198,10 +204,15 @@ class LaunchShape:
         return inputs * self.input_bytes + weights
 
     @property
-    def _output_bytes(self) -> int:
+    def _sent_bytes(self) -> int:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
-        sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
-        return sums + ALIGNMENT
+        return pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
+
+    def _sums_in_rings(self, form: Form) -> bool:
+        return form.adapters and self.tokens >= MANY_TOKENS
+
+    def _output_bytes(self, form: Form) -> int:
+        return ALIGNMENT + (0 if self._sums_in_rings(form) else self._sent_bytes)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@
 //   CLUSTER        blocks that share the columns
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
+//   AHEAD          1: a warpgroup loads the words of a slot of W while products with the one before run
 //   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
@@ -68,6 +69,9 @@
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
 #define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
 #define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
+// Sums that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs; those of few
+// tokens and those of t are small and have room of their own.
+#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS >= 64 && ADAPTERS)
 
 struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
@@ -347,7 +351,28 @@ __device__ __forceinline__ float4 load_shared_sums(u32 address) {
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
 // from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
+#ifndef BATCH
 #define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (ROW_TILES * TOKENS >= 128 && THREADS > 512) || (REGISTERS > 0 && ROW_TILES > 1) || (TOKENS <= 16 && ROW_TILES > 1 && COLUMN_GROUPS > 1) ? 1 : 2)
+#endif
+
+// Codes, positions and scales of a slot of W, of one thread.
+struct Words {
+    uint4 codes[UNITS][ROW_TILES];
+#if SPARSE
+    uint2 metadata[UNITS][ROW_TILES];
+#endif
+#if GROUP > 0
+    u32 scales[GROUPS][ROW_TILES];
+#endif
+};
+
+#if ADAPTERS
+// The same of L.
+struct LeftWords {
+    uint4 codes[LEFT_UNITS][ROW_TILES];
+    u32 scales[LEFT_UNITS][ROW_TILES];
+};
+#endif
 
 // One warpgroup's part of the product.
 struct Multiplier {
@@ -361,15 +386,14 @@ struct Multiplier {
     __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
 
     // What a warp reads of a slot is in its registers.
-    __device__ __forceinline__ void release_weights() {
+    __device__ __forceinline__ void release_weights(bool none) {
         __syncwarp();
-        barrier_arrive_if(lane == 0, weights.released());
-        weights.advance(COLUMN_GROUPS);
+        barrier_arrive_if(lane == 0 && !none, weights.released());
+        weights.advance(none ? 0 : COLUMN_GROUPS);
     }
 
     // All products but those of the last batch are done; so are those with the slot before.
     __device__ __forceinline__ void end_batch(bool first_of_slot) {
-        wgmma_commit();
         wgmma_wait<1>();
         // Without a branch: products on both sides of one would run one after another.
         if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, inputs.empty + 8 * previous);
@@ -380,34 +404,35 @@ struct Multiplier {
         inputs.advance(COLUMN_GROUPS);
     }
 
-    __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS]) {
-        u32 of[2][BATCH][ROW_TILES][4];
-        uint4 codes[UNITS][ROW_TILES];
-#if SPARSE
-        u32 indices[2][BATCH][ROW_TILES];
-        uint2 metadata[UNITS][ROW_TILES];
-#endif
-#if GROUP > 0
-        u32 scales[GROUPS][ROW_TILES];
-#endif
-        weights.wait_full();
+    // What this thread multiplies of the next slot of W. Without a branch if there is `none`: what it reads then is not used.
+    __device__ __forceinline__ void load_weights(Words& w, bool none) {
+        barrier_wait_unless(none, weights.arrived(), weights.parity);
         const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) {
-                codes[u][m] = load_shared_words(data + (place(m) * UNITS + u) * 512 + lane * 16);
+                w.codes[u][m] = load_shared_words(data + (place(m) * UNITS + u) * 512 + lane * 16);
 #if SPARSE
-                metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
+                w.metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
 #endif
             }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g)
-                scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
+                w.scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
 #endif
         }
-        release_weights();
+        release_weights(none);
+    }
+
+    // Products of a slot; `last`: of W. Where AHEAD the words of the next one are loaded while products run.
+    __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS], Words& w, bool last) {
+        u32 of[2][BATCH][ROW_TILES][4];
+#if SPARSE
+        u32 indices[2][BATCH][ROW_TILES];
+#endif
+        if (!AHEAD) load_weights(w, false);
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * UNITS / BATCH; ++batch) {
@@ -417,13 +442,13 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(codes[u][m], j));
+                    decode_word(of[set][i][m], word_of(w.codes[u][m], j));
 #if SPARSE
                     // Straight from a load the assembler would let no two products overlap.
-                    indices[set][i][m] = (j < 2 ? metadata[u][m].x : metadata[u][m].y) ^ zero;
+                    indices[set][i][m] = (j < 2 ? w.metadata[u][m].x : w.metadata[u][m].y) ^ zero;
 #endif
 #if GROUP > 0
-                    apply_scales(of[set][i][m], scales[(u * UNIT + j * (UNIT / 4)) / GROUP][m]);
+                    apply_scales(of[set][i][m], w.scales[(u * UNIT + j * (UNIT / 4)) / GROUP][m]);
 #endif
                 }
             }
@@ -443,27 +468,31 @@ struct Multiplier {
 #endif
                 }
             }
+            wgmma_commit();
+            if (AHEAD && batch == 4 * UNITS / BATCH - 1) load_weights(w, last);
             end_batch(batch == 0);
         }
         next_slot();
     }
 
 #if ADAPTERS
-    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
-        u32 of[2][BATCH][ROW_TILES][4];
-        uint4 codes[LEFT_UNITS][ROW_TILES];
-        u32 scales[LEFT_UNITS][ROW_TILES];
-        weights.wait_full();
+    __device__ __forceinline__ void load_left(LeftWords& w, bool none) {
+        barrier_wait_unless(none, weights.arrived(), weights.parity);
         const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < LEFT_UNITS; ++u) {
-                codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
-                scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
+                w.codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
+                w.scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
             }
         }
-        release_weights();
+        release_weights(none);
+    }
+
+    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], LeftWords& w, bool last) {
+        u32 of[2][BATCH][ROW_TILES][4];
+        if (!AHEAD) load_left(w, false);
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
@@ -473,8 +502,8 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(codes[u][m], j));
-                    apply_scales(of[set][i][m], scales[u][m]);
+                    decode_word(of[set][i][m], word_of(w.codes[u][m], j));
+                    apply_scales(of[set][i][m], w.scales[u][m]);
                 }
             }
             if (batch == 0) inputs.wait_full();
@@ -486,6 +515,8 @@ struct Multiplier {
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
+            wgmma_commit();
+            if (AHEAD && batch == 4 * LEFT_UNITS / BATCH - 1) load_left(w, last);
             end_batch(batch == 0);
         }
         next_slot();
@@ -517,10 +548,12 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) sum[m][i] = 0.f;
+        for (int i = 0; i < SUMS; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum[m][i]));  // ahead of any branch
     const int of_weights = s.middle - s.begin;
     int slot = column_group;
-    for (; slot < of_weights; slot += COLUMN_GROUPS) by.multiply_weights(sum);
+    Words words;
+    if (AHEAD) by.load_weights(words, slot >= of_weights);
+    for (; slot < of_weights; slot += COLUMN_GROUPS) by.multiply_weights(sum, words, slot + COLUMN_GROUPS >= of_weights);
     wait_for_sums(sum);
 #if GROUP == 0
 #pragma unroll
@@ -536,7 +569,12 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #endif
 #if ADAPTERS
     const int of_both = of_weights + s.end - s.left;
-    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
+    LeftWords left;
+    if (AHEAD) {
+        wait_for_sums(sum);
+        by.load_left(left, slot >= of_both);
+    }
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum, left, slot + COLUMN_GROUPS >= of_both);
     wait_for_sums(sum);
 #endif
 }
@@ -667,7 +705,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const int share = blockIdx.x % CLUSTER;
     const Work work(a);
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
-    const u32 sums = slots + INPUTS * INPUT_BYTES + (STAGES * SLOT_BYTES + 1023) / 1024 * 1024;
+    const u32 sums = slots + (SUMS_IN_RINGS ? (COLUMN_GROUPS > 1 ? COLUMN_GROUPS * PIECES * PIECE_BYTES : 0)
+                                            : INPUTS * INPUT_BYTES + (STAGES * SLOT_BYTES + 1023) / 1024 * 1024);
     const u32 first_barrier = shared_address(barriers), arrived = first_barrier + 16 * (STAGES + INPUTS);
     const Weights weights{slots + INPUTS * INPUT_BYTES, first_barrier, first_barrier + 8 * STAGES, 0, 0};
     const Inputs inputs{slots, first_barrier + 16 * STAGES, first_barrier + 8 * (2 * STAGES + INPUTS), 0, 0};
@@ -689,7 +728,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         if (CLUSTER > 1) barrier_expect(arrived, own * CLUSTER * PIECE_BYTES);
     }
     __syncthreads();
-#if CLUSTER > 1
+#if CLUSTER > 1 && !SUMS_IN_RINGS
     // Sums may be sent to a block once its barrier is there.
     cluster_arrive();
 #endif
@@ -706,6 +745,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         }
 #if CLUSTER > 1
         __syncwarp();
+        if (SUMS_IN_RINGS) cluster_arrive();
         cluster_wait();
         cluster_arrive();
         cluster_wait();
@@ -784,6 +824,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #endif
     };
 #if CLUSTER > 1
+    if (SUMS_IN_RINGS) cluster_arrive();
     cluster_wait();
 #endif
 #if COLUMN_GROUPS > 1
