@@ -15,10 +15,10 @@ Peers have no adapters; those that are installed are measured. Int4 with a scale
 gemlite, and torch's own `_weight_int4pack_mm` (tinygemm). 2:4 in 16 bits: cuSPARSELt, its best algorithm.
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
-Calls are captured into a CUDA graph; a figure is the median of its replays, in microseconds a call. All columns of a
-row are taken one after another in the same process. Bytes are those of the packed layer, of x and of y; beside the
-bandwidth of a large copy on the same card, which reads and writes, stands the byte limit: what the memory's clock and
-width would allow.
+At least 32 calls are captured into a CUDA graph, as a model's step is; a figure is the median of its replays, in
+microseconds a call. All columns of a row are taken one after another in the same process. Bytes are those of the packed
+layer, of x and of y; beside the bandwidth of a large copy on the same card, which reads and writes, stands the byte
+limit: what the memory's clock and width would allow.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel, KernelTable, choose
 
 COLD_BYTES = 150e6
+GRAPH_CALLS = 32
 REPLAYS = 15
 RANK = 0.1
 INT4_BITS = 4.125
@@ -129,13 +130,19 @@ def copies(nbytes: float) -> int:
 
 
 def microseconds(calls: Sequence[Call]) -> float:
-    """Return the median time of a call, all of them replayed from one graph."""
+    """Return the median time of a call, all of them replayed from one graph.
+
+    They are captured as often as it takes for ``GRAPH_CALLS`` calls: a step of a model is a graph of hundreds, in which
+    a launch begins while the one before ends, and what lies between two graphs is not a layer's.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
+    rounds = math.ceil(GRAPH_CALLS / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [call() for call in calls]
+        for _ in range(rounds):
+            results = [call() for call in calls]
     graph.replay()
     times = []
     for _ in range(REPLAYS):
@@ -144,7 +151,7 @@ def microseconds(calls: Sequence[Call]) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
+        times.append(1e3 * start.elapsed_time(end) / (rounds * len(calls)))
     del results
     return float(statistics.median(times))
 
