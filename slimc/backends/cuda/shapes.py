@@ -45,6 +45,9 @@ MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 RESERVED_BYTES = 2 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
+MOST_PAIRED_BYTES = 80 << 10
+"""Of shared memory that a `LaunchShape.paired` block takes: a block for t finds room beside two."""
+
 ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
@@ -100,6 +103,11 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
+        paired: whether a multiprocessor has room for two blocks of the launch and a small one, of t's, and no third.
+        handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
+        window: slots of weights under way at once, at most; all of their ring if 0.
+        bringers: warps that bring what the others read, 1 or 2; by the tokens of a block if 0.
+        divided: whether each block of a cluster has a share of L, as of W, and not the last ones all of it.
     """
 
     tokens: int
@@ -114,6 +122,11 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
+    paired: bool = False
+    handover: int = -1
+    window: int = 0
+    bringers: int = 0
+    divided: bool = False
 
     @property
     def tiles(self) -> int:
@@ -147,8 +160,20 @@ class LaunchShape:
     @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
-        warps = 2 if self.tokens <= FEW_TOKENS else 1
-        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * warps)
+        warps = 4 if self.registers[0] else self.bringing_warps
+        return 128 * self.row_groups * self.column_groups + 32 * warps
+
+    @property
+    def bringing_warps(self) -> int:
+        """Warps that bring what the others read."""
+        if self.registers[0]:
+            return 1
+        return self.bringers or (2 if self.tokens <= FEW_TOKENS else 1)
+
+    @property
+    def shares_both(self) -> bool:
+        """Whether each block of a cluster has a share of W and one of L."""
+        return self.divided or self.tokens > FEW_TOKENS
 
     @property
     def input_bytes(self) -> int:
@@ -167,7 +192,9 @@ class LaunchShape:
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
+        available = SHARED_BYTES // self.blocks
+        if self.alone or self.paired:
+            available = SHARED_BYTES * 2 // 3 if self.alone else MOST_PAIRED_BYTES
         room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
@@ -190,6 +217,8 @@ class LaunchShape:
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
         needed = self._ring_bytes(form) + self._output_bytes
+        if self.paired:
+            return max(needed, SHARED_BYTES // 3)
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:

@@ -29,6 +29,7 @@
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
 //   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
+//   BRINGERS       warps that bring what the others read: 1, or 2 if REGISTERS is 0
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
 #if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
@@ -39,10 +40,8 @@
 #endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
-// Where tokens are few two more warps bring what they read, weights and activations: weights then never wait for either's
-// barriers but their own. With more tokens one does both: a warp more would take registers of those that multiply. It is part
-// of a warpgroup, if that hands registers to those that multiply.
-#define BRINGERS (TOKENS <= 16 ? 2 : 1)
+// One warp more brings what they read, or two, of which one brings weights: they then never wait for other barriers than their
+// own, but a warp more takes registers of those that multiply. One is part of a warpgroup, if that hands registers over.
 #define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32 * BRINGERS))
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
@@ -95,6 +94,9 @@ struct Arguments {
     int tiles;                 // of results, if EVEN
     u32 zero;                  // 0, which the compiler does not know
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
+    int handover;              // slots of weights that a block has still to bring when the next launch may begin; -1: all of them
+    int window;                // slots of weights under way at once, at most: no more than STAGES, which parity cannot tell apart
+    int divided;               // 1: blocks of a cluster share the slots of W and those of L, 0: those of both in one row
     int members;               // of the stack
     int first_block[MEMBERS];  // of each member of the stack
     int first_row[MEMBERS];
@@ -178,10 +180,12 @@ struct Work {
         s.whole = from <= before && to >= before + a.slots;
         s.middle = max(s.begin, min(s.end, a.steps));
         s.left = s.middle;
-#elif TOKENS > 16
-        divide(s, slots, blockIdx.x % CLUSTER, CLUSTER);
 #else
         const int share = blockIdx.x % CLUSTER;
+        if (a.divided) {
+            divide(s, slots, share, CLUSTER);
+            return s;
+        }
         s.begin = slots * share / CLUSTER;
         s.end = slots * (share + 1) / CLUSTER;
         s.whole = CLUSTER == 1;
@@ -189,6 +193,16 @@ struct Work {
         s.left = s.middle;
 #endif
         return s;
+    }
+
+    // Of weights that the block brings.
+    __device__ __forceinline__ int slots() const {
+        int count = 0;
+        for (int tile = first; tile <= last; ++tile) {
+            const Segment s = segment(tile);
+            count += s.middle - s.begin + s.end - s.left;
+        }
+        return count;
     }
 
     // A share of W and one of L, so that nobody waits for who has all of L.
@@ -232,6 +246,33 @@ struct Cursor {
 struct Source {
     const Arguments& a;
 
+    // Brings the weights of a block, slot after slot.
+    struct Bringer {
+        const Source& source;
+        Weights ring, arriving;  // the next slot, and the oldest of those under way
+        Cursor slot;
+        int count, left;
+
+        __device__ __forceinline__ Bringer(const Source& source, const Work& work, const Weights& ring)
+            : source(source), ring(ring), arriving(ring), slot(work), count(0), left(work.slots()) {
+            source.prefetch_maps_of_weights();
+        }
+
+        // The weights of a slot, once there is room for them.
+        __device__ __forceinline__ void bring() {
+            if (slot.done()) return;
+            if (count++ >= source.a.window) {
+                arriving.wait_full();
+                arriving.advance(1);
+            }
+            ring.wait_empty();
+            source.bring_weights(ring, slot);
+            ring.advance(1);
+            slot.advance();
+            if (--left == source.a.handover) let_next_launch_begin();
+        }
+    };
+
     __device__ __forceinline__ void bring_weights(const Weights& ring, const Cursor& c) const {
         const u32 to = ring.data(), barrier = ring.arrived();
         const int step = c.step, tile = c.at.row_tile;
@@ -267,30 +308,19 @@ struct Source {
         load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
     }
 
-    // The weights of a slot, once there is room for them.
-    __device__ __forceinline__ void bring_next(Weights& ring, Cursor& next) const {
-        if (next.done()) return;
-        ring.wait_empty();
-        bring_weights(ring, next);
-        ring.advance(1);
-        next.advance();
-    }
-
     // Weights go ahead of activations as far as their ring reaches.
-    __device__ __forceinline__ void run(const Work& work, Weights weights, const Inputs& inputs) const {
-        Cursor next(work);
-        prefetch_maps_of_weights();
-        for (int i = 0; i < STAGES; ++i) bring_next(weights, next);
+    __device__ __forceinline__ void run(const Work& work, const Weights& weights, const Inputs& inputs) const {
+        Bringer next(*this, work, weights);
+        for (int i = 0; i < STAGES; ++i) next.bring();
         int used = 0;
         run_inputs(work, inputs, [&] {
             // Who has released the activations of a step has the weights of the next one in registers.
-            if (++used >= INPUTS) bring_next(weights, next);
+            if (++used >= INPUTS) next.bring();
         });
     }
 
-    __device__ __forceinline__ void run_weights(const Work& work, Weights ring) const {
-        prefetch_maps_of_weights();
-        for (Cursor next(work); !next.done();) bring_next(ring, next);
+    __device__ __forceinline__ void run_weights(const Work& work, const Weights& weights) const {
+        for (Bringer next(*this, work, weights); !next.slot.done();) next.bring();
     }
 
     __device__ __forceinline__ void prefetch_maps_of_weights() const {
@@ -674,7 +704,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const int own = max(0, min(PIECES - share * OWN_PIECES, OWN_PIECES));
 
     if (threadIdx.x == 0) {
-        let_next_launch_begin();
+        if (a.handover < 0 || a.handover >= work.slots()) let_next_launch_begin();
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(weights.full + 8 * i, 1);
             barrier_init(weights.empty + 8 * i, 4 * ROW_GROUPS);

@@ -53,10 +53,11 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags", "parts", "shared")),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark", "members",
+            "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark", "handover", "window",
+            "divided", "members",
         )),
         *((name, ctypes.c_int * MOST_STACKED) for name in ("first_block", "first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 9),  # a structure with tensor maps is a multiple of 64 bytes
+        ("padding", ctypes.c_int * 6),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -211,6 +212,9 @@ def _describe_weight(
 def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: int, layer: FragmentLayer) -> _Launch:
     device_index = layer.codes.get_device()
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
+    arguments.handover, arguments.divided = shape.handover, int(shape.shares_both)
+    stages, _ = shape.stages_of(form)
+    arguments.window = min(shape.window or stages, stages)
     if not shape.fits(form):
         raise KernelError(f"{shape} leaves too little shared memory for the ring of a {form}")
     module = driver.load(source("stream.cu"), KERNEL_NAME, device_index, defines_of(shape, form))
@@ -257,6 +261,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
         "EVEN": int(shape.even),
+        "BRINGERS": shape.bringing_warps,
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
