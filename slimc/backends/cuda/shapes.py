@@ -103,6 +103,7 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
+        rounds: whether the blocks, as many as run at once, compute whole tiles, one after another.
         paired: whether a multiprocessor has room for two blocks of the launch and a small one, of t's, and no third.
         handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
         window: slots of weights under way at once, at most; all of their ring if 0.
@@ -122,6 +123,7 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
+    rounds: bool = False
     paired: bool = False
     handover: int = -1
     window: int = 0
@@ -212,6 +214,8 @@ class LaunchShape:
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
+        if self.rounds and self.cluster > 1:
+            return False
         return fits and inputs >= 2 * self.column_groups and self._ring_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
@@ -230,6 +234,8 @@ class LaunchShape:
     def _output_bytes(self) -> int:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
         sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
+        if self.rounds and self.column_groups > 1:
+            sums = self.column_groups * self.rows * self.tokens * 4
         return sums + ALIGNMENT
 
 

@@ -222,14 +222,16 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
     function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
     tiles = blocks * arguments.token_tiles
     grid, sharing = tiles * shape.cluster, None
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    if shape.rounds:
+        arguments.tiles, grid = tiles, min(tiles, processors * (1 if shape.alone or shape.paired else shape.blocks))
     if shape.even:
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
-        processors = torch.cuda.get_device_properties(device_index).multi_processor_count
         most = max(processors - shape.spared, 1) * shape.blocks
         grid = shapes.even_blocks(tiles, arguments.slots, most)
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
-        if shape.alone:
+        if shape.alone or shape.paired:
             grid = min(grid, shapes.even_blocks(tiles, arguments.slots, processors))
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
 
@@ -261,6 +263,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
         "EVEN": int(shape.even),
+        "ROUNDS": int(shape.rounds),
         "BRINGERS": shape.bringing_warps,
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
