@@ -107,6 +107,7 @@ class LaunchShape:
         paired: whether a multiprocessor has room for two blocks of the launch and a small one, of t's, and no third.
         handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
         window: slots of weights under way at once, at most; all of their ring if 0.
+        turn: slots of W that each block's first one is further on than that of the block before it.
         bringers: warps that bring what the others read, 1 or 2; by the tokens of a block if 0.
         divided: whether each block of a cluster has a share of L, as of W, and not the last ones all of it.
     """
@@ -127,6 +128,7 @@ class LaunchShape:
     paired: bool = False
     handover: int = -1
     window: int = 0
+    turn: int = 0
     bringers: int = 0
     divided: bool = False
 

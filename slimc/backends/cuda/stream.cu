@@ -100,6 +100,7 @@ struct Arguments {
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
     int handover;              // slots of weights that a block has still to bring when the next launch may begin; -1: all of them
     int window;                // slots of weights under way at once, at most: no more than STAGES, which parity cannot tell apart
+    int turn;                  // slots of W that a block's first one is further on than that of the block before it
     int divided;               // 1: blocks of a cluster share the slots of W and those of L, 0: those of both in one row
     int members;               // of the stack
     int first_block[MEMBERS];  // of each member of the stack
@@ -133,7 +134,15 @@ using Inputs = Ring<INPUTS, INPUT_BYTES>;
 struct Segment {
     int row_tile, end_row, token, first_rank;
     int begin, middle, left, end;
+    int turned;  // slots of W come in a circle, from this one of them on: blocks at the same columns would all ask the same memory
     bool whole;  // nobody else has a part in it
+
+    // Where a slot is in the row: of W, or of L after it.
+    __device__ __forceinline__ int place(int step) const {
+        if (step >= middle) return step;
+        const int on = step + turned;
+        return on < middle ? on : on - (middle - begin);
+    }
 };
 
 // Tiles that a block computes, the last one first: what others wait for is done early, and L, which waits for t, late.
@@ -165,6 +174,12 @@ struct Work {
 #endif
 
     __device__ __forceinline__ Segment segment(int tile) const {
+        Segment s = share_of(tile);
+        s.turned = s.middle > s.begin ? (int)blockIdx.x * a.turn % (s.middle - s.begin) : 0;
+        return s;
+    }
+
+    __device__ __forceinline__ Segment share_of(int tile) const {
         const int block = tile / a.token_tiles;
         // All rows of a block belong to one member of the stack.
         int member = 0;
@@ -283,14 +298,15 @@ struct Source {
     __device__ __forceinline__ void bring_weights(const Weights& ring, const Cursor& c) const {
         const u32 to = ring.data(), barrier = ring.arrived();
         const int step = c.step, tile = c.at.row_tile;
+        const int place = c.at.place(step);
         if (!ADAPTERS || step < a.steps) {
             barrier_expect(barrier, CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
-            load_box(to, &a.codes_map, barrier, 0, step * UNITS, tile);
+            load_box(to, &a.codes_map, barrier, 0, place * UNITS, tile);
 #if SPARSE
-            load_box(to + METADATA_AT, &a.metadata_map, barrier, 0, step * UNITS, tile);
+            load_box(to + METADATA_AT, &a.metadata_map, barrier, 0, place * UNITS, tile);
 #endif
 #if GROUP > 0
-            load_box(to + SCALES_AT, &a.scale_map, barrier, 0, step * GROUPS, tile);
+            load_box(to + SCALES_AT, &a.scale_map, barrier, 0, place * GROUPS, tile);
 #endif
         } else {
             barrier_expect(barrier, LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
@@ -300,13 +316,14 @@ struct Source {
     }
 
     __device__ __forceinline__ void bring_x(const Inputs& ring, const Cursor& c) const {
+        const int place = c.at.place(c.step);
         barrier_expect(ring.arrived(), INPUT_BYTES);
         if (a.whole) {
-            load_box(ring.data(), &a.x_map, ring.arrived(), 0, c.at.token, c.step * BOXES);
+            load_box(ring.data(), &a.x_map, ring.arrived(), 0, c.at.token, place * BOXES);
         } else {
 #pragma unroll
             for (int i = 0; i < BOXES; ++i)
-                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), c.step * STEP + i * 64, c.at.token);
+                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), place * STEP + i * 64, c.at.token);
         }
     }
 

@@ -54,10 +54,10 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags", "parts", "shared")),
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark", "handover", "window",
-            "divided", "members",
+            "turn", "divided", "members",
         )),
         *((name, ctypes.c_int * MOST_STACKED) for name in ("first_block", "first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 6),  # a structure with tensor maps is a multiple of 64 bytes
+        ("padding", ctypes.c_int * 5),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -213,6 +213,7 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
     device_index = layer.codes.get_device()
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.handover, arguments.divided = shape.handover, int(shape.shares_both)
+    arguments.turn = shape.turn
     stages, _ = shape.stages_of(form)
     arguments.window = min(shape.window or stages, stages)
     if not shape.fits(form):
