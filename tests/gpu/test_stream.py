@@ -11,7 +11,7 @@ from torch import Tensor
 from slimc.backends import KERNELS
 from slimc.backends.cuda import shapes, stream
 from slimc.backends.cuda.layer import prepare, stack
-from slimc.backends.cuda.shapes import LaunchShape, token_tile
+from slimc.backends.cuda.shapes import LaunchShape
 from slimc.backends.cuda.stream import STREAM, launch, make_plan
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
@@ -86,13 +86,11 @@ SHAPES = [
     LaunchShape(128, 2, 2, 1, 1, 1, 128, even=True),
     LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True, spared=20),
     LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, spared=122),
-    LaunchShape(8, 2, 1, 2, 2, 2, 256, paired=True, handover=0, window=3),
-    LaunchShape(8, 1, 1, 2, 2, 2, 256, alone=True, divided=True, bringers=1, handover=100),
-    LaunchShape(16, 1, 1, 2, 1, 3, 256, paired=True, handover=2, bringers=1, window=2),
-    LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, paired=True, handover=0, window=2),
-    LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, handover=1, window=4),
-    LaunchShape(8, 1, 1, 4, 1, 2, 256, rounds=True, alone=True),
-    LaunchShape(16, 1, 2, 2, 1, 2, 128, rounds=True, alone=True, handover=0),
+    LaunchShape(8, 2, 1, 2, 2, 2, 256, paired=True, handover=0, window=3, turn=1),
+    LaunchShape(8, 1, 1, 4, 1, 2, 256, alone=True, inputs=8, turn=5, handover=100),
+    LaunchShape(16, 1, 1, 2, 1, 3, 256, paired=True, handover=2, window=2, turn=3),
+    LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, paired=True, window=2, turn=2),
+    LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, handover=1, window=4, turn=7),
 ]
 
 
@@ -121,16 +119,6 @@ def test_blocks_that_divide_all_tiles_need_not_wait_for_each_other(
     for rows, columns, rank in ((600, 1344, 130), (4096, 4096, 409), (16, 128, 0)):
         packed = random_layer(rows, columns, rank)
         x = torch.randn(shape.tokens - 1, columns, dtype=torch.bfloat16, device="cuda")
-        check(packed, x, None, run(packed, x, None, shape))
-
-
-@pytest.mark.parametrize("column_groups", [1, 2, 3, 4])
-def test_blocks_compute_tiles_one_after_another(random_layer: Any, check: Any, column_groups: int) -> None:
-    # 375 tiles, 9 slots each: warpgroups begin every tile at another one.
-    packed = random_layer(24000, 1024, 64, per_tensor=False)
-    for tokens in (5, 16):
-        shape = LaunchShape(token_tile(tokens), 1, 1, column_groups, 1, 2, 128, rounds=True, paired=True, handover=0)
-        x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
         check(packed, x, None, run(packed, x, None, shape))
 
 

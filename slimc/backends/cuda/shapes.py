@@ -103,13 +103,10 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
-        rounds: whether the blocks, as many as run at once, compute whole tiles, one after another.
         paired: whether a multiprocessor has room for two blocks of the launch and a small one, of t's, and no third.
         handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
-        bringers: warps that bring what the others read, 1 or 2; by the tokens of a block if 0.
-        divided: whether each block of a cluster has a share of L, as of W, and not the last ones all of it.
     """
 
     tokens: int
@@ -124,13 +121,10 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
-    rounds: bool = False
     paired: bool = False
     handover: int = -1
     window: int = 0
     turn: int = 0
-    bringers: int = 0
-    divided: bool = False
 
     @property
     def tiles(self) -> int:
@@ -164,20 +158,8 @@ class LaunchShape:
     @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
-        warps = 4 if self.registers[0] else self.bringing_warps
-        return 128 * self.row_groups * self.column_groups + 32 * warps
-
-    @property
-    def bringing_warps(self) -> int:
-        """Warps that bring what the others read."""
-        if self.registers[0]:
-            return 1
-        return self.bringers or (2 if self.tokens <= FEW_TOKENS else 1)
-
-    @property
-    def shares_both(self) -> bool:
-        """Whether each block of a cluster has a share of W and one of L."""
-        return self.divided or self.tokens > FEW_TOKENS
+        warps = 2 if self.tokens <= FEW_TOKENS else 1
+        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * warps)
 
     @property
     def input_bytes(self) -> int:
@@ -216,8 +198,6 @@ class LaunchShape:
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
-        if self.rounds and self.cluster > 1:
-            return False
         return fits and inputs >= 2 * self.column_groups and self._ring_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
@@ -236,8 +216,6 @@ class LaunchShape:
     def _output_bytes(self) -> int:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
         sums = pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
-        if self.rounds and self.column_groups > 1:
-            sums = self.column_groups * self.rows * self.tokens * 4
         return sums + ALIGNMENT
 
 

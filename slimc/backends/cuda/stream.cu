@@ -29,23 +29,20 @@
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
 //   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
-//   ROUNDS         1: a block computes whole tiles, one after another; CLUSTER is 1
-//   BRINGERS       warps that bring what the others read: 1, or 2 if REGISTERS is 0
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
 #if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
 #error "a slot must always meet the same warpgroup, and weights are ahead: see LaunchShape.stages_of"
-#endif
-#if ROUNDS && (CLUSTER > 1 || EVEN)
-#error "a tile is whole, or shared by a cluster, or by any blocks"
 #endif
 #if EVEN && (CLUSTER > 1 || COLUMN_GROUPS > 1)
 #error "slots of the next tile come while sums of this one are added up: there is no other room for them"
 #endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
-// One warp more brings what they read, or two, of which one brings weights: they then never wait for other barriers than their
-// own, but a warp more takes registers of those that multiply. One is part of a warpgroup, if that hands registers over.
+// Where tokens are few two more warps bring what they read, weights and activations: weights then never wait for either's
+// barriers but their own. With more tokens one does both: a warp more would take registers of those that multiply. It is part
+// of a warpgroup, if that hands registers to those that multiply.
+#define BRINGERS (TOKENS <= 16 ? 2 : 1)
 #define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32 * BRINGERS))
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
@@ -95,13 +92,12 @@ struct Arguments {
     int steps;                 // slots of W
     int slots;                 // of a tile, with those of the widest L, if EVEN
     int token_tiles;           // tokens / TOKENS, rounded up
-    int tiles;                 // of results, if EVEN or ROUNDS
+    int tiles;                 // of results, if EVEN
     u32 zero;                  // 0, which the compiler does not know
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
     int handover;              // slots of weights that a block has still to bring when the next launch may begin; -1: all of them
     int window;                // slots of weights under way at once, at most: no more than STAGES, which parity cannot tell apart
     int turn;                  // slots of W that a block's first one is further on than that of the block before it
-    int divided;               // 1: blocks of a cluster share the slots of W and those of L, 0: those of both in one row
     int members;               // of the stack
     int first_block[MEMBERS];  // of each member of the stack
     int first_row[MEMBERS];
@@ -159,9 +155,6 @@ struct Work {
         to = first_slot(blockIdx.x + 1);
         first = from / a.slots;
         last = (to - 1) / a.slots;
-#elif ROUNDS
-        first = a.tiles * (int)blockIdx.x / (int)gridDim.x;
-        last = a.tiles * ((int)blockIdx.x + 1) / (int)gridDim.x - 1;
 #else
         first = last = blockIdx.x / CLUSTER;
 #endif
@@ -202,12 +195,10 @@ struct Work {
         s.whole = from <= before && to >= before + a.slots;
         s.middle = max(s.begin, min(s.end, a.steps));
         s.left = s.middle;
+#elif TOKENS > 16
+        divide(s, slots, blockIdx.x % CLUSTER, CLUSTER);
 #else
         const int share = blockIdx.x % CLUSTER;
-        if (a.divided) {
-            divide(s, slots, share, CLUSTER);
-            return s;
-        }
         s.begin = slots * share / CLUSTER;
         s.end = slots * (share + 1) / CLUSTER;
         s.whole = CLUSTER == 1;
@@ -276,9 +267,7 @@ struct Source {
         int count, left;
 
         __device__ __forceinline__ Bringer(const Source& source, const Work& work, const Weights& ring)
-            : source(source), ring(ring), arriving(ring), slot(work), count(0), left(work.slots()) {
-            source.prefetch_maps_of_weights();
-        }
+            : source(source), ring(ring), arriving(ring), slot(work), count(0), left(work.slots()) {}
 
         // The weights of a slot, once there is room for them.
         __device__ __forceinline__ void bring() {
@@ -556,8 +545,8 @@ __device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][SUMS]) {
         for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
 }
 
-// What a warpgroup sums up of a segment: its share of the slots, from its first one on, if several take turns.
-__device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& s, Multiplier& by, int first_slot, float (&sum)[ROW_TILES][SUMS]) {
+// What a warpgroup sums up of a segment: its share of the slots, if several take turns.
+__device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& s, Multiplier& by, int column_group, float (&sum)[ROW_TILES][SUMS]) {
 #if GROUP == 0
     // Asked for before they are needed: they come from device memory.
     float scales[ROW_TILES][2];
@@ -573,7 +562,7 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sum[m][i] = 0.f;
     const int of_weights = s.middle - s.begin;
-    int slot = first_slot;
+    int slot = column_group;
     for (; slot < of_weights; slot += COLUMN_GROUPS) by.multiply_weights(sum);
     wait_for_sums(sum);
 #if GROUP == 0
@@ -727,6 +716,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const Inputs inputs{slots, first_barrier + 16 * STAGES, first_barrier + 8 * (2 * STAGES + INPUTS), 0, 0};
     const int own = max(0, min(PIECES - share * OWN_PIECES, OWN_PIECES));
 
+    if (threadIdx.x == CONSUMERS) Source{a}.prefetch_maps_of_weights();
     if (threadIdx.x == 0) {
         if (a.handover < 0 || a.handover >= work.slots()) let_next_launch_begin();
         for (int i = 0; i < STAGES; ++i) {
@@ -824,36 +814,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         // All that this warpgroup reads of the others' sums is in registers.
         wait_named(1 + row_group, 128);
         if (threadIdx.x % 128 == 0 && atomicAdd(state + 1, 1) == blocks - 1) state[0] = state[1] = 0;
-    }
-#elif ROUNDS
-    int slots_before = 0;  // of this block's tiles: its warpgroups go on taking turns
-#pragma unroll 1
-    for (int tile = work.last; tile >= work.first; --tile) {
-        const Segment s = work.segment(tile);
-        const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
-        compute_sums(a, s, by, (column_group + COLUMN_GROUPS - slots_before % COLUMN_GROUPS) % COLUMN_GROUPS, sum);
-        slots_before += s.middle - s.begin + s.end - s.left;
-#if COLUMN_GROUPS > 1
-        // Once nobody reads the sums of the tile before.
-        wait_named(15, CONSUMERS);
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-            for (int b = 0; b < TOKENS / 8; ++b)
-                store_shared_sums(sums + (column_group * PIECES + m * (TOKENS / 8) + b) * PIECE_BYTES + thread * 16,
-                                  make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
-        wait_named(15, CONSUMERS);
-        for (int piece = column_group; piece < PIECES; piece += COLUMN_GROUPS)
-            write_results(a, add_up(sums + piece * PIECE_BYTES + thread * 16, COLUMN_GROUPS, PIECES * PIECE_BYTES),
-                          first_row + piece / (TOKENS / 8) * 64, s.end_row, s.token + piece % (TOKENS / 8) * 8, lane);
-#else
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-            for (int b = 0; b < TOKENS / 8; ++b)
-                write_results(a, make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]), first_row + m * 64,
-                              s.end_row, s.token + b * 8, lane);
-#endif
     }
 #else
     const Segment s = work.segment(work.first);

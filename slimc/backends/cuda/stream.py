@@ -53,11 +53,11 @@ class _Arguments(ctypes.Structure):
         )),
         *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags", "parts", "shared")),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark", "handover", "window",
-            "turn", "divided", "members",
+            "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark",
+            "handover", "window", "turn", "members",
         )),
         *((name, ctypes.c_int * MOST_STACKED) for name in ("first_block", "first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 5),  # a structure with tensor maps is a multiple of 64 bytes
+        ("padding", ctypes.c_int * 6),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -212,8 +212,7 @@ def _describe_weight(
 def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: int, layer: FragmentLayer) -> _Launch:
     device_index = layer.codes.get_device()
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
-    arguments.handover, arguments.divided = shape.handover, int(shape.shares_both)
-    arguments.turn = shape.turn
+    arguments.handover, arguments.turn = shape.handover, shape.turn
     stages, _ = shape.stages_of(form)
     arguments.window = min(shape.window or stages, stages)
     if not shape.fits(form):
@@ -224,8 +223,6 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
     tiles = blocks * arguments.token_tiles
     grid, sharing = tiles * shape.cluster, None
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-    if shape.rounds:
-        arguments.tiles, grid = tiles, min(tiles, processors * (1 if shape.alone or shape.paired else shape.blocks))
     if shape.even:
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
@@ -264,8 +261,6 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
         "EVEN": int(shape.even),
-        "ROUNDS": int(shape.rounds),
-        "BRINGERS": shape.bringing_warps,
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
