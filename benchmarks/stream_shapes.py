@@ -3,8 +3,9 @@
     python benchmarks/stream_shapes.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,32,64,128] [--json FILE]
 
 Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, calls of a CUDA graph, median): first
-every shape of the layer's launch with one shape of the launch for t, then the best of them with all of that one. An
-even launch leaves to that one the multiprocessors that it takes.
+every shape of the layer's launch with one shape of the launch for t, then the best of them with all of that one, then
+the best pair with fewer weights under way at once and with other first columns of its blocks. An even launch leaves to
+the one for t the multiprocessors that it takes.
 
 Measuring is done in a process of its own, which is ended if a launch does not: that shape is left out, and reported.
 """
@@ -16,7 +17,7 @@ import itertools
 import json
 import math
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -50,6 +51,12 @@ LONGEST_RIGHT = 0.35
 WHOLE = 0.9
 """Share of the rest that it must keep, to have each tile divided among as many blocks as any other."""
 
+BYTES_UNDER_WAY = (24 << 10, 40 << 10, 60 << 10)
+"""Of weights, that a block brings at once."""
+
+TURNS = (0, 1, 3, 5, 9, 13)
+"""Slots between the first columns of a block and those of the next."""
+
 START_SECONDS, CASE_SECONDS = 60, 10
 """How long making the layers, and one measurement, may take."""
 
@@ -66,11 +73,14 @@ def everything(tile: int) -> list[LaunchShape]:
     for (row_tiles, row_groups, column_groups), blocks in itertools.product(groups, (1, 2, 3)):
         for rest in few if tile <= 16 else many:
             shape = LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, *rest)
+            rings = [shape, replace(shape, inputs=2 * column_groups)] if tile <= shapes.FEW_TOKENS else [shape]
             # A multiprocessor has four parts, each of which holds its share of the warps.
             registers = shape.registers[0] or (1 << 14) // 32 // -(-blocks * (shape.threads // 32) // 4)
             if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
-                found.append(shape)
-    found += [replace(shape, alone=True) for shape in found if tile <= shapes.FEW_TOKENS and shape.blocks == 2]
+                found += rings
+    if tile <= shapes.FEW_TOKENS:
+        alone = [replace(shape, alone=True) for shape in found if shape.blocks == 2]
+        found += [replace(shape, paired=True) for shape in found if shape.blocks > 1] + alone
     return found + [replace(shape, even=True) for shape in found if shape.column_groups == 1]
 
 
@@ -89,6 +99,15 @@ def candidates(
             stages, inputs = shape.stages_of(LAYER)
             found[replace(shape, stages=stages, inputs=inputs)] = shape
     return list(found.values())
+
+
+def bringing_otherwise(shape: LaunchShape) -> Iterator[LaunchShape]:
+    """Yield shapes of the same kernel that bring weights in other portions, or from other columns on."""
+    stages, _ = shape.stages_of(LAYER)
+    windows = {max(2, round(wanted / shape.slot_bytes(LAYER))) for wanted in BYTES_UNDER_WAY}
+    for window, turn in itertools.product((0, *sorted(one for one in windows if one < stages)), TURNS):
+        if window or turn:
+            yield replace(shape, window=window, turn=turn)
 
 
 def right_candidates(
@@ -254,12 +273,17 @@ def best_shapes(
     ranked = sorted(mains, key=lambda main: taken(main, rights[0]))
     times = {(main, right): taken(main, right) for main in ranked[:BEST] for right in rights}
     main, right = min(times, key=times.__getitem__)
+    for refined in bringing_otherwise(main):
+        times[refined, right] = taken(refined, right)
+    main, right = min(times, key=times.__getitem__)
     return times[main, right], sparing(main, right, rows, clock.ranks, tokens, processors), right
 
 
 def _short(shape: LaunchShape) -> str:
     groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
     groups += f" even spared {shape.spared}" if shape.even else ""
+    groups += " paired" if shape.paired else ""
+    groups += f" window {shape.window} turn {shape.turn}"
     return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
 
 

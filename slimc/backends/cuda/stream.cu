@@ -99,6 +99,9 @@ struct Arguments {
     int tiles;                 // of results, if EVEN
     u32 zero;                  // 0, which the compiler does not know
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
+    int handover;              // slots of weights that a block has still to bring when the next launch may begin; -1: all of them
+    int window;                // slots of weights under way at once, at most: no more than STAGES, which parity cannot tell apart
+    int turn;                  // slots of W that a block's first one is further on than that of the block before it
     int members;               // of the stack
     int first_block[MEMBERS];  // of each member of the stack
     int first_row[MEMBERS];
@@ -131,7 +134,15 @@ using Inputs = Ring<INPUTS, INPUT_BYTES>;
 struct Segment {
     int row_tile, end_row, token, first_rank;
     int begin, middle, left, end;
+    int turned;  // slots of W come in a circle, from this one of them on: blocks at the same columns would all ask the same memory
     bool whole;  // nobody else has a part in it
+
+    // Where a slot is in the row: of W, or of L after it.
+    __device__ __forceinline__ int place(int step) const {
+        if (step >= middle) return step;
+        const int on = step + turned;
+        return on < middle ? on : on - (middle - begin);
+    }
 };
 
 // Tiles that a block computes, the last one first: what others wait for is done early, and L, which waits for t, late.
@@ -160,6 +171,12 @@ struct Work {
 #endif
 
     __device__ __forceinline__ Segment segment(int tile) const {
+        Segment s = share_of(tile);
+        s.turned = s.middle > s.begin ? (int)blockIdx.x * a.turn % (s.middle - s.begin) : 0;
+        return s;
+    }
+
+    __device__ __forceinline__ Segment share_of(int tile) const {
         const int block = tile / a.token_tiles;
         // All rows of a block belong to one member of the stack.
         int member = 0;
@@ -193,6 +210,16 @@ struct Work {
         s.left = s.middle;
 #endif
         return s;
+    }
+
+    // Of weights that the block brings.
+    __device__ __forceinline__ int slots() const {
+        int count = 0;
+        for (int tile = first; tile <= last; ++tile) {
+            const Segment s = segment(tile);
+            count += s.middle - s.begin + s.end - s.left;
+        }
+        return count;
     }
 
     // A share of W and one of L, so that nobody waits for who has all of L.
@@ -236,17 +263,43 @@ struct Cursor {
 struct Source {
     const Arguments& a;
 
+    // Brings the weights of a block, slot after slot.
+    struct Bringer {
+        const Source& source;
+        Weights ring, arriving;  // the next slot, and the oldest of those under way
+        Cursor slot;
+        int count, left;
+
+        __device__ __forceinline__ Bringer(const Source& source, const Work& work, const Weights& ring)
+            : source(source), ring(ring), arriving(ring), slot(work), count(0), left(work.slots()) {}
+
+        // The weights of a slot, once there is room for them.
+        __device__ __forceinline__ void bring() {
+            if (slot.done()) return;
+            if (count++ >= source.a.window) {
+                arriving.wait_full();
+                arriving.advance(1);
+            }
+            ring.wait_empty();
+            source.bring_weights(ring, slot);
+            ring.advance(1);
+            slot.advance();
+            if (--left == source.a.handover) let_next_launch_begin();
+        }
+    };
+
     __device__ __forceinline__ void bring_weights(const Weights& ring, const Cursor& c) const {
         const u32 to = ring.data(), barrier = ring.arrived();
         const int step = c.step, tile = c.at.row_tile;
+        const int place = c.at.place(step);
         if (!ADAPTERS || step < a.steps) {
             barrier_expect(barrier, CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
-            load_box(to, &a.codes_map, barrier, 0, step * UNITS, tile);
+            load_box(to, &a.codes_map, barrier, 0, place * UNITS, tile);
 #if SPARSE
-            load_box(to + METADATA_AT, &a.metadata_map, barrier, 0, step * UNITS, tile);
+            load_box(to + METADATA_AT, &a.metadata_map, barrier, 0, place * UNITS, tile);
 #endif
 #if GROUP > 0
-            load_box(to + SCALES_AT, &a.scale_map, barrier, 0, step * GROUPS, tile);
+            load_box(to + SCALES_AT, &a.scale_map, barrier, 0, place * GROUPS, tile);
 #endif
         } else {
             barrier_expect(barrier, LEFT_CODE_BYTES + LEFT_SCALE_BYTES);
@@ -256,13 +309,14 @@ struct Source {
     }
 
     __device__ __forceinline__ void bring_x(const Inputs& ring, const Cursor& c) const {
+        const int place = c.at.place(c.step);
         barrier_expect(ring.arrived(), INPUT_BYTES);
         if (a.whole) {
-            load_box(ring.data(), &a.x_map, ring.arrived(), 0, c.at.token, c.step * BOXES);
+            load_box(ring.data(), &a.x_map, ring.arrived(), 0, c.at.token, place * BOXES);
         } else {
 #pragma unroll
             for (int i = 0; i < BOXES; ++i)
-                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), c.step * STEP + i * 64, c.at.token);
+                load_box(ring.data() + i * BOX_BYTES, &a.x_map, ring.arrived(), place * STEP + i * 64, c.at.token);
         }
     }
 
@@ -271,30 +325,19 @@ struct Source {
         load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
     }
 
-    // The weights of a slot, once there is room for them.
-    __device__ __forceinline__ void bring_next(Weights& ring, Cursor& next) const {
-        if (next.done()) return;
-        ring.wait_empty();
-        bring_weights(ring, next);
-        ring.advance(1);
-        next.advance();
-    }
-
     // Weights go ahead of activations as far as their ring reaches.
-    __device__ __forceinline__ void run(const Work& work, Weights weights, const Inputs& inputs) const {
-        Cursor next(work);
-        prefetch_maps_of_weights();
-        for (int i = 0; i < STAGES; ++i) bring_next(weights, next);
+    __device__ __forceinline__ void run(const Work& work, const Weights& weights, const Inputs& inputs) const {
+        Bringer next(*this, work, weights);
+        for (int i = 0; i < STAGES; ++i) next.bring();
         int used = 0;
         run_inputs(work, inputs, [&] {
             // Who has released the activations of a step has the weights of the next one in registers.
-            if (++used >= INPUTS) bring_next(weights, next);
+            if (++used >= INPUTS) next.bring();
         });
     }
 
-    __device__ __forceinline__ void run_weights(const Work& work, Weights ring) const {
-        prefetch_maps_of_weights();
-        for (Cursor next(work); !next.done();) bring_next(ring, next);
+    __device__ __forceinline__ void run_weights(const Work& work, const Weights& weights) const {
+        for (Bringer next(*this, work, weights); !next.slot.done();) next.bring();
     }
 
     __device__ __forceinline__ void prefetch_maps_of_weights() const {
@@ -712,8 +755,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const Inputs inputs{slots, first_barrier + 16 * STAGES, first_barrier + 8 * (2 * STAGES + INPUTS), 0, 0};
     const int own = max(0, min(PIECES - share * OWN_PIECES, OWN_PIECES));
 
+    if (threadIdx.x == CONSUMERS) Source{a}.prefetch_maps_of_weights();
     if (threadIdx.x == 0) {
-        let_next_launch_begin();
+        if (a.handover < 0 || a.handover >= work.slots()) let_next_launch_begin();
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(weights.full + 8 * i, 1);
             barrier_init(weights.empty + 8 * i, 4 * ROW_GROUPS);
