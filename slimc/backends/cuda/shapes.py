@@ -104,6 +104,8 @@ class LaunchShape:
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
         ahead: whether warpgroups load the words of a slot while products with the one before run.
+        products: of a tile of rows that run while the next are made ready; by a rule if 0.
+        apart: whether a warp brings weights and another activations, as with few tokens.
     """
 
     tokens: int
@@ -119,6 +121,8 @@ class LaunchShape:
     even: bool = False
     spared: int = 0
     ahead: bool = False
+    products: int = 0
+    apart: bool = False
 
     @property
     def tiles(self) -> int:
@@ -152,7 +156,7 @@ class LaunchShape:
     @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
-        warps = 2 if self.tokens <= FEW_TOKENS else 1
+        warps = 2 if self.tokens <= FEW_TOKENS or self.apart else 1
         return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * warps)
 
     @property
