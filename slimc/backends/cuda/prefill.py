@@ -36,9 +36,6 @@ QUANTIZER_NAME = "quantize_tokens"
 FEWEST_TOKENS = 129
 """Below, kernels that read each weight once for all tokens take less time."""
 
-FEWEST_TOKENS_OF_MANY_ROWS, MANY_ROWS = 65, 1 << 14
-"""In 2:4 layers of so many rows they do so only for fewer tokens: tiles of all of them keep the device busy."""
-
 BOX_BYTES = 128
 """Bytes of a token that the copy engine brings at a time."""
 
@@ -573,12 +570,8 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _toke
     return refuses(spec, dtype, device)
 
 
-def _expects(spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
-    weight = spec.weight
-    # Other forms were not measured so.
-    measured = weight.sparsity is not None and weight.group is None and spec.activation is None
-    fewest = FEWEST_TOKENS_OF_MANY_ROWS if measured and weight.rows >= MANY_ROWS else FEWEST_TOKENS
-    return f"is slower for fewer than {fewest} tokens" if tokens < fewest else None
+def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
+    return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
 
 
 PREFILL = Kernel("cuda-prefill", _accepts, prepare, run, stack_shared, expects=_expects)

@@ -111,6 +111,8 @@ class LaunchShape:
         handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
+        products: of a tile of rows that run while the next are made ready; by a rule if 0.
+        apart: whether a warp brings weights and another activations, as with few tokens.
     """
 
     tokens: int
@@ -130,6 +132,8 @@ class LaunchShape:
     handover: int = -1
     window: int = 0
     turn: int = 0
+    products: int = 0
+    apart: bool = False
 
     @property
     def tiles(self) -> int:
@@ -163,7 +167,7 @@ class LaunchShape:
     @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
-        warps = 2 if self.tokens <= FEW_TOKENS else 1
+        warps = 2 if self.tokens <= FEW_TOKENS or self.apart else 1
         return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * warps)
 
     @property
@@ -322,10 +326,9 @@ def _choose(
     for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
-        # Blocks that run alone would take a second round, for a few of them.
-        too_many = one.shape.alone and blocks_of(one.shape, rows, starts) > processors
-        if one.shape.fits(form) and not too_many:
-            return one.shape
+        shape = _in_one_round(one, rows, starts, processors)
+        if shape is not None and shape.fits(form):
+            return shape
     # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
     possible = [shape for shape in suiting(candidates, tile, form) if not (shape.even or shape.alone)]
     if not possible:
@@ -337,6 +340,22 @@ def _choose(
         like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
         return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows, starts) - wanted))
     return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
+
+
+def _in_one_round(one: Measured, rows: int, starts: Sequence[int], processors: int) -> LaunchShape | None:
+    """Return the shape of a measured layer for another, whose blocks must not take a second round if they took one.
+
+    Those of an even launch never do.
+    """
+    shape = one.shape
+    room = processors * (1 if shape.alone else shape.blocks)
+    measured_blocks = blocks_of(shape, one.rows)
+    if shape.even or blocks_of(shape, rows, starts) <= room or (measured_blocks > room and not shape.alone):
+        return shape
+    if shape.alone or shape.cluster > 1 or shape.column_groups > 1 or shape.blocks > 1:
+        return None
+    # What that launch had left to the one for t, or on a smaller device a share that is enough for it.
+    return replace(shape, even=True, spared=max(processors - measured_blocks, processors // 8))
 
 
 def _distance(one: Measured, rows: int, columns: int) -> float:

@@ -43,7 +43,7 @@
 // Where tokens are few two more warps bring what they read, weights and activations: weights then never wait for either's
 // barriers but their own. With more tokens one does both: a warp more would take registers of those that multiply. It is part
 // of a warpgroup, if that hands registers to those that multiply.
-#define BRINGERS (TOKENS <= 16 ? 2 : 1)
+#define BRINGERS (TOKENS <= 16 || APART ? 2 : 1)
 #define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32 * BRINGERS))
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
@@ -394,7 +394,9 @@ __device__ __forceinline__ float4 load_shared_sums(u32 address) {
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
 // from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
-#ifndef BATCH
+#if PRODUCTS > 0
+#define BATCH PRODUCTS
+#else
 #define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (ROW_TILES * TOKENS >= 128 && THREADS > 512) || (REGISTERS > 0 && ROW_TILES > 1) || (TOKENS <= 16 && ROW_TILES > 1 && COLUMN_GROUPS > 1) ? 1 : 2)
 #endif
 

@@ -265,6 +265,8 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
         "AHEAD": int(shape.ahead),
+        "PRODUCTS": shape.products,
+        "APART": int(shape.apart),
     }
 
 

@@ -96,18 +96,23 @@ def test_how_many_blocks_divide_all_tiles(tiles: int, slots: int, most: int, blo
     assert shapes.even_blocks(tiles, slots, most) == blocks
 
 
-def test_the_kernel_for_many_tokens_takes_layers_of_many_rows_earlier(gpu: SimpleNamespace) -> None:
+@pytest.mark.parametrize("rows", [4096, 22016])
+def test_many_tokens_go_to_the_kernel_that_reads_weights_again(gpu: SimpleNamespace, rows: int) -> None:
     del gpu
+    weight = WeightFormat(rows, 4096, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
 
-    def chosen(rows: int, tokens: int, activation: str | None = None) -> object:
-        weight = WeightFormat(rows, 4096, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
-        spec = LinearFormat(weight, activation=activation)
-        return choose(KERNELS, spec, torch.bfloat16, torch.device("cuda", 0), tokens)[0]
+    def chosen(tokens: int) -> object:
+        return choose(KERNELS, LinearFormat(weight), torch.bfloat16, torch.device("cuda", 0), tokens)[0]
 
-    few, many = stream.STREAM, prefill.PREFILL
-    assert [chosen(22016, tokens) for tokens in (64, 65, 128, 129)] == [few, many, many, many]
-    assert [chosen(12288, tokens) for tokens in (64, 65, 128, 129)] == [few, few, few, many]
-    assert chosen(22016, 128, "int8") is few
+    assert [chosen(tokens) for tokens in (64, 128, 129)] == [stream.STREAM, stream.STREAM, prefill.PREFILL]
+
+
+def test_blocks_of_a_shape_measured_in_one_round_take_no_second_in_another_layer() -> None:
+    found = {(one.rows, one.tokens): one.shape for one in shapes.measured()["layers"]}[22016, 64]
+    assert shapes.blocks_of(found, 22016) <= PROCESSORS < shapes.blocks_of(found, 27648)
+    shape = shapes.of_layer(27648, 5120, 64, LAYER, (13824,), PROCESSORS)
+    assert shape == replace(found, even=True, spared=PROCESSORS - shapes.blocks_of(found, 22016))
+    assert shapes.of_layer(22016, 4096, 64, LAYER, (11008,), PROCESSORS) == found
 
 
 def test_even_launches_leave_multiprocessors_to_the_launch_for_t_where_that_was_measured() -> None:
