@@ -37,7 +37,7 @@ __all__ = ["MODELS", "VARIANTS", "Measurement", "main", "measure", "run", "table
 
 RANK = 0.1
 GROUP = 128
-WARM_UP_PROMPTS = 3
+COMPILED_WARM_UP_PROMPTS = 3
 """The first compiles, the second is captured."""
 
 PROMPTS = 3
@@ -172,9 +172,9 @@ class _Loop:
         """Read a random prompt, again and again, and return the seconds that it takes once all is prepared."""
         limit = self._model.config.vocab_size
         ids = torch.randint(limit, (self._batch, self._prompt), device=self._device)
-        read = self._step if compiled else self._next
+        read, ahead = (self._step, COMPILED_WARM_UP_PROMPTS) if compiled else (self._next, 1)
         seconds = []
-        for _ in range(WARM_UP_PROMPTS + PROMPTS):
+        for _ in range(ahead + PROMPTS):
             self._cache.reset()
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
@@ -182,7 +182,7 @@ class _Loop:
             self._token = read(ids).clone()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds[WARM_UP_PROMPTS:])
+        return statistics.median(seconds[ahead:])
 
     @torch.no_grad()
     def run(self, tokens: int) -> float:
