@@ -66,10 +66,15 @@ def generate_table(rows: Sequence[Row]) -> list[str]:
             str(row["batch"]),
             row["variant"],
             f"{row['tokens_per_second']:.0f}{speed}",
-            f"{row['prompt_milliseconds']:.0f} ms",
+            _prompt(row),
             f"{row['memory']:.1f} GB{memory}",
         ])  # fmt: skip
     return _table(["model", "batch", "weights", "tokens/s", "prompt", "memory, at most"], lines)
+
+
+def _prompt(row: Row) -> str:
+    compiled = row.get("compiled_prompt_milliseconds")
+    return f"{row['prompt_milliseconds']:.0f} ms" + ("" if compiled is None else f", compiled {compiled:.0f} ms")
 
 
 def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -16,6 +16,7 @@ import gc
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from slimc.backends import KERNELS
 from slimc.backends.dynamo import slim
 from slimc.backends.hf_library import transformers
 from slimc.bench import check_words, no_gpu
+from slimc.bench.turns import serve, take_turns
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
@@ -37,7 +39,7 @@ __all__ = ["MODELS", "VARIANTS", "Measurement", "main", "measure", "run", "table
 
 RANK = 0.1
 GROUP = 128
-WARM_UP_PROMPTS = 3
+COMPILED_WARM_UP_PROMPTS = 3
 """The first compiles, the second is captured."""
 
 PROMPTS = 3
@@ -81,11 +83,11 @@ class Measurement:
         tokens_per_second: of all sequences together, while new tokens are made.
         milliseconds: for one step, by the clock.
         prompt_milliseconds: for the prompt, in one call that is not compiled, as ``generate`` of transformers makes it.
-        compiled_prompt_milliseconds: for the prompt in a compiled call, with CUDA graphs.
         compile_seconds: until the first tokens are made.
         memory: gigabytes of the device while the model runs, at most, the prompt not compiled.
         weights: gigabytes of the device before it runs.
         kernels: for each kind of kernel, the milliseconds of a step that the device spends on it, and its launches.
+        compiled_prompt_milliseconds: for the prompt in a compiled call, with CUDA graphs, once that is measured.
     """
 
     model: str
@@ -94,11 +96,11 @@ class Measurement:
     tokens_per_second: float
     milliseconds: float
     prompt_milliseconds: float
-    compiled_prompt_milliseconds: float
     compile_seconds: float
     memory: float
     weights: float
     kernels: dict[str, tuple[float, float]] = field(default_factory=dict)
+    compiled_prompt_milliseconds: float | None = None
 
     @property
     def idle(self) -> float:
@@ -114,35 +116,61 @@ def measure(
     name: str, variant: str, batches: Sequence[int], *, prompt: int = 512, tokens: int = 128, layers: int | None = None
 ) -> Iterator[Measurement]:
     """Build a model and measure it at each batch size; fewer ``layers`` than the model has make it a trial."""
-    chosen = VARIANTS[variant]
-    config = MODELS[name] | ({} if layers is None else {"num_hidden_layers": layers})
-    model = build(config, chosen, torch.device("cuda"))
-    torch.cuda.synchronize()
-    weights = torch.cuda.memory_allocated() / 1e9
+    model, weights = _build_on_gpu(name, variant, layers)
     for batch in batches:
-        torch.cuda.reset_peak_memory_stats()
-        loop = _Loop(model, chosen.settings, batch, prompt, tokens)
-        compiling, memory = loop.warm_up()
-        prompt_seconds = loop.read_prompt()
-        seconds = loop.run(tokens - WARM_UP_TOKENS - PROFILED_TOKENS)
-        kernels = loop.profile(PROFILED_TOKENS)
-        yield Measurement(
-            model=name,
-            variant=variant,
-            batch=batch,
-            tokens_per_second=batch / seconds,
-            milliseconds=1e3 * seconds,
-            prompt_milliseconds=1e3 * prompt_seconds,
-            compiled_prompt_milliseconds=1e3 * loop.read_prompt(compiled=True),
-            compile_seconds=compiling,
-            memory=memory,
-            weights=weights,
-            kernels=kernels,
-        )
-        del loop
+        steps = _steps(model, weights, name, variant, batch, prompt, tokens)
+        yield [found for found in steps if found is not None][-1]
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _build_on_gpu(name: str, variant: str, layers: int | None) -> tuple[nn.Module, float]:
+    """Return a model and the gigabytes that it takes."""
+    config = MODELS[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    model = build(config, VARIANTS[variant], torch.device("cuda"))
+    torch.cuda.synchronize()
+    return model, torch.cuda.memory_allocated() / 1e9
+
+
+def _steps(
+    model: nn.Module, weights: float, name: str, variant: str, batch: int, prompt: int, tokens: int
+) -> Iterator[Measurement | None]:
+    """Yield ``None`` ahead of what must have the device for itself, and then what was measured so far; both twice."""
+    torch.cuda.reset_peak_memory_stats()
+    loop = _Loop(model, VARIANTS[variant].settings, batch, prompt, tokens)
+    compiling, memory = loop.warm_up()
+    yield None
+    prompt_seconds = loop.read_prompt()
+    seconds = loop.run(tokens - WARM_UP_TOKENS - PROFILED_TOKENS)
+    found = Measurement(
+        model=name,
+        variant=variant,
+        batch=batch,
+        tokens_per_second=batch / seconds,
+        milliseconds=1e3 * seconds,
+        prompt_milliseconds=1e3 * prompt_seconds,
+        compile_seconds=compiling,
+        memory=memory,
+        weights=weights,
+        kernels=loop.profile(PROFILED_TOKENS),
+    )
+    yield found
+    loop.read_prompt(compiled=True)
+    yield None
+    found.compiled_prompt_milliseconds = 1e3 * loop.read_prompt(compiled=True)
+    yield found
+
+
+def _serve(name: str, variant: str, batch: int, prompt: int, tokens: int, layers: int | None) -> None:
+    """Measure in the steps of a process among others."""
+
+    def steps() -> Iterator[dict[str, Any] | None]:
+        model, weights = _build_on_gpu(name, variant, layers)
+        for found in _steps(model, weights, name, variant, batch, prompt, tokens):
+            yield None if found is None else asdict(found)
+
+    serve(steps())
 
 
 class _Loop:
@@ -172,9 +200,9 @@ class _Loop:
         """Read a random prompt, again and again, and return the seconds that it takes once all is prepared."""
         limit = self._model.config.vocab_size
         ids = torch.randint(limit, (self._batch, self._prompt), device=self._device)
-        read = self._step if compiled else self._next
+        read, ahead = (self._step, COMPILED_WARM_UP_PROMPTS) if compiled else (self._next, 1)
         seconds = []
-        for _ in range(WARM_UP_PROMPTS + PROMPTS):
+        for _ in range(ahead + PROMPTS):
             self._cache.reset()
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
@@ -182,7 +210,7 @@ class _Loop:
             self._token = read(ids).clone()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds[WARM_UP_PROMPTS:])
+        return statistics.median(seconds[ahead:])
 
     @torch.no_grad()
     def run(self, tokens: int) -> float:
@@ -334,9 +362,10 @@ def _lines(one: Measurement, found: Sequence[Measurement]) -> list[str]:
     best = max(dense, key=lambda each: each.tokens_per_second) if dense else None
     speed = f"{one.tokens_per_second / best.tokens_per_second:.2f}x" if best else ""
     memory = f"{one.memory / best.memory:.2f}x" if best else ""
+    compiled = "" if one.compiled_prompt_milliseconds is None else f"{one.compiled_prompt_milliseconds:.1f}"
     first = (
         f"{one.model:12} {one.variant:17} {one.batch:5} {one.tokens_per_second:9.1f} {speed:>10} "
-        f"{one.milliseconds:8.3f} {one.prompt_milliseconds:10.1f} {one.compiled_prompt_milliseconds:10.1f} "
+        f"{one.milliseconds:8.3f} {one.prompt_milliseconds:10.1f} {compiled:>10} "
         f"{one.compile_seconds:10.1f} {one.memory:10.2f} {memory:>8}"
     )
     spent = [f"{kind} {spent:.3f} ms ({launches:.0f})" for kind, (spent, launches) in one.kernels.items()]
@@ -351,19 +380,53 @@ def run(
     prompt: int = 512,
     tokens: int = 128,
     layers: int | None = None,
+    together: int = 1,
     save: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure models, print as it goes, and return every figure; ``save`` is given what there is after each."""
+    """Measure models, print as it goes, and return every figure; ``save`` is given what there is after each.
+
+    ``together`` models are built and compiled at the same time, in processes of their own, if that is more than one;
+    each has the device for itself while it is measured. Their memory must be there for all of them.
+    """
     about = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-    found: list[Measurement] = []
-    for model in models:
-        for variant in variants:
-            for one in measure(model, variant, batches, prompt=prompt, tokens=tokens, layers=layers):
-                found.append(one)
-                print(*_lines(one, found), sep="\n", flush=True)
-                save(about | {"rows": [each.to_json() for each in found]})
-    print(table(found))
-    return about | {"rows": [one.to_json() for one in found]}
+    found: dict[tuple[str, str, int], Measurement] = {}
+    figures = (
+        _measure_together(models, variants, batches, prompt, tokens, layers, together)
+        if together > 1
+        else (
+            one
+            for model in models
+            for variant in variants
+            for one in measure(model, variant, batches, prompt=prompt, tokens=tokens, layers=layers)
+        )
+    )
+    for one in figures:
+        found[one.model, one.variant, one.batch] = one
+        print(*_lines(one, list(found.values())), sep="\n", flush=True)
+        save(about | {"rows": [each.to_json() for each in found.values()]})
+    print(table(list(found.values())))
+    return about | {"rows": [one.to_json() for one in found.values()]}
+
+
+def _measure_together(
+    models: Sequence[str],
+    variants: Sequence[str],
+    batches: Sequence[int],
+    prompt: int,
+    tokens: int,
+    layers: int | None,
+    together: int,
+) -> Iterator[Measurement]:
+    sizes = ["--prompt", str(prompt), "--tokens", str(tokens), *([] if layers is None else ["--layers", str(layers)])]
+    commands = [
+        [sys.executable, "-m", __spec__.name, "--models", model, "--variants", variant, "--batches", str(batch), *sizes]
+        for model in models
+        for variant in variants
+        for batch in batches
+    ]
+    for first in range(0, len(commands), together):
+        for found in take_turns([*command, "--one-of-several"] for command in commands[first : first + together]):
+            yield Measurement(**found)
 
 
 def main() -> None:
@@ -377,12 +440,17 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer layers than the models have, to try things out")
+    parser.add_argument("--together", type=int, default=1, help="models to build and compile at the same time")
+    parser.add_argument("--one-of-several", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
     check_words(parser, "--models", options.models.split(","), MODELS)
     check_words(parser, "--variants", options.variants.split(";"), VARIANTS)
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
+    if options.one_of_several:
+        _serve(options.models, options.variants, int(options.batches), options.prompt, options.tokens, options.layers)
+        return
     run(
         options.models.split(","),
         options.variants.split(";"),
@@ -390,6 +458,7 @@ def main() -> None:
         prompt=options.prompt,
         tokens=options.tokens,
         layers=options.layers,
+        together=options.together,
         save=lambda found: options.json and options.json.write_text(json.dumps(found, indent=1) + "\n"),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -57,6 +59,32 @@ def test_the_loop_reads_a_prompt_and_goes_on_from_it(monkeypatch: pytest.MonkeyP
     assert int(loop._cache.get_seq_length()) == 9
 
 
+def test_models_that_are_built_together_have_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[list[str]]] = []
+
+    def take_turns(commands: Iterable[list[str]]) -> Iterator[dict[str, Any]]:
+        groups.append(list(commands))
+        for command in groups[-1]:
+            options = dict(zip(command[3:-1:2], command[4:-1:2], strict=True))
+            about = options["--models"], options["--variants"], int(options["--batches"])
+            for compiled in (None, 4.0):
+                row = Measurement(*about, 100, 10, 5, 30, 20, 20, compiled_prompt_milliseconds=compiled)
+                yield asdict(row)
+
+    monkeypatch.setattr(generate, "take_turns", take_turns)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    saved: list[dict[str, Any]] = []
+    found = generate.run(["llama-3-8b"], ["dense", "tinygemm"], [1, 16], layers=2, together=3, save=saved.append)
+    assert [len(group) for group in groups] == [3, 1]
+    assert groups[0][0][1:3] == ["-m", "slimc.bench.generate"]
+    assert groups[1][0][-1] == "--one-of-several"
+    assert [(row["variant"], row["batch"]) for row in found["rows"]] == [
+        ("dense", 1), ("dense", 16), ("tinygemm", 1), ("tinygemm", 16),
+    ]  # fmt: skip
+    assert [row["compiled_prompt_milliseconds"] for row in found["rows"]] == [4.0] * 4
+    assert saved[0]["rows"][0]["compiled_prompt_milliseconds"] is None
+
+
 def test_kernels_are_counted_by_kind() -> None:
     kinds = {
         "attend": "attention",
@@ -78,7 +106,7 @@ def test_kernels_are_counted_by_kind() -> None:
 def test_the_table_compares_with_the_fastest_dense_model() -> None:
     def one(variant: str, batch: int, speed: float, memory: float) -> Measurement:
         return Measurement(
-            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 4.0, 30.0, memory, memory, {"attention": (0.25, 2)}
+            "m", variant, batch, speed, 1e3 * batch / speed, 5.0, 30.0, memory, memory, {"attention": (0.25, 2)}
         )
 
     found = [one("dense", 1, 100, 20), one("dense, tuned", 1, 125, 20), one("slimc", 1, 250, 5), one("slimc", 16, 9, 5)]

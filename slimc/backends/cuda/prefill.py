@@ -429,8 +429,8 @@ LARGE_TILES_TOGETHER = LaunchShape(128, 2, 2, outputs=128, multicast=2)
 HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
 """Of t and of a layer with very few tiles: blocks of one find room beside those of the other."""
 
-BAND_TOKENS = 2048
-"""Tokens that all rows go through before the next ones."""
+BAND_TOKENS, BAND_TOKENS_OF_MANY_COLUMNS = 1024, 512
+"""Tokens that all rows go through before the next ones, so that they stay in the cache."""
 
 LARGE_LAYER = 8192
 """Rows and columns from which on it pays that two blocks bring activations for each other."""
@@ -453,7 +453,8 @@ def _shapes(
             return SMALL_TILES, HALF_BLOCKS
         return LARGE_TILES_TOGETHER if together else LARGE_TILES, LIGHT_TILES
     if 2 * tiles <= processors and not together:
-        return LaunchShape(64, 4, 1) if tokens >= MANY_TOKENS else SMALL_TILES, HALF_BLOCKS
+        many = tokens >= MANY_TOKENS or columns >= LARGE_LAYER
+        return LaunchShape(64, 4, 1) if many else SMALL_TILES, HALF_BLOCKS
     if min(rows, columns) >= LARGE_LAYER:
         return LARGE_TILES_TOGETHER, SMALL_TILES
     if rows >= MANY_ROWS and tokens >= MANY_TOKENS:
@@ -479,7 +480,8 @@ def _plan_launch(
         setattr(arguments, name, of_weight)
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
     arguments.row_blocks = -(-arguments.rows // (shape.rows * shape.multicast))
-    arguments.band = min(BAND_TOKENS // shape.tokens, arguments.token_tiles)
+    band = BAND_TOKENS_OF_MANY_COLUMNS if layer.format.columns >= LARGE_LAYER else BAND_TOKENS
+    arguments.band = min(band // shape.tokens, arguments.token_tiles)
     tiles = arguments.token_tiles * arguments.row_blocks
     pieces = arguments.units + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows

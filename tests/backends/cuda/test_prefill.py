@@ -53,6 +53,18 @@ def test_few_tiles_run_side_by_side_and_many_do_not() -> None:
     assert not right.beside
 
 
+def test_a_launch_goes_through_a_band_of_tokens_at_a_time(make_packed: Any, launches: Launches) -> None:
+    def bands(columns: int, tokens: int) -> list[tuple[int, int]]:
+        launches.launched.clear()
+        prefill.run(torch.zeros(tokens, columns).bfloat16(), prepare(make_packed(256, columns)), None)
+        return [(arguments.band, arguments.token_tiles) for arguments, _ in launches.launched]
+
+    # Tiles of 64 tokens: the layer has few of them.
+    assert bands(512, 200) == [(4, 4)]
+    assert bands(512, 4000) == [(1024 // 64, 63)]
+    assert bands(8192, 4000) == [(512 // 64, 63)]
+
+
 def test_a_thread_keeps_no_more_of_a_token_than_it_has_registers_for() -> None:
     assert [kept_for(columns, 128) for columns in (8, 1024, 1032, 4096, 8192, 8200)] == [1, 1, 2, 4, 8, 8]
 
