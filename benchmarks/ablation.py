@@ -119,6 +119,11 @@ ROWS: dict[str, list[Pass]] = {
     "damped, an eighth": damped(0.125, 0.1),
     "damped, a quarter, 4 rounds": damped(0.25, 0.1, rounds=4),
     "damped, a quarter, permuted": damped(0.25, 0.1, 0.01, 1, Permute(sort="energy", batches=1)),
+    "damped, a quarter, permuted, tuned": [
+        *damped(0.25, 0.1, 0.01, 1, Permute(sort="energy", batches=1))[:-1],
+        Tune(),
+        Fuse(),
+    ],
     "damped, a quarter, tuned": [*damped(0.25, 0.1)[:-1], Tune(), Fuse()],
     "sums, half, siblings share, a scale a row": half("channel", 0.126, shared="siblings"),
     "sums, half, siblings share, a scale a row, damping 0.1": half("channel", 0.126, shared="siblings", damping=0.1),
