@@ -93,7 +93,9 @@ def test_the_plan_is_printed_as_a_table_with_its_totals(found):
 
 
 def test_a_budget_below_the_menu_is_refused_with_the_least_that_it_reaches(found):
-    with pytest.raises(RecipeError, match=r"The budget 3bpw is 4.8e-05 MB, and the least .* is 6.4e-05 MB \(4.000 bits a weight\)"):
+    with pytest.raises(
+        RecipeError, match=r"The budget 3bpw is 4.8e-05 MB, and the least .* is 6.4e-05 MB \(4.000 bits a weight\)"
+    ):
         found.plan("3bpw")
 
 
