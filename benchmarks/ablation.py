@@ -3,7 +3,7 @@
     python benchmarks/ablation.py MODEL --calibration valid.txt --test test.txt [--rows NAME...] [--json results/...]
     python benchmarks/ablation.py MODEL --calibration valid.txt --blocks 6           # seconds alone
 
-The recipe joint-w4-2x4 is the row "damped, half"; what is added or taken away one by one is so at a damping of 0.01.
+The recipe joint-w4-2x4 is the row "damped, a quarter, permuted"; rows not called damped have a damping of 0.01.
 The setting is that of ``smollm2.py``: calibration on the first 64 x 512 tokens, perplexity on the first 16 windows of
 1024 tokens of each text of ``--test``. Every row but the mixed ones and ``slim w4`` has a rank such that its sites take
 at most 3.78 bits a weight in SmolLM2-135M (what the SLiM authors' 4-bit adapters take), scales, masks and adapters
@@ -119,6 +119,11 @@ ROWS: dict[str, list[Pass]] = {
     "damped, an eighth": damped(0.125, 0.1),
     "damped, a quarter, 4 rounds": damped(0.25, 0.1, rounds=4),
     "damped, a quarter, permuted": damped(0.25, 0.1, 0.01, 1, Permute(sort="energy", batches=1)),
+    "damped, a quarter, permuted, tuned": [
+        *damped(0.25, 0.1, 0.01, 1, Permute(sort="energy", batches=1))[:-1],
+        Tune(),
+        Fuse(),
+    ],
     "damped, a quarter, tuned": [*damped(0.25, 0.1)[:-1], Tune(), Fuse()],
     "sums, half, siblings share, a scale a row": half("channel", 0.126, shared="siblings"),
     "sums, half, siblings share, a scale a row, damping 0.1": half("channel", 0.126, shared="siblings", damping=0.1),

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import encoder
 
+from slimc import recipes
 from slimc.passes import (
     BiasCorrection,
     Calibrate,
@@ -39,7 +40,7 @@ ROUNDED: list[Pass] = [Quantize(group=64, bits=3)]
 
 
 def joint(damping: float = 0.01, rounds: int = 1) -> list[Pass]:
-    """Return the passes of the recipe joint-w4-2x4, which has a damping of 0.1 and one round."""
+    """Return the solvers of the recipe joint-w4-2x4, aimed at half of the dense output, channels in their order."""
     return [
         Compensate(strength=0.5),
         Quantize(group=128),
@@ -48,20 +49,31 @@ def joint(damping: float = 0.01, rounds: int = 1) -> list[Pass]:
     ]
 
 
-ROWS: dict[str, list[Pass]] = {
-    f"{name}{added}": [Calibrate(), *before, *recipe, *after, Fuse()]
-    for name, recipe in (("3 bits", ROUNDED), ("slim 2:4", SLIM), ("joint 2:4", joint()))
-    for added, before, after in (
-        ("", [], []),
-        (", biases corrected", [], [BiasCorrection()]),
-        (", permuted", [Permute()], []),
-        (", permuted, unsorted", [Permute(sort=None)], []),
-        (", scales folded", [ScaleFolding(group=64)], []),
-    )
-} | {
-    f"joint 2:4, damping {damping}, {rounds} round{'s' * (rounds > 1)}": [Calibrate(), *joint(damping, rounds), Fuse()]
-    for damping, rounds in ((0.1, 1), (0.01, 4), (0.1, 4), (0.3, 4))
-}
+ROWS: dict[str, list[Pass]] = (
+    {
+        f"{name}{added}": [Calibrate(), *before, *recipe, *after, Fuse()]
+        for name, recipe in (("3 bits", ROUNDED), ("slim 2:4", SLIM), ("joint 2:4", joint()))
+        for added, before, after in (
+            ("", [], []),
+            (", biases corrected", [], [BiasCorrection()]),
+            (", permuted", [Permute()], []),
+            (", permuted, unsorted", [Permute(sort=None)], []),
+            (", scales folded", [ScaleFolding(group=64)], []),
+        )
+    }
+    | {
+        f"joint 2:4, damping {damping}, {rounds} round{'s' * (rounds > 1)}": [
+            Calibrate(),
+            *joint(damping, rounds),
+            Fuse(),
+        ]
+        for damping, rounds in ((0.1, 1), (0.01, 4), (0.1, 4), (0.3, 4))
+    }
+    | {
+        "joint-w4-2x4": recipes.load("joint-w4-2x4").build(),
+        "joint-w4-2x4, 4 rounds": recipes.load("joint-w4-2x4").override(["low_rank.rounds=4"]).build(),
+    }
+)
 
 
 def main() -> None:

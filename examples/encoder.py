@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import slimc
-from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Prune, Quantize
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Pass, Permute, Prune, Quantize
 
 TEXT = Path(__file__).parent / "alice.txt"
 BATCH = 16
@@ -48,7 +48,8 @@ VARIANTS: dict[str, list[Pass]] = {
     ],
     "2:4, 4 bit groups, jointly": [
         Calibrate(),
-        Compensate(strength=0.5),
+        Permute(sort="energy", batches=1),
+        Compensate(strength=0.25),
         Quantize(group=128),
         Prune("2:4", method="joint", damping=0.1),
         LowRank("covariance", bits=4, rounds=4, damping=0.1),

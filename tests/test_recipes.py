@@ -12,7 +12,7 @@ from torch import nn
 import slimc
 from slimc import passes, recipes
 from slimc.errors import RecipeError
-from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Prune, Quantize
+from slimc.passes import Calibrate, Compensate, Fuse, LowRank, Permute, Prune, Quantize
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -24,7 +24,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 def test_the_default_preset_solves_jointly_and_slims_own_stays_the_papers() -> None:
     assert recipes.DEFAULT == recipes.names()[0] == "joint-w4-2x4"
     kinds = [type(one) for one in recipes.load(recipes.DEFAULT).build()]
-    assert kinds == [Calibrate, Compensate, Quantize, Prune, LowRank, Fuse]
+    assert kinds == [Calibrate, Permute, Compensate, Quantize, Prune, LowRank, Fuse]
     paper = [Quantize("slim", bits=4), Prune("2:4", "wanda"), LowRank("slim", rank=0.1, bits=4, rounds=4)]
     assert recipes.load("slim-w4-2x4").build()[1:-1] == paper
 

@@ -283,6 +283,9 @@ class SiteWork:
         """
         if statistics is None:
             return None
+        # Passes that only look at sites leave all of them as they are, which products need not find out.
+        if self.rounding is None and self.shift is None and torch.equal(weight, self.dense):
+            return 0.0
         return _relative(self.output_difference(weight, statistics.sample), statistics.sample @ self.dense.t())
 
     def output_difference(self, weight: Tensor, inputs: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import slimc
+from slimc import recipes
 from slimc.backends.hf import output_embedding_names
 from slimc.ir.capture import capture
 from slimc.ir.carrier import install
-from slimc.passes import Fuse, Quantize
+from slimc.passes import Calibrate, Fuse, Permute, Quantize
 from slimc.passes.pipeline import run
 from slimc.progress import SilentProgress
 
@@ -113,4 +115,16 @@ def test_sites_graph_and_compressed_model(name: str) -> None:
         assert torch.equal(before, model(**inputs)[0]), "the model passed in is left as it was"
     assert torch.equal(pytree.tree_leaves(program.run(**inputs))[0], after), "both carriers give one result"
     assert not torch.equal(before, after)
+    assert (after - before).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_order_of_the_default_recipe_computes_the_same_whatever_stays_dense(name: str) -> None:
+    model, inputs, sites, _ = build(name)
+    permute = next(one for one in recipes.load(recipes.DEFAULT).build() if isinstance(one, Permute))
+    passes = [Calibrate(), permute, Quantize(method="absmax", bits=8, group="channel"), Fuse()]
+    small = slimc.compile(model, [inputs], passes, exclude="re:.*(down|dense|v_proj|fc1|c_proj).*")
+    assert 0 < len(slimc.report(small).sites) < sites
+    with torch.no_grad():
+        before, after = model(**inputs)[0], small(**inputs)[0]
     assert (after - before).norm() < 0.05 * before.norm()
