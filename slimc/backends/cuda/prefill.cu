@@ -19,34 +19,35 @@
 //   OUTPUTS    tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out
 //   BLOCKS     blocks that a multiprocessor can hold at once
 //   MULTICAST  blocks of a cluster, of neighbouring rows, that bring activations for each other
-//   LIGHT      1: leaves registers to another launch on the same multiprocessor
 
 #define THREADS (128 * (WARPGROUPS + 1))
-// Of a thread that multiplies, and of the others: together no more than a block has at its start. For what it has then
-// products are compiled, so that a light block says it has as many threads as have 96 registers each.
-#define REGISTERS (WARPGROUPS == 4 || LIGHT ? 112 : BLOCKS == 1 ? 232 : 104)
-#define FEW_REGISTERS (LIGHT ? 56 : WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
-#define BOUND (LIGHT ? 640 : THREADS)
+// Of a thread that multiplies, and of the others: together no more than a block has at its start.
+#define REGISTERS (WARPGROUPS == 4 ? 112 : BLOCKS == 1 ? 232 : 104)
+#define FEW_REGISTERS (WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
 #define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
 #define TILES (BLOCK_ROWS / 16)
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
 #define BYTES_8 (ACTIVATION != 16)
 
-// A piece is what 32 bytes of a row's codes cover: 128 columns of a 2:4 weight, 64 of a dense one.
-#define COLUMNS (SPARSE ? 128 : 64)
+// A piece is 128 columns, or 64 of a dense weight that is multiplied in 16 bits. 32 bytes of a row's codes are a unit.
+#define COLUMNS (SPARSE || BYTES_8 ? 128 : 64)
+#define UNITS (COLUMNS / (SPARSE ? 128 : 64))
 #define BOXES (SPARSE && !BYTES_8 ? 2 : 1)  // of 128 bytes a token
 #define SCALE_GROUPS (GROUP == 0 ? 1 : COLUMNS > GROUP ? COLUMNS / GROUP : 1)
 #define BOX_BYTES (TOKENS * 128)
 #define CODES_AT (BOXES * BOX_BYTES)
-#define METADATA_AT (CODES_AT + TILES * 512)
+#define METADATA_AT (CODES_AT + TILES * 512 * UNITS)
 #define SCALES_AT (METADATA_AT + (SPARSE ? TILES * 256 : 0))
 #define SLOT_BYTES ((SCALES_AT + (GROUP > 0 || ADAPTERS ? TILES * 32 * SCALE_GROUPS : 0) + 1023) / 1024 * 1024)
+
+// Sums of products of bytes are multiplied by the scales of a group when they end: tensor cores add up what has one scale.
+#define SUMS_OF_GROUPS (BYTES_8 && GROUP > 0)
 
 struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
     TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
     TensorMap y_map;       // [tokens, rows], in boxes of OUTPUTS x 128 bytes, if rows are a multiple of 8
-    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x one unit, as all that follow
+    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x UNITS, as all that follow of one
     TensorMap metadata_map; // of W if SPARSE, [row tiles][units][lane][2] words
     TensorMap scale_map;    // of W if GROUP, [row tiles][groups][8] words: rows g and g + 8
     TensorMap left_map;     // of L, [row tiles][left units][lane][4] words
@@ -61,7 +62,7 @@ struct Arguments {
     int tokens;
     int rows;
     int row_tiles;         // of 16 rows
-    int units;             // of a row tile: columns / COLUMNS, rounded up
+    int pieces;            // of a row tile: columns / COLUMNS, rounded up
     int row_scale;         // 1: a scale a row, 0: one for all
     int left_units;        // units of 64 ranks that a row of L has room for
     int token_tiles;       // tokens / TOKENS, rounded up
@@ -71,7 +72,6 @@ struct Arguments {
     u32 share_rest;        // clusters that have one more
     u32 inverse;           // 2^32 / pieces of a tile, rounded up: a division that the compiler knows to be the same in all lanes
     int wait_first;        // 1: x may still be written by the launch before
-    int wait_last;         // 1: it is not, but the launch after this one reads what the launch before writes
     u32 zero;              // 0, which the compiler does not know
 };
 
@@ -153,31 +153,44 @@ typedef int Sum;
 #define SUM "+r"
 #define WGMMA_SPARSE "k64.s32.s8.s8"
 #define WGMMA_DENSE "k32.s32.s8.s8"
-#define WGMMA_SIGNS ", 1;"
+#define WGMMA_SIGNS ";"
 #elif ACTIVATION == 80
 typedef float Sum;
 #define SUM "+f"
 #define WGMMA_SPARSE "k64.f32.e4m3.e4m3"
 #define WGMMA_DENSE "k32.f32.e4m3.e4m3"
-#define WGMMA_SIGNS ", 1, 1, 1;"
+#define WGMMA_SIGNS ", 1, 1;"
 #else
 typedef float Sum;
 #define SUM "+f"
 #define WGMMA_SPARSE "k32.f32." TYPE "." TYPE
 #define WGMMA_DENSE "k16.f32." TYPE "." TYPE
-#define WGMMA_SIGNS ", 1, 1, 1, 0;"
+#define WGMMA_SIGNS ", 1, 1, 0;"
 #endif
 
 #if SPARSE
 template <int SELECTOR>
 __device__ __forceinline__ void multiply(Sum (&c)[SUMS], const u32 (&a)[4], u64 b, u32 metadata) {
-    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) WGMMA_SPARSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP WGMMA_SIGNS
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) WGMMA_SPARSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP ", 1" WGMMA_SIGNS
                  : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));
 }
 #else
 __device__ __forceinline__ void multiply(Sum (&c)[SUMS], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SIGNS
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A ", 1" WGMMA_SIGNS
                  : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
+
+#if SUMS_OF_GROUPS
+// The same, in place of what was in c.
+__device__ __forceinline__ void multiply_anew(Sum (&c)[SUMS], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A ", 0" WGMMA_SIGNS
+                 : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// All products have ended, and the compiler knows that c is what they left.
+__device__ __forceinline__ void wait_for_products(Sum (&c)[SUMS]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : OUT(SUM)::"memory");
 }
 #endif
 
@@ -202,7 +215,7 @@ __device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
 
 // In the same register, whatever the compiler thinks: it has no room for two sets of sums.
 __device__ __forceinline__ void add_in_place(float& sum, float v) { asm volatile("add.f32 %0, %0, %1;" : "+f"(sum) : "f"(v)); }
-#if ACTIVATION == 8
+#if ACTIVATION == 8 && !SUMS_OF_GROUPS
 __device__ __forceinline__ void scale_sum(float& sum, int products, float scale) { sum = (float)products * scale; }
 #else
 __device__ __forceinline__ void scale_sum(float& sum, float, float scale) { asm volatile("mul.f32 %0, %0, %1;" : "+f"(sum) : "f"(scale)); }
@@ -230,18 +243,20 @@ __device__ __forceinline__ u32 kept(u32 v) {
 // A thread's view of the pieces that it multiplies.
 struct Reader {
     Pipeline at;
-    u32 codes, metadata, scales, left_scales;  // where this thread's words of the first slot are
+    u32 codes, metadata, scales;  // where this thread's words of the first slot are, of W
+    u32 left_codes, left_scales;  // and of L
     u32 releases;                 // the barrier that says that the piece before has been multiplied
     bool speaks;                  // whether this thread says so for its warpgroup
     u32 zero;                     // 0, which the compiler does not know
 #if BYTES_8
-    u32 mask, own;                // of decoding
+    u32 mask, own, other;         // of decoding
 #endif
 
     // `nobody` is a barrier at which none waits: before the first piece there is none to release.
     __device__ __forceinline__ Reader(const Pipeline& pipeline, u32 nobody, int tile, u32 zero) : at(pipeline), zero(zero) {
         const int lane = threadIdx.x % 32;
-        codes = kept(at.slots + CODES_AT + tile * 512 + lane * 16);
+        codes = kept(at.slots + CODES_AT + tile * 512 * UNITS + lane * 16);
+        left_codes = UNITS == 1 ? codes : kept(at.slots + CODES_AT + tile * 512 + lane * 16);
         metadata = kept(at.slots + METADATA_AT + tile * 256 + lane * 8);
         scales = kept(at.slots + SCALES_AT + tile * 32 * SCALE_GROUPS + lane / 4 * 4);
         left_scales = SCALE_GROUPS == 1 ? scales : kept(at.slots + SCALES_AT + tile * 32 + lane / 4 * 4);
@@ -249,7 +264,12 @@ struct Reader {
         speaks = kept(threadIdx.x % 128) < (MULTICAST > 1 ? MULTICAST : 1);
 #if BYTES_8
         mask = kept(0xf0f0f0f0);
+#if SPARSE
         own = kept(lane & 1 ? 0x7632 : 0x5410);
+#else
+        own = kept(lane & 1 ? 0x2064 : 0x6420);
+        other = kept(lane & 1 ? 0x3175 : 0x7531);
+#endif
 #endif
     }
 
@@ -271,7 +291,7 @@ __device__ __forceinline__ int uniform(int v) { return __reduce_max_sync(0xfffff
 
 #if BYTES_8
 // Words of two products with 16-bit operands become the operand of one with bytes, in which a register has the codes of
-// two groups, or pairs, of columns that lay 16, or 8, apart: quantize.cu puts activations into that order.
+// two groups of 4 columns that lay 16 apart if W is 2:4, else of one group: quantize.cu puts activations into that order.
 #if ACTIVATION == 8
 #define CODE_UNIT (1.f / 16)
 
@@ -294,11 +314,22 @@ __device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32)
 }
 #endif
 
-__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, u32 mask) {
-    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120), mask);
-    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120), mask);
+#if SPARSE
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Reader& r) {
+    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120), r.mask);
+    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120), r.mask);
 }
+#else
+// A group of 4 columns lies in an even lane and the next: the even one takes those of the first 16 columns, the other the rest.
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Reader& r) {
+    const bool odd = threadIdx.x & 1;
+    const u32 own = odd ? second : first, other = __shfl_xor_sync(0xffffffff, odd ? first : second, 1);
+    decode_bytes(a[0], a[1], __byte_perm(own, other, r.own), r.mask);
+    decode_bytes(a[2], a[3], __byte_perm(own, other, r.other), r.mask);
+}
+#endif
 
+#if SPARSE
 // Metadata in the order of those operands, in which a lane has all of a row: even lanes row g, odd ones row g + 8.
 __device__ __forceinline__ uint2 reorder_metadata(uint2 m, const Reader& r) {
     const u32 own = __byte_perm(m.x, m.y, r.own);
@@ -310,6 +341,7 @@ __device__ __forceinline__ uint2 reorder_metadata(uint2 m, const Reader& r) {
     return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
 }
 #endif
+#endif
 
 // What a block, or each of a cluster, computes next: some pieces of a tile, those of L after those of W.
 struct Segment { int tile, first, last; };
@@ -319,7 +351,7 @@ struct Work {
     int pieces, begin, end, last_shared, shares;
 
     __device__ __forceinline__ Work(const Arguments& a)
-        : pieces(a.units + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x / MULTICAST)), end(share(a, blockIdx.x / MULTICAST + 1)),
+        : pieces(a.pieces + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x / MULTICAST)), end(share(a, blockIdx.x / MULTICAST + 1)),
           last_shared(tile_of(a, end - 1)), shares(begin < end ? last_shared - tile_of(a, begin) + 1 : 0) {}
 
     static __device__ __forceinline__ int share(const Arguments& a, u32 cluster) { return a.share * cluster + min(cluster, a.share_rest); }
@@ -360,10 +392,10 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         const Segment s = work.segment(a, i);
         if (s.tile >= a.row_blocks * a.token_tiles) break;
         const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = s.tile % a.token_tiles * TOKENS;
-        for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
+        for (int unit = s.first; unit < min(s.last, a.pieces); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
-            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
+            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 * UNITS + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
 #pragma unroll
             for (int box = 0; box < BOXES; ++box) {
 #if MULTICAST > 1
@@ -374,7 +406,7 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
                 load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
 #endif
             }
-            load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128, block_tile);
+            load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128 * UNITS, block_tile);
 #if SPARSE
             load_box(to + METADATA_AT, &a.metadata_map, barrier, unit * 64, block_tile);
 #endif
@@ -385,9 +417,9 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
             ++used;
         }
 #if ADAPTERS
-        if (s.last > a.units) wait_for_previous_launch();  // which costs nothing but the first time
+        if (s.last > a.pieces) wait_for_previous_launch();  // which costs nothing but the first time
         const int2 ranks = ranks_of(a, block_tile);
-        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
+        for (int unit = max(s.first - a.pieces, 0); unit < min(s.last - a.pieces, most_left_units(a, s)); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
             if (unit >= ranks.y) {
@@ -403,15 +435,11 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         }
 #endif
     }
-    if (a.wait_last) {
-        wait_for_previous_launch();
-        let_next_launch_begin();
-    }
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
 // which holds the operands of half a piece.
-#define PRODUCTS (BYTES_8 ? 2 : 4)  // of a piece
+#define PRODUCTS (SPARSE && BYTES_8 ? 2 : 4)  // of a piece
 #define BATCH (PRODUCTS / 2)
 #define LEFT_BATCH (WARPGROUPS == 4 ? 1 : 2)  // registers are scarcer there
 
@@ -421,10 +449,59 @@ __device__ __forceinline__ void replace_metadata(u32& metadata, u32 word, u32 ze
     asm volatile("lop3.b32 %0, %1, %2, %0, 0x78;" : "+r"(metadata) : "r"(word), "r"(zero));
 }
 
+#if SUMS_OF_GROUPS
+#define GROUP_PRODUCTS (PRODUCTS / SCALE_GROUPS)
+
+// While products of the first group run, the operands of the second are decoded; while sums are multiplied by scales, the
+// other warpgroup multiplies.
+__device__ __forceinline__ void multiply_groups(float (&sum)[SUMS], Reader& r) {
+    r.release_previous();
+    r.at.wait_full();
+    const u32 offset = r.offset();
+    uint4 codes[UNITS];
+    u32 scales[SCALE_GROUPS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) codes[unit] = read_uint4(r.codes + offset + unit * 512);
+#pragma unroll
+    for (int j = 0; j < SCALE_GROUPS; ++j) scales[j] = read_word(r.scales + offset + j * 32);
+    const u64 box = describe(r.at.data());
+    Sum products[SUMS];
+    u32 of[PRODUCTS][4];
+#pragma unroll
+    for (int j = 0; j <= SCALE_GROUPS; ++j) {
+        if (j < SCALE_GROUPS) {
+#pragma unroll
+            for (int i = j * GROUP_PRODUCTS; i < (j + 1) * GROUP_PRODUCTS; ++i)
+                decode_operand(of[i], word_of(codes[i / 2], 2 * i % 4), word_of(codes[i / 2], 2 * i % 4 + 1), r);
+        }
+        if (j > 0) {
+            wait_for_products(products);
+            const float low = to_float((u16)scales[j - 1]), high = to_float((u16)(scales[j - 1] >> 16));
+#pragma unroll
+            for (int i = 0; i < SUMS; i += 4) {
+                sum[i] = fmaf((float)products[i], low, sum[i]);
+                sum[i + 1] = fmaf((float)products[i + 1], low, sum[i + 1]);
+                sum[i + 2] = fmaf((float)products[i + 2], high, sum[i + 2]);
+                sum[i + 3] = fmaf((float)products[i + 3], high, sum[i + 3]);
+            }
+        }
+        if (j < SCALE_GROUPS) {
+            wgmma_fence();
+#pragma unroll
+            for (int i = j * GROUP_PRODUCTS; i < (j + 1) * GROUP_PRODUCTS; ++i) {
+                if (i == j * GROUP_PRODUCTS) multiply_anew(products, of[i], box + i * 32 / 16);
+                else multiply(products, of[i], box + i * 32 / 16);
+            }
+            wgmma_commit();
+        }
+    }
+    r.at.advance();
+}
+#else
 __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Reader& r) {
     r.at.wait_full();
     const u32 offset = r.offset();
-    uint4 codes[ROW_TILES];
+    uint4 codes[ROW_TILES][UNITS];
 #if SPARSE
     uint2 words[ROW_TILES];
 #endif
@@ -433,7 +510,8 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #endif
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) codes[m][unit] = read_uint4(r.codes + offset + (4 * m * UNITS + unit) * 512);
 #if SPARSE
         words[m] = read_uint2(r.metadata + offset + 4 * m * 256);
 #if BYTES_8
@@ -461,9 +539,9 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
 #if BYTES_8
-                decode_operand(of[set][i][m], word_of(codes[m], 2 * j), word_of(codes[m], 2 * j + 1), r.mask);
+                decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), r);
 #else
-                decode_word(of[set][i][m], word_of(codes[m], j));
+                decode_word(of[set][i][m], word_of(codes[m][0], j));
 #endif
 #if GROUP > 0
                 apply_scales(of[set][i][m], scales[m][j * SCALE_GROUPS / PRODUCTS]);
@@ -494,6 +572,7 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
     }
     r.at.advance();
 }
+#endif
 
 __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Reader& r) {
     r.at.wait_full();
@@ -502,7 +581,7 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Rea
     u32 scales[ROW_TILES];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
+        codes[m] = read_uint4(r.left_codes + offset + 4 * m * 512);
         scales[m] = read_word(r.left_scales + offset + 4 * m * 32);
     }
     const u64 box = describe(r.at.data());
@@ -597,7 +676,7 @@ __device__ __forceinline__ void add_part(const float4* from, float (&sum)[ROW_TI
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
 #if BYTES_8
@@ -639,7 +718,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
     const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * 128;
     const Output output{a, staged};
     Reader reader(pipeline, shared_address(barriers + 2 * STAGES), own_tile, a.zero);
+#if !SUMS_OF_GROUPS
     u32 metadata[2][ROW_TILES] = {};
+#endif
     const Work work(a);
     for (int i = 0;; ++i) {
         const Segment s = work.segment(a, i);
@@ -648,13 +729,21 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
 #if ADAPTERS
         const int units = uniform(ranks_of(a, block_tile).y);
 #endif
+#if SUMS_OF_GROUPS
+        float sum[1][SUMS] = {};
+#else
         Sum products[ROW_TILES][SUMS] = {};
+#endif
 #if BYTES_8
         const float token_scale = a.token_scale[token + threadIdx.x % TOKENS];
 #endif
 #pragma unroll 1
-        for (int left = min(s.last, a.units) - s.first; left > 0; --left)
+        for (int left = min(s.last, a.pieces) - s.first; left > 0; --left)
+#if SUMS_OF_GROUPS
+            multiply_groups(sum[0], reader);
+#else
             multiply_weights(products, metadata, reader);
+#endif
         // While the last products run: these would cost registers before.
         float scale[ROW_TILES][2], bias[ROW_TILES][2];
 #pragma unroll
@@ -662,6 +751,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = (block_tile + own_tile + 4 * m) * 16 + 8 * half + lane / 4;
+                scale[m][half] = 1.f;
                 if (GROUP == 0) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
                 bias[m][half] = a.bias ? to_float(a.bias[min(row, a.rows - 1)]) : 0.f;
             }
@@ -670,7 +760,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
         wait_named(2 + group, 128);
 #endif
         wgmma_wait<0>();
-#if ACTIVATION == 8
+#if SUMS_OF_GROUPS
+        float (&products)[1][SUMS] = sum;
+#elif ACTIVATION == 8
         float sum[ROW_TILES][SUMS];
 #else
         float (&sum)[ROW_TILES][SUMS] = products;
@@ -695,10 +787,10 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
 #endif
 #if ADAPTERS
 #pragma unroll 1
-        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, units); ++unit) multiply_left(sum, reader);
+        for (int unit = max(s.first - a.pieces, 0); unit < min(s.last - a.pieces, units); ++unit) multiply_left(sum, reader);
         wgmma_wait<0>();
 #if MULTICAST > 1
-        for (int unit = max(s.first - a.units, units); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
+        for (int unit = max(s.first - a.pieces, units); unit < min(s.last - a.pieces, most_left_units(a, s)); ++unit) {
             reader.at.wait_full();
             reader.release_previous();
             reader.at.advance();
@@ -736,7 +828,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
             }
         }
     }
-    if (!a.wait_first && !a.wait_last && threadIdx.x == 0) let_next_launch_begin();
+    if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();
     if (threadIdx.x % 128 == 0) wait_until_boxes_are_stored();
 #if MULTICAST > 1
     // What the other block brings, and says, must find this one still there.
