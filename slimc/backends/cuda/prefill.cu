@@ -451,9 +451,19 @@ __device__ __forceinline__ void replace_metadata(u32& metadata, u32 word, u32 ze
 
 #if SUMS_OF_GROUPS
 #define GROUP_PRODUCTS (PRODUCTS / SCALE_GROUPS)
+#define SETS (REGISTERS > 200 ? 2 : 1)  // of sums of bytes: with two, products of a group run while sums of the one before are added
 
-// While products of the first group run, the operands of the second are decoded; while sums are multiplied by scales, the
-// other warpgroup multiplies.
+__device__ __forceinline__ void add_group(float (&sum)[SUMS], const Sum (&products)[SUMS], u32 scales) {
+    const float low = to_float((u16)scales), high = to_float((u16)(scales >> 16));
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4) {
+        sum[i] = fmaf((float)products[i], low, sum[i]);
+        sum[i + 1] = fmaf((float)products[i + 1], low, sum[i + 1]);
+        sum[i + 2] = fmaf((float)products[i + 2], high, sum[i + 2]);
+        sum[i + 3] = fmaf((float)products[i + 3], high, sum[i + 3]);
+    }
+}
+
 __device__ __forceinline__ void multiply_groups(float (&sum)[SUMS], Reader& r) {
     r.release_previous();
     r.at.wait_full();
@@ -465,36 +475,34 @@ __device__ __forceinline__ void multiply_groups(float (&sum)[SUMS], Reader& r) {
 #pragma unroll
     for (int j = 0; j < SCALE_GROUPS; ++j) scales[j] = read_word(r.scales + offset + j * 32);
     const u64 box = describe(r.at.data());
-    Sum products[SUMS];
-    u32 of[PRODUCTS][4];
+    Sum products[SETS][SUMS];
+    u32 of[2][GROUP_PRODUCTS][4];
 #pragma unroll
-    for (int j = 0; j <= SCALE_GROUPS; ++j) {
-        if (j < SCALE_GROUPS) {
+    for (int j = 0; j < SCALE_GROUPS; ++j) {
 #pragma unroll
-            for (int i = j * GROUP_PRODUCTS; i < (j + 1) * GROUP_PRODUCTS; ++i)
-                decode_operand(of[i], word_of(codes[i / 2], 2 * i % 4), word_of(codes[i / 2], 2 * i % 4 + 1), r);
+        for (int k = 0; k < GROUP_PRODUCTS; ++k) {
+            const int i = j * GROUP_PRODUCTS + k;
+            decode_operand(of[j % 2][k], word_of(codes[i / 2], 2 * i % 4), word_of(codes[i / 2], 2 * i % 4 + 1), r);
         }
-        if (j > 0) {
-            wait_for_products(products);
-            const float low = to_float((u16)scales[j - 1]), high = to_float((u16)(scales[j - 1] >> 16));
-#pragma unroll
-            for (int i = 0; i < SUMS; i += 4) {
-                sum[i] = fmaf((float)products[i], low, sum[i]);
-                sum[i + 1] = fmaf((float)products[i + 1], low, sum[i + 1]);
-                sum[i + 2] = fmaf((float)products[i + 2], high, sum[i + 2]);
-                sum[i + 3] = fmaf((float)products[i + 3], high, sum[i + 3]);
-            }
+        if (SETS == 1 && j > 0) {
+            wgmma_wait<0>();
+            add_group(sum, products[0], scales[j - 1]);
         }
-        if (j < SCALE_GROUPS) {
-            wgmma_fence();
+        wgmma_fence();
 #pragma unroll
-            for (int i = j * GROUP_PRODUCTS; i < (j + 1) * GROUP_PRODUCTS; ++i) {
-                if (i == j * GROUP_PRODUCTS) multiply_anew(products, of[i], box + i * 32 / 16);
-                else multiply(products, of[i], box + i * 32 / 16);
-            }
-            wgmma_commit();
+        for (int k = 0; k < GROUP_PRODUCTS; ++k) {
+            const int i = j * GROUP_PRODUCTS + k;
+            if (k == 0) multiply_anew(products[j % SETS], of[j % 2][k], box + i * 32 / 16);
+            else multiply(products[j % SETS], of[j % 2][k], box + i * 32 / 16);
+        }
+        wgmma_commit();
+        if (SETS == 2 && j > 0) {
+            wgmma_wait<1>();
+            add_group(sum, products[(j - 1) % SETS], scales[j - 1]);
         }
     }
+    wgmma_wait<0>();
+    add_group(sum, products[(SCALE_GROUPS - 1) % SETS], scales[SCALE_GROUPS - 1]);
     r.at.advance();
 }
 #else
