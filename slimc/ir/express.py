@@ -4,7 +4,8 @@
     q = slim.round_activations(x){activation=1}
     y = aten.linear(q, w, b) + slim.low_rank(q, l, r) + slim.sign_low_rank(x, signs, u, v)
 
-Adapters read x if inputs are scaled before they are rounded. The product stays a product until ``fuse``; every stage runs in plain PyTorch.
+Adapters read x if inputs are scaled before they are rounded. The product stays a product until ``fuse``; every stage
+runs in plain PyTorch.
 """
 
 from __future__ import annotations

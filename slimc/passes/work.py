@@ -294,7 +294,7 @@ class SiteWork:
         return 0.0 if self.shift is None else self.shift
 
     def _rounding_noise(self, sample: Tensor) -> Tensor | float:
-        """Return by how much rounding changes the outputs of ``base``, and of adapters that read it, on sampled inputs."""
+        """Return by how much rounding changes the outputs of ``base`` and the adapters on sampled inputs."""
         if self.rounding is None:
             return 0.0
         exact = sample.to(self.dtype)

@@ -311,7 +311,8 @@ class LinearFormat:
 
     ``left`` is [rows, rank] and ``right`` [rank, columns]; there are both or neither. ``activation`` is one of
     `ACTIVATIONS`, if what the weight is multiplied by is rounded token by token (`slimc.runtime.activations`), and what
-    the adapters are multiplied by unless inputs are scaled first; it takes no space. ``binary`` adds a matrix of signs with a magnitude of low rank, if there is one.
+    the adapters are multiplied by unless inputs are scaled first; it takes no space. ``binary`` adds a matrix of signs
+    with a magnitude of low rank, if there is one.
     """
 
     weight: WeightFormat

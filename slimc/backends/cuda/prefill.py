@@ -2,8 +2,8 @@
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
 runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``), and both multiply
-bytes; t is rounded to 16 bits, and L multiplies in those. Sums are taken in an order fixed by the shape of the launch, so results are the
-same from call to call.
+bytes; t is rounded to 16 bits, and L multiplies in those. Sums are taken in an order fixed by the shape of the launch,
+so results are the same from call to call.
 """
 
 from __future__ import annotations
