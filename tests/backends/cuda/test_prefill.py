@@ -48,5 +48,3 @@ def test_few_tiles_run_side_by_side_and_many_do_not() -> None:
 
 def test_a_thread_keeps_no_more_of_a_token_than_it_has_registers_for() -> None:
     assert [kept_for(columns, 128) for columns in (8, 1024, 1032, 4096, 8192, 8200)] == [1, 1, 2, 4, 8, 8]
-
-
