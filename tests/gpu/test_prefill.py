@@ -50,10 +50,21 @@ def unrounded(packed: PackedWeight) -> Tensor:
     return PackedWeight(replace(packed.format, dtype=torch.float64), **tensors).decode()
 
 
+def _roundings(right: PackedWeight) -> Tensor:
+    """Return by how much integers of 8 bits differ from a right factor's numbers: half a unit, and 1/32 of one.
+
+    Products with 256ths of a unit, half of one off for codes up to 8, are what is rounded, and may borrow one.
+    """
+    assert right.scale is not None
+    unit = right.scale.double().abs().amax(1, keepdim=True) * 8 / 127
+    return (0.5 + 1 / 32) * unit.expand(right.format.rows, right.format.columns)
+
+
 def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, activation: Activation) -> None:
     """Each result must be as near to the product with rounded activations as its roundings allow.
 
-    Sums of int8 products are exact, and scales multiply them: no product of a code and a scale is rounded. Of float8
+    Sums of int8 products are exact, and scales multiply them: no product of a code and a scale of W is rounded. Those of
+    R are, to integers of which the row's largest scale, times 8, has 127. Of float8
     products the tensor cores keep about 13 bits below the largest of a sum; codes, which are subnormal numbers there,
     may lie three bits lower. An H100 lost up to 2^-7 of the magnitudes.
     """
@@ -65,6 +76,8 @@ def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor
     if packed.left is not None and packed.right is not None:
         left, right = packed.left.decode().double(), packed.right.decode().double()
         exact += kept @ right.T @ left.T
+        if activation == "int8":
+            bound += kept.abs() @ _roundings(packed.right).T @ left.abs().T
         bound += (2 * unit + bound_of_sums) * (kept.abs() @ right.abs().T @ left.abs().T)
     if bias is not None:
         exact += bias.double()

@@ -40,8 +40,10 @@
 #define SCALES_AT (METADATA_AT + (SPARSE ? TILES * 256 : 0))
 #define SLOT_BYTES ((SCALES_AT + (GROUP > 0 || ADAPTERS ? TILES * 32 * SCALE_GROUPS : 0) + 1023) / 1024 * 1024)
 
-// Sums of products of bytes are multiplied by the scales of a group when they end: tensor cores add up what has one scale.
-#define SUMS_OF_GROUPS (BYTES_8 && GROUP > 0)
+// Tensor cores add up products of bytes that have one scale. Where W has groups, its int8 operands are made of codes and
+// scales, rounded, with a scale a row; float8 cannot hold those well enough: sums of a group are multiplied by its scales.
+#define INTEGERS_OF_ROWS (ACTIVATION == 8 && GROUP > 0)
+#define SUMS_OF_GROUPS (ACTIVATION == 80 && GROUP > 0)
 
 struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
@@ -53,7 +55,7 @@ struct Arguments {
     TensorMap left_map;     // of L, [row tiles][left units][lane][4] words
     TensorMap left_scale_map; // [row tiles][left units][8] words
     u16* y;                // [tokens, rows]
-    const u16* scale;      // [1] or [rows], if not GROUP
+    const u16* scale;      // [1] or [rows], if not GROUP; [rows], the largest magnitude of a row's, if INTEGERS_OF_ROWS
     const u16* bias;       // [rows] or null
     const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
     const float* token_scale; // [tokens], if ACTIVATION has 8 bits
@@ -187,11 +189,6 @@ __device__ __forceinline__ void multiply_anew(Sum (&c)[SUMS], const u32 (&a)[4],
     asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A ", 0" WGMMA_SIGNS
                  : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-
-// All products have ended, and the compiler knows that c is what they left.
-__device__ __forceinline__ void wait_for_products(Sum (&c)[SUMS]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : OUT(SUM)::"memory");
-}
 #endif
 
 __device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
@@ -215,7 +212,7 @@ __device__ __forceinline__ void apply_scales(u32 (&v)[4], u32 scales) {
 
 // In the same register, whatever the compiler thinks: it has no room for two sets of sums.
 __device__ __forceinline__ void add_in_place(float& sum, float v) { asm volatile("add.f32 %0, %0, %1;" : "+f"(sum) : "f"(v)); }
-#if ACTIVATION == 8 && !SUMS_OF_GROUPS
+#if ACTIVATION == 8
 __device__ __forceinline__ void scale_sum(float& sum, int products, float scale) { sum = (float)products * scale; }
 #else
 __device__ __forceinline__ void scale_sum(float& sum, float, float scale) { asm volatile("mul.f32 %0, %0, %1;" : "+f"(sum) : "f"(scale)); }
@@ -293,7 +290,7 @@ __device__ __forceinline__ int uniform(int v) { return __reduce_max_sync(0xfffff
 // Words of two products with 16-bit operands become the operand of one with bytes, in which a register has the codes of
 // two groups of 4 columns that lay 16 apart if W is 2:4, else of one group: quantize.cu puts activations into that order.
 #if ACTIVATION == 8
-#define CODE_UNIT (1.f / 16)
+#define CODE_UNIT (INTEGERS_OF_ROWS ? 8.f / 127 : 1.f / 16)
 
 // Codes less their zero point of 8, times 16.
 __device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32 mask) {
@@ -314,7 +311,31 @@ __device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32)
 }
 #endif
 
-#if SPARSE
+#if INTEGERS_OF_ROWS
+// What the largest scale of a row multiplies its codes by, so that 8 becomes 127, in 256ths.
+#define LARGEST_MULTIPLIER (127 * 256 / 8)
+
+// By what codes of rows g and g + 8 are multiplied, and what is added to the products, for the zero point and to round them.
+struct Multipliers {
+    u32 low, high, low_offset, high_offset;
+
+    __device__ __forceinline__ Multipliers(u32 scales, const float (&inverse)[2])
+        : low(__float2int_rn(to_float((u16)scales) * inverse[0])), high(__float2int_rn(to_float((u16)(scales >> 16)) * inverse[1])),
+          low_offset((128 - 8 * low) * 0x10001), high_offset((128 - 8 * high) * 0x10001) {}
+};
+
+// Lanes exchange as below. Two codes are multiplied at once, in halves of a word; the upper byte of each is the integer. A
+// negative lower half takes a 256th of a unit from the upper one.
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Multipliers& m, const Reader& r) {
+    const bool odd = threadIdx.x & 1;
+    const u32 own = odd ? second : first, other = __shfl_xor_sync(0xffffffff, odd ? first : second, 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 multiplier = i & 1 ? m.high : m.low, offset = i & 1 ? m.high_offset : m.low_offset;
+        a[i] = __byte_perm((own >> (4 * i) & 0xf000f) * multiplier + offset, (other >> (4 * i) & 0xf000f) * multiplier + offset, r.other);
+    }
+}
+#elif SPARSE
 __device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Reader& r) {
     decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120), r.mask);
     decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120), r.mask);
@@ -506,7 +527,8 @@ __device__ __forceinline__ void multiply_groups(float (&sum)[SUMS], Reader& r) {
     r.at.advance();
 }
 #else
-__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Reader& r) {
+__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Reader& r,
+                                                 const float (&inverse)[ROW_TILES][2]) {
     r.at.wait_full();
     const u32 offset = r.offset();
     uint4 codes[ROW_TILES][UNITS];
@@ -546,12 +568,15 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
             const int j = batch * BATCH + i;
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
-#if BYTES_8
+#if INTEGERS_OF_ROWS
+                const Multipliers by(scales[m][j * SCALE_GROUPS / PRODUCTS], inverse[m]);
+                decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), by, r);
+#elif BYTES_8
                 decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), r);
 #else
                 decode_word(of[set][i][m], word_of(codes[m][0], j));
 #endif
-#if GROUP > 0
+#if GROUP > 0 && !BYTES_8
                 apply_scales(of[set][i][m], scales[m][j * SCALE_GROUPS / PRODUCTS]);
 #endif
             }
@@ -737,7 +762,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #if ADAPTERS
         const int units = uniform(ranks_of(a, block_tile).y);
 #endif
+        float inverse[ROW_TILES][2] = {};
+#if INTEGERS_OF_ROWS
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+            const int row = (block_tile + own_tile + 4 * (i / 2)) * 16 + 8 * (i % 2) + lane / 4;
+            const float largest = to_float(a.scale[min(row, a.rows - 1)]);
+            inverse[i / 2][i % 2] = largest == 0.f ? 0.f : LARGEST_MULTIPLIER / largest;
+        }
+#endif
 #if SUMS_OF_GROUPS
+        static_assert(ROW_TILES == 1, "there is no room for more sums");
         float sum[1][SUMS] = {};
 #else
         Sum products[ROW_TILES][SUMS] = {};
@@ -750,7 +785,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
 #if SUMS_OF_GROUPS
             multiply_groups(sum[0], reader);
 #else
-            multiply_weights(products, metadata, reader);
+            multiply_weights(products, metadata, reader, inverse);
 #endif
         // While the last products run: these would cost registers before.
         float scale[ROW_TILES][2], bias[ROW_TILES][2];
@@ -760,7 +795,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(con
             for (int half = 0; half < 2; ++half) {
                 const int row = (block_tile + own_tile + 4 * m) * 16 + 8 * half + lane / 4;
                 scale[m][half] = 1.f;
-                if (GROUP == 0) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
+                if (GROUP == 0 || INTEGERS_OF_ROWS) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
                 bias[m][half] = a.bias ? to_float(a.bias[min(row, a.rows - 1)]) : 0.f;
             }
 #if BYTES_8

@@ -2,8 +2,10 @@
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
 runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``), and both multiply
-bytes; t is rounded to 16 bits, and L multiplies in those. Sums are taken in an order fixed by the shape of the launch,
-so results are the same from call to call.
+bytes; t is rounded to 16 bits, and L multiplies in those. For int8 a row of R, whose codes have a scale every 64
+columns, becomes integers of 8 bits with one scale: each differs from the number that it stands for by half a unit, of
+which the largest code of the row, times its scale, has 127. Sums are taken in an order fixed by the shape of the
+launch, so results are the same from call to call.
 """
 
 from __future__ import annotations
@@ -384,10 +386,12 @@ def make_plan(
         right_form = Form(False, FACTOR_GROUP, False, activation)
         right = _plan_launch(
             _Arguments(
+                scale=pointer(layer.right_largest),
                 tokens=tokens,
                 rows=layer.ranks,
                 row_tiles=layer.ranks // TILE_ROWS,
                 pieces=-(-layer.right.shape[1] // right_form.units),
+                row_scale=1,
                 wait_first=1,
             ),
             {
