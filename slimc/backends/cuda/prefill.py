@@ -70,6 +70,9 @@ ADDING_COST = 2
 QUANTIZER_THREADS = 1024
 """Of a multiprocessor, which the source bounds registers to."""
 
+QUANTIZER_COLUMNS = 32
+"""Of a token that a thread rounds at most, if a block can have so many threads: with 64 it takes up to a quarter longer."""
+
 QUANTIZED_COLUMNS = 32
 """A rounded row is a multiple of this: within so many columns their order changes."""
 
@@ -513,7 +516,7 @@ def _ready(layer: FragmentLayer, count: int) -> Counters:
 
 
 def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int, processors: int) -> _Quantizer:
-    threads = threads_for(columns)
+    threads = threads_for(columns, QUANTIZER_COLUMNS)
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 90,
