@@ -63,10 +63,10 @@ def _roundings(right: PackedWeight) -> Tensor:
 def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, activation: Activation) -> None:
     """Each result must be as near to the product with rounded activations as its roundings allow.
 
-    Sums of int8 products are exact, and scales multiply them: no product of a code and a scale of W is rounded. Those of
-    R are, to integers of which the row's largest scale, times 8, has 127. Of float8
-    products the tensor cores keep about 13 bits below the largest of a sum; codes, which are subnormal numbers there,
-    may lie three bits lower. An H100 lost up to 2^-7 of the magnitudes.
+    Sums of int8 products are exact, and scales multiply them: no product of a code and a scale of W is rounded. Those
+    of R are, to integers of which the row's largest scale, times 8, has 127. Of float8 products the tensor cores keep
+    about 13 bits below the largest of a sum; codes, which are subnormal numbers there, may lie three bits lower. An
+    H100 lost up to 2^-7 of the magnitudes.
     """
     unit = torch.finfo(x.dtype).eps / 2
     weight, kept = unrounded(packed.weight), rounded(x, activation)

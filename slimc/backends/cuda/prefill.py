@@ -71,7 +71,7 @@ QUANTIZER_THREADS = 1024
 """Of a multiprocessor, which the source bounds registers to."""
 
 QUANTIZER_COLUMNS = 32
-"""Of a token that a thread rounds at most, if a block can have so many threads: with 64 it takes up to a quarter longer."""
+"""Of a token that a thread rounds, if a block can have so many threads: with 64 it takes up to a quarter longer."""
 
 QUANTIZED_COLUMNS = 32
 """A rounded row is a multiple of this: within so many columns their order changes."""
@@ -265,7 +265,8 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     if plan.quantizer is None:
         read, scales = round_inputs(x, layer.format.activation), None
     else:
-        read, scales = _quantize(plan.quantizer, x, tokens, columns, plan.main.shape.tokens, stream)
+        tile = max(step.shape.tokens for step in (plan.main, plan.right) if step is not None)
+        read, scales = _quantize(plan.quantizer, x, tokens, columns, tile, stream)
     width = columns if scales is None else read.shape[1]
     t = parts_of_t = None
     if plan.right is not None:
