@@ -101,8 +101,8 @@ def _rounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None
 
     - by a code of x, where its quotient is so near the middle of two that x * (1 / s) falls on the other side than
       x / s does: both have three roundings to float32 at most, hence 2^-21;
-    - by roundings to the dtype of x: the reference rounds s * q or the inner product of the adapters, the product and
-      the sum of both (3; one more covers products of roundings), and by roundings of decoded weights to the dtype of
+    - by roundings to the dtype of x: the reference rounds s * q, the inner product of the adapters, the product and
+      the sum of both (4; one more covers products of roundings), and by roundings of decoded weights to the dtype of
       their scales: one of the weight, two of the factors. A kernel has no more than that;
     - by the roundings of float32 sums, one a term.
 
@@ -122,15 +122,18 @@ def _rounded_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None
 
     weight = _unrounded(packed.weight)
     ideal, size = (s * q) @ weight.T, (s * q.abs() + other) @ weight.abs().T
+    moved = other @ weight.abs().T
     if packed.left is not None and packed.right is not None:
         left, right = _unrounded(packed.left), _unrounded(packed.right)
-        ideal = ideal + x.double() @ right.T @ left.T
-        size = size + x.double().abs() @ right.abs().T @ left.abs().T
+        read, uncertain = (s * q, other) if packed.input_scale is None else (x.double(), torch.zeros_like(other))
+        ideal = ideal + read @ right.T @ left.T
+        size = size + (read.abs() + uncertain) @ right.abs().T @ left.abs().T
+        moved = moved + uncertain @ right.abs().T @ left.abs().T
     if bias is not None:
         ideal, size = ideal + bias.double(), size + bias.double().abs()
-    roundings = 4 * torch.finfo(x.dtype).eps / 2 + 2 * torch.finfo(packed.format.weight.dtype).eps / 2
+    roundings = 5 * torch.finfo(x.dtype).eps / 2 + 2 * torch.finfo(packed.format.weight.dtype).eps / 2
     terms = packed.format.columns + packed.format.rank + 8
-    return ideal, other @ weight.abs().T + (roundings + terms * 2.0**-24) * size
+    return ideal, moved + (roundings + terms * 2.0**-24) * size
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.errors import FormatError
-from slimc.runtime.activations import LARGEST, quantize_tokens, round_tokens
+from slimc.runtime.activations import LARGEST, quantize_tokens, round_inputs
 from slimc.runtime.decode import signed_codes
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.ops import low_rank, weight_attributes
@@ -104,8 +104,8 @@ class Int4Layer:
 
     With 4-bit adapters the left factor stands beside the weight as further columns, so that
     ``y = [x * input_scale, x @ right^T] @ [weight | left]^T`` takes two calls. ``padding`` columns of zeros follow
-    those of x; the rows of ``weight`` beyond ``rows`` are padding too. ``activation`` is what the inputs of ``weight``
-    are rounded to, if they are.
+    those of x; the rows of ``weight`` beyond ``rows`` are padding too. ``activation`` is what inputs are rounded to, if
+    they are: those of ``weight``, and of the adapters too if there is no input scale.
     """
 
     weight: Int4Matrix
@@ -343,8 +343,9 @@ def _run_int4(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     layer: Int4Layer = state
     inputs = x.reshape(-1, layer.columns).contiguous()
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
-    if layer.activation is not None:
-        scaled = round_tokens(scaled, layer.activation)
+    scaled = round_inputs(scaled, layer.activation)
+    if layer.input_scale is None:
+        inputs = scaled
     if layer.padding:
         inputs, scaled = (functional.pad(each, (0, layer.padding)) for each in (inputs, scaled))
     right, weight = layer.right, layer.weight
@@ -365,8 +366,9 @@ def _run_int8(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     layer: Int8Layer = state
     inputs = x.reshape(-1, layer.columns).contiguous()
     scaled = inputs if layer.input_scale is None else inputs * layer.input_scale
-    if layer.activation is not None:
-        scaled = round_tokens(scaled, layer.activation)
+    scaled = round_inputs(scaled, layer.activation)
+    if layer.input_scale is None:
+        inputs = scaled
     if layer.padding:
         scaled = functional.pad(scaled, (0, layer.padding))
     y: Tensor = _int8pack_mm(scaled, layer.codes, layer.scales)
@@ -386,7 +388,8 @@ def _run_exact(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     if layer.factors is not None:
         # For few tokens oneDNN's 16-bit products take longer than those of float32 (see `DenseAdapters`).
         few = len(inputs) < FEWEST_INT8MM_TOKENS
-        y = y.add_(low_rank(inputs.float() if few else inputs, *layer.factors))
+        read = inputs if layer.input_scale is not None else (codes.float() * scale).to(x.dtype)
+        y = y.add_(low_rank(read.float() if few else read, *layer.factors))
     if bias is not None:
         y = y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])

@@ -156,21 +156,22 @@ def _factor(spec: WeightFormat | None, prefix: str, named: Mapping[str, Tensor])
 def run(x: Tensor, layer: SparseLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
     flat = x.reshape(-1, layer.format.columns)
-    inputs = flat if layer.input_scale is None else flat * layer.input_scale
-    y = _product(layer.compressed, round_inputs(inputs, layer.format.activation), bias)
+    scaled = flat if layer.input_scale is None else flat * layer.input_scale
+    rounded = round_inputs(scaled, layer.format.activation)
+    y = _product(layer.compressed, rounded, bias)
     if layer.adapters is not None:
-        layer.adapters.add(y, flat)
+        layer.adapters.add(y, rounded if layer.input_scale is None else flat)
     return y.view(*x.shape[:-1], layer.format.rows)
 
 
 def run_decoded(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns] by a weight that is decoded for this call."""
     spec = layer.format
-    flat = x.reshape(-1, spec.columns)
+    rounded = round_inputs(x.reshape(-1, spec.columns), spec.activation)
     compressed, values, metadata = _empty(spec.weight, layer.codes)
     expand_kept(layer, values)
     order_metadata(layer, metadata)
-    y = add_adapters(_product(compressed, round_inputs(flat, spec.activation), bias), flat, layer)
+    y = add_adapters(_product(compressed, rounded, bias), rounded, layer)
     return y.view(*x.shape[:-1], spec.rows)
 
 

@@ -2,9 +2,10 @@
 
     w = slim.dequant_nm(values, pattern, scale){bits=4, n=2, m=4}
     q = slim.round_activations(x){activation=1}
-    y = aten.linear(q, w, b) + slim.low_rank(x, l, r) + slim.sign_low_rank(x, signs, u, v)
+    y = aten.linear(q, w, b) + slim.low_rank(q, l, r) + slim.sign_low_rank(x, signs, u, v)
 
-The product stays a product until ``fuse``; every stage runs in plain PyTorch.
+Adapters read x if inputs are scaled before they are rounded. The product stays a product until ``fuse``; every stage
+runs in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _rewrite_use(
     rounding: int,
     corrections: list[tuple[Any, list[fx.Node]]],
 ) -> None:
-    """Let a product read the compressed weight, and add the corrections, ops with their operands besides x, to it."""
+    """Let a product read the compressed weight, and add the corrections, ops with their operands but x, to it."""
     product = use.node
     unscaled = _activation(use)
     operand, activation = weight, unscaled
@@ -152,8 +153,9 @@ def _rewrite_use(
     _set_operands(use, activation, operand)
     total, own = product, set[fx.Node]()
     for op, operands in corrections:
+        rounded = op is slim.low_rank.default and scale is None
         with graph.inserting_after(total):
-            correction = graph.call_function(op, (unscaled, *operands))
+            correction = graph.call_function(op, (activation if rounded else unscaled, *operands))
             _describe(correction, product, product.meta.get("val"))
         with graph.inserting_after(correction):
             total = graph.call_function(aten.add.Tensor, (total, correction))

@@ -36,12 +36,15 @@ _SCALED = Call(
     {"self": Anything("x"), "other": Anything("input_scale")},
     shareable=True,
 )
-_ROUNDED = Call(
-    (slim.round_activations.default,),
-    {"x": OneOf((_SCALED, _PLAIN)), "activation": Anything("activation")},
-    shareable=True,
-)
-_PRODUCT = OneOf((*_product_of(_ROUNDED), *_product_of(_SCALED), *_product_of(_PLAIN)))
+
+
+def _rounded(x: Pattern) -> Pattern:
+    return Call((slim.round_activations.default,), {"x": x, "activation": Anything("activation")}, shareable=True)
+
+
+_ROUNDED, _SCALED_AND_ROUNDED = _rounded(_PLAIN), _rounded(_SCALED)
+_OF_SCALED = (*_product_of(_SCALED_AND_ROUNDED), *_product_of(_SCALED))
+_PRODUCT = OneOf((*_OF_SCALED, *_product_of(_ROUNDED), *_product_of(_PLAIN)))
 
 
 class FuseLinear(Rule):
@@ -66,21 +69,26 @@ class FuseLinear(Rule):
 class FuseLowRank(Rule):
     """``linear(x * s, dequant(values, ...), b) + low_rank(x, l, r)  ->  slim.linear(x, values, ..., s, l, r, b)``.
 
-    The product may read ``x * s`` rounded; the adapters read x itself.
+    The product may read ``x * s`` rounded. Without a scale both may read x rounded, but not one alone.
     """
 
     benefit = 2
     near = 3
 
     def pattern(self) -> Pattern:
-        """The sum of a product and of adapters that read the same input, unscaled and unrounded."""
+        """The sum of a product and of adapters that read the same input, unscaled."""
         factors = {"left": Anything("left"), "right": Anything("right")}
-        adapters = Call((slim.low_rank.default,), {"x": Anything("x"), **factors})
-        return Call(
-            (aten.add.Tensor,),
-            {"self": _PRODUCT, "other": adapters, "alpha": Anything("alpha")},
-            commutes=("self", "other"),
-        )
+
+        def total(products: tuple[Pattern, ...], x: Pattern) -> Pattern:
+            adapters = Call((slim.low_rank.default,), {"x": x, **factors})
+            return Call(
+                (aten.add.Tensor,),
+                {"self": OneOf(products), "other": adapters, "alpha": Anything("alpha")},
+                commutes=("self", "other"),
+            )
+
+        rounded = total(_product_of(_ROUNDED), _ROUNDED)
+        return OneOf((rounded, total((*_OF_SCALED, *_product_of(_PLAIN)), _PLAIN)))
 
     def check(self, found: Match) -> None:
         """The factors must be constants, plain or in the dense symmetric storage form, and added as they are."""

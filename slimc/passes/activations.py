@@ -15,16 +15,17 @@ _STORED: Mapping[str, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 @dataclass(frozen=True)
 class Activations(SitePass):
-    """``y = linear(round_activations(x), w) + low_rank(x, l, r)``: each token rounded to 8 bits when it arrives.
+    """``q = round_activations(x); y = linear(q, w) + low_rank(q, l, r)``: each token rounded to 8 bits when it arrives.
 
     Every token has a scale of its own, from its largest magnitude (`slimc.runtime.activations`); nothing is calibrated
-    and nothing stored. Adapters read the unrounded input. A site whose codes an 8-bit operand cannot hold exactly (or
-    that has none) is left as it is, and its row in the report says why.
+    and nothing stored. Adapters read what the weight reads; where inputs are scaled first, as for activation-aware
+    quantisation, they read the input as it came, and signs always do. A site whose codes an 8-bit operand cannot hold
+    exactly (or that has none) is left as it is, and its row in the report says why.
 
     The place in the recipe makes no difference to the rounding. What it costs at a site is noise that no weight could
-    take back, so the statistics there stay those of the exact input, which the adapters read; the sweep goes on with
-    the product as it will be computed, so that later sites see the rounded outputs and are fitted to them. Passes that
-    come after this one and judge a choice by its output error count the rounding in.
+    take back, so the statistics there stay those of the exact input; the sweep goes on with the product as it will be
+    computed, so that later sites see the rounded outputs and are fitted to them. Passes that come after this one and
+    judge a choice by its output error count the rounding in.
 
     Attributes:
         bits: 8.

@@ -200,14 +200,15 @@ class _TunedLinear(nn.Module):
         scale = self.packed.input_scale
         scaled = x if scale is None else x * scale.to(x)
         given = bias if self.bias is None else self.bias
-        y = functional.linear(self._rounded(scaled), self.weight.matrix().to(x.dtype), given)
+        rounded = self._rounded(scaled)
+        y = functional.linear(rounded, self.weight.matrix().to(x.dtype), given)
         if self.left is None or self.right is None:
             return y
-        inner = functional.linear(x, self.right.matrix().to(x.dtype))
+        inner = functional.linear(rounded if scale is None else x, self.right.matrix().to(x.dtype))
         return y + functional.linear(inner, self.left.matrix().to(x.dtype))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        """Return what the weight reads; gradients pass rounding as if it were not there, whose own are zero."""
+        """Return x rounded, if it is; gradients pass rounding as if it were not there, whose own are zero."""
         return x + (round_inputs(x, self.packed.activation) - x).detach()
 
     def pack(self) -> PackedLinear:

@@ -297,13 +297,15 @@ class SiteWork:
         return 0.0 if self.shift is None else self.shift
 
     def _rounding_noise(self, sample: Tensor) -> Tensor | float:
-        """Return by how much rounding changes the outputs of ``base`` on sampled inputs."""
+        """Return by how much rounding changes the outputs of ``base`` and the adapters on sampled inputs."""
         if self.rounding is None:
             return 0.0
         exact = sample.to(self.dtype)
+        rounded = self.base + self.correction()
         if self.input_scale is not None:
             exact = exact * self.input_scale.to(self.dtype)
-        return (round_tokens(exact, self.rounding).float() - exact.float()) @ self.base.t()
+            rounded = self.base
+        return (round_tokens(exact, self.rounding).float() - exact.float()) @ rounded.t()
 
     def judge(self, weight: Tensor) -> float | None:
         """Return the error of ``weight`` on held-out tokens, ``None`` without them.

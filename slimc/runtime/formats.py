@@ -310,8 +310,9 @@ class LinearFormat:
     """The storage form of a linear layer's weight, its adapters and its input scale (the bias is not part of it).
 
     ``left`` is [rows, rank] and ``right`` [rank, columns]; there are both or neither. ``activation`` is one of
-    `ACTIVATIONS`, if what the weight is multiplied by is rounded token by token (`slimc.runtime.activations`); it
-    takes no space. ``binary`` adds a matrix of signs with a magnitude of low rank, if there is one.
+    `ACTIVATIONS`, if what the weight is multiplied by is rounded token by token (`slimc.runtime.activations`), and what
+    the adapters are multiplied by unless inputs are scaled first; it takes no space. ``binary`` adds a matrix of signs
+    with a magnitude of low rank, if there is one.
     """
 
     weight: WeightFormat

@@ -202,9 +202,10 @@ def linear(
     activation: int,
     widths: Sequence[int] = (),
 ) -> Tensor:
-    """``round_activations(x * input_scale) @ W^T + bias + (x @ right^T) @ left^T + sign_low_rank(x, ...)``.
+    """``q @ W^T + bias + (q @ right^T) @ left^T + sign_low_rank(x, ...)`` with ``q = round_activations(x)``.
 
-    Each step is rounded to x's dtype.
+    With an ``input_scale`` W reads ``round_activations(x * input_scale)``, and the adapters x as it came. Each step is
+    rounded to x's dtype.
     """
     shape = {"bits": bits, "columns": columns, "group": group, "n": n, "m": m}
     weight = dequantize(values, pattern, scale, zero_point, **shape, widths=widths)
@@ -228,12 +229,10 @@ def _products(
     bias: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    scaled = x if input_scale is None else x * input_scale.to(x.dtype)
-    y = functional.linear(
-        round_inputs(scaled, activation), weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    )
+    operand = round_inputs(x if input_scale is None else x * input_scale.to(x.dtype), activation)
+    y = functional.linear(operand, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if left is not None and right is not None:
-        y = y + low_rank(x, left, right)
+        y = y + low_rank(operand if input_scale is None else x, left, right)
     if binary is not None:
         y = y + sign_low_rank(x, *binary)
     return y.contiguous()

@@ -243,15 +243,15 @@ class PackedLinear:
 
     The layer computes ``y = (x * input_scale) @ decode(weight)^T + (x @ right^T) @ left^T``; the adapters read
     the unscaled input. With an ``activation`` the product with the weight reads ``x * input_scale`` rounded token by
-    token, the adapters still read x. A binary part reads x as the adapters do: for each of its ranks it adds
-    ``((x * right) @ B^T) * left``.
+    token, and so do the adapters if there is no ``input_scale``; if there is one they still read x. A binary part reads
+    x itself: for each of its ranks it adds ``((x * right) @ B^T) * left``.
 
     Attributes:
         weight: The matrix [rows, columns].
         left: Left factor of the low-rank correction, [rows, rank], or None.
         right: Right factor, [rank, columns], or None.
         input_scale: [columns] in the dtype of the weight, or None.
-        activation: What the inputs of the weight are rounded to, one of `slimc.runtime.formats.ACTIVATIONS`, or None.
+        activation: What inputs are rounded to, one of `slimc.runtime.formats.ACTIVATIONS`, or None.
         binary: Signs with a magnitude of low rank, added to the weight, or None.
     """
 

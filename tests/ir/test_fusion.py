@@ -244,14 +244,16 @@ def test_the_new_node_keeps_where_it_comes_from(pack: Packer, x: torch.Tensor) -
     assert node.meta["slim_rule"] == "FuseLowRank"
 
 
-def test_adapters_that_read_the_rounded_input_leave_the_rounding_outside(pack: Packer, x: torch.Tensor) -> None:
+def test_adapters_that_read_another_input_than_the_product_stay_outside(pack: Packer, x: torch.Tensor) -> None:
     program = expressed(pack, x, "int4 rank4 int8in")
     adapters, rounding = only(program, slim.low_rank.default), only(program, slim.round_activations.default)
-    adapters.args = (rounding, *adapters.args[1:])
+    exact = rounding.args[0]
+    adapters.args = (exact, *adapters.args[1:])
     fused(program, x)
     node = only(program, slim.linear.default)
-    assert node.args[0] is rounding
-    assert (node.kwargs["activation"], node.kwargs["rank"]) == (0, 2)
+    assert node.args[0] is exact
+    assert (node.kwargs["activation"], node.kwargs["rank"]) == (1, 0)
+    assert adapters in program.graph.nodes
 
 
 def test_a_rounded_input_that_is_read_elsewhere_stays_for_the_others(pack: Packer, x: torch.Tensor) -> None:

@@ -278,7 +278,8 @@ def run(x: Tensor, layer: ComposedLayer, bias: Tensor | None, kernels: Sequence[
     if layer.offsets is not None and layer.plan.split is not None:
         y = y.addmm_(layer.plan.split.sums(round_inputs(scaled, layer.plan.activation)), layer.offsets)
     if layer.left is not None and layer.right is not None:
-        inner = layer.right.run(inputs, None, kernels)
+        read = inputs if layer.input_scale is not None else round_inputs(inputs, layer.plan.activation)
+        inner = layer.right.run(read, None, kernels)
         if isinstance(layer.left, _Dense):
             y = y.addmm_(inner, layer.left.matrix.t())
         else:

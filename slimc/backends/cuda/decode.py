@@ -275,8 +275,6 @@ def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     if device.type == "cuda" and tokens > MAX_TOKENS:
         return f"is for {MAX_TOKENS} tokens at most"
-    if spec.activation is not None and spec.left is not None:
-        return "reads one input, but adapters read it as it came and the weight reads it rounded"
     return refuses(spec, dtype, device)
 
 

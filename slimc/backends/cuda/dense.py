@@ -25,13 +25,12 @@ __all__ = ["DENSE", "add_adapters", "run"]
 def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns]."""
     spec = layer.format
-    flat = x.reshape(-1, spec.columns)
+    flat = round_inputs(x.reshape(-1, spec.columns), spec.activation)
     weight = expand_weight(layer)
-    if layer.right is not None and spec.activation is None and len(flat) > _merging_pays(spec):
+    if layer.right is not None and len(flat) > _merging_pays(spec):
         y = functional.linear(flat, _merge(weight, layer), bias)
     else:
-        y = functional.linear(round_inputs(flat, spec.activation), weight, bias)
-        y = add_adapters(y, flat, layer)
+        y = add_adapters(functional.linear(flat, weight, bias), flat, layer)
     return y.view(*x.shape[:-1], spec.rows)
 
 

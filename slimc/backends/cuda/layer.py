@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimc.backends.cuda import compiler
 from slimc.backends.cuda.counters import Counters
-from slimc.backends.cuda.fragments import TILE_ROWS, code_words, metadata_words, scale_words
+from slimc.backends.cuda.fragments import TILE_ROWS, code_words, metadata_words, scale_groups, scale_words
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
@@ -76,6 +76,7 @@ class FragmentLayer:
         scale: of W: 16-bit [1] or [rows], or words of groups, int32 [row tiles, groups, 8].
         right, left: codes of the factors, their rank padded to a multiple of 64.
         right_scale, left_scale: words of their groups of 64 columns.
+        right_largest: the largest magnitude of a row's, 16-bit [ranks].
         rank_range: int32 [row tiles, 2], the first rank that a tile of L reads, and how many units of 64.
         members: the layers of a stack, or the one that this is.
         counters: for kernels that hand out work.
@@ -88,6 +89,7 @@ class FragmentLayer:
     scale: Tensor
     right: Tensor | None = None
     right_scale: Tensor | None = None
+    right_largest: Tensor | None = None
     left: Tensor | None = None
     left_scale: Tensor | None = None
     rank_range: Tensor | None = None
@@ -150,8 +152,10 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
 
 
 def complete(layer: FragmentLayer) -> FragmentLayer:
-    """Derive what follows from the tensors of a layer that is no stack: the ranks that it reads, and its counters."""
-    if layer.right is not None:
+    """Derive what follows from the tensors of a layer that is no stack: ranks that it reads, their scales, counters."""
+    if layer.right is not None and layer.right_scale is not None:
+        scales = scale_groups(layer.right_scale, layer.ranks, layer.right_scale.shape[1], layer.format.weight.dtype)
+        layer.right_largest = scales.abs().amax(1)
         layer.rank_range = _rank_range(layer, 0)
         layer.members = (Member(0, 0, layer.ranks // FACTOR_GROUP),)
         layer.counters = Counters(layer.codes.device)
@@ -265,6 +269,7 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
     starts = list(accumulate((one.ranks for one in layers), initial=0))
     stacked.right = torch.cat([_present(one.right) for one in layers])
     stacked.right_scale = torch.cat([_present(one.right_scale) for one in layers])
+    stacked.right_largest = torch.cat([_present(one.right_largest) for one in layers])
     stacked.left = torch.cat([_fill_units(_present(one.left), units) for one in layers])
     stacked.left_scale = torch.cat([_fill_units(_present(one.left_scale), units) for one in layers])
     stacked.rank_range = torch.cat([_rank_range(one, start) for one, start in zip(layers, starts, strict=False)])

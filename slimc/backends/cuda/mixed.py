@@ -317,7 +317,7 @@ def run(x: Tensor, layer: MixedLayer | MixedStack, bias: Tensor | None) -> Tenso
         launch(layer, shape, part, bias, y[start : start + LAUNCH_TOKENS])
     for one, rows in zip(members, y.split_with_sizes(counts, dim=1), strict=True):
         if one.adapters is not None:
-            one.adapters.add(rows, flat)
+            one.adapters.add(rows, _read_by_adapters(flat, inputs, one))
     return y.view(*x.shape[:-1], sum(counts))
 
 
@@ -357,9 +357,10 @@ def run_dense(x: Tensor, layer: MixedLayer, bias: Tensor | None) -> Tensor:
     """Compute y [..., rows] from x [..., columns] by cuBLAS, with a dense weight made for this call."""
     spec = layer.format
     flat = x.reshape(-1, spec.columns)
-    y = functional.linear(_rounded(flat, layer), expand(layer), bias)
+    inputs = _rounded(flat, layer)
+    y = functional.linear(inputs, expand(layer), bias)
     if layer.adapters is not None:
-        layer.adapters.add(y, flat)
+        layer.adapters.add(y, _read_by_adapters(flat, inputs, layer))
     return y.view(*x.shape[:-1], spec.rows)
 
 
@@ -391,6 +392,10 @@ def _rounded(flat: Tensor, layer: MixedLayer) -> Tensor:
     scale = layer.rest.get("input_scale")
     inputs = round_inputs(flat if scale is None else flat * scale, layer.format.activation).contiguous()
     return inputs if inputs.data_ptr() % 16 == 0 else inputs.clone()
+
+
+def _read_by_adapters(flat: Tensor, rounded: Tensor, layer: MixedLayer) -> Tensor:
+    return flat if layer.format.input_scaled else rounded
 
 
 def _arguments(

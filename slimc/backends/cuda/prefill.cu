@@ -19,40 +19,43 @@
 //   OUTPUTS    tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out
 //   BLOCKS     blocks that a multiprocessor can hold at once
 //   MULTICAST  blocks of a cluster, of neighbouring rows, that bring activations for each other
-//   LIGHT      1: leaves registers to another launch on the same multiprocessor
 
 #define THREADS (128 * (WARPGROUPS + 1))
-// Of a thread that multiplies, and of the others: together no more than a block has at its start. For what it has then
-// products are compiled, so that a light block says it has as many threads as have 96 registers each.
-#define REGISTERS (WARPGROUPS == 4 || LIGHT ? 112 : BLOCKS == 1 ? 232 : 104)
-#define FEW_REGISTERS (LIGHT ? 56 : WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
-#define BOUND (LIGHT ? 640 : THREADS)
+// Of a thread that multiplies, and of the others: together no more than a block has at its start.
+#define REGISTERS (WARPGROUPS == 4 ? 112 : BLOCKS == 1 ? 232 : 104)
+#define FEW_REGISTERS (WARPGROUPS == 4 || BLOCKS == 2 ? 32 : 40)
 #define BLOCK_ROWS (64 * ROW_TILES * WARPGROUPS)
 #define TILES (BLOCK_ROWS / 16)
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
 #define BYTES_8 (ACTIVATION != 16)
 
-// A piece is what 32 bytes of a row's codes cover: 128 columns of a 2:4 weight, 64 of a dense one.
-#define COLUMNS (SPARSE ? 128 : 64)
+// A piece is 128 columns, or 64 of a dense weight that is multiplied in 16 bits. 32 bytes of a row's codes are a unit.
+#define COLUMNS (SPARSE || BYTES_8 ? 128 : 64)
+#define UNITS (COLUMNS / (SPARSE ? 128 : 64))
 #define BOXES (SPARSE && !BYTES_8 ? 2 : 1)  // of 128 bytes a token
 #define SCALE_GROUPS (GROUP == 0 ? 1 : COLUMNS > GROUP ? COLUMNS / GROUP : 1)
 #define BOX_BYTES (TOKENS * 128)
 #define CODES_AT (BOXES * BOX_BYTES)
-#define METADATA_AT (CODES_AT + TILES * 512)
+#define METADATA_AT (CODES_AT + TILES * 512 * UNITS)
 #define SCALES_AT (METADATA_AT + (SPARSE ? TILES * 256 : 0))
 #define SLOT_BYTES ((SCALES_AT + (GROUP > 0 || ADAPTERS ? TILES * 32 * SCALE_GROUPS : 0) + 1023) / 1024 * 1024)
+
+// Tensor cores add up products of bytes that have one scale. Where W has groups, its int8 operands are made of codes and
+// scales, rounded, with a scale a row; float8 cannot hold those well enough: sums of a group are multiplied by its scales.
+#define INTEGERS_OF_ROWS (ACTIVATION == 8 && GROUP > 0)
+#define SUMS_OF_GROUPS (ACTIVATION == 80 && GROUP > 0)
 
 struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
     TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
     TensorMap y_map;       // [tokens, rows], in boxes of OUTPUTS x 128 bytes, if rows are a multiple of 8
-    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x one unit, as all that follow
+    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x UNITS, as all that follow of one
     TensorMap metadata_map; // of W if SPARSE, [row tiles][units][lane][2] words
     TensorMap scale_map;    // of W if GROUP, [row tiles][groups][8] words: rows g and g + 8
     TensorMap left_map;     // of L, [row tiles][left units][lane][4] words
     TensorMap left_scale_map; // [row tiles][left units][8] words
     u16* y;                // [tokens, rows]
-    const u16* scale;      // [1] or [rows], if not GROUP
+    const u16* scale;      // [1] or [rows], if not GROUP; [rows], the largest magnitude of a row's, if INTEGERS_OF_ROWS
     const u16* bias;       // [rows] or null
     const int2* rank_range; // [row tiles]: first rank that a tile's L reads, and how many units of 64
     const float* token_scale; // [tokens], if ACTIVATION has 8 bits
@@ -61,7 +64,7 @@ struct Arguments {
     int tokens;
     int rows;
     int row_tiles;         // of 16 rows
-    int units;             // of a row tile: columns / COLUMNS, rounded up
+    int pieces;            // of a row tile: columns / COLUMNS, rounded up
     int row_scale;         // 1: a scale a row, 0: one for all
     int left_units;        // units of 64 ranks that a row of L has room for
     int token_tiles;       // tokens / TOKENS, rounded up
@@ -71,7 +74,6 @@ struct Arguments {
     u32 share_rest;        // clusters that have one more
     u32 inverse;           // 2^32 / pieces of a tile, rounded up: a division that the compiler knows to be the same in all lanes
     int wait_first;        // 1: x may still be written by the launch before
-    int wait_last;         // 1: it is not, but the launch after this one reads what the launch before writes
     u32 zero;              // 0, which the compiler does not know
     int band;              // token tiles that all rows go through before the next ones: their activations stay in the cache
 };
@@ -154,30 +156,38 @@ typedef int Sum;
 #define SUM "+r"
 #define WGMMA_SPARSE "k64.s32.s8.s8"
 #define WGMMA_DENSE "k32.s32.s8.s8"
-#define WGMMA_SIGNS ", 1;"
+#define WGMMA_SIGNS ";"
 #elif ACTIVATION == 80
 typedef float Sum;
 #define SUM "+f"
 #define WGMMA_SPARSE "k64.f32.e4m3.e4m3"
 #define WGMMA_DENSE "k32.f32.e4m3.e4m3"
-#define WGMMA_SIGNS ", 1, 1, 1;"
+#define WGMMA_SIGNS ", 1, 1;"
 #else
 typedef float Sum;
 #define SUM "+f"
 #define WGMMA_SPARSE "k32.f32." TYPE "." TYPE
 #define WGMMA_DENSE "k16.f32." TYPE "." TYPE
-#define WGMMA_SIGNS ", 1, 1, 1, 0;"
+#define WGMMA_SIGNS ", 1, 1, 0;"
 #endif
 
 #if SPARSE
 template <int SELECTOR>
 __device__ __forceinline__ void multiply(Sum (&c)[SUMS], const u32 (&a)[4], u64 b, u32 metadata) {
-    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) WGMMA_SPARSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP WGMMA_SIGNS
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) WGMMA_SPARSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP ", 1" WGMMA_SIGNS
                  : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));
 }
 #else
 __device__ __forceinline__ void multiply(Sum (&c)[SUMS], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SIGNS
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A ", 1" WGMMA_SIGNS
+                 : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
+
+#if SUMS_OF_GROUPS
+// The same, in place of what was in c.
+__device__ __forceinline__ void multiply_anew(Sum (&c)[SUMS], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) WGMMA_DENSE " {" WGMMA_OUT "}, " WGMMA_A ", 0" WGMMA_SIGNS
                  : OUT(SUM) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #endif
@@ -231,18 +241,20 @@ __device__ __forceinline__ u32 kept(u32 v) {
 // A thread's view of the pieces that it multiplies.
 struct Reader {
     Pipeline at;
-    u32 codes, metadata, scales, left_scales;  // where this thread's words of the first slot are
+    u32 codes, metadata, scales;  // where this thread's words of the first slot are, of W
+    u32 left_codes, left_scales;  // and of L
     u32 releases;                 // the barrier that says that the piece before has been multiplied
     bool speaks;                  // whether this thread says so for its warpgroup
     u32 zero;                     // 0, which the compiler does not know
 #if BYTES_8
-    u32 mask, own;                // of decoding
+    u32 mask, own, other;         // of decoding
 #endif
 
     // `nobody` is a barrier at which none waits: before the first piece there is none to release.
     __device__ __forceinline__ Reader(const Pipeline& pipeline, u32 nobody, int tile, u32 zero) : at(pipeline), zero(zero) {
         const int lane = threadIdx.x % 32;
-        codes = kept(at.slots + CODES_AT + tile * 512 + lane * 16);
+        codes = kept(at.slots + CODES_AT + tile * 512 * UNITS + lane * 16);
+        left_codes = UNITS == 1 ? codes : kept(at.slots + CODES_AT + tile * 512 + lane * 16);
         metadata = kept(at.slots + METADATA_AT + tile * 256 + lane * 8);
         scales = kept(at.slots + SCALES_AT + tile * 32 * SCALE_GROUPS + lane / 4 * 4);
         left_scales = SCALE_GROUPS == 1 ? scales : kept(at.slots + SCALES_AT + tile * 32 + lane / 4 * 4);
@@ -250,7 +262,12 @@ struct Reader {
         speaks = kept(threadIdx.x % 128) < (MULTICAST > 1 ? MULTICAST : 1);
 #if BYTES_8
         mask = kept(0xf0f0f0f0);
+#if SPARSE
         own = kept(lane & 1 ? 0x7632 : 0x5410);
+#else
+        own = kept(lane & 1 ? 0x2064 : 0x6420);
+        other = kept(lane & 1 ? 0x3175 : 0x7531);
+#endif
 #endif
     }
 
@@ -272,9 +289,9 @@ __device__ __forceinline__ int uniform(int v) { return __reduce_max_sync(0xfffff
 
 #if BYTES_8
 // Words of two products with 16-bit operands become the operand of one with bytes, in which a register has the codes of
-// two groups, or pairs, of columns that lay 16, or 8, apart: quantize.cu puts activations into that order.
+// two groups of 4 columns that lay 16 apart if W is 2:4, else of one group: quantize.cu puts activations into that order.
 #if ACTIVATION == 8
-#define CODE_UNIT (1.f / 16)
+#define CODE_UNIT (INTEGERS_OF_ROWS ? 8.f / 127 : 1.f / 16)
 
 // Codes less their zero point of 8, times 16.
 __device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32 mask) {
@@ -295,11 +312,46 @@ __device__ __forceinline__ void decode_bytes(u32& low, u32& high, u32 word, u32)
 }
 #endif
 
-__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, u32 mask) {
-    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120), mask);
-    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120), mask);
-}
+#if INTEGERS_OF_ROWS
+// What the largest scale of a row multiplies its codes by, so that 8 becomes 127, in 256ths.
+#define LARGEST_MULTIPLIER (127 * 256 / 8)
 
+// By what codes of rows g and g + 8 are multiplied, and what is added to the products, for the zero point and to round them.
+struct Multipliers {
+    u32 low, high, low_offset, high_offset;
+
+    __device__ __forceinline__ Multipliers(u32 scales, const float (&inverse)[2])
+        : low(__float2int_rn(to_float((u16)scales) * inverse[0])), high(__float2int_rn(to_float((u16)(scales >> 16)) * inverse[1])),
+          low_offset((128 - 8 * low) * 0x10001), high_offset((128 - 8 * high) * 0x10001) {}
+};
+
+// Lanes exchange as below. Two codes are multiplied at once, in halves of a word; the upper byte of each is the integer. A
+// negative lower half takes a 256th of a unit from the upper one.
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Multipliers& m, const Reader& r) {
+    const bool odd = threadIdx.x & 1;
+    const u32 own = odd ? second : first, other = __shfl_xor_sync(0xffffffff, odd ? first : second, 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 multiplier = i & 1 ? m.high : m.low, offset = i & 1 ? m.high_offset : m.low_offset;
+        a[i] = __byte_perm((own >> (4 * i) & 0xf000f) * multiplier + offset, (other >> (4 * i) & 0xf000f) * multiplier + offset, r.other);
+    }
+}
+#elif SPARSE
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Reader& r) {
+    decode_bytes(a[0], a[1], __byte_perm(first, 0, 0x3120), r.mask);
+    decode_bytes(a[2], a[3], __byte_perm(second, 0, 0x3120), r.mask);
+}
+#else
+// A group of 4 columns lies in an even lane and the next: the even one takes those of the first 16 columns, the other the rest.
+__device__ __forceinline__ void decode_operand(u32 (&a)[4], u32 first, u32 second, const Reader& r) {
+    const bool odd = threadIdx.x & 1;
+    const u32 own = odd ? second : first, other = __shfl_xor_sync(0xffffffff, odd ? first : second, 1);
+    decode_bytes(a[0], a[1], __byte_perm(own, other, r.own), r.mask);
+    decode_bytes(a[2], a[3], __byte_perm(own, other, r.other), r.mask);
+}
+#endif
+
+#if SPARSE
 // Metadata in the order of those operands, in which a lane has all of a row: even lanes row g, odd ones row g + 8.
 __device__ __forceinline__ uint2 reorder_metadata(uint2 m, const Reader& r) {
     const u32 own = __byte_perm(m.x, m.y, r.own);
@@ -311,6 +363,7 @@ __device__ __forceinline__ uint2 reorder_metadata(uint2 m, const Reader& r) {
     return make_uint2(__byte_perm(low, high, 0x5140), __byte_perm(low, high, 0x7362));
 }
 #endif
+#endif
 
 // What a block, or each of a cluster, computes next: some pieces of a tile, those of L after those of W.
 struct Segment { int tile, first, last; };
@@ -320,7 +373,7 @@ struct Work {
     int pieces, begin, end, last_shared, shares;
 
     __device__ __forceinline__ Work(const Arguments& a)
-        : pieces(a.units + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x / MULTICAST)), end(share(a, blockIdx.x / MULTICAST + 1)),
+        : pieces(a.pieces + (ADAPTERS ? a.left_units : 0)), begin(share(a, blockIdx.x / MULTICAST)), end(share(a, blockIdx.x / MULTICAST + 1)),
           last_shared(tile_of(a, end - 1)), shares(begin < end ? last_shared - tile_of(a, begin) + 1 : 0) {}
 
     static __device__ __forceinline__ int share(const Arguments& a, u32 cluster) { return a.share * cluster + min(cluster, a.share_rest); }
@@ -369,10 +422,10 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         const Segment s = work.segment(a, i);
         if (s.tile >= a.row_blocks * a.token_tiles) break;
         const int block_tile = first_row_tile(a, s, blockIdx.x % MULTICAST), token = place_of(a, s).token_tile * TOKENS;
-        for (int unit = s.first; unit < min(s.last, a.units); ++unit) {
+        for (int unit = s.first; unit < min(s.last, a.pieces); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
-            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
+            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 * UNITS + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
 #pragma unroll
             for (int box = 0; box < BOXES; ++box) {
 #if MULTICAST > 1
@@ -383,7 +436,7 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
                 load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
 #endif
             }
-            load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128, block_tile);
+            load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128 * UNITS, block_tile);
 #if SPARSE
             load_box(to + METADATA_AT, &a.metadata_map, barrier, unit * 64, block_tile);
 #endif
@@ -394,9 +447,9 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
             ++used;
         }
 #if ADAPTERS
-        if (s.last > a.units) wait_for_previous_launch();  // which costs nothing but the first time
+        if (s.last > a.pieces) wait_for_previous_launch();  // which costs nothing but the first time
         const int2 ranks = ranks_of(a, block_tile);
-        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
+        for (int unit = max(s.first - a.pieces, 0); unit < min(s.last - a.pieces, most_left_units(a, s)); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
             if (unit >= ranks.y) {
@@ -412,15 +465,11 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         }
 #endif
     }
-    if (a.wait_last) {
-        wait_for_previous_launch();
-        let_next_launch_begin();
-    }
 }
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, each of
 // which holds the operands of half a piece.
-#define PRODUCTS (BYTES_8 ? 2 : 4)  // of a piece
+#define PRODUCTS (SPARSE && BYTES_8 ? 2 : 4)  // of a piece
 #define BATCH (PRODUCTS / 2)
 #define LEFT_BATCH (WARPGROUPS == 4 ? 1 : 2)  // registers are scarcer there
 
@@ -430,10 +479,68 @@ __device__ __forceinline__ void replace_metadata(u32& metadata, u32 word, u32 ze
     asm volatile("lop3.b32 %0, %1, %2, %0, 0x78;" : "+r"(metadata) : "r"(word), "r"(zero));
 }
 
-__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Reader& r) {
+#if SUMS_OF_GROUPS
+#define GROUP_PRODUCTS (PRODUCTS / SCALE_GROUPS)
+#define SETS (REGISTERS > 200 ? 2 : 1)  // of sums of bytes: with two, products of a group run while sums of the one before are added
+
+__device__ __forceinline__ void add_group(float (&sum)[SUMS], const Sum (&products)[SUMS], u32 scales) {
+    const float low = to_float((u16)scales), high = to_float((u16)(scales >> 16));
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4) {
+        sum[i] = fmaf((float)products[i], low, sum[i]);
+        sum[i + 1] = fmaf((float)products[i + 1], low, sum[i + 1]);
+        sum[i + 2] = fmaf((float)products[i + 2], high, sum[i + 2]);
+        sum[i + 3] = fmaf((float)products[i + 3], high, sum[i + 3]);
+    }
+}
+
+__device__ __forceinline__ void multiply_groups(float (&sum)[SUMS], Reader& r) {
+    r.release_previous();
     r.at.wait_full();
     const u32 offset = r.offset();
-    uint4 codes[ROW_TILES];
+    uint4 codes[UNITS];
+    u32 scales[SCALE_GROUPS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) codes[unit] = read_uint4(r.codes + offset + unit * 512);
+#pragma unroll
+    for (int j = 0; j < SCALE_GROUPS; ++j) scales[j] = read_word(r.scales + offset + j * 32);
+    const u64 box = describe(r.at.data());
+    Sum products[SETS][SUMS];
+    u32 of[2][GROUP_PRODUCTS][4];
+#pragma unroll
+    for (int j = 0; j < SCALE_GROUPS; ++j) {
+#pragma unroll
+        for (int k = 0; k < GROUP_PRODUCTS; ++k) {
+            const int i = j * GROUP_PRODUCTS + k;
+            decode_operand(of[j % 2][k], word_of(codes[i / 2], 2 * i % 4), word_of(codes[i / 2], 2 * i % 4 + 1), r);
+        }
+        if (SETS == 1 && j > 0) {
+            wgmma_wait<0>();
+            add_group(sum, products[0], scales[j - 1]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < GROUP_PRODUCTS; ++k) {
+            const int i = j * GROUP_PRODUCTS + k;
+            if (k == 0) multiply_anew(products[j % SETS], of[j % 2][k], box + i * 32 / 16);
+            else multiply(products[j % SETS], of[j % 2][k], box + i * 32 / 16);
+        }
+        wgmma_commit();
+        if (SETS == 2 && j > 0) {
+            wgmma_wait<1>();
+            add_group(sum, products[(j - 1) % SETS], scales[j - 1]);
+        }
+    }
+    wgmma_wait<0>();
+    add_group(sum, products[(SCALE_GROUPS - 1) % SETS], scales[SCALE_GROUPS - 1]);
+    r.at.advance();
+}
+#else
+__device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u32 (&metadata)[2][ROW_TILES], Reader& r,
+                                                 const float (&inverse)[ROW_TILES][2]) {
+    r.at.wait_full();
+    const u32 offset = r.offset();
+    uint4 codes[ROW_TILES][UNITS];
 #if SPARSE
     uint2 words[ROW_TILES];
 #endif
@@ -442,7 +549,8 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #endif
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
+#pragma unroll
+        for (int unit = 0; unit < UNITS; ++unit) codes[m][unit] = read_uint4(r.codes + offset + (4 * m * UNITS + unit) * 512);
 #if SPARSE
         words[m] = read_uint2(r.metadata + offset + 4 * m * 256);
 #if BYTES_8
@@ -469,12 +577,15 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
             const int j = batch * BATCH + i;
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
-#if BYTES_8
-                decode_operand(of[set][i][m], word_of(codes[m], 2 * j), word_of(codes[m], 2 * j + 1), r.mask);
+#if INTEGERS_OF_ROWS
+                const Multipliers by(scales[m][j * SCALE_GROUPS / PRODUCTS], inverse[m]);
+                decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), by, r);
+#elif BYTES_8
+                decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), r);
 #else
-                decode_word(of[set][i][m], word_of(codes[m], j));
+                decode_word(of[set][i][m], word_of(codes[m][0], j));
 #endif
-#if GROUP > 0
+#if GROUP > 0 && !BYTES_8
                 apply_scales(of[set][i][m], scales[m][j * SCALE_GROUPS / PRODUCTS]);
 #endif
             }
@@ -503,6 +614,7 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
     }
     r.at.advance();
 }
+#endif
 
 __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Reader& r) {
     r.at.wait_full();
@@ -511,7 +623,7 @@ __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], Rea
     u32 scales[ROW_TILES];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
-        codes[m] = read_uint4(r.codes + offset + 4 * m * 512);
+        codes[m] = read_uint4(r.left_codes + offset + 4 * m * 512);
         scales[m] = read_word(r.left_scales + offset + 4 * m * 32);
     }
     const u64 box = describe(r.at.data());
@@ -606,7 +718,7 @@ __device__ __forceinline__ void add_part(const float4* from, float (&sum)[ROW_TI
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
 #if BYTES_8
@@ -648,7 +760,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
     const u32 staged = slots + STAGES * SLOT_BYTES + group * OUTPUTS * 128;
     const Output output{a, staged};
     Reader reader(pipeline, shared_address(barriers + 2 * STAGES), own_tile, a.zero);
+#if !SUMS_OF_GROUPS
     u32 metadata[2][ROW_TILES] = {};
+#endif
     const Work work(a);
     for (int i = 0;; ++i) {
         const Segment s = work.segment(a, i);
@@ -657,13 +771,31 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
 #if ADAPTERS
         const int units = uniform(ranks_of(a, block_tile).y);
 #endif
+        float inverse[ROW_TILES][2] = {};
+#if INTEGERS_OF_ROWS
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+            const int row = (block_tile + own_tile + 4 * (i / 2)) * 16 + 8 * (i % 2) + lane / 4;
+            const float largest = to_float(a.scale[min(row, a.rows - 1)]);
+            inverse[i / 2][i % 2] = largest == 0.f ? 0.f : LARGEST_MULTIPLIER / largest;
+        }
+#endif
+#if SUMS_OF_GROUPS
+        static_assert(ROW_TILES == 1, "there is no room for more sums");
+        float sum[1][SUMS] = {};
+#else
         Sum products[ROW_TILES][SUMS] = {};
+#endif
 #if BYTES_8
         const float token_scale = a.token_scale[token + threadIdx.x % TOKENS];
 #endif
 #pragma unroll 1
-        for (int left = min(s.last, a.units) - s.first; left > 0; --left)
-            multiply_weights(products, metadata, reader);
+        for (int left = min(s.last, a.pieces) - s.first; left > 0; --left)
+#if SUMS_OF_GROUPS
+            multiply_groups(sum[0], reader);
+#else
+            multiply_weights(products, metadata, reader, inverse);
+#endif
         // While the last products run: these would cost registers before.
         float scale[ROW_TILES][2], bias[ROW_TILES][2];
 #pragma unroll
@@ -671,7 +803,8 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = (block_tile + own_tile + 4 * m) * 16 + 8 * half + lane / 4;
-                if (GROUP == 0) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
+                scale[m][half] = 1.f;
+                if (GROUP == 0 || INTEGERS_OF_ROWS) scale[m][half] = to_float(a.scale[a.row_scale ? min(row, a.rows - 1) : 0]);
                 bias[m][half] = a.bias ? to_float(a.bias[min(row, a.rows - 1)]) : 0.f;
             }
 #if BYTES_8
@@ -679,7 +812,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
         wait_named(2 + group, 128);
 #endif
         wgmma_wait<0>();
-#if ACTIVATION == 8
+#if SUMS_OF_GROUPS
+        float (&products)[1][SUMS] = sum;
+#elif ACTIVATION == 8
         float sum[ROW_TILES][SUMS];
 #else
         float (&sum)[ROW_TILES][SUMS] = products;
@@ -704,10 +839,10 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
 #endif
 #if ADAPTERS
 #pragma unroll 1
-        for (int unit = max(s.first - a.units, 0); unit < min(s.last - a.units, units); ++unit) multiply_left(sum, reader);
+        for (int unit = max(s.first - a.pieces, 0); unit < min(s.last - a.pieces, units); ++unit) multiply_left(sum, reader);
         wgmma_wait<0>();
 #if MULTICAST > 1
-        for (int unit = max(s.first - a.units, units); unit < min(s.last - a.units, most_left_units(a, s)); ++unit) {
+        for (int unit = max(s.first - a.pieces, units); unit < min(s.last - a.pieces, most_left_units(a, s)); ++unit) {
             reader.at.wait_full();
             reader.release_previous();
             reader.at.advance();
@@ -745,7 +880,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, BLOCKS) prefill_linear(const
             }
         }
     }
-    if (!a.wait_first && !a.wait_last && threadIdx.x == 0) let_next_launch_begin();
+    if (!a.wait_first && threadIdx.x == 0) let_next_launch_begin();
     if (threadIdx.x % 128 == 0) wait_until_boxes_are_stored();
 #if MULTICAST > 1
     // What the other block brings, and says, must find this one still there.

@@ -1,9 +1,11 @@
 """``cuda-prefill``: a 4-bit linear layer with its adapters for many tokens, on Hopper's tensor cores (``prefill.cu``).
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
-runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``); adapters read x as
-it came, so that t need not wait for it. Sums are taken in an order fixed by the shape of the launch, so results are the
-same from call to call.
+runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``), and both multiply
+bytes; t is rounded to 16 bits, and L multiplies in those. For int8 a row of R, whose codes have a scale every 64
+columns, becomes integers of 8 bits with one scale: each differs from the number that it stands for by half a unit, of
+which the largest code of the row, times its scale, has 127. Sums are taken in an order fixed by the shape of the
+launch, so results are the same from call to call.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from slimc.backends.cuda import driver
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
-from slimc.backends.cuda.rounding import ACTIVATION_CODES, THREAD_COLUMNS, kept_for, round_inputs
+from slimc.backends.cuda.rounding import ACTIVATION_CODES, kept_for, round_inputs, threads_for
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
@@ -65,11 +67,11 @@ ADDING_COST = 2
 MOST_PLANS = 64
 """Numbers of tokens whose launches a layer remembers: prompts may have any length."""
 
-QUANTIZER_THREADS = 384
-"""Of a multiprocessor: enough to have memory busy, and few enough that t's launch finds room beside them."""
+QUANTIZER_THREADS = 1024
+"""Of a multiprocessor, which the source bounds registers to."""
 
-QUANTIZER_BLOCK = 128
-"""Threads of a block where so many have registers for a token; longer ones take all of a multiprocessor's."""
+QUANTIZER_COLUMNS = 32
+"""Of a token that a thread rounds, if a block can have so many threads: with 64 it takes up to a quarter longer."""
 
 QUANTIZED_COLUMNS = 32
 """A rounded row is a multiple of this: within so many columns their order changes."""
@@ -86,11 +88,11 @@ class _Arguments(ctypes.Structure):
             "y", "scale", "bias", "rank_range", "token_scale", "parts", "ready",
         )),
         *((name, ctypes.c_uint) for name in (
-            "tokens", "rows", "row_tiles", "units", "row_scale", "left_units",
+            "tokens", "rows", "row_tiles", "pieces", "row_scale", "left_units",
             "token_tiles", "row_blocks", "shared_tiles", "share", "share_rest", "inverse",
-            "wait_first", "wait_last", "zero", "band",
+            "wait_first", "zero", "band",
         )),
-        ("padding", ctypes.c_uint * 2),
+        ("padding", ctypes.c_uint * 3),
     ]  # fmt: skip
 
 
@@ -107,7 +109,6 @@ class LaunchShape:
         multicast: blocks of a cluster, of neighbouring rows, that bring activations for each other.
         outputs: tokens of 64 rows, of a warpgroup, that have room in shared memory on their way out.
         beside: whether to leave the room of all blocks but one to the launches before and after.
-        light: whether a block of two warpgroups of 64 rows takes few registers, so that another launch has some.
     """
 
     tokens: int
@@ -118,7 +119,6 @@ class LaunchShape:
     share: bool = True
     multicast: int = 1
     beside: bool = False
-    light: bool = False
 
     @property
     def rows(self) -> int:
@@ -171,7 +171,12 @@ class Form:
     @property
     def columns(self) -> int:
         """Columns of a piece."""
-        return 128 if self.sparse else 64
+        return 128 if self.sparse or self.activation is not None else 64
+
+    @property
+    def units(self) -> int:
+        """Units of codes in a piece."""
+        return self.columns // (128 if self.sparse else 64)
 
     @property
     def scale_groups(self) -> int:
@@ -182,7 +187,7 @@ class Form:
         """Bytes of a piece in shared memory: activations, codes, metadata and scales."""
         boxes = 2 if self.sparse and self.activation is None else 1
         groups = max(self.scale_groups, int(self.adapters))
-        unit = UNIT_CODE_BYTES + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
+        unit = UNIT_CODE_BYTES * self.units + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
         return _round_up(boxes * shape.tokens * BOX_BYTES + shape.rows // TILE_ROWS * unit, ALIGNMENT)
 
     def stages(self, shape: LaunchShape) -> int:
@@ -272,11 +277,12 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     if plan.quantizer is None:
         read, scales = round_inputs(x, layer.format.activation), None
     else:
-        read, scales = _quantize(plan.quantizer, x, tokens, columns, plan.main.shape.tokens, stream)
+        tile = max(step.shape.tokens for step in (plan.main, plan.right) if step is not None)
+        read, scales = _quantize(plan.quantizer, x, tokens, columns, tile, stream)
     t = parts_of_t = None
     if plan.right is not None:
         t = x.new_empty(tokens, layer.ranks)
-        parts_of_t = _start(plan.right, x, None, t, None, None, stream)
+        parts_of_t = _start(plan.right, read, None, t, None, scales, stream)
     _start(plan.main, read, t, y, bias, scales, stream)
     del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
     return y
@@ -360,13 +366,13 @@ def make_plan(
             tokens=tokens,
             rows=spec.rows,
             row_tiles=layer.row_tiles,
-            units=layer.codes.shape[1],
+            pieces=-(-layer.codes.shape[1] // form.units),
             row_scale=int(not group and not spec.weight.per_tensor),
             left_units=layer.left_units,
             wait_first=int(layer.right is None),
         ),
         {
-            "codes_map": (layer.codes, 1),
+            "codes_map": (layer.codes, form.units),
             "metadata_map": (layer.metadata, 1),
             "scale_map": (layer.scale if group else None, form.scale_groups),
             "left_map": (layer.left, 1),
@@ -380,18 +386,23 @@ def make_plan(
     )
     right = None
     if layer.right is not None:
+        right_form = Form(False, FACTOR_GROUP, False, activation)
         right = _plan_launch(
             _Arguments(
+                scale=pointer(layer.right_largest),
                 tokens=tokens,
                 rows=layer.ranks,
                 row_tiles=layer.ranks // TILE_ROWS,
-                units=layer.right.shape[1],
-                wait_first=int(activation is None),
-                wait_last=int(activation is not None),
+                pieces=-(-layer.right.shape[1] // right_form.units),
+                row_scale=1,
+                wait_first=1,
             ),
-            {"codes_map": (layer.right, 1), "scale_map": (layer.right_scale, 1)},
+            {
+                "codes_map": (layer.right, right_form.units),
+                "scale_map": (layer.right_scale, right_form.scale_groups),
+            },
             right_shape or own_right_shape,
-            Form(False, FACTOR_GROUP, False, None),
+            right_form,
             dtype,
             layer,
             processors,
@@ -416,14 +427,10 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
         "BLOCKS": shape.blocks,
         "MULTICAST": shape.multicast,
         "OUTPUTS": shape.outputs,
-        "LIGHT": int(shape.light),
     }
 
 
 SMALL_TILES = LaunchShape(128, 2, 1)
-LIGHT_TILES = LaunchShape(128, 2, 1, light=True)
-"""Of t where inputs are rounded beside it."""
-
 LARGE_TILES = LaunchShape(128, 2, 2, outputs=128)
 LARGE_TILES_TOGETHER = LaunchShape(128, 2, 2, outputs=128, multicast=2)
 HALF_BLOCKS = LaunchShape(64, 2, 1, blocks=2, beside=True)
@@ -451,7 +458,7 @@ def _shapes(
     if activation is not None:
         if 8 * tiles <= 5 * processors:
             return SMALL_TILES, HALF_BLOCKS
-        return LARGE_TILES_TOGETHER if together else LARGE_TILES, LIGHT_TILES
+        return LARGE_TILES_TOGETHER if together else LARGE_TILES, SMALL_TILES
     if 2 * tiles <= processors and not together:
         many = tokens >= MANY_TOKENS or columns >= LARGE_LAYER
         return LaunchShape(64, 4, 1) if many else SMALL_TILES, HALF_BLOCKS
@@ -483,7 +490,7 @@ def _plan_launch(
     band = BAND_TOKENS_OF_MANY_COLUMNS if layer.format.columns >= LARGE_LAYER else BAND_TOKENS
     arguments.band = min(band // shape.tokens, arguments.token_tiles)
     tiles = arguments.token_tiles * arguments.row_blocks
-    pieces = arguments.units + arguments.left_units
+    pieces = arguments.pieces + arguments.left_units
     large = form.activation is not None and shape.rows > SMALL_TILES.rows
     cost = SHARING_COST_OF_LARGE_8_BIT_TILES if large else SHARING_COST
     clusters, arguments.shared_tiles = shape.divide(tiles, pieces, processors, cost)
@@ -541,11 +548,10 @@ def _ready(layer: FragmentLayer, count: int) -> Counters:
 
 
 def _plan_quantizer(form: Form, columns: int, dtype: torch.dtype, device_index: int, processors: int) -> _Quantizer:
-    threads = QUANTIZER_BLOCK if columns <= QUANTIZER_BLOCK * THREAD_COLUMNS else QUANTIZER_THREADS
+    threads = threads_for(columns, QUANTIZER_COLUMNS)
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 90,
-        "SPARSE": int(form.sparse),
         "ACTIVATION": ACTIVATION_CODES[form.activation],
         "THREADS": threads,
         "KEPT": kept_for(columns, threads),

@@ -1,14 +1,13 @@
 // Activations rounded to 8 bits with a scale a token: s = max |x| / LARGEST, q = x / s.
 //
 // A block rounds one token, whose numbers its threads hold in registers from the search for the largest to the rounding.
-// Columns are put into the order in which prefill.cu multiplies bytes: of every 32 columns groups of 4, or of every 16
-// pairs if the weight is dense, the first half between the second. What fills up a row is zero.
+// Columns are put into the order in which prefill.cu multiplies bytes: of every 32 columns groups of 4, the first half
+// between the second. What fills up a row is zero.
 //
 // `round_tokens` writes s * q in 16 bits, in their order, for products in 16 bits.
 //
 // Compiled with -D, besides those of common.cuh:
 //   ACTIVATION 8: int8, 80: float8 e4m3
-//   SPARSE     1: for a 2:4 weight; 0: for a dense one; `round_tokens` is the same for both
 //   THREADS    of a block
 //   KEPT       times 8 numbers of a thread, in registers; those of longer tokens are read twice
 
@@ -62,23 +61,14 @@ __device__ __forceinline__ float divide_plainly(float x, float s, float inverse)
 
 // The 8 bytes that a thread writes: its own in part, in part those of another that has the other half.
 __device__ __forceinline__ uint2 exchange(u32 first, u32 second) {
-    const int lane = threadIdx.x % 32;
-#if SPARSE
     // `first` and `second` are groups of 4 columns; those of threads 0 and 2, and of 1 and 3, of every 4 lie in turns.
-    const bool later = lane & 2;
+    const bool later = threadIdx.x & 2;
     const u32 other = __shfl_xor_sync(0xffffffff, later ? first : second, 2);
     return later ? make_uint2(other, second) : make_uint2(first, other);
-#else
-    // Pairs of columns, two in a word; those of even and odd threads lie in turns.
-    const bool later = lane & 1;
-    const u32 other = __shfl_xor_sync(0xffffffff, later ? first : second, 1);
-    const u32 even = later ? other : first, odd = later ? second : other;
-    return make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
-#endif
 }
 
 // Where those 8 bytes go, in units of them.
-__device__ __forceinline__ int place(int i) { return SPARSE ? i / 4 * 4 + i % 2 * 2 + i % 4 / 2 : i; }
+__device__ __forceinline__ int place(int i) { return i / 4 * 4 + i % 2 * 2 + i % 4 / 2; }
 
 // A token: its numbers, as far as a thread has registers for them, and its scale.
 struct Token {
@@ -135,9 +125,8 @@ struct Token {
     }
 };
 
-// Few blocks, which go on from token to token, of 72 registers a thread, as the bound makes them: a launch that multiplies finds
-// room beside them.
-extern "C" __global__ void __launch_bounds__(896)
+// Blocks that fill a multiprocessor with 1024 threads and go on from token to token.
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 quantize_tokens(const uint4* x, uint2* q, float* scale, int tokens, int columns, int filled) {
     const int eighths = columns / 8, end = filled / 8;
     wait_for_previous_launch();

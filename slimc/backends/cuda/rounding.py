@@ -85,7 +85,6 @@ def _launcher(activation: str, dtype: torch.dtype, threads: int, device_index: i
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 10 * torch.cuda.get_device_capability(device_index)[0],
-        "SPARSE": 0,
         "ACTIVATION": ACTIVATION_CODES[activation],
         "THREADS": threads,
         "KEPT": MOST_KEPT,

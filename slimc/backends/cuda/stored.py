@@ -93,7 +93,7 @@ def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:
     rounded = round_inputs(scaled, spec.activation)
     y = functional.linear(rounded, layer.weight.dense()[:, : spec.columns], bias)
     if layer.adapters is not None:
-        layer.adapters.add(y, flat)
+        layer.adapters.add(y, rounded if layer.input_scale is None else flat)
     return y.view(*x.shape[:-1], spec.rows)
 
 

@@ -97,15 +97,14 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     columns = layer.format.columns
     stream = torch.cuda.current_stream(x.device).cuda_stream
     y = x.new_empty(*x.shape[:-1], layer.format.rows)
-    # Adapters read x as it came.
-    rounded = round_inputs(x, layer.format.activation)
+    x = round_inputs(x, layer.format.activation)
     if plan.right is None or layer.counters is None:
-        _start(plan.main, rounded, columns, None, y, bias, None, stream)
+        _start(plan.main, x, columns, None, y, bias, None, stream)
         return y
     t = x.new_empty(x.numel() // columns, layer.ranks)
     flags = layer.counters.of_launch(stream), next(_MARKS)
     _start(plan.right, x, columns, None, t, None, flags, stream)
-    _start(plan.main, rounded, columns, t, y, bias, flags, stream)
+    _start(plan.main, x, columns, t, y, bias, flags, stream)
     return y
 
 

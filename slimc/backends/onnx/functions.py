@@ -149,9 +149,9 @@ def round_nodes(x: str, result: str, kind: str, prefix: str) -> list[NodeProto]:
 
 
 def linear_function(overload: LinearOverload, opset: int) -> FunctionProto:
-    """Return ``slim::linear``: ``round(x * input_scale) @ W + bias + (x @ R) @ L + binary`` of weights [in, out].
+    """Return ``slim::linear``: ``round(x) @ W + bias + (round(x) @ R) @ L + binary`` of weights [in, out].
 
-    ``binary`` is `sign_low_rank_function`.
+    With an input scale W reads ``round(x * input_scale)`` and R reads x. ``binary`` is `sign_low_rank_function`.
     """
     nodes: list[NodeProto] = []
     attributes: list[str] = []
@@ -181,7 +181,8 @@ def linear_function(overload: LinearOverload, opset: int) -> FunctionProto:
     if overload.low_rank:
         right = decoded("right", overload.right_codes, "right_")
         left = decoded("left", overload.left_codes, "left_")
-        nodes.append(helper.make_node("MatMul", ["x", right], ["inner"]))
+        read = "x" if overload.input_scale else operand
+        nodes.append(helper.make_node("MatMul", [read, right], ["inner"]))
         nodes.append(helper.make_node("MatMul", ["inner", left], ["correction"]))
         last = "corrected" if overload.sign_ranks else "y"
         nodes.append(helper.make_node("Add", [total, "correction"], [last]))

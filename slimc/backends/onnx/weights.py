@@ -513,7 +513,7 @@ def _lower_products(
         last = named("biased") if low_rank or signed else y
         total = piece.node("Add", [total, piece.numbers("bias", bias)], last)
     if packed.left is not None and packed.right is not None:
-        inner = product(x, "right", packed.right, named("inner"))
+        inner = product(operand if packed.input_scale is None else x, "right", packed.right, named("inner"))
         correction = product(inner, "left", packed.left, named("correction"))
         total = piece.node("Add", [total, correction], named("corrected") if signed else y)
     if packed.binary is not None:

@@ -104,7 +104,7 @@ def product(x: Tensor, packed: PackedLinear) -> Tensor:
         inputs = codes.double() * scale.double()
     y = inputs @ packed.weight.decode().double().T
     if packed.left is not None and packed.right is not None:
-        y += x.double() @ packed.right.decode().double().T @ packed.left.decode().double().T
+        y += inputs @ packed.right.decode().double().T @ packed.left.decode().double().T
     return y
 
 

@@ -15,8 +15,6 @@ from slimc.backends.cuda.prefill import Form, LaunchShape
 from slimc.backends.cuda.rounding import kept_for
 
 PROCESSORS = 132
-REGISTERS = 65536
-"""Of a multiprocessor."""
 
 
 def test_a_launch_beside_another_has_one_block_on_each_multiprocessor() -> None:
@@ -41,7 +39,7 @@ def test_chosen_shapes_leave_room_for_a_pipeline(
 ) -> None:
     shape, right = prefill._shapes(rows, columns, tokens, activation, PROCESSORS)
     assert Form(True, 0, True, activation).stages(shape) >= 4
-    assert Form(False, FACTOR_GROUP, False, None).stages(right) >= 4
+    assert Form(False, FACTOR_GROUP, False, activation).stages(right) >= 4
 
 
 def test_few_tiles_run_side_by_side_and_many_do_not() -> None:
@@ -67,13 +65,6 @@ def test_a_launch_goes_through_a_band_of_tokens_at_a_time(make_packed: Any, laun
 
 def test_a_thread_keeps_no_more_of_a_token_than_it_has_registers_for() -> None:
     assert [kept_for(columns, 128) for columns in (8, 1024, 1032, 4096, 8192, 8200)] == [1, 1, 2, 4, 8, 8]
-
-
-def test_rounding_and_the_launch_for_t_fit_on_a_multiprocessor_together() -> None:
-    # What the sources bound registers to: of 896 and of 640 threads on a whole multiprocessor, in eighths.
-    rounding, multiplying = (REGISTERS // threads // 8 * 8 for threads in (896, 640))
-    threads = LaunchShape(128, 2, 1, light=True).threads
-    assert prefill.QUANTIZER_THREADS * rounding + threads * multiplying <= REGISTERS
 
 
 class Launches:
