@@ -45,9 +45,6 @@ MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 RESERVED_BYTES = 2 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
-MOST_PAIRED_BYTES = 80 << 10
-"""Of shared memory that a `LaunchShape.paired` block takes: a block for t finds room beside two."""
-
 ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
@@ -103,8 +100,6 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
-        paired: whether a multiprocessor has room for two blocks of the launch and a small one, of t's, and no third.
-        handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
     """
@@ -121,8 +116,6 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
-    paired: bool = False
-    handover: int = -1
     window: int = 0
     turn: int = 0
 
@@ -178,9 +171,7 @@ class LaunchShape:
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        available = SHARED_BYTES // self.blocks
-        if self.alone or self.paired:
-            available = SHARED_BYTES * 2 // 3 if self.alone else MOST_PAIRED_BYTES
+        available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
         room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
@@ -203,8 +194,6 @@ class LaunchShape:
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
         needed = self._ring_bytes(form) + self._output_bytes
-        if self.paired:
-            return max(needed, SHARED_BYTES // 3)
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:
@@ -311,8 +300,10 @@ def _choose(
     for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
-        # Blocks that run alone would take a second round, for a few of them.
-        too_many = one.shape.alone and blocks_of(one.shape, rows, starts) > processors
+        # Blocks that run alone would take a second round, for a few of them. Beside those that take all shared memory
+        # the launch for t finds no room: it has the other half of the device.
+        most = processors // 2 if one.shape.blocks == 1 and tile <= FEW_TOKENS else processors
+        too_many = (one.shape.alone or most < processors) and blocks_of(one.shape, rows, starts) > most
         if one.shape.fits(form) and not too_many:
             return one.shape
     # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
