@@ -80,7 +80,7 @@ def everything(tile: int) -> list[LaunchShape]:
                 found += rings
     if tile <= shapes.FEW_TOKENS:
         alone = [replace(shape, alone=True) for shape in found if shape.blocks == 2]
-        found += [replace(shape, paired=True) for shape in found if shape.blocks > 1] + alone
+        found += alone
     return found + [replace(shape, even=True) for shape in found if shape.column_groups == 1]
 
 
@@ -282,7 +282,6 @@ def best_shapes(
 def _short(shape: LaunchShape) -> str:
     groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
     groups += f" even spared {shape.spared}" if shape.even else ""
-    groups += " paired" if shape.paired else ""
     groups += f" window {shape.window} turn {shape.turn}"
     return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
 

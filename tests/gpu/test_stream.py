@@ -95,11 +95,11 @@ SHAPES = [
     LaunchShape(64, 4, 2, 1, 1, 1, 128, apart=True),
     LaunchShape(64, 1, 4, 1, 3, 1, 128),
     LaunchShape(64, 3, 2, 1, 5, 1, 256, inputs=3),
-    LaunchShape(8, 2, 1, 2, 2, 2, 256, paired=True, handover=0, window=3, turn=1),
-    LaunchShape(8, 1, 1, 4, 1, 2, 256, alone=True, inputs=8, turn=5, handover=100),
-    LaunchShape(16, 1, 1, 2, 1, 3, 256, paired=True, handover=2, window=2, turn=3),
-    LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, paired=True, window=2, turn=2),
-    LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, handover=1, window=4, turn=7),
+    LaunchShape(8, 2, 1, 2, 2, 2, 256, alone=True, window=3, turn=1),
+    LaunchShape(8, 1, 1, 4, 1, 1, 256, inputs=8, turn=5),
+    LaunchShape(16, 1, 1, 2, 1, 3, 256, window=2, turn=3),
+    LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, alone=True, window=2, turn=2),
+    LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, window=4, turn=7),
 ]
 
 
@@ -112,7 +112,7 @@ def test_rings_and_clusters(random_layer: Any, check: Any, shape: LaunchShape) -
     parts = [random_layer(rows, 640, rank) for rows, rank in ((512, 57), (256, 130), (300, 20))]
     layer = stack([prepare(part) for part in parts])
     x = torch.randn(shape.tokens, 640, dtype=torch.bfloat16, device="cuda")
-    right = LaunchShape(min(shape.tokens, 64), 1, 1, 2, 2, 2, 128, 4, handover=shape.handover)
+    right = LaunchShape(min(shape.tokens, 64), 1, 1, 2, 2, 2, 128, 4, window=shape.window, turn=shape.turn)
     y = launch(make_plan(layer, x.dtype, len(x), shape, right), x, layer, None)
     for part, rows in zip(parts, (slice(512), slice(512, 768), slice(768, 1068)), strict=True):
         check(part, x, None, y[:, rows])

@@ -45,9 +45,6 @@ MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 RESERVED_BYTES = 2 << 10
 """What the system and the kernel's own variables take of it, a block."""
 
-MOST_PAIRED_BYTES = 80 << 10
-"""Of shared memory that a `LaunchShape.paired` block takes: a block for t finds room beside two."""
-
 ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
@@ -107,8 +104,6 @@ class LaunchShape:
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
         ahead: whether warpgroups load the words of a slot while products with the one before run.
-        paired: whether a multiprocessor has room for two blocks of the launch and a small one, of t's, and no third.
-        handover: slots of weights that a block has still to bring when the next launch may begin; all of them if -1.
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
         products: of a tile of rows that run while the next are made ready; by a rule if 0.
@@ -128,8 +123,6 @@ class LaunchShape:
     even: bool = False
     spared: int = 0
     ahead: bool = False
-    paired: bool = False
-    handover: int = -1
     window: int = 0
     turn: int = 0
     products: int = 0
@@ -187,9 +180,7 @@ class LaunchShape:
         So a slot always meets the same warpgroup. One that waited for another's slot could be a whole turn ahead of
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
-        available = SHARED_BYTES // self.blocks
-        if self.alone or self.paired:
-            available = SHARED_BYTES * 2 // 3 if self.alone else MOST_PAIRED_BYTES
+        available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
         room = available - RESERVED_BYTES - self._output_bytes(form) - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
@@ -213,8 +204,6 @@ class LaunchShape:
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
         needed = self._ring_bytes(form) + self._output_bytes(form)
-        if self.paired:
-            return max(needed, SHARED_BYTES // 3)
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:
@@ -348,6 +337,9 @@ def _in_one_round(one: Measured, rows: int, starts: Sequence[int], processors: i
     Those of an even launch never do.
     """
     shape = one.shape
+    if shape.blocks == 1 and shape.tokens <= FEW_TOKENS and blocks_of(shape, rows, starts) > processors // 2:
+        # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device.
+        return None
     room = processors * (1 if shape.alone else shape.blocks)
     measured_blocks = blocks_of(shape, one.rows)
     if shape.even or blocks_of(shape, rows, starts) <= room or (measured_blocks > room and not shape.alone):

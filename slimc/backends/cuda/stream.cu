@@ -99,7 +99,6 @@ struct Arguments {
     int tiles;                 // of results, if EVEN
     u32 zero;                  // 0, which the compiler does not know
     u32 mark;                  // of this launch and that for t: what another left behind does not pass for it
-    int handover;              // slots of weights that a block has still to bring when the next launch may begin; -1: all of them
     int window;                // slots of weights under way at once, at most: no more than STAGES, which parity cannot tell apart
     int turn;                  // slots of W that a block's first one is further on than that of the block before it
     int members;               // of the stack
@@ -212,16 +211,6 @@ struct Work {
         return s;
     }
 
-    // Of weights that the block brings.
-    __device__ __forceinline__ int slots() const {
-        int count = 0;
-        for (int tile = first; tile <= last; ++tile) {
-            const Segment s = segment(tile);
-            count += s.middle - s.begin + s.end - s.left;
-        }
-        return count;
-    }
-
     // A share of W and one of L, so that nobody waits for who has all of L.
     __device__ __forceinline__ void divide(Segment& s, int slots, int share, int shares) const {
         const int units = slots - a.steps;
@@ -268,10 +257,10 @@ struct Source {
         const Source& source;
         Weights ring, arriving;  // the next slot, and the oldest of those under way
         Cursor slot;
-        int count, left;
+        int count;
 
         __device__ __forceinline__ Bringer(const Source& source, const Work& work, const Weights& ring)
-            : source(source), ring(ring), arriving(ring), slot(work), count(0), left(work.slots()) {}
+            : source(source), ring(ring), arriving(ring), slot(work), count(0) {}
 
         // The weights of a slot, once there is room for them.
         __device__ __forceinline__ void bring() {
@@ -284,7 +273,6 @@ struct Source {
             source.bring_weights(ring, slot);
             ring.advance(1);
             slot.advance();
-            if (--left == source.a.handover) let_next_launch_begin();
         }
     };
 
@@ -759,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 
     if (threadIdx.x == CONSUMERS) Source{a}.prefetch_maps_of_weights();
     if (threadIdx.x == 0) {
-        if (a.handover < 0 || a.handover >= work.slots()) let_next_launch_begin();
+        let_next_launch_begin();
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(weights.full + 8 * i, 1);
             barrier_init(weights.empty + 8 * i, 4 * ROW_GROUPS);

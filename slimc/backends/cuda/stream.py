@@ -54,10 +54,10 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("y", "scale", "bias", "flags", "parts", "shared")),
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "whole", "row_scale", "steps", "slots", "token_tiles", "tiles", "zero", "mark",
-            "handover", "window", "turn", "members",
+            "window", "turn", "members",
         )),
         *((name, ctypes.c_int * MOST_STACKED) for name in ("first_block", "first_row", "first_rank", "rank_units")),
-        ("padding", ctypes.c_int * 6),  # a structure with tensor maps is a multiple of 64 bytes
+        ("padding", ctypes.c_int * 7),  # a structure with tensor maps is a multiple of 64 bytes
     ]  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def _describe_weight(
 def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: int, layer: FragmentLayer) -> _Launch:
     device_index = layer.codes.get_device()
     arguments.token_tiles = -(-arguments.tokens // shape.tokens)
-    arguments.handover, arguments.turn = shape.handover, shape.turn
+    arguments.turn = shape.turn
     stages, _ = shape.stages_of(form)
     arguments.window = min(shape.window or stages, stages)
     if not shape.fits(form):
@@ -221,14 +221,14 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
     function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
     tiles = blocks * arguments.token_tiles
     grid, sharing = tiles * shape.cluster, None
-    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     if shape.even:
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
+        processors = torch.cuda.get_device_properties(device_index).multi_processor_count
         most = max(processors - shape.spared, 1) * shape.blocks
         grid = shapes.even_blocks(tiles, arguments.slots, most)
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
-        if shape.alone or shape.paired:
+        if shape.alone:
             grid = min(grid, shapes.even_blocks(tiles, arguments.slots, processors))
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
 

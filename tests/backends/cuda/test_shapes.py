@@ -151,12 +151,13 @@ def test_blocks_that_run_alone_take_no_second_round() -> None:
         assert not other.alone or shapes.blocks_of(other, one.rows) < blocks
 
 
-def test_a_multiprocessor_has_room_for_two_blocks_that_are_a_pair_and_one_for_t() -> None:
-    for column_groups, stages in ((1, 2), (1, 0), (2, 0)):
-        shape = LaunchShape(16, 1, 1, column_groups, 1, blocks=2, step=256, stages=stages, paired=True)
-        taken, other = shape.shared_bytes(LAYER) + 1024, LaunchShape(16, 1, 1, 1, 8, blocks=3, step=256, stages=2)
-        assert 3 * taken > shapes.SHARED_BYTES
-        assert 2 * taken + other.shared_bytes(FACTOR) + 1024 <= shapes.SHARED_BYTES
+def test_blocks_of_the_whole_shared_memory_leave_half_of_the_device_to_the_launch_for_t() -> None:
+    whole = [one for one in shapes.measured()["layers"] if one.tokens <= shapes.FEW_TOKENS and one.shape.blocks == 1]
+    assert whole
+    for one in whole:
+        assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS) == one.shape
+        for rows in (5120, 6144):
+            assert shapes.of_layer(rows, one.columns, one.tokens, LAYER, (), PROCESSORS).blocks > 1
 
 
 def test_measured_shapes_can_be_launched() -> None:
