@@ -90,6 +90,9 @@ SHAPES = [
     LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4, apart=True),
     LaunchShape(64, 1, 4, 1, 1, 1, 256, inputs=3, even=True, spared=36, apart=True),
     LaunchShape(64, 4, 2, 1, 1, 1, 128, apart=True),
+    LaunchShape(64, 1, 2, 2, 1, 1, 256, inputs=4, apart=True),
+    LaunchShape(128, 2, 1, 2, 1, 1, 128, apart=True),
+    LaunchShape(128, 1, 1, 2, 2, 1, 128, apart=True),
     LaunchShape(64, 1, 4, 1, 3, 1, 128),
     LaunchShape(64, 3, 2, 1, 5, 1, 256, inputs=3),
 ]
