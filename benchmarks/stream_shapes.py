@@ -57,6 +57,9 @@ BYTES_UNDER_WAY = (24 << 10, 40 << 10, 60 << 10)
 TURNS = (0, 1, 3, 5, 9, 13)
 """Slots between the first columns of a block and those of the next."""
 
+ALONE = ((4, 1), (3, 1), (2, 1), (2, 2), (1, 3), (1, 4))
+"""Warpgroups for rows and for columns of a launch for t whose blocks have a multiprocessor each."""
+
 START_SECONDS, CASE_SECONDS = 60, 10
 """How long making the layers, and one measurement, may take."""
 
@@ -65,6 +68,7 @@ def everything(tile: int) -> list[LaunchShape]:
     """Return shapes beyond those that slimc considers, many of which no layer will like."""
     groups = [
         (1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1),
+        (3, 1, 1), (3, 2, 1), (4, 2, 1),
     ]  # fmt: skip
     # Steps, slots of weights, slots of activations.
     few = [(128, 0, 0), (256, 0, 0)]
@@ -120,7 +124,7 @@ def right_candidates(
     if tile < 64:
         return found
     # Blocks that have a multiprocessor each take no more of them than they need, wherever they are launched.
-    alone = {tile: [LaunchShape(tile, 1, *groups, 1, 1, 128) for groups in ((4, 1), (2, 1), (2, 2))]}
+    alone = {tile: [LaunchShape(tile, 1, *groups, 1, 1, 128) for groups in ALONE]}
     return found + [
         shape
         for shape in shapes.suiting(alone, tile, FACTOR)

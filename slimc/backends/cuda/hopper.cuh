@@ -19,11 +19,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
     asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
-// Without a branch of the caller's: products on both sides of one would run one after another.
-__device__ __forceinline__ void barrier_wait_unless(bool condition, u32 barrier, int parity) {
-    asm volatile("{\n.reg .pred done;\nsetp.ne.u32 done, %2, 0;\nagain:\n@!done mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n}" ::"r"(barrier), "r"(parity), "r"((u32)condition) : "memory");
-}
 
 __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barrier, int column, int token) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"

@@ -63,7 +63,7 @@ FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
 
 MANY_TOKENS = 64
-"""Of a block, from which on the sums that a cluster of a layer exchanges take the place of its rings."""
+"""Of a block, from which on the sums that a cluster exchanges take the place of its rings."""
 
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
@@ -103,11 +103,9 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
-        ahead: whether warpgroups load the words of a slot while products with the one before run.
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
-        products: of a tile of rows that run while the next are made ready; by a rule if 0.
-        apart: whether a warp brings weights and another activations, as with few tokens.
+        apart: whether a warp brings weights and another activations, as it is with few tokens.
     """
 
     tokens: int
@@ -122,10 +120,8 @@ class LaunchShape:
     alone: bool = False
     even: bool = False
     spared: int = 0
-    ahead: bool = False
     window: int = 0
     turn: int = 0
-    products: int = 0
     apart: bool = False
 
     @property
@@ -158,10 +154,14 @@ class LaunchShape:
         return MOVED_REGISTERS[warpgroups] if needed > own else (0, 0)
 
     @property
+    def bringers(self) -> int:
+        """Warps that bring what the others read."""
+        return 2 if self.apart or self.tokens <= FEW_TOKENS else 1
+
+    @property
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
-        warps = 2 if self.tokens <= FEW_TOKENS or self.apart else 1
-        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * warps)
+        return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * self.bringers)
 
     @property
     def input_bytes(self) -> int:
@@ -181,7 +181,7 @@ class LaunchShape:
         what has arrived, and the parity by which it waits does not tell one turn from the last but one.
         """
         available = SHARED_BYTES * 2 // 3 if self.alone else SHARED_BYTES // self.blocks
-        room = available - RESERVED_BYTES - self._output_bytes(form) - ALIGNMENT
+        room = available - RESERVED_BYTES - self._output_bytes - ALIGNMENT
         if self.inputs:
             fitting = (room - self.inputs * self.input_bytes) // self.slot_bytes(form)
         else:
@@ -195,7 +195,7 @@ class LaunchShape:
         """Whether warpgroups can wait for a slot while they hold another, and the rings take their sums at the end."""
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
-        sums += self._sent_bytes if self._sums_in_rings(form) else 0
+        sums += self._sent_bytes if self.tokens >= MANY_TOKENS else 0
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
@@ -203,7 +203,7 @@ class LaunchShape:
 
     def shared_bytes(self, form: Form) -> int:
         """Dynamic shared memory of a block: rings, and sums that are sent to it; more than half if it is `alone`."""
-        needed = self._ring_bytes(form) + self._output_bytes(form)
+        needed = self._ring_bytes(form) + self._output_bytes
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
     def _ring_bytes(self, form: Form) -> int:
@@ -216,11 +216,9 @@ class LaunchShape:
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
         return pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
 
-    def _sums_in_rings(self, form: Form) -> bool:
-        return form.adapters and self.tokens >= MANY_TOKENS
-
-    def _output_bytes(self, form: Form) -> int:
-        return ALIGNMENT + (0 if self._sums_in_rings(form) else self._sent_bytes)
+    @property
+    def _output_bytes(self) -> int:
+        return ALIGNMENT + (0 if self.tokens >= MANY_TOKENS else self._sent_bytes)
 
 
 @dataclass(frozen=True)
@@ -427,6 +425,8 @@ CANDIDATES = {
         (2, 1, 1, 1, 128, 4, 0),
         (2, 2, 1, 1, 256, 0, 3),
         (1, 4, 1, 1, 256, 0, 3),
+        (1, 3, 1, 1, 256, 0, 3),
+        (4, 2, 1, 1, 128, 0, 4),
     )
     + _even(
         64,
@@ -443,6 +443,7 @@ CANDIDATES = {
         (1, 1, 1, 2, 128, 8, 3),
         (1, 3, 1, 1, 128, 8, 3),
         (1, 3, 1, 1, 128, 8, 6),
+        (1, 3, 1, 1, 128, 0, 0),
         (2, 1, 1, 1, 128, 4, 0),
         (1, 2, 1, 1, 128, 4, 0),
         (1, 4, 1, 1, 128, 4, 0),

@@ -28,8 +28,8 @@
 //   CLUSTER        blocks that share the columns
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
-//   AHEAD          1: a warpgroup loads the words of a slot of W while products with the one before run
 //   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
+//   BRINGERS       warps that bring what the others read: 1, or 2
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
 #if STAGES % COLUMN_GROUPS || INPUTS % COLUMN_GROUPS || INPUTS > STAGES
@@ -40,10 +40,9 @@
 #endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
-// Where tokens are few two more warps bring what they read, weights and activations: weights then never wait for either's
-// barriers but their own. With more tokens one does both: a warp more would take registers of those that multiply. It is part
-// of a warpgroup, if that hands registers to those that multiply.
-#define BRINGERS (TOKENS <= 16 || APART ? 2 : 1)
+// Two more warps may bring what they read, weights and activations: weights then never wait for either's barriers but
+// their own. Else one does both, and leaves its registers to those that multiply. They are part of a warpgroup, if that hands
+// registers to those that multiply.
 #define THREADS (CONSUMERS + (REGISTERS > 0 ? 128 : 32 * BRINGERS))
 #define BLOCK_TILES (4 * ROW_TILES * ROW_GROUPS)  // tiles of 16 rows
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
@@ -69,9 +68,9 @@
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
 #define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
 #define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
-// Sums that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs; those of few
-// tokens and those of t are small and have room of their own.
-#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS >= 64 && ADAPTERS)
+// Sums of many tokens that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs.
+// Those of few tokens are small and have room of their own.
+#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS >= 64)
 
 struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
@@ -382,30 +381,7 @@ __device__ __forceinline__ float4 load_shared_sums(u32 address) {
 
 // Operands in registers must stay as they are until the products that read them are done: two sets take turns, also
 // from one slot to the next, which takes an even number of them. Where registers are few a set holds one product.
-#if PRODUCTS > 0
-#define BATCH PRODUCTS
-#else
 #define BATCH (ROW_TILES > 2 || BLOCKS > 2 || BLOCKS * THREADS > 1024 || (ROW_TILES * TOKENS >= 128 && THREADS > 512) || (REGISTERS > 0 && ROW_TILES > 1) || (TOKENS <= 16 && ROW_TILES > 1 && COLUMN_GROUPS > 1) ? 1 : 2)
-#endif
-
-// Codes, positions and scales of a slot of W, of one thread.
-struct Words {
-    uint4 codes[UNITS][ROW_TILES];
-#if SPARSE
-    uint2 metadata[UNITS][ROW_TILES];
-#endif
-#if GROUP > 0
-    u32 scales[GROUPS][ROW_TILES];
-#endif
-};
-
-#if ADAPTERS
-// The same of L.
-struct LeftWords {
-    uint4 codes[LEFT_UNITS][ROW_TILES];
-    u32 scales[LEFT_UNITS][ROW_TILES];
-};
-#endif
 
 // One warpgroup's part of the product.
 struct Multiplier {
@@ -419,14 +395,15 @@ struct Multiplier {
     __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
 
     // What a warp reads of a slot is in its registers.
-    __device__ __forceinline__ void release_weights(bool none) {
+    __device__ __forceinline__ void release_weights() {
         __syncwarp();
-        barrier_arrive_if(lane == 0 && !none, weights.released());
-        weights.advance(none ? 0 : COLUMN_GROUPS);
+        barrier_arrive_if(lane == 0, weights.released());
+        weights.advance(COLUMN_GROUPS);
     }
 
     // All products but those of the last batch are done; so are those with the slot before.
     __device__ __forceinline__ void end_batch(bool first_of_slot) {
+        wgmma_commit();
         wgmma_wait<1>();
         // Without a branch: products on both sides of one would run one after another.
         if (first_of_slot) barrier_arrive_if(previous >= 0 && lane == 0, inputs.empty + 8 * previous);
@@ -437,35 +414,34 @@ struct Multiplier {
         inputs.advance(COLUMN_GROUPS);
     }
 
-    // What this thread multiplies of the next slot of W. Without a branch if there is `none`: what it reads then is not used.
-    __device__ __forceinline__ void load_weights(Words& w, bool none) {
-        barrier_wait_unless(none, weights.arrived(), weights.parity);
+    __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS]) {
+        u32 of[2][BATCH][ROW_TILES][4];
+        uint4 codes[UNITS][ROW_TILES];
+#if SPARSE
+        u32 indices[2][BATCH][ROW_TILES];
+        uint2 metadata[UNITS][ROW_TILES];
+#endif
+#if GROUP > 0
+        u32 scales[GROUPS][ROW_TILES];
+#endif
+        weights.wait_full();
         const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) {
-                w.codes[u][m] = load_shared_words(data + (place(m) * UNITS + u) * 512 + lane * 16);
+                codes[u][m] = load_shared_words(data + (place(m) * UNITS + u) * 512 + lane * 16);
 #if SPARSE
-                w.metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
+                metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
 #endif
             }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g)
-                w.scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
+                scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
 #endif
         }
-        release_weights(none);
-    }
-
-    // Products of a slot; `last`: of W. Where AHEAD the words of the next one are loaded while products run.
-    __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS], Words& w, bool last) {
-        u32 of[2][BATCH][ROW_TILES][4];
-#if SPARSE
-        u32 indices[2][BATCH][ROW_TILES];
-#endif
-        if (!AHEAD) load_weights(w, false);
+        release_weights();
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * UNITS / BATCH; ++batch) {
@@ -475,13 +451,13 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(w.codes[u][m], j));
+                    decode_word(of[set][i][m], word_of(codes[u][m], j));
 #if SPARSE
                     // Straight from a load the assembler would let no two products overlap.
-                    indices[set][i][m] = (j < 2 ? w.metadata[u][m].x : w.metadata[u][m].y) ^ zero;
+                    indices[set][i][m] = (j < 2 ? metadata[u][m].x : metadata[u][m].y) ^ zero;
 #endif
 #if GROUP > 0
-                    apply_scales(of[set][i][m], w.scales[(u * UNIT + j * (UNIT / 4)) / GROUP][m]);
+                    apply_scales(of[set][i][m], scales[(u * UNIT + j * (UNIT / 4)) / GROUP][m]);
 #endif
                 }
             }
@@ -501,31 +477,27 @@ struct Multiplier {
 #endif
                 }
             }
-            wgmma_commit();
-            if (AHEAD && batch == 4 * UNITS / BATCH - 1) load_weights(w, last);
             end_batch(batch == 0);
         }
         next_slot();
     }
 
 #if ADAPTERS
-    __device__ __forceinline__ void load_left(LeftWords& w, bool none) {
-        barrier_wait_unless(none, weights.arrived(), weights.parity);
+    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
+        u32 of[2][BATCH][ROW_TILES][4];
+        uint4 codes[LEFT_UNITS][ROW_TILES];
+        u32 scales[LEFT_UNITS][ROW_TILES];
+        weights.wait_full();
         const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
             for (int u = 0; u < LEFT_UNITS; ++u) {
-                w.codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
-                w.scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
+                codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
+                scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
             }
         }
-        release_weights(none);
-    }
-
-    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS], LeftWords& w, bool last) {
-        u32 of[2][BATCH][ROW_TILES][4];
-        if (!AHEAD) load_left(w, false);
+        release_weights();
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
@@ -535,8 +507,8 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    decode_word(of[set][i][m], word_of(w.codes[u][m], j));
-                    apply_scales(of[set][i][m], w.scales[u][m]);
+                    decode_word(of[set][i][m], word_of(codes[u][m], j));
+                    apply_scales(of[set][i][m], scales[u][m]);
                 }
             }
             if (batch == 0) inputs.wait_full();
@@ -548,8 +520,6 @@ struct Multiplier {
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
-            wgmma_commit();
-            if (AHEAD && batch == 4 * LEFT_UNITS / BATCH - 1) load_left(w, last);
             end_batch(batch == 0);
         }
         next_slot();
@@ -581,12 +551,10 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum[m][i]));  // ahead of any branch
+        for (int i = 0; i < SUMS; ++i) sum[m][i] = 0.f;
     const int of_weights = s.middle - s.begin;
     int slot = column_group;
-    Words words;
-    if (AHEAD) by.load_weights(words, slot >= of_weights);
-    for (; slot < of_weights; slot += COLUMN_GROUPS) by.multiply_weights(sum, words, slot + COLUMN_GROUPS >= of_weights);
+    for (; slot < of_weights; slot += COLUMN_GROUPS) by.multiply_weights(sum);
     wait_for_sums(sum);
 #if GROUP == 0
 #pragma unroll
@@ -602,12 +570,7 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #endif
 #if ADAPTERS
     const int of_both = of_weights + s.end - s.left;
-    LeftWords left;
-    if (AHEAD) {
-        wait_for_sums(sum);
-        by.load_left(left, slot >= of_both);
-    }
-    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum, left, slot + COLUMN_GROUPS >= of_both);
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
     wait_for_sums(sum);
 #endif
 }

@@ -263,9 +263,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
         "BLOCKS": shape.blocks,
-        "AHEAD": int(shape.ahead),
-        "PRODUCTS": shape.products,
-        "APART": int(shape.apart),
+        "BRINGERS": shape.bringers,
     }
 
 
