@@ -1,12 +1,12 @@
 """Layers of a large language model in ONNX Runtime on a GPU: slimc's kernels against dense float16 and MatMulNBits.
 
-    python benchmarks/onnx_gpu_large.py --work DIR [--layers 4] [--batches 1 16] [--json FILE]
+    python benchmarks/onnx_gpu_large.py --work DIR [--layers 2] [--batches 1 16] [--json FILE]
 
 A Llama of a few layers of Llama-2-7B's size with random weights, which changes nothing of the time: dense, and as
 ``slim-w4-2x4`` makes it (2:4 int4 with one scale a tensor, 4-bit adapters of rank 0.1); both keep a dense output
 embedding. Beside them, ONNX Runtime's own quantiser on the dense graph, which rounds the output embedding, too. The
-library of kernels is built first. Exports are kept in DIR, and ``--export`` makes them and ends. Steps are captured as
-CUDA graphs; times are medians over rounds.
+library of kernels is built first. Exports are kept in DIR; ``--export NAME`` makes one that others need nothing of, and
+ends, so that several may be made at once. Steps are captured as CUDA graphs; times are medians over rounds.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main() -> None:
     """Export, measure, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--export", action="store_true")
+    parser.add_argument("--export", choices=[f"{variant}-{target}" for variant, target in FORMS.values()])
     parser.add_argument("--model", choices=MODELS, default="llama-2-7b")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
@@ -47,9 +47,10 @@ def main() -> None:
     # Importing the quantiser has every package log what it does.
     logging.getLogger().setLevel(logging.WARNING)
 
-    folders, library = exported(chosen.model, chosen.layers, chosen.work)
     if chosen.export:
+        export(*chosen.export.split("-"), chosen.model, chosen.layers, chosen.work)
         return
+    folders, library = exported(chosen.model, chosen.layers, chosen.work)
     rows: dict[str, dict[str, Any]] = {}
     decoders = {}
     for name, folder in folders.items():
@@ -76,14 +77,7 @@ def main() -> None:
 
 def exported(model: str, layers: int, work: Path) -> tuple[dict[str, Path], Path]:
     """Return the folders of all variants and the library of kernels, making those that ``work`` does not hold yet."""
-    folders = {}
-    for name, (variant, target) in FORMS.items():
-        folders[name] = work / f"{variant}-{target}"
-        if not folders[name].exists():
-            torch.manual_seed(0)
-            config = MODELS[model] | {"num_hidden_layers": layers}
-            made = build(config, VARIANTS[variant], torch.device("cpu"))
-            slimc.export_onnx(made, folders[name], target=target, dtype="float16")
+    folders = {name: export(*form, model, layers, work) for name, form in FORMS.items()}
     quantised = f"{QUANTISED}, float16"
     folders[quantised] = work / "quantised"
     if not folders[quantised].exists():
@@ -92,6 +86,16 @@ def exported(model: str, layers: int, work: Path) -> tuple[dict[str, Path], Path
     if not library.exists():
         build_library(forms_of(folders[KERNELS]), library)
     return folders, library
+
+
+def export(variant: str, target: str, model: str, layers: int, work: Path) -> Path:
+    """Return the folder of one variant, making it if ``work`` does not hold it yet."""
+    folder = work / f"{variant}-{target}"
+    if not folder.exists():
+        torch.manual_seed(0)
+        made = build(MODELS[model] | {"num_hidden_layers": layers}, VARIANTS[variant], torch.device("cpu"))
+        slimc.export_onnx(made, folder, target=target, dtype="float16")
+    return folder
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def attend(
         CaptureError: the model asks for something that this function does not compute.
     """
     step = _current.get()
-    meant = sorted(name for name, one in others.items() if one is not None and name not in _MEANINGLESS)
+    asked = {name for name, one in others.items() if one is not None and one is not False}
+    meant = sorted(asked - _MEANINGLESS)
     if meant:
         raise CaptureError(
             f"{type(module).__name__} asks its attention for {', '.join(meant)}, which has no ONNX form here; export "

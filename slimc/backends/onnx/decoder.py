@@ -13,7 +13,7 @@ from slimc.backends.hf_text import can_generate
 from slimc.backends.onnx.attention import ATTENTION, DecodingStep, cache_of, register_attention, tracing
 from slimc.backends.onnx.exporters import export_program
 from slimc.backends.onnx.outline import Outline, outline_of
-from slimc.backends.onnx.tracing import quiet
+from slimc.backends.onnx.tracing import batch_experts, quiet
 from slimc.backends.onnx.translation import simplify
 from slimc.errors import CaptureError, InputError
 
@@ -127,6 +127,7 @@ def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: i
     register_attention()
     core: Any = outline.model
     core.set_attn_implementation(ATTENTION)
+    batch_experts(core)
     # No size is 1, which the trace would take for a constant, and no two are equal.
     batch, new, past = 2, 3, 5
     arguments = {

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from slimc.errors import CaptureError, InputError
 from slimc.ir.capture import Batch
 
-__all__ = ["PREFIX", "Traced", "quiet", "trace", "twin"]
+__all__ = ["PREFIX", "Traced", "batch_experts", "quiet", "trace", "twin"]
 
 PREFIX = "model_to_export."
 """What the names of all parameters of a traced program begin with."""
@@ -130,7 +130,12 @@ def _choose_traceable_code(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    # The default is a grouped product, which ONNX does not have.
+    batch_experts(model)
+
+
+def batch_experts(model: nn.Module) -> None:
+    """Have a model of transformers compute its experts by batched products: ONNX has none of groups, the default."""
+    config: Any = getattr(model, "config", None)
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
 

@@ -30,6 +30,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from typer.testing import CliRunner
 
@@ -307,6 +309,27 @@ def test_windows_scaled_embeddings_and_norms_of_heads_in_onnx_runtimes_operators
     model = Gemma3ForCausalLM(config).eval()
     slimc.export_onnx(model, tmp_path / "gemma", target="ort")
     assert_same(model, tmp_path / "gemma")
+
+
+@pytest.mark.parametrize("target", ["portable", "ort"])
+def test_a_mixture_of_experts(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    model = MixtralForCausalLM(config).eval()
+    before = config._experts_implementation
+    slimc.export_onnx(model, tmp_path / "onnx", target=target)
+    assert config._experts_implementation == before, "the model is left as it was"
+    assert_same(model, tmp_path / "onnx")
 
 
 def test_learned_positions(tmp_path: Path) -> None:
