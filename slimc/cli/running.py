@@ -116,17 +116,20 @@ def generate(
         from slimc.runtime.generate import generate_text
 
         continue_prompt = partial(generate_text, *open_language_model(model, device=device))
+    written = False
+
+    def write(piece: str) -> None:
+        nonlocal written
+        written = written or bool(piece)
+        say(piece, end="")
+
     if not chat:
-        say(prompt, end="")
+        write(prompt)
     try:
         made = continue_prompt(
-            prompt,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            seed=seed,
-            chat=chat,
-            write=lambda piece: say(piece, end=""),
+            prompt, max_new_tokens=tokens, temperature=temperature, seed=seed, chat=chat, write=write
         )
     finally:
-        say()
+        if written:  # what follows, an error too, begins a line
+            say()
     note(f"{counted(made.tokens, 'token')} in {duration(made.seconds)}, {made.tokens / made.seconds:.1f} a second")
