@@ -44,6 +44,7 @@ from slimc.planning.sensitivity import Measure, measure, tied_sites
 from slimc.progress import Progress, SilentProgress
 from slimc.recipes import Recipe
 from slimc.runtime import modules
+from slimc.runtime.description import FORMAT_VERSION
 from slimc.runtime.devices import CANNOT_BE_COPIED, copy_to, home_of, usable_device
 from slimc.runtime.files import file_inside, write_file
 from slimc.runtime.modules import SlimLinear, use_kernels
@@ -501,6 +502,7 @@ class _Prepared:
         tensors = [*self.program.module.named_parameters(), *self.program.module.named_buffers()]
         return {
             "version of slimc": __version__,
+            "version of its files": FORMAT_VERSION,
             "version of torch": str(torch.__version__),
             "device": _device_name(self.device or self.home),
             "device of the model": self.home.type,

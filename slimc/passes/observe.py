@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from slimc.ir.program import Program
+from slimc.ir.program import Program, Site
 from slimc.passes.base import SitePass, Statistic
-from slimc.passes.sweep import Sweep
+from slimc.passes.sweep import Inputs, Solved, Sweep
 from slimc.passes.work import SiteWork
 from slimc.progress import Progress
 
@@ -34,6 +34,17 @@ class _Observe(SitePass, Generic[Found]):
     def apply(self, work: SiteWork) -> None:
         if work.name in self.sites:
             self.found[work.name] = self.look(work)
+
+
+class _ObservingSweep(Sweep):
+    """Leaves sites as they are, and holds no second copy of their weights."""
+
+    def _solve(self, site: Site, inputs: Sequence[Inputs]) -> Solved:
+        packed, row, bias = super()._solve(site, inputs)
+        weight = self.program.dense_weight(site)
+        if weight.dtype == packed.weight.values.dtype:
+            packed = replace(packed, weight=replace(packed.weight, values=weight))
+        return packed, row, bias
 
 
 def observe(
@@ -63,7 +74,7 @@ def observe(
     """
     observer = _Observe(wanted, look, sites)
     try:
-        Sweep(
+        _ObservingSweep(
             program,
             [observer],
             inputs,

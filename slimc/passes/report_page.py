@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil, log10
+from math import ceil, inf, log10
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -188,7 +188,7 @@ def _grid(at: Callable[[float, float], tuple[str, str]], first: int, last: int, 
 
 def _ceiling(value: float) -> float:
     """Return the next number of one digit, times a power of ten, that is a multiple of 1, 2, 4 or 8."""
-    if value <= 0:
+    if not 0 < value < inf:
         return 1.0
     unit: float = 10.0 ** int(log10(value) // 1)
     return next((step * unit for step in (1, 2, 4, 8) if step * unit >= value), 10 * unit)

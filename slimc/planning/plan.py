@@ -47,9 +47,9 @@ def refuse_tied(sites: Mapping[str, str]) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a digest of the matrices of ``model``: names, shapes, dtypes and first rows, read in a moment."""
-    matrices = [(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.dim() == 2]
-    return digest((f"{name} {tuple(tensor.shape)}", tensor[:1]) for name, tensor in sorted(matrices))
+    """Return a digest of the parameters of ``model``: names, shapes, dtypes and first rows, read in a moment."""
+    named = sorted((name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.dim())
+    return digest((f"{name} {tuple(tensor.shape)}", tensor[:1]) for name, tensor in named)
 
 
 def _check_choices(sites: Sequence[SiteChoices], menu: Menu) -> None:

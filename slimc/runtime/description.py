@@ -10,7 +10,8 @@ from slimc.runtime.formats import LinearFormat
 from slimc.runtime.records import Record, parse_record
 
 DESCRIPTION = "slimc.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of what is written. In version 1 adapters beside rounded inputs read these as they came; nothing else differs."""
 
 
 class ModelRecord(Record):
@@ -92,6 +93,8 @@ class Description(Record):
 
 def parse_description(value: Any, source: Path) -> Description:
     """Validate the content of ``slimc.json``: the version first, then every key and type."""
+    if isinstance(value, dict) and _is_one(value.get("format_version")) and not _reads_otherwise(value):
+        value = {**value, "format_version": FORMAT_VERSION}
     return parse_record(
         Description,
         value,
@@ -99,6 +102,20 @@ def parse_description(value: Any, source: Path) -> Description:
         version=FORMAT_VERSION,
         holds="compressed model",
         again="compress the model again",
+    )
+
+
+def _is_one(version: Any) -> bool:
+    return version == 1 and not isinstance(version, bool)
+
+
+def _reads_otherwise(value: dict[str, Any]) -> bool:
+    """Tell whether a folder of version 1 has adapters that read what this version rounds."""
+    sites = value.get("sites")
+    formats = [site.get("format") for site in sites if isinstance(site, dict)] if isinstance(sites, list) else []
+    return any(
+        isinstance(one, dict) and "activation" in one and one.get("left") is not None and not one.get("input_scaled")
+        for one in formats
     )
 
 

@@ -120,6 +120,28 @@ def test_rounding_costs_the_layers_less(group: Any) -> None:
     assert cost(program) < before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_looking_at_sites_holds_no_second_copy_of_their_weights(dtype: torch.dtype) -> None:
+    program = captured(block(dtype), x(dtype))
+
+    def look(_work: SiteWork) -> int:
+        held = [(site.packed, program.dense_weight(site)) for site in program.sites.values() if site.packed]
+        assert all(packed.weight.values.data_ptr() == dense.data_ptr() for packed, dense in held)
+        return len(held)
+
+    seen = observe(
+        program,
+        [[x(dtype)]],
+        look,
+        sites=program.sites,
+        held_out=0,
+        device=None,
+        progress=SilentProgress(),
+        stage="look",
+    )
+    assert sorted(seen.values()) == list(range(len(program.sites)))
+
+
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from([None, "channel", 8]), st.sampled_from([2, 3, 4, 8]))
 def test_a_trial_is_on_a_grid_and_no_worse_than_the_widest(rows: int, columns: int, group: Any, bits: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))

@@ -175,6 +175,7 @@ def test_a_folder_from_before_inputs_were_rounded_is_read(folder: Path) -> None:
     assert all("activation" not in site["format"] for site in record["sites"])
     for row in record["report"]["sites"]:
         del row["unrounded"]
+    record["format_version"] = 1
     path.write_text(json.dumps(record), encoding="utf-8")
     ids = torch.arange(11)[None]
     loaded, report = load_folder(folder, model=Net())
@@ -419,7 +420,16 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "slimc.json").replace(folder / "x") and (folder / "slimc.json").symlink_to("x"),
         "symbolic link",
     ),
-    "newer version": (edit_json(lambda d: d.update(format_version=2)), "upgrade slimc"),
+    "newer version": (edit_json(lambda d: d.update(format_version=9)), "upgrade slimc"),
+    "other rule for adapters beside rounded inputs": (
+        edit_json(
+            lambda d: (
+                d.update(format_version=1),
+                d["sites"][0]["format"].update(activation="int8", input_scaled=False, left={}, right={}),
+            )
+        ),
+        "has format version 1, .*compress the model again",
+    ),
     "older version": (edit_json(lambda d: d.update(format_version=0)), "compress the model again"),
     "version is true": (edit_json(lambda d: d.update(format_version=True)), "has no format_version"),
     "unknown key": (edit_json(lambda d: d.update(colour="red")), "colour: Extra inputs are not permitted"),
@@ -429,7 +439,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "number as text": (edit_json(lambda d: d["dense"][0].update(shape=["8"])), "valid integer"),
     "unknown kind": (edit_json(lambda d: d["model"].update(kind="pickle")), "model.kind"),
     "report row without name": (edit_json(lambda d: d["report"]["sites"][0].pop("name")), "report.sites.0.name"),
-    "duplicate key": (edit_text('"format_version": 1', '"format_version": 1, "format_version": 1'), "appears twice"),
+    "duplicate key": (edit_text('"format_version": 2', '"format_version": 2, "format_version": 2'), "appears twice"),
     "NaN": (edit_text("0.125", "NaN"), "NaN is not JSON"),
     "huge number": (edit_text('"calibration_tokens": 64', f'"calibration_tokens": {"9" * 5000}'), "not valid JSON"),
     "unknown format key": (edit_json(lambda d: d["sites"][0]["format"].update(bit=4)), "unknown key 'bit'"),

@@ -67,7 +67,6 @@
 #define PIECES (ROW_TILES * (TOKENS / 8))  // of sums, each of 64 rows a row group by 8 tokens
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
 #define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
-#define SUM_BYTES (CLUSTER > 1 ? OWN_PIECES * CLUSTER * PIECE_BYTES : 0)
 // Sums of many tokens that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs.
 // Those of few tokens are small and have room of their own.
 #define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS >= 64)

@@ -43,7 +43,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 MAX_SHARD_BYTES = 2_000_000_000
-"""How large a weight file may grow, which is also how much is in memory besides the model while it is written."""
+"""How large a weight file may grow, and how much of the weights is in memory besides the model; adapters are whole."""
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = MAX_SHARD_BYTES) -> None:

@@ -23,7 +23,7 @@ from slimc.backends.onnx.kernels import build  # noqa: E402
 from slimc.backends.onnx.kernels.build import Form, build_library, forms_of  # noqa: E402
 from slimc.cli import app  # noqa: E402
 from slimc.errors import InputError, KernelError  # noqa: E402
-from slimc.passes import Calibrate, Fuse, LowRank, Prune, Quantize  # noqa: E402
+from slimc.passes import Activations, Calibrate, Fuse, LowRank, Prune, Quantize  # noqa: E402
 from slimc.passes.base import Pass  # noqa: E402
 from slimc.runtime.formats import NM  # noqa: E402
 from slimc.runtime.packing import pack_weight  # noqa: E402
@@ -132,6 +132,7 @@ def test_forms_are_those_of_the_layers(folder: Path, tmp_path: Path) -> None:
         ((Quantize(bits=4),), {"dtype": "float32"}, "computes in another dtype than float16"),
         ((Quantize(bits=4, group=32),), {}, "has groups of 32 columns"),
         ((Quantize(bits=8),), {}, "no constant codes of 4 bits"),
+        ((Quantize(bits=4), Activations(kind="int8")), {}, "rounds its inputs to 8 bits"),
         ((Quantize(bits=4),), {"target": "ort"}, "has no layers for a kernel library"),
     ],
 )

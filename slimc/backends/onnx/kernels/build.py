@@ -28,6 +28,7 @@ from slimc.backends.onnx.description import is_onnx_folder, read_description
 from slimc.backends.onnx.functions import DOMAIN, INPUTS
 from slimc.errors import InputError, KernelError
 from slimc.runtime.files import check_writable, current_umask, file_inside, make_parents, write_bytes
+from slimc.runtime.formats import ACTIVATIONS
 
 __all__ = ["ARCHITECTURES", "Form", "build_library", "forms_of"]
 
@@ -162,6 +163,8 @@ def _form_of(folder: Path, node: NodeProto, constants: dict[str, TensorProto]) -
     for unknown in ("zero_point", "input_scale", "signs"):
         if inputs.get(unknown):
             raise refuse(f"has a {unknown}, which the kernels do not know")
+    if node.overload.rsplit(".", 1)[-1] in ACTIVATIONS:
+        raise refuse("rounds its inputs to 8 bits, which the kernels do not do")
     weight, scale = constants.get(inputs["weight"]), constants.get(inputs["scale"])
     if weight is None or scale is None or weight.data_type != TensorProto.INT4:
         raise refuse("has no constant codes of 4 bits with a scale")
