@@ -296,8 +296,11 @@ class Found:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[str, dict[tuple[object, ...], dict[str, object]]] = {"layers": {}, "factors": {}}
+        self._note = ""
         if path.exists():
-            for table, entries in json.loads(path.read_text())["measured"].items():
+            content = json.loads(path.read_text())
+            self._note = content.get("note", "")
+            for table, entries in content["measured"].items():
                 for entry in entries:
                     self.add(table, entry)
 
@@ -313,7 +316,8 @@ class Found:
             tables.append(f'  "{table}": [\n{lines}\n  ]')
         body = ",\n".join(tables)
         card = torch.cuda.get_device_name()
-        self._path.write_text(f'{{\n "card": "{card}",\n "measured": {{\n{body}\n }}\n}}\n')
+        head = f' "card": "{card}",\n "note": {json.dumps(self._note)},\n'
+        self._path.write_text(f'{{\n{head} "measured": {{\n{body}\n }}\n}}\n')
 
 
 def main() -> None:

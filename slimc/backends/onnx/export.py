@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,7 @@ class OnnxReport:
             f"    as slimc packs them: {readable(packed)}, {as_packed:.2f} bits a weight",
             f"  everything else: {readable(self.other_bytes)}",
         ]
-        counts: dict[str, int] = {}
-        for site in self.sites.values():
-            for note in site.notes:
-                counts[note] = counts.get(note, 0) + 1
+        counts = Counter(note for site in self.sites.values() for note in site.notes)
         return "\n".join(lines + [f"  {note} ({count} of the layers)" for note, count in counts.items()])
 
 

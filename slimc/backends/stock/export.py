@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,10 +84,7 @@ class HfReport:
         lines += [
             f"  everything else: {readable(self.other_bytes)}",
         ]
-        counts: dict[str, int] = {}
-        for site in self.sites.values():
-            for note in site.notes:
-                counts[note] = counts.get(note, 0) + 1
+        counts = Counter(note for site in self.sites.values() for note in site.notes)
         return "\n".join(lines + [f"  {note} ({count} of the layers)" for note, count in counts.items()])
 
 
