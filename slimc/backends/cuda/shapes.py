@@ -313,7 +313,7 @@ def _choose(
     for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
         if _distance(one, rows, columns) > math.log2(NEAR):
             break
-        shape = _in_one_round(one, rows, starts, processors)
+        shape = _in_one_round(one, rows, starts, form, processors)
         if shape is not None and shape.fits(form):
             return shape
     # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
@@ -329,13 +329,15 @@ def _choose(
     return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
 
 
-def _in_one_round(one: Measured, rows: int, starts: Sequence[int], processors: int) -> LaunchShape | None:
+def _in_one_round(one: Measured, rows: int, starts: Sequence[int], form: Form, processors: int) -> LaunchShape | None:
     """Return the shape of a measured layer for another, whose blocks must not take a second round if they took one.
 
-    Those of an even launch never do.
+    Those of an even launch never do. Layers were measured with adapters; without, there is no launch for t to leave
+    room to.
     """
-    shape = one.shape
-    if shape.blocks == 1 and shape.tokens <= FEW_TOKENS and blocks_of(shape, rows, starts) > processors // 2:
+    shape = one.shape if form.adapters else replace(one.shape, spared=0)
+    takes_all = shape.blocks == 1 and shape.tokens <= FEW_TOKENS
+    if form.adapters and takes_all and blocks_of(shape, rows, starts) > processors // 2:
         # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device.
         return None
     room = processors * (1 if shape.alone else shape.blocks)
@@ -345,7 +347,8 @@ def _in_one_round(one: Measured, rows: int, starts: Sequence[int], processors: i
     if shape.alone or shape.cluster > 1 or shape.column_groups > 1 or shape.blocks > 1:
         return None
     # What that launch had left to the one for t, or on a smaller device a share that is enough for it.
-    return replace(shape, even=True, spared=max(processors - measured_blocks, processors // 8))
+    spared = max(processors - measured_blocks, processors // 8) if form.adapters else 0
+    return replace(shape, even=True, spared=spared)
 
 
 def _distance(one: Measured, rows: int, columns: int) -> float:

@@ -121,6 +121,25 @@ def test_even_launches_leave_multiprocessors_to_the_launch_for_t_where_that_was_
     assert all(shape.even and shape.spared < PROCESSORS // 2 for shape in spared)
 
 
+@pytest.mark.parametrize("processors", [PROCESSORS, 78])
+def test_a_layer_without_adapters_leaves_no_multiprocessor_to_a_launch_for_t(processors: int) -> None:
+    without = replace(LAYER, adapters=False)
+    for one in shapes.measured()["layers"]:
+        for rows in (one.rows, one.rows * 5 // 4):
+            found = shapes.of_layer(rows, one.columns, one.tokens, without, (), processors)
+            assert found.spared == 0
+    found = shapes.of_layer(27648, 5120, 64, without, (), PROCESSORS)
+    assert found == replace(shapes.of_layer(27648, 5120, 64, LAYER, (), PROCESSORS), spared=0)
+    assert found.even
+
+
+def test_blocks_of_the_whole_shared_memory_take_the_whole_device_without_a_launch_for_t() -> None:
+    whole = [one for one in shapes.measured()["layers"] if one.tokens <= shapes.FEW_TOKENS and one.shape.blocks == 1]
+    for one in whole:
+        without = replace(LAYER, adapters=False)
+        assert shapes.of_layer(5120, one.columns, one.tokens, without, (), PROCESSORS) == one.shape
+
+
 def test_threads_that_multiply_get_registers_of_others_where_they_need_them() -> None:
     many, few = LaunchShape(128, 1, 4, 1, 1, 1, 128), LaunchShape(64, 1, 2, 1, 1, 2, 128)
     assert (many.registers, many.threads) == ((112, 32), 5 * 128)
