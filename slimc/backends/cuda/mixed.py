@@ -1,4 +1,4 @@
-"""``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 4 bits (``mixed.cu``).
+"""``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 8 bits (``mixed.cu``).
 
 Up to 32 tokens are one launch that multiplies by codes; more are taken 32 at a time while that is faster than decoding
 the weight for cuBLAS (``cuda-mixed-dense``). Adapters and an input scale are products beside it.
@@ -52,7 +52,9 @@ RING_SLOTS = 64
 
 STATIC_SHARED_BYTES = 48 << 10
 
-WIDEST = 4
+FEWEST_LINES = 4
+"""Lines that a slot has room for, at least: fewer would be more kernels to compile."""
+
 EXPAND_WARPS = 8
 MOST_GRID_ROWS = 65535
 
@@ -85,7 +87,7 @@ class MixedLayer:
         codes: int32 [row tiles, lines, 32].
         scale: [row tiles, groups, 16].
         zero: uint8, shaped like ``scale``; None if there are no zero points.
-        units: eight times the first line of each unit, and its width, int32 [units].
+        units: sixteen times the first line of each unit, and its width, int32 [units].
         rest: the other canonical tensors: the input scale, and the factors as they are stored.
     """
 
@@ -220,7 +222,7 @@ def prepare(packed: PackedLinear) -> MixedLayer:
 
 def _units(spec: WeightFormat, device: torch.device) -> Tensor:
     widths = unit_widths(spec)
-    places = [8 * first + width for first, width in zip(_first_lines(widths), widths, strict=True)]
+    places = [16 * first + width for first, width in zip(_first_lines(widths), widths, strict=True)]
     return torch.tensor(places, dtype=torch.int32, device=device)
 
 
@@ -334,6 +336,7 @@ def launch(layer: MixedLayer | MixedStack, shape: LaunchShape, x: Tensor, bias: 
         x.get_device(),
         x.dtype,
         int(members[0].zero is not None),
+        _widest(members),
         _group_units(spec),
         shape.tiles,
         token_tiles(len(x)),
@@ -373,6 +376,7 @@ def expand(layer: MixedLayer) -> Tensor:
         dense.get_device(),
         spec.dtype,
         int(layer.zero is not None),
+        _widest((layer,)),
         _group_units(spec),
         1,
         1,
@@ -444,9 +448,17 @@ def _processors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _depth(tiles: int, warps: int) -> int:
+def _depth(tiles: int, warps: int, widest: int) -> int:
     """Return how many units of each tile a warp has under way: what fits into 48 KiB beside each other."""
-    return max(1, min(8, RING_SLOTS // (tiles * warps)))
+    # Lines, and scales and zeros of the rows of a tile.
+    slot_bytes = 4 * LINE_WORDS * widest + 3 * TILE_ROWS
+    slots = min(RING_SLOTS, STATIC_SHARED_BYTES // slot_bytes)
+    return max(1, min(8, slots // (tiles * warps)))
+
+
+def _widest(members: Sequence[MixedLayer]) -> int:
+    """Return for how many lines of a unit there must be room."""
+    return max(FEWEST_LINES, *(one.format.weight.bits or 0 for one in members))
 
 
 @cache
@@ -455,6 +467,7 @@ def _launcher(
     device_index: int,
     dtype: torch.dtype,
     asymmetric: int,
+    widest: int,
     group_units: int,
     tiles: int,
     token_tiles: int,
@@ -464,11 +477,12 @@ def _launcher(
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 10 * torch.cuda.get_device_capability(device_index)[0],
         "ASYMMETRIC": asymmetric,
+        "WIDEST": widest,
         "GROUP_UNITS": group_units,
         "TILES": tiles,
         "TOKEN_TILES": token_tiles,
         "WARPS": warps,
-        "DEPTH": _depth(tiles, warps),
+        "DEPTH": _depth(tiles, warps, widest),
     }
     return driver.load(source("mixed.cu"), "mixed", device_index, defines).function(kernel).prepare([_Arguments])
 
@@ -481,8 +495,6 @@ def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> st
         return f"computes codes and adapters, not all of {spec.describe()}"
     if weight.sparsity is not None:
         return f"knows dense weights, not {weight.describe()}"
-    if (weight.bits or 0) > WIDEST:
-        return f"holds codes of up to {WIDEST} bits, not {weight.describe()}"
     if weight.columns % UNIT_COLUMNS or (weight.group or weight.columns) % UNIT_COLUMNS:
         return f"needs columns and groups of multiples of {UNIT_COLUMNS}, not {weight.columns} in {weight.describe()}"
     factors = [factor for factor in (spec.left, spec.right) if factor is not None]

@@ -14,7 +14,19 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, pack_weight
 
-MIXTURES = [(1,), (2, 1), (3, 1), (4, 1), (1, 2, 3, 4, 3), (4, 4, 2, 1)]
+MIXTURES = [
+    (1,),
+    (2, 1),
+    (3, 1),
+    (4, 1),
+    (1, 2, 3, 4, 3),
+    (4, 4, 2, 1),
+    (5, 1),
+    (6, 2),
+    (7, 3),
+    (8, 4),
+    (8, 7, 6, 5, 3),
+]
 
 
 def build(rows: int, widths: tuple[int, ...], group: int, columns: int, asymmetric: bool, rank: int) -> PackedLinear:
@@ -37,10 +49,11 @@ def build(rows: int, widths: tuple[int, ...], group: int, columns: int, asymmetr
 
 def lane_codes(words: list[int], width: int, pair: int) -> tuple[int, int]:
     """Read a pair as the kernel does: shifted to the low bits of both halves of a word."""
-    if width == 3 and pair == 15:
-        word = sum(((words[i] >> (15 - i)) & (0x00010001 << i)) for i in range(3))
+    whole = 16 // width
+    if pair >= whole * width:
+        place = 16 - 16 % width + pair - whole * width
+        word = sum(((words[bit] >> (place - bit)) & (0x00010001 << bit)) for bit in range(width))
     else:
-        whole = 16 // width
         word = words[pair // whole] >> (width * (pair % whole))
     return word & ((1 << width) - 1), word >> 16 & ((1 << width) - 1)
 
@@ -84,19 +97,20 @@ def test_units_know_their_place() -> None:
     spec = WeightFormat(16, 320, 4, 128, dtype=torch.bfloat16, widths=(3, 4, 1))
     assert mixed.unit_widths(spec) == [3, 3, 4, 4, 1]
     places = mixed._units(spec, torch.device("cpu"))
-    assert [(place // 8, place % 8) for place in places.tolist()] == [(0, 3), (3, 3), (6, 4), (10, 4), (14, 1)]
+    assert [(place // 16, place % 16) for place in places.tolist()] == [(0, 3), (3, 3), (6, 4), (10, 4), (14, 1)]
 
 
 @pytest.mark.parametrize(
-    ("asymmetric", "group", "tiles", "tokens", "warps"), [(0, 1, 1, 1, 16), (1, 2, 2, 4, 8), (1, 1, 4, 2, 8)]
+    ("asymmetric", "widest", "group", "tiles", "tokens", "warps"),
+    [(0, 4, 1, 1, 1, 16), (1, 4, 2, 2, 4, 8), (1, 6, 1, 4, 2, 8), (1, 8, 2, 1, 4, 16)],
 )
 @pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
 def test_the_kernels_compile(
-    arch: str, number: int, bfloat16: int, asymmetric: int, group: int, tiles: int, tokens: int, warps: int
+    arch: str, number: int, bfloat16: int, asymmetric: int, widest: int, group: int, tiles: int, tokens: int, warps: int
 ) -> None:
     defines = {
-        "BFLOAT16": bfloat16, "ARCH": number, "ASYMMETRIC": asymmetric, "GROUP_UNITS": group, "TILES": tiles,
-        "TOKEN_TILES": tokens, "WARPS": warps, "DEPTH": mixed._depth(tiles, warps),
+        "BFLOAT16": bfloat16, "ARCH": number, "ASYMMETRIC": asymmetric, "WIDEST": widest, "GROUP_UNITS": group,
+        "TILES": tiles, "TOKEN_TILES": tokens, "WARPS": warps, "DEPTH": mixed._depth(tiles, warps, widest),
     }  # fmt: skip
     cubin = compiler.compile_source(source("mixed.cu"), name="mixed", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
@@ -149,7 +163,6 @@ def refusal(spec: WeightFormat, monkeypatch: pytest.MonkeyPatch, tokens: int = 1
     ("form", "reason"),
     [
         ({"columns": 128, "bits": 4, "group": 64}, "is for groups of columns with codes of different widths"),
-        ({"columns": 128, "bits": 5, "group": 64, "widths": (5, 1)}, "holds codes of up to 4 bits, not int1-5/64"),
         ({"columns": 64, "bits": 2, "group": 32, "widths": (2, 1)}, "needs columns and groups of multiples of 64"),
         ({"columns": 96, "bits": 2, "group": 64, "widths": (2, 1)}, "needs columns and groups of multiples of 64"),
         (
