@@ -124,6 +124,35 @@ def test_adapters_and_scaled_inputs(tokens: int, rank: int, scaled: bool) -> Non
         assert bool(((y.double() - exact).abs() <= 2**-8 * (exact.abs() + 4 * size)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [None, 64, 128])
+@pytest.mark.parametrize(("bits", "asymmetric"), [(5, False), (6, True), (8, False), (8, True)])
+@pytest.mark.parametrize("tokens", [1, 16, 40, 200])
+def test_many_bits_of_one_width(
+    check: Any, tokens: int, bits: int, asymmetric: bool, group: int | None, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    shape = (200, 1 if group is None else 640 // group)
+    zeros = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    weight = pack_weight(
+        torch.randint(0, 1 << bits, (200, 640), generator=generator, dtype=torch.uint8),
+        bits=bits,
+        scale=((torch.rand(*shape, generator=generator) + 0.5) * 0.01).to(dtype),
+        zero_point=zeros if asymmetric else None,
+        group=group,
+    )
+    packed = PackedLinear(weight)
+    packed = PackedLinear.assemble(packed.format, {name: one.cuda() for name, one in packed.tensors().items()})
+    x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(200, dtype=dtype, device="cuda")
+    layer = SlimLinear(packed, bias, kernels=KERNELS)
+    names = dict.fromkeys(choice.kernel.name for choice in layer.choices() if choice.kernel)
+    assert list(names) == ["cuda-mixed", "cuda-mixed-dense"]
+    with torch.no_grad():
+        check(packed, x, bias, layer(x))
+    state = layer.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in packed.tensors().items())
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 40])
 def test_siblings_in_one_launch(check: Any, tokens: int) -> None:
     """Rows that end within a tile and within a block, widths that differ, and more rows than one wave of blocks has."""

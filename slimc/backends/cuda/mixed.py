@@ -1,5 +1,6 @@
 """``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 8 bits (``mixed.cu``).
 
+Codes of one width are taken where they have more than 4 bits, which other kernels multiply by as sums of 4-bit codes.
 Up to 32 tokens are one launch that multiplies by codes; more are taken 32 at a time while that is faster than decoding
 the weight for cuBLAS (``cuda-mixed-dense``). Adapters and an input scale are products beside it.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
 
@@ -54,6 +55,9 @@ STATIC_SHARED_BYTES = 48 << 10
 
 FEWEST_LINES = 4
 """Lines that a slot has room for, at least: fewer would be more kernels to compile."""
+
+NARROW = 4
+"""Codes of one width, of so many bits at most, are for other kernels."""
 
 EXPAND_WARPS = 8
 MOST_GRID_ROWS = 65535
@@ -135,8 +139,17 @@ def stack(layers: Sequence[MixedLayer]) -> tuple[MixedStack, list[MixedLayer]]:
     return MixedStack(tuple(layers)), list(layers)
 
 
+def by_groups(spec: WeightFormat) -> WeightFormat:
+    """Return a weight with a width for each group where all have the same: groups of whole bytes lie alike in both."""
+    if spec.widths is not None or spec.bits is None:
+        return spec
+    group = spec.group or spec.columns
+    return replace(spec, group=group, widths=(spec.bits,) * -(-spec.columns // group))
+
+
 def unit_widths(spec: WeightFormat) -> list[int]:
     """Return the width of each unit of 64 columns."""
+    spec = by_groups(spec)
     widths, group = spec.widths or (), spec.group or spec.columns
     return [widths[start // group] for start in range(0, spec.columns, UNIT_COLUMNS)]
 
@@ -203,10 +216,10 @@ def prepare(packed: PackedLinear) -> MixedLayer:
     """Put a layer into the order of the kernel."""
     spec = packed.format
     weight = packed.weight
-    if weight.scale is None or spec.weight.widths is None:
-        raise KernelError(f"a layer of {spec.describe()} has no groups of different widths")
-    counts = [count for count, _ in spec.weight.group_streams()]
-    codes = unpack_groups(weight.values, counts, spec.weight.widths)
+    if weight.scale is None:
+        raise KernelError(f"a layer of {spec.describe()} has no codes")
+    counts, widths = zip(*by_groups(spec.weight).group_streams(), strict=True)
+    codes = unpack_groups(weight.values, counts, widths)
     own = set(spec.weight.tensor_specs())
     layer = MixedLayer(
         spec,
@@ -261,9 +274,9 @@ def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedL
     spec, named = formats[part], _own(formats, named, part)
     weight = spec.weight
     codes = line_codes(named["codes"], unit_widths(weight), weight.rows)
-    counts = [count for count, _ in weight.group_streams()]
+    counts, widths = zip(*by_groups(weight).group_streams(), strict=True)
     made = {
-        "values": pack_groups(codes, counts, weight.widths or ()),
+        "values": pack_groups(codes, counts, widths),
         "scale": _by_rows(named["scale"], weight.rows),
     }
     if weight.asymmetric:
@@ -489,8 +502,10 @@ def _launcher(
 
 def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
     weight = spec.weight
-    if weight.widths is None:
-        return "is for groups of columns with codes of different widths"
+    if weight.widths is None and (weight.bits or 0) <= NARROW:
+        return f"is for groups of columns with codes of different widths, or of more than {NARROW} bits"
+    if weight.widths is None and (weight.per_tensor or spec.left is not None or spec.activation is not None):
+        return "takes codes of one width with scales for rows or groups, without adapters and without rounded inputs"
     if spec != LinearFormat(weight, spec.left, spec.right, spec.input_scaled, spec.activation):
         return f"computes codes and adapters, not all of {spec.describe()}"
     if weight.sparsity is not None:

@@ -93,6 +93,37 @@ def test_the_canonical_bytes_come_back(
     assert (again.adapters is None) == (rank == 0)
 
 
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+@pytest.mark.parametrize(("columns", "group"), [(192, 64), (320, 128), (128, None)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_codes_of_one_width_are_groups_that_are_alike(
+    bits: int, columns: int, group: int | None, asymmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = WeightFormat(20, columns, bits, group, asymmetric=asymmetric, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(bits)
+    named = {
+        name: torch.randint(0, 256, shape, dtype=kind, generator=generator) if kind == torch.uint8
+        else torch.rand(shape, generator=generator).to(kind)
+        for name, (shape, kind) in LinearFormat(spec).tensor_specs().items()
+    }  # fmt: skip
+    packed = PackedLinear.from_tensors(LinearFormat(spec), named)
+    layer = mixed.prepare(packed)
+    codes, _ = packed.weight.unpack()
+    assert torch.equal(mixed.line_codes(layer.codes, mixed.unit_widths(spec), 20), codes.to(torch.uint8))
+    back = mixed.restore((packed.format,), mixed.tensors(layer), 0)
+    assert back.format == packed.format
+    assert all(torch.equal(back.tensors()[name], tensor) for name, tensor in packed.tensors().items())
+    assert refusal(spec, monkeypatch) is None
+
+
+def test_codes_of_one_width_with_adapters_or_rounded_inputs_are_for_other_kernels() -> None:
+    weight = WeightFormat(16, 128, 8, dtype=torch.bfloat16)
+    factors = [WeightFormat(*shape, dtype=torch.bfloat16) for shape in ((16, 8), (8, 128))]
+    for spec in (LinearFormat(weight, *factors), LinearFormat(weight, activation="int8")):
+        reason = mixed._refuses(spec, torch.bfloat16, torch.device("cuda"))
+        assert "without adapters and without rounded inputs" in (reason or "")
+
+
 def test_units_know_their_place() -> None:
     spec = WeightFormat(16, 320, 4, 128, dtype=torch.bfloat16, widths=(3, 4, 1))
     assert mixed.unit_widths(spec) == [3, 3, 4, 4, 1]
@@ -162,7 +193,9 @@ def refusal(spec: WeightFormat, monkeypatch: pytest.MonkeyPatch, tokens: int = 1
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        ({"columns": 128, "bits": 4, "group": 64}, "is for groups of columns with codes of different widths"),
+        ({"columns": 128, "bits": 4, "group": 64}, "codes of different widths, or of more than 4 bits"),
+        ({"columns": 128, "bits": 8, "per_tensor": True}, "takes codes of one width with scales for rows or groups"),
+        ({"columns": 96, "bits": 8}, "needs columns and groups of multiples of 64"),
         ({"columns": 64, "bits": 2, "group": 32, "widths": (2, 1)}, "needs columns and groups of multiples of 64"),
         ({"columns": 96, "bits": 2, "group": 64, "widths": (2, 1)}, "needs columns and groups of multiples of 64"),
         (
