@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimc.backends import COMPOSED, KERNELS
 from slimc.backends.cuda import compiler, mixed
 from slimc.backends.cuda.layer import source
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, pack_weight
+from slimc.runtime.select import choose
 
 MIXTURES = [
     (1,),
@@ -122,6 +124,15 @@ def test_codes_of_one_width_with_adapters_or_rounded_inputs_are_for_other_kernel
     for spec in (LinearFormat(weight, *factors), LinearFormat(weight, activation="int8")):
         reason = mixed._refuses(spec, torch.bfloat16, torch.device("cuda"))
         assert "without adapters and without rounded inputs" in (reason or "")
+
+
+def test_a_layer_of_one_width_is_held_in_one_order_at_all_numbers_of_tokens(gpu: object) -> None:
+    del gpu
+    spec = LinearFormat(WeightFormat(4096, 4096, 8, 128, dtype=torch.bfloat16))
+    device = torch.device("cuda", 0)
+    found = [choose(KERNELS, spec, torch.bfloat16, device, tokens) for tokens in (1, 64, 65, 4096)]
+    assert [kernel for kernel, _ in found] == [mixed.MIXED, mixed.MIXED, mixed.MIXED_DENSE, mixed.MIXED_DENSE]
+    assert "in another order" in (COMPOSED.accepts(spec, torch.bfloat16, device, 100) or "")
 
 
 def test_units_know_their_place() -> None:
