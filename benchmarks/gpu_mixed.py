@@ -128,7 +128,8 @@ def main() -> None:
             del layers
         del dense
     if options.json:
-        command = f"python benchmarks/gpu_mixed.py --tokens {options.tokens}" + " --shapes" * options.shapes
+        command = f'python benchmarks/gpu_mixed.py --tokens {options.tokens} --mixtures "{options.mixtures}"'
+        command += " --shapes" * options.shapes
         record = {"command": command, "device": torch.cuda.get_device_name(), "rows": results}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
