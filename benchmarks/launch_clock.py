@@ -18,7 +18,7 @@ from slimc.errors import KernelError
 
 __all__ = ["Clock"]
 
-START_SECONDS, CASE_SECONDS = 60, 10
+START_SECONDS, CASE_SECONDS = 100, 10
 """How long making the layers, and one measurement, may take."""
 
 

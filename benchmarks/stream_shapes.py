@@ -219,17 +219,19 @@ class Kernels:
         """Yield shapes as their kernels are there, until so late; leave out those that do not compile."""
         wanted = list(wanted)
         waiting = list(zip(wanted, self.ask(wanted, form), strict=True))
-        while waiting and time.monotonic() < until:
-            place = next((place for place, (_, future) in enumerate(waiting) if future.done()), None)
-            if place is None:
-                wait([future for _, future in waiting], until - time.monotonic(), FIRST_COMPLETED)
-                continue
-            shape, future = waiting.pop(place)
-            if future.result():
-                yield shape
-        # What was not reached is not to delay what is asked for next.
-        dropped = {future for _, future in waiting if future.cancel()}
-        self._asked = {key: future for key, future in self._asked.items() if future not in dropped}
+        try:
+            while waiting and time.monotonic() < until:
+                place = next((place for place, (_, future) in enumerate(waiting) if future.done()), None)
+                if place is None:
+                    wait([future for _, future in waiting], until - time.monotonic(), FIRST_COMPLETED)
+                    continue
+                shape, future = waiting.pop(place)
+                if future.result():
+                    yield shape
+        finally:
+            # What was not reached is not to delay what is asked for next.
+            dropped = {future for _, future in waiting if future.cancel()}
+            self._asked = {key: future for key, future in self._asked.items() if future not in dropped}
 
     def close(self) -> None:
         """Compile no more."""
@@ -279,7 +281,9 @@ class Search:
         rights = self._alike(right_candidates(self._clock.ranks, self._tokens, self._processors), right)
         self._kernels.ask([main, *(one for one in mains if one.tokens == main.tokens)], LAYER)
         self._kernels.ask([right, *rights], FACTOR)
-        self._time(self.present)
+        # Its process would have to compile what is not there yet.
+        for _ in (*self._ready([main], LAYER, "layer"), *self._ready([right], FACTOR, "layer")):
+            self._time(self.present)
         self._measure(((one, right) for one in self._ready(mains, LAYER, "layer")), "layer")
         best = self._best(2)
         self._measure(((main, one) for one in self._ready(rights, FACTOR, "t") for main, _ in best), "t")
