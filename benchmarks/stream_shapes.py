@@ -10,6 +10,8 @@ with each other; then, from the best pairs on, each field of their shapes is var
 at last the best pairs and the present one are measured in turns. An even launch leaves to the one for t the
 multiprocessors that it takes, and is also tried with a few more and less.
 
+A shape whose results are not the same from call to call, bit for bit, is left out and reported.
+
 Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
 present ones have been tried.
 """
