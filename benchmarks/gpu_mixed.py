@@ -1,8 +1,9 @@
-"""Layers of Llama-2-7B whose groups of columns have 1 to 4 bits, on one GPU, against the dense product in bfloat16.
+"""Layers of Llama-2-7B whose groups of columns have 1 to 6 bits, on one GPU, against the dense product in bfloat16.
 
-    python benchmarks/gpu_mixed.py [--tokens 1,4,8,16,32,64,128] [--shapes] [--json FILE]
+    python benchmarks/gpu_mixed.py [--tokens 1,4,8,16,32,64,128] [--mixtures "3 bits,2 bits"] [--shapes] [--json FILE]
 
-Groups have 128 columns and a zero point; ``3 bits`` mixes 2, 3 and 4, ``2 bits`` 1, 2 and 3. A call finds its weight in
+Groups have 128 columns and a zero point; ``3 bits`` mixes 2, 3 and 4, ``2 bits`` 1, 2 and 3; wide ones have codes of
+more than 4 bits among them, as ``mixed-w3`` and ``mixed-w4`` do. A call finds its weight in
 device memory, not in the cache: it goes round among copies that together exceed 150 MB. Calls are captured into a CUDA
 graph; a figure is the median of its replays, in microseconds a call. ``--shapes`` tries ways of dividing a launch, for
 which kernels are compiled first, in several processes.
@@ -22,13 +23,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends.cuda import mixed
-from slimc.bench import no_gpu
+from slimc.bench import check_words, no_gpu
 from slimc.bench.linear import copies, microseconds
 from slimc.runtime.formats import LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
 LAYERS = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
-MIXTURES = {"3 bits": (3, 2, 4, 3), "2 bits": (2, 1, 3, 2)}
+MIXTURES = {
+    "3 bits": (3, 2, 4, 3),
+    "2 bits": (2, 1, 3, 2),
+    "3 bits wide": (3, 2, 5, 2),
+    "4 bits wide": (4, 3, 6, 3),
+}
 GROUP = 128
 DTYPE = torch.bfloat16
 SHAPES = [mixed.LaunchShape(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8, 16) if tiles * warps <= 32]
@@ -49,11 +55,11 @@ def random_layer(rows: int, columns: int, mixture: tuple[int, ...]) -> PackedLin
 
 def compile_shape(shape: mixed.LaunchShape) -> None:
     """Compile the launches of one shape, for this process and those after it."""
-    layer = mixed.prepare(random_layer(16, GROUP, (2,)))
-    for tokens in (8, 16, 32):
-        if not mixed.fits(shape, tokens):
-            continue
-        launched(layer, torch.zeros(tokens, GROUP, dtype=DTYPE, device="cuda"), shape)
+    for widest in (4, 5, 6):
+        layer = mixed.prepare(random_layer(16, GROUP, (widest,)))
+        for tokens in (8, 16, 32):
+            if mixed.fits(shape, tokens):
+                launched(layer, torch.zeros(tokens, GROUP, dtype=DTYPE, device="cuda"), shape)
 
 
 def launched(layer: mixed.MixedLayer, x: Tensor, shape: mixed.LaunchShape) -> Tensor:
@@ -67,9 +73,12 @@ def main() -> None:
     """Measure, print a table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,4,8,16,32,64,128")
+    parser.add_argument("--mixtures", default=",".join(MIXTURES), help="only these, by name")
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    names = options.mixtures.split(",")
+    check_words(parser, "--mixtures", names, MIXTURES)
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
     counts = [int(count) for count in options.tokens.split(",")]
@@ -85,7 +94,7 @@ def main() -> None:
             count: microseconds([partial(functional.linear, x, weight) for weight in dense])
             for count, x in inputs.items()
         }
-        for mixture, widths in MIXTURES.items():
+        for mixture, widths in ((name, MIXTURES[name]) for name in names):
             packed = random_layer(rows, columns, widths)
             nbytes = packed.format.nbytes()
             layers = [mixed.prepare(random_layer(rows, columns, widths)) for _ in range(copies(nbytes))]
@@ -119,7 +128,8 @@ def main() -> None:
             del layers
         del dense
     if options.json:
-        command = f"python benchmarks/gpu_mixed.py --tokens {options.tokens}" + " --shapes" * options.shapes
+        command = f'python benchmarks/gpu_mixed.py --tokens {options.tokens} --mixtures "{options.mixtures}"'
+        command += " --shapes" * options.shapes
         record = {"command": command, "device": torch.cuda.get_device_name(), "rows": results}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -63,15 +63,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("compressed", nargs="+", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kernels", type=Path, help="a library that 'slimc kernels' built for these folders")
     parser.add_argument("--nodes", action="store_true", help="count the operators of each optimised graph, too")
     parser.add_argument("--only", nargs="+", default=[""], help="variants whose names contain one of these")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path)
+    add_options(parser, batches=[1, 4])
     chosen = parser.parse_args()
     # Importing the quantiser has every package log what it does.
     logging.getLogger().setLevel(logging.WARNING)
@@ -102,15 +97,25 @@ def main() -> None:
         print(name, json.dumps(rows[name]), flush=True)
     for batch in chosen.batches:
         measure(decoders, windows[:batch].tolist(), chosen.rounds, chosen.tokens, rows)
-        if chosen.json is not None:
-            save(rows, chosen)
+        save(rows, chosen, compressed=[folder.name for folder in chosen.compressed])
     print_table(rows, chosen.batches)
 
 
-def save(rows: dict[str, Any], chosen: argparse.Namespace) -> None:
-    """Write the rows with the settings that they were made with."""
-    settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int | list)}
-    settings["compressed"] = [folder.name for folder in chosen.compressed]
+def add_options(parser: argparse.ArgumentParser, batches: list[int]) -> None:
+    """Add what measuring takes: where exports are kept, how often and what is generated, where figures are written."""
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--batches", type=int, nargs="+", default=batches)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+
+
+def save(rows: dict[str, Any], chosen: argparse.Namespace, **described: Any) -> None:
+    """Write the rows, if a file is asked for, with the settings: numbers and lists, and what is ``described``."""
+    if chosen.json is None:
+        return
+    settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int | list)} | described
     machine = {"gpu": torch.cuda.get_device_name(), "onnxruntime": onnxruntime.__version__}
     chosen.json.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -12,14 +12,12 @@ ends, so that several may be made at once. Steps are captured as CUDA graphs; ti
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
-from onnx_gpu import FASTEST_DENSE, QUANTISED, measure, print_table
+from onnx_gpu import FASTEST_DENSE, QUANTISED, add_options, measure, print_table, save
 from onnx_quantiser import quantise
 
 import slimc
@@ -34,15 +32,10 @@ FORMS = {FASTEST_DENSE: ("dense", "ort"), "slimc, ort, float16": ("slimc", "ort"
 def main() -> None:
     """Export, measure, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--export", choices=[f"{variant}-{target}" for variant, target in FORMS.values()])
     parser.add_argument("--model", choices=MODELS, default="llama-2-7b")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path)
+    add_options(parser, batches=[1, 16])
     chosen = parser.parse_args()
     # Importing the quantiser has every package log what it does.
     logging.getLogger().setLevel(logging.WARNING)
@@ -69,10 +62,7 @@ def main() -> None:
         prompts = torch.randint(0, vocabulary, (batch, chosen.prompt), generator=generator).tolist()
         measure(decoders, prompts, chosen.rounds, chosen.tokens, rows)
     print_table(rows, chosen.batches)
-    if chosen.json is not None:
-        settings = {name: value for name, value in vars(chosen).items() if isinstance(value, int | list | str)}
-        machine = {"gpu": torch.cuda.get_device_name(), "onnxruntime": onnxruntime.__version__}
-        chosen.json.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+    save(rows, chosen, model=chosen.model)
 
 
 def exported(model: str, layers: int, work: Path) -> tuple[dict[str, Path], Path]:

@@ -726,6 +726,7 @@ def export_onnx(
         dtype: what the graph computes in, ``"float32"`` or ``"float16"``.
         opset: of the graph; ``None`` is the lowest that has what the layers need.
         cache: whether the graph has one; ``None`` decides by the model, and means no if there are ``example_inputs``.
+            The report says why a model that generates text gets none.
         embedding_bits: with ``"ort"`` and a cache: 4 or 8 round the embedding of tokens, and the output embedding where
             both are one. ``None`` leaves it dense.
         accuracy_level: of ``"ort"``: 0 is exact, 4 rounds the inputs of products to 8 bits and is faster on a CPU.
@@ -745,14 +746,15 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         require(package, "exporting to ONNX", extra="onnx")
     from slimc.backends.onnx import export
-    from slimc.backends.onnx.decoder import cache_geometry, has_cache
+    from slimc.backends.onnx.decoder import cache_geometry, why_without_cache
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile returns is a wrapper
     _require_module(model)
     if cache and example_inputs is not None:
         raise InputError("a graph with a cache has inputs of its own: leave example_inputs out, or pass cache=False.")
     example: Batch | None = None
-    if cache or (cache is None and example_inputs is None and has_cache(model)):
+    decided_by_model = cache is None and example_inputs is None
+    if cache or (decided_by_model and why_without_cache(model) is None):
         cache_geometry(model)
     elif example_inputs is not None:
         example = calibration_batches(model, [example_inputs], Calibrate())[0]
@@ -770,6 +772,7 @@ def export_onnx(
         exporter=exporter,
         tokenizer=tokenizer,
         overwrite=overwrite,
+        notes=export.cache_notes(model) if decided_by_model else (),
     )
 
 

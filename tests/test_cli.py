@@ -225,6 +225,21 @@ def test_eval_measures_either_model(
     assert f"perplexity {record['perplexity']:.3f}" in invoke(*arguments).stdout
 
 
+def test_generate_says_what_to_do_about_a_folder_without_a_tokenizer(
+    compressed: tuple[Path, Result], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(compressed[0], folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    arguments = ["generate", folder, "--prompt", "Alice", "--tokens", 2]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    advice = "copy tokenizer.json and tokenizer_config.json of the dense model"
+    assert f"{folder} has no tokenizer, so it cannot read text; {advice}" in " ".join(refused.output.split())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / name, folder)
+    assert invoke(*arguments).exit_code == 0
+
+
 @pytest.mark.parametrize("which", ["dense", "compressed"])
 def test_generate_continues_and_is_repeatable(
     which: str, compressed: tuple[Path, Result], tiny_llama_folder: Path

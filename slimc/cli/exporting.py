@@ -42,6 +42,13 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+_OF_ONE_FORMAT = {
+    Format.onnx: ("target", "dtype", "opset", "accuracy_level", "cache", "embedding_bits", "exporter"),
+    Format.hf: ("allow_dense",),
+}
+"""Options that have no meaning with the other format."""
+
+
 class Exporter(StrEnum):
     """Who traces a language model with its cache."""
 
@@ -51,6 +58,7 @@ class Exporter(StrEnum):
 
 
 def export(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -123,18 +131,11 @@ def export(
     """
     import slimc
 
-    changed = {
-        "--target": target is not Target.portable,
-        "--dtype": dtype is not Precision.float32,
-        "--opset": opset is not None,
-        "--accuracy-level": accuracy_level != 0,
-        "--cache": cache is not None,
-        "--embedding-bits": embedding_bits is not None,
-        "--exporter": exporter is not Exporter.auto,
-    }
-    misplaced = ["--allow-dense"] * allow_dense if form is Format.onnx else [name for name in changed if changed[name]]
-    if misplaced:
-        raise InputError(f"{misplaced[0]} has no meaning with --format {form}; leave it out")
+    for other, options in _OF_ONE_FORMAT.items():
+        given = [name for name in options if _is_given(context, name)]
+        if given and form is not other:
+            option = "--" + given[0].replace("_", "-")
+            raise InputError(f"{option} has no meaning with --format {form}; leave it out, or use --format {other}")
     opened, tokenizer = open_model(model, device="cpu")
     if form is Format.hf:
         done = slimc.export_hf(opened, output, tokenizer=tokenizer, allow_dense=allow_dense, overwrite=overwrite)
@@ -156,6 +157,13 @@ def export(
     )
     say(str(written))
     note(f"Check it with: slimc verify {output} --against {model}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Tell whether the command line has an option, which may have the default's value there, too."""
+    source = context.get_parameter_source(name)
+    # The enumeration is click's or, depending on typer's version, its own copy of it.
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def verify(

@@ -46,9 +46,11 @@ def open_language_model(model: str, *, device: str | None = None) -> tuple[nn.Mo
         InputError: As :func:`open_model`, or there is no tokenizer.
         FormatError: Its files are damaged.
     """
+    from slimc.runtime.generate import without_tokenizer
+
     opened, tokenizer = open_model(model, device=device)
     if tokenizer is None:
-        raise InputError(f"{model} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")
+        raise without_tokenizer(model)
     return opened, tokenizer
 
 
@@ -61,11 +63,12 @@ def open_onnx_model(folder: Path, *, device: str | None = None, kernels: Path | 
     """
     from slimc.backends import hf
     from slimc.backends.onnx.session import OnnxDecoder, best_device
+    from slimc.runtime.generate import without_tokenizer
 
     decoder = OnnxDecoder(folder, device=device or best_device(), kernels=kernels, replay=True)
     tokenizer = hf.load_tokenizer(folder)
     if tokenizer is None:
-        raise InputError(f"{folder} has no tokenizer, so it cannot read text; put its tokenizer files into the folder")
+        raise without_tokenizer(folder)
     return decoder, tokenizer
 
 

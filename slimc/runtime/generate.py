@@ -41,6 +41,15 @@ class CheckFinite:
         return scores
 
 
+def without_tokenizer(model: object) -> InputError:
+    """Return the error that a model, or a folder, cannot be given text."""
+    return InputError(
+        f"{model} has no tokenizer, so it cannot read text; copy tokenizer.json and tokenizer_config.json of the dense "
+        "model (or what its tokenizer is made of) into its folder, or write that again with tokenizer=, as "
+        "slimc.save(model, folder, tokenizer=tokenizer, overwrite=True)"
+    )
+
+
 @contextmanager
 def private_random_state(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators of the CPU and of ``device`` inside the block, and put them back after it."""
@@ -131,7 +140,7 @@ def generate_text(
     if generate is None:
         raise InputError(f"a {type(model).__name__} cannot generate text; use a causal language model")
     if tokenizer is None:
-        raise InputError("this model has no tokenizer, so it cannot be given a prompt; save one beside it")
+        raise without_tokenizer("this model")
     device = model_device(model)
     ids = encode_prompt(tokenizer, prompt, chat=chat).to(device)
     # The last new token is never read.

@@ -16,7 +16,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -296,20 +296,33 @@ def is_replaceable(path: Path) -> bool:
     Raises:
         InputError: it is a native folder and holds files that were not saved with it.
     """
-    if not is_native_folder(path):
+    return may_be_replaced(path, DESCRIPTION, _written)
+
+
+def _written(path: Path) -> set[str]:
+    return {RUN, *extra_files(path), *filter(_SHARD.fullmatch, files_in(path))}
+
+
+def may_be_replaced(path: Path, description: str, written: Callable[[Path], Iterable[str]]) -> bool:
+    """Tell whether ``path`` is a folder of the kind that is known by a file ``description``, with nothing else in it.
+
+    Args:
+        path: the folder.
+        description: the name of that file.
+        written: returns the files that were written with it, as relative paths with ``/``.
+
+    Raises:
+        InputError: it is such a folder and holds files of others, which are named.
+    """
+    if not (path / description).is_file():
         return False
-    foreign = [name for name in files_in(path) - {DESCRIPTION, RUN, *extra_files(path)} if not _SHARD.fullmatch(name)]
-    refuse_foreign(path, foreign)
-    return True
-
-
-def refuse_foreign(path: Path, foreign: Collection[str]) -> None:
-    """Raise an InputError that names files of others in a folder that would be replaced, if there are any."""
+    foreign = files_in(path) - {description, *written(path)}
     if foreign:
         raise InputError(
             f"{path}: holds {some(foreign)}, which slimc did not write, so it will not be replaced; move them "
             "elsewhere or choose another folder"
         )
+    return True
 
 
 def files_in(folder: Path) -> set[str]:

@@ -26,6 +26,8 @@ WIDTHS = (1, 2, 3, 4, 4, 3, 2, 1, 1, 3)
 DTYPE = torch.bfloat16
 FORMS: dict[str, dict[str, Any]] = {
     "widths": {"bits": 4, "widths": WIDTHS, "asymmetric": True},
+    "wide widths": {"bits": 8, "widths": (5, 2, 3, 6, 4, 7, 2, 8, 1, 5), "asymmetric": True},
+    "8 bits": {"bits": 8},
     "widths and adapters": {"bits": 4, "widths": WIDTHS, "asymmetric": True, "rank": 8},
     "2:4 widths": {"bits": 4, "widths": WIDTHS, "sparsity": NM(2, 4), "asymmetric": True},
     "2:4 widths, symmetric": {"bits": 4, "widths": WIDTHS, "sparsity": NM(2, 4)},
@@ -53,7 +55,9 @@ def random_layer(form: dict[str, Any], seed: int = 0) -> PackedLinear:
         else:
             named[name] = ((torch.rand(shape, generator=generator) + 0.5) * 0.01).to(dtype)
     if weight.asymmetric:
-        named["zero_point"] = torch.tensor([[int(width > 1) for width in WIDTHS]], dtype=torch.uint8).repeat(ROWS, 1)
+        named["zero_point"] = torch.tensor(
+            [[int(width > 1) for width in weight.widths or ()]], dtype=torch.uint8
+        ).repeat(ROWS, 1)
     if weight.sparsity is not None:
         kept = torch.zeros(ROWS * COLUMNS // 4, 4, dtype=torch.uint8)
         kept[:, 1::2] = 1
@@ -124,7 +128,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(form: str, settings: dict[st
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("form", ["widths", "widths and adapters", "2:4 int4 and signs"])
+@pytest.mark.parametrize("form", ["widths", "wide widths", "8 bits", "widths and adapters", "2:4 int4 and signs"])
 @torch.no_grad()
 def test_siblings_are_one_launch(form: str) -> None:
     siblings = [SlimLinear(random_layer(FORMS[form], seed), kernels=KERNELS) for seed in (1, 2)]

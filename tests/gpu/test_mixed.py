@@ -1,4 +1,4 @@
-"""The CUDA kernels for groups of 1 to 4 bits, against the product with the decoded weight in float64."""
+"""The CUDA kernels for groups of 1 to 8 bits, against the product with the decoded weight in float64."""
 
 from __future__ import annotations
 
@@ -64,22 +64,29 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None, shape: mixed.Launc
     return results[0]
 
 
+@pytest.mark.parametrize(
+    "widths", [(1, 2, 3, 4, 4, 3, 2, 1, 1, 3), (5, 2, 3, 6, 4, 7, 2, 8, 1, 5)], ids=["few", "many"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 50])
-def test_every_number_of_tokens(check: Any, tokens: int, asymmetric: bool, dtype: torch.dtype) -> None:
-    packed = make_layer(200, 640, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3), dtype=dtype, asymmetric=asymmetric)
+def test_every_number_of_tokens(
+    check: Any, tokens: int, asymmetric: bool, dtype: torch.dtype, widths: tuple[int, ...]
+) -> None:
+    packed = make_layer(200, 640, widths, dtype=dtype, asymmetric=asymmetric)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(200, dtype=dtype, device="cuda")
     check(packed, x, bias, run(packed, x, bias))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_each_width_by_itself(check: Any, width: int) -> None:
-    packed = make_layer(48, 576, (*[width] * 8, 1))
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("width", range(1, 9))
+def test_each_width_by_itself(check: Any, width: int, asymmetric: bool) -> None:
+    packed = make_layer(48, 576, (*[width] * 8, 1), asymmetric=asymmetric)
     x = torch.randn(5, 576, dtype=torch.bfloat16, device="cuda")
     check(packed, x, None, run(packed, x, None))
 
 
+@pytest.mark.parametrize("mixture", [(1, 3, 2, 4, 2), (1, 6, 2, 5, 3)], ids=str)
 @pytest.mark.parametrize(
     ("rows", "columns", "group"), [(16, 64, 64), (1, 128, 128), (1000, 4160, 128), (4096, 11008, 64)]
 )
@@ -89,18 +96,19 @@ def test_each_width_by_itself(check: Any, width: int) -> None:
     ids=str,
 )
 def test_shapes_of_layers_and_launches(
-    check: Any, rows: int, columns: int, group: int, tokens: int, shape: mixed.LaunchShape
+    check: Any, rows: int, columns: int, group: int, tokens: int, shape: mixed.LaunchShape, mixture: tuple[int, ...]
 ) -> None:
-    widths = tuple((1, 3, 2, 4, 2)[index % 5] for index in range(-(-columns // group)))
+    widths = tuple(mixture[index % 5] for index in range(-(-columns // group)))
     packed = make_layer(rows, columns, widths, group=group)
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
     check(packed, x, None, run(packed, x, None, shape))
 
 
+@pytest.mark.parametrize("widths", [(1, 2, 3, 4, 4, 3, 2, 1, 1, 3, 2), (8, 2, 5, 4, 6, 3, 7, 1, 8, 5, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_the_dense_weight_is_what_decode_gives(dtype: torch.dtype, asymmetric: bool) -> None:
-    packed = make_layer(1000, 704, (1, 2, 3, 4, 4, 3, 2, 1, 1, 3, 2), dtype=dtype, asymmetric=asymmetric)
+def test_the_dense_weight_is_what_decode_gives(dtype: torch.dtype, asymmetric: bool, widths: tuple[int, ...]) -> None:
+    packed = make_layer(1000, 704, widths, dtype=dtype, asymmetric=asymmetric)
     assert torch.equal(mixed.expand(mixed.prepare(packed)), packed.weight.decode())
 
 
@@ -116,12 +124,41 @@ def test_adapters_and_scaled_inputs(tokens: int, rank: int, scaled: bool) -> Non
         assert bool(((y.double() - exact).abs() <= 2**-8 * (exact.abs() + 4 * size)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [None, 64, 128])
+@pytest.mark.parametrize(("bits", "asymmetric"), [(5, False), (6, True), (8, False), (8, True)])
+@pytest.mark.parametrize("tokens", [1, 16, 40, 200])
+def test_many_bits_of_one_width(
+    check: Any, tokens: int, bits: int, asymmetric: bool, group: int | None, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    shape = (200, 1 if group is None else 640 // group)
+    zeros = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    weight = pack_weight(
+        torch.randint(0, 1 << bits, (200, 640), generator=generator, dtype=torch.uint8),
+        bits=bits,
+        scale=((torch.rand(*shape, generator=generator) + 0.5) * 0.01).to(dtype),
+        zero_point=zeros if asymmetric else None,
+        group=group,
+    )
+    packed = PackedLinear(weight)
+    packed = PackedLinear.assemble(packed.format, {name: one.cuda() for name, one in packed.tensors().items()})
+    x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(200, dtype=dtype, device="cuda")
+    layer = SlimLinear(packed, bias, kernels=KERNELS)
+    names = dict.fromkeys(choice.kernel.name for choice in layer.choices() if choice.kernel)
+    assert list(names) == ["cuda-mixed", "cuda-mixed-dense"]
+    with torch.no_grad():
+        check(packed, x, bias, layer(x))
+    state = layer.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in packed.tensors().items())
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 40])
 def test_siblings_in_one_launch(check: Any, tokens: int) -> None:
     """Rows that end within a tile and within a block, widths that differ, and more rows than one wave of blocks has."""
     members = [
         make_layer(200, 320, (2, 4, 1, 3, 2)),
-        make_layer(9000, 320, (3, 3, 2, 3, 4)),
+        make_layer(9000, 320, (3, 6, 2, 3, 4)),
         make_layer(24, 320, (1, 2, 1, 4, 1)),
     ]
     stacked, parts = mixed.stack([mixed.prepare(packed) for packed in members])

@@ -148,6 +148,38 @@ def test_launches_of_two_streams_that_divide_all_tiles_do_not_wait_for_ever(rand
     assert all(torch.equal(y, expected[index % 2]) for index, y in enumerate(results))
 
 
+def test_blocks_with_nothing_to_multiply_wait_for_the_launches_before(
+    random_layer: Any, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = LaunchShape(64, 1, 2, 1, 1, 1, 128, even=True)
+    # A few long blocks; then six for two slots of W and four of L, the first of which has none of either.
+    packed = [random_layer(128, 1 << 17), random_layer(128, 256, 256)]
+    layers = [prepare(one) for one in packed]
+    inputs = [torch.randn(64, one.format.columns, dtype=torch.bfloat16, device="cuda") for one in packed]
+    plans = [make_plan(layer, torch.bfloat16, 64, shape) for layer in layers]
+    assert [plan.main.grid for plan in plans] == [shapes.MOST_SHARES, 6]
+    memory = torch.empty(2 * shapes.MOST_SHARES * shape.rows * shape.tokens, device="cuda")
+    # As the allocator does, which takes what a launch has freed for the next one.
+    monkeypatch.setattr(torch, "empty", lambda count, **_options: memory[:count])
+    for _ in range(20):
+        torch.cuda._sleep(1 << 20)  # so that all launches below are there before the first begins
+        results = [launch(plan, x, layer, None) for plan, x, layer in zip(plans, inputs, layers, strict=True)]
+        for one, x, y in zip(packed, inputs, results, strict=True):
+            check(one, x, None, y)
+
+
+def test_the_launch_for_t_may_divide_all_tiles_too(random_layer: Any, check: Any) -> None:
+    shape = LaunchShape(64, 1, 2, 1, 1, 1, 128, even=True)
+    packed = random_layer(128, 1 << 15, 64)
+    layer, x = prepare(packed), torch.randn(64, 1 << 15, dtype=torch.bfloat16, device="cuda")
+    plan = make_plan(layer, x.dtype, 64, shape, shape)
+    assert plan.right is not None
+    assert plan.right.sharing is not None
+    for _ in range(20):
+        torch.cuda._sleep(1 << 20)
+        check(packed, x, None, launch(plan, x, layer, None))
+
+
 def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: Any, check: Any) -> None:
     packed = random_layer(256, 640, 57)
     layer = SlimLinear(packed, kernels=KERNELS)

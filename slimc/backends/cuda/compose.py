@@ -25,6 +25,7 @@ from slimc.backends.cuda import layout
 from slimc.backends.cuda.fit import COLUMN_MULTIPLE, Fit, fit_of, padding, put_padding
 from slimc.backends.cuda.layer import FragmentLayer
 from slimc.backends.cuda.layer import prepare as prepare_fragments
+from slimc.backends.cuda.mixed import MIXED_DENSE
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.split import Split, split_of
 from slimc.errors import KernelError
@@ -303,6 +304,8 @@ def composed(kernels: Sequence[Kernel], device_type: str = "cuda") -> Kernel:
             return plan
         if dtype != spec.weight.dtype or dtype.itemsize != 2:
             return "needs activations and scales of one 16-bit dtype"
+        if MIXED_DENSE.accepts(spec, dtype, device, tokens) is None:
+            return f"{MIXED_DENSE.name} takes these codes in another order, and a GPU holds a layer in one"
         for form in plan.kernel_formats():
             kernel, refusals = choose(kernels, form, dtype, device, tokens)
             if kernel is None:

@@ -1,4 +1,4 @@
-// A linear layer whose groups of columns have codes of 1 to 4 bits, for up to 32 tokens; and its dense weight.
+// A linear layer whose groups of columns have codes of 1 to 8 bits, for up to 32 tokens; and its dense weight.
 //
 // Weights come in tiles of 16 rows. The codes of a tile are one stream: for 64 columns after the other (a unit) as many
 // lines of 32 words as a code has bits, a word of each line for each lane of a warp. A lane's words hold the codes of two
@@ -10,6 +10,7 @@
 //
 // Compiled with -D:
 //   ASYMMETRIC   1: with a zero point for each scale; 0: it is 2^(width - 1). Signs (1 bit) have none.
+//   WIDEST       lines that there is room for: bits of the widest codes, or 4
 //   GROUP_UNITS  units that share scales
 //   TILES        tiles of a block
 //   TOKEN_TILES  tiles of 8 tokens, 1, 2 or 4
@@ -26,7 +27,7 @@ struct Member {
     const u32* codes;  // [row tiles][lines][32]
     const u16* scale;  // [row tiles][groups][16]
     const u8* zero;    // the same
-    const u32* units;  // [unit count]: eight times the first line, and the width
+    const u32* units;  // [unit count]: sixteen times the first line, and the width
     int lines;
     int row_tiles;
     int rows;
@@ -55,14 +56,14 @@ __device__ __forceinline__ const Member& member_of_block(const Arguments& a) {
 
 // A unit of a tile, as the copies of a warp put it: its lines, and scales and zeros of 16 rows.
 struct __align__(16) Slot {
-    u32 words[4][32];
+    u32 words[WIDEST][32];
     u16 scale[16];
     u8 zero[16];
 };
 
 // What a lane computes with: of rows lane / 4 and 8 below.
 struct Unit {
-    u32 words[4];
+    u32 words[WIDEST];
     u16 scale[2];
     u8 zero[2];
 };
@@ -71,9 +72,11 @@ __device__ __forceinline__ void start_copy(
     const Arguments& a, const Member& m, Slot& slot, u32 place, int number, int tile, int lane) {
     const u64 here = min(tile, m.row_tiles - 1);
     const u64 group = here * a.groups + number / GROUP_UNITS;
+    const u32* const from = m.codes + (here * m.lines + place / 16) * 32;
     // 16 bytes a lane: eight lanes a line.
-    if (lane < 8 * (place & 7)) {
-        copy_async(shared_address(&slot.words[0][4 * lane]), m.codes + (here * m.lines + place / 8) * 32 + 4 * lane, 16);
+#pragma unroll
+    for (int piece = lane; piece < 8 * WIDEST; piece += 32) {
+        if (piece < 8 * (place & 15)) copy_async(shared_address(slot.words) + 16 * piece, from + 4 * piece, 16);
     }
     if (lane < 2) copy_async(shared_address(&slot.scale[8 * lane]), m.scale + group * 16 + 8 * lane, 16);
     if (ASYMMETRIC && lane == 2) copy_async(shared_address(slot.zero), m.zero + group * 16, 16);
@@ -82,7 +85,7 @@ __device__ __forceinline__ void start_copy(
 __device__ __forceinline__ Unit read_unit(const Slot& slot, int width, int lane) {
     Unit unit;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) unit.words[i] = i < width ? slot.words[i][lane] : 0;
+    for (int i = 0; i < WIDEST; ++i) unit.words[i] = i < width ? slot.words[i][lane] : 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         unit.scale[i] = slot.scale[lane / 4 + 8 * i];
@@ -91,37 +94,55 @@ __device__ __forceinline__ Unit read_unit(const Slot& slot, int width, int lane)
     return unit;
 }
 
-// Two numbers that are their codes less zero; codes lie in the low bits of both halves, `mask` says how many.
-__device__ __forceinline__ u32 numbers(u32 codes, u32 mask, u32 minus_zero) {
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
     u32 v;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(codes), "r"(mask), "r"(MAGIC));
 #if ARCH >= 90 || !BFLOAT16
-    asm("add.rn." TYPE "x2 %0, %0, %1;" : "+r"(v) : "r"(minus_zero));
+    asm("add.rn." TYPE "x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
 #else
-    asm("fma.rn." TYPE "x2 %0, %0, %1, %2;" : "+r"(v) : "r"(ONES), "r"(minus_zero));
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(v) : "r"(ONES), "r"(a), "r"(b));
 #endif
     return v;
 }
 
+// MAGIC has room for seven bits of a code; an eighth is a number of its own.
+template <int WIDTH>
+struct Codes {
+    static constexpr bool SPLIT = BFLOAT16 && WIDTH > 7;
+    static constexpr u32 MASK = ((1u << (SPLIT ? 7 : WIDTH)) - 1) * 0x10001u;
+
+    // Two numbers that are their codes less zero; codes lie in the low bits of both halves.
+    static __device__ __forceinline__ u32 numbers(u32 codes, u32 minus_zero) {
+        u32 v;
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(codes), "r"(MASK), "r"(MAGIC));
+        if (SPLIT) v = add_pairs(add_pairs(v, MAGIC ^ 0x80008000u), (codes >> 7 & 0x00010001u) * (MAGIC & 0xffff));
+        return add_pairs(v, minus_zero);
+    }
+
+    static __device__ __forceinline__ u32 negated_zero(u8 zero) {
+        const u32 both = zero * 0x10001u;
+        return (SPLIT ? numbers(both, 0) : MAGIC | both) ^ 0x80008000u;
+    }
+};
+
 // Pair `p` of 16: columns 4 (p / 4) and the next of the lane's 16, or for p % 4 above 1 the two after them; odd pairs are
 // of the row 8 below.
 template <int WIDTH>
-__device__ __forceinline__ u32 pair(const u32 (&words)[4], int p, u32 minus_zero) {
+__device__ __forceinline__ u32 pair(const u32 (&words)[WIDEST], int p, u32 minus_zero) {
+    constexpr int A_WORD = 16 / WIDTH, LEFT_OVER = 16 % WIDTH;  // pairs, and bits of each half
     if (WIDTH == 1) return ((words[0] << (15 - p)) & 0x80008000u) ^ (ONES | 0x80008000u);
-    if (WIDTH == 2) return numbers(words[p / 8] >> (2 * (p % 8)), 0x00030003u, minus_zero);
-    if (WIDTH == 4) return numbers(words[p / 4] >> (4 * (p % 4)), 0x000f000fu, minus_zero);
-    if (p < 15) return numbers(words[p / 5] >> (3 * (p % 5)), 0x00070007u, minus_zero);
-    // The last pair is what 15 bits of each half leave over.
-    const u32 spread = (words[0] >> 15 & 0x00010001u) | (words[1] >> 14 & 0x00020002u) | (words[2] >> 13 & 0x00040004u);
-    return numbers(spread, 0x00070007u, minus_zero);
+    if (p < A_WORD * WIDTH) return Codes<WIDTH>::numbers(words[p / A_WORD] >> (WIDTH * (p % A_WORD)), minus_zero);
+    // The last pairs are what words have left over: bit b of a pair is in word b.
+    const int place = 16 - LEFT_OVER + p - A_WORD * WIDTH;
+    u32 spread = 0;
+#pragma unroll
+    for (int bit = 0; bit < WIDTH; ++bit) spread |= words[bit] >> (place - bit) & (0x00010001u << bit);
+    return Codes<WIDTH>::numbers(spread, minus_zero);
 }
-
-__device__ __forceinline__ u32 negated_zero(u8 zero) { return (MAGIC | zero * 0x10001u) ^ 0x80008000u; }
 
 template <int WIDTH>
 __device__ __forceinline__ void multiply_unit(
     float (&sums)[TOKEN_TILES][4], const Unit& unit, const u32 (&x)[TOKEN_TILES][8]) {
-    const u32 minus_zero[2] = {negated_zero(unit.zero[0]), negated_zero(unit.zero[1])};
+    const u32 minus_zero[2] = {Codes<WIDTH>::negated_zero(unit.zero[0]), Codes<WIDTH>::negated_zero(unit.zero[1])};
     float products[TOKEN_TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -188,7 +209,7 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const __gr
     for (int number = warp; number < a.unit_count; number += WARPS) {
         const int ahead = number + WARPS * DEPTH;
         const u32 place_ahead = ahead < a.unit_count ? __ldg(m.units + ahead) : 0;
-        const int width = __ldg(m.units + number) & 7;
+        const int width = __ldg(m.units + number) & 15;
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
@@ -204,6 +225,18 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_linear(const __gr
                 case 1: multiply_unit<1>(sums[t], unit, x); break;
                 case 2: multiply_unit<2>(sums[t], unit, x); break;
                 case 3: multiply_unit<3>(sums[t], unit, x); break;
+#if WIDEST > 4
+                case 5: multiply_unit<5>(sums[t], unit, x); break;
+#endif
+#if WIDEST > 5
+                case 6: multiply_unit<6>(sums[t], unit, x); break;
+#endif
+#if WIDEST > 6
+                case 7: multiply_unit<7>(sums[t], unit, x); break;
+#endif
+#if WIDEST > 7
+                case 8: multiply_unit<8>(sums[t], unit, x); break;
+#endif
                 default: multiply_unit<4>(sums[t], unit, x);
             }
         }
@@ -245,7 +278,7 @@ __device__ __forceinline__ void expand_unit(const Arguments& a, const Unit& unit
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
         const int row = 16 * tile + lane / 4 + 8 * below;
-        const u32 minus_zero = negated_zero(unit.zero[below]), scale = unit.scale[below] * 0x10001u;
+        const u32 minus_zero = Codes<WIDTH>::negated_zero(unit.zero[below]), scale = unit.scale[below] * 0x10001u;
         u32 v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -286,12 +319,24 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void mixed_expand(const __gr
         copies_commit();
         copies_wait<0>();
         __syncwarp();
-        const Unit unit = read_unit(slots[warp], place & 7, lane);
+        const Unit unit = read_unit(slots[warp], place & 15, lane);
         __syncwarp();
-        switch (place & 7) {
+        switch (place & 15) {
             case 1: expand_unit<1>(a, unit, number, tile, lane); break;
             case 2: expand_unit<2>(a, unit, number, tile, lane); break;
             case 3: expand_unit<3>(a, unit, number, tile, lane); break;
+#if WIDEST > 4
+            case 5: expand_unit<5>(a, unit, number, tile, lane); break;
+#endif
+#if WIDEST > 5
+            case 6: expand_unit<6>(a, unit, number, tile, lane); break;
+#endif
+#if WIDEST > 6
+            case 7: expand_unit<7>(a, unit, number, tile, lane); break;
+#endif
+#if WIDEST > 7
+            case 8: expand_unit<8>(a, unit, number, tile, lane); break;
+#endif
             default: expand_unit<4>(a, unit, number, tile, lane);
         }
     }

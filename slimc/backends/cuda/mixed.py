@@ -1,5 +1,6 @@
-"""``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 4 bits (``mixed.cu``).
+"""``cuda-mixed``: a linear layer whose groups of columns have codes of 1 to 8 bits (``mixed.cu``).
 
+Codes of one width are taken where they have more than 4 bits, which other kernels multiply by as sums of 4-bit codes.
 Up to 32 tokens are one launch that multiplies by codes; more are taken 32 at a time while that is faster than decoding
 the weight for cuBLAS (``cuda-mixed-dense``). Adapters and an input scale are products beside it.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
 
@@ -52,7 +53,12 @@ RING_SLOTS = 64
 
 STATIC_SHARED_BYTES = 48 << 10
 
-WIDEST = 4
+FEWEST_LINES = 4
+"""Lines that a slot has room for, at least: fewer would be more kernels to compile."""
+
+NARROW = 4
+"""Codes of one width, of so many bits at most, are for other kernels."""
+
 EXPAND_WARPS = 8
 MOST_GRID_ROWS = 65535
 
@@ -85,7 +91,7 @@ class MixedLayer:
         codes: int32 [row tiles, lines, 32].
         scale: [row tiles, groups, 16].
         zero: uint8, shaped like ``scale``; None if there are no zero points.
-        units: eight times the first line of each unit, and its width, int32 [units].
+        units: sixteen times the first line of each unit, and its width, int32 [units].
         rest: the other canonical tensors: the input scale, and the factors as they are stored.
     """
 
@@ -133,8 +139,17 @@ def stack(layers: Sequence[MixedLayer]) -> tuple[MixedStack, list[MixedLayer]]:
     return MixedStack(tuple(layers)), list(layers)
 
 
+def by_groups(spec: WeightFormat) -> WeightFormat:
+    """Return a weight with a width for each group where all have the same: groups of whole bytes lie alike in both."""
+    if spec.widths is not None or spec.bits is None:
+        return spec
+    group = spec.group or spec.columns
+    return replace(spec, group=group, widths=(spec.bits,) * -(-spec.columns // group))
+
+
 def unit_widths(spec: WeightFormat) -> list[int]:
     """Return the width of each unit of 64 columns."""
+    spec = by_groups(spec)
     widths, group = spec.widths or (), spec.group or spec.columns
     return [widths[start // group] for start in range(0, spec.columns, UNIT_COLUMNS)]
 
@@ -201,10 +216,10 @@ def prepare(packed: PackedLinear) -> MixedLayer:
     """Put a layer into the order of the kernel."""
     spec = packed.format
     weight = packed.weight
-    if weight.scale is None or spec.weight.widths is None:
-        raise KernelError(f"a layer of {spec.describe()} has no groups of different widths")
-    counts = [count for count, _ in spec.weight.group_streams()]
-    codes = unpack_groups(weight.values, counts, spec.weight.widths)
+    if weight.scale is None:
+        raise KernelError(f"a layer of {spec.describe()} has no codes")
+    counts, widths = zip(*by_groups(spec.weight).group_streams(), strict=True)
+    codes = unpack_groups(weight.values, counts, widths)
     own = set(spec.weight.tensor_specs())
     layer = MixedLayer(
         spec,
@@ -220,7 +235,7 @@ def prepare(packed: PackedLinear) -> MixedLayer:
 
 def _units(spec: WeightFormat, device: torch.device) -> Tensor:
     widths = unit_widths(spec)
-    places = [8 * first + width for first, width in zip(_first_lines(widths), widths, strict=True)]
+    places = [16 * first + width for first, width in zip(_first_lines(widths), widths, strict=True)]
     return torch.tensor(places, dtype=torch.int32, device=device)
 
 
@@ -259,9 +274,9 @@ def restore(formats: Formats, named: Mapping[str, Tensor], part: int) -> PackedL
     spec, named = formats[part], _own(formats, named, part)
     weight = spec.weight
     codes = line_codes(named["codes"], unit_widths(weight), weight.rows)
-    counts = [count for count, _ in weight.group_streams()]
+    counts, widths = zip(*by_groups(weight).group_streams(), strict=True)
     made = {
-        "values": pack_groups(codes, counts, weight.widths or ()),
+        "values": pack_groups(codes, counts, widths),
         "scale": _by_rows(named["scale"], weight.rows),
     }
     if weight.asymmetric:
@@ -334,6 +349,7 @@ def launch(layer: MixedLayer | MixedStack, shape: LaunchShape, x: Tensor, bias: 
         x.get_device(),
         x.dtype,
         int(members[0].zero is not None),
+        _widest(members),
         _group_units(spec),
         shape.tiles,
         token_tiles(len(x)),
@@ -373,6 +389,7 @@ def expand(layer: MixedLayer) -> Tensor:
         dense.get_device(),
         spec.dtype,
         int(layer.zero is not None),
+        _widest((layer,)),
         _group_units(spec),
         1,
         1,
@@ -444,9 +461,17 @@ def _processors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _depth(tiles: int, warps: int) -> int:
+def _depth(tiles: int, warps: int, widest: int) -> int:
     """Return how many units of each tile a warp has under way: what fits into 48 KiB beside each other."""
-    return max(1, min(8, RING_SLOTS // (tiles * warps)))
+    # Lines, and scales and zeros of the rows of a tile.
+    slot_bytes = 4 * LINE_WORDS * widest + 3 * TILE_ROWS
+    slots = min(RING_SLOTS, STATIC_SHARED_BYTES // slot_bytes)
+    return max(1, min(8, slots // (tiles * warps)))
+
+
+def _widest(members: Sequence[MixedLayer]) -> int:
+    """Return for how many lines of a unit there must be room."""
+    return max(FEWEST_LINES, *(one.format.weight.bits or 0 for one in members))
 
 
 @cache
@@ -455,6 +480,7 @@ def _launcher(
     device_index: int,
     dtype: torch.dtype,
     asymmetric: int,
+    widest: int,
     group_units: int,
     tiles: int,
     token_tiles: int,
@@ -464,25 +490,26 @@ def _launcher(
         "BFLOAT16": int(dtype == torch.bfloat16),
         "ARCH": 10 * torch.cuda.get_device_capability(device_index)[0],
         "ASYMMETRIC": asymmetric,
+        "WIDEST": widest,
         "GROUP_UNITS": group_units,
         "TILES": tiles,
         "TOKEN_TILES": token_tiles,
         "WARPS": warps,
-        "DEPTH": _depth(tiles, warps),
+        "DEPTH": _depth(tiles, warps, widest),
     }
     return driver.load(source("mixed.cu"), "mixed", device_index, defines).function(kernel).prepare([_Arguments])
 
 
 def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
     weight = spec.weight
-    if weight.widths is None:
-        return "is for groups of columns with codes of different widths"
+    if weight.widths is None and (weight.bits or 0) <= NARROW:
+        return f"is for groups of columns with codes of different widths, or of more than {NARROW} bits"
+    if weight.widths is None and (weight.per_tensor or spec.left is not None or spec.activation is not None):
+        return "takes codes of one width with scales for rows or groups, without adapters and without rounded inputs"
     if spec != LinearFormat(weight, spec.left, spec.right, spec.input_scaled, spec.activation):
         return f"computes codes and adapters, not all of {spec.describe()}"
     if weight.sparsity is not None:
         return f"knows dense weights, not {weight.describe()}"
-    if (weight.bits or 0) > WIDEST:
-        return f"holds codes of up to {WIDEST} bits, not {weight.describe()}"
     if weight.columns % UNIT_COLUMNS or (weight.group or weight.columns) % UNIT_COLUMNS:
         return f"needs columns and groups of multiples of {UNIT_COLUMNS}, not {weight.columns} in {weight.describe()}"
     factors = [factor for factor in (spec.left, spec.right) if factor is not None]

@@ -134,6 +134,8 @@ struct Segment {
     int turned;  // slots of W come in a circle, from this one of them on: blocks at the same columns would all ask the same memory
     bool whole;  // nobody else has a part in it
 
+    __device__ __forceinline__ bool empty() const { return begin == middle && left == end; }
+
     // Where a slot is in the row: of W, or of L after it.
     __device__ __forceinline__ int place(int step) const {
         if (step >= middle) return step;
@@ -786,6 +788,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     for (int tile = work.last; tile >= work.first; --tile) {
         const Segment s = work.segment(tile);
         compute_sums(a, s, by, column_group, sum);
+        // Activations come after launches that may still use the memory of the parts; who multiplies none waits for them itself.
+        if (s.empty()) wait_for_previous_launch();
         const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
         float4* const part = a.parts + (blockIdx.x * 2 + (work.from < tile * a.slots)) * (size_t)(PIECES * CONSUMERS) + thread;
 #pragma unroll

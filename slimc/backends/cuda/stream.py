@@ -103,8 +103,9 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
         return y
     t = x.new_empty(x.numel() // columns, layer.ranks)
     flags = layer.counters.of_launch(stream), next(_MARKS)
-    _start(plan.right, x, columns, None, t, None, flags, stream)
+    parts_of_t = _start(plan.right, x, columns, None, t, None, flags, stream)
     _start(plan.main, x, columns, t, y, bias, flags, stream)
+    del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
     return y
 
 
@@ -117,7 +118,8 @@ def _start(
     bias: Tensor | None,
     flags: tuple[int, int] | None,
     stream: int,
-) -> None:
+) -> Tensor | None:
+    """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
     shape, tokens = step.shape, arguments.tokens
@@ -131,6 +133,7 @@ def _start(
     arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
     if flags is not None:
         arguments.flags, arguments.mark = flags
+    parts = None
     if step.sharing is not None:
         # Blocks write there after the launches before this one have ended: whoever had the memory has done with it.
         parts = torch.empty(2 * step.grid * shape.rows * shape.tokens, dtype=torch.float32, device=x.device)
@@ -145,6 +148,7 @@ def _start(
         cluster=step.shape.cluster,
         spread=step.shape.tokens <= shapes.FEW_TOKENS,
     )
+    return parts
 
 
 def make_plan(

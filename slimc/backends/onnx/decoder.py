@@ -17,7 +17,7 @@ from slimc.backends.onnx.tracing import batch_experts, quiet
 from slimc.backends.onnx.translation import simplify
 from slimc.errors import CaptureError, InputError
 
-__all__ = ["CacheGeometry", "Decoder", "cache_geometry", "has_cache", "trace_decoder"]
+__all__ = ["CacheGeometry", "Decoder", "cache_geometry", "trace_decoder", "why_without_cache"]
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,32 @@ def cache_geometry(model: nn.Module) -> CacheGeometry:
     Raises:
         InputError: the model is not one whose layers keep keys and values of one shape.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None or not can_generate(model) or not getattr(model, "_supports_attention_backend", False):
-        raise InputError(
-            f"a {type(model).__name__} cannot be exported with a cache: only causal language models of transformers "
-            "that use its attention interface can; export it without one"
-        )
+    reason = why_without_cache(model)
+    if reason is not None:
+        raise InputError(f"{reason}; export it without one")
+    config: Any = model.config
     config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise InputError(f"layers of kind {', '.join(sorted(kinds))} keep no keys and values; export without a cache")
     return CacheGeometry(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size)
 
 
-def has_cache(model: nn.Module) -> bool:
-    """Tell whether ``model`` is a causal language model whose cache is known."""
-    try:
-        cache_geometry(model)
-    except InputError:
-        return False
-    return True
+def why_without_cache(model: nn.Module) -> str | None:
+    """Return why ``model`` is not a causal language model whose cache is known, None if it is one."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not can_generate(model) or not getattr(model, "_supports_attention_backend", False):
+        return (
+            f"a {type(model).__name__} cannot be exported with a cache: only causal language models of transformers "
+            "that use its attention interface can"
+        )
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        return (
+            f"a {type(model).__name__} cannot be exported with a cache: its layers of kind {', '.join(others)} keep no "
+            "keys and values"
+        )
+    return None
 
 
 def trace_decoder(model: nn.Module, *, fused: bool, dtype: torch.dtype, opset: int, exporter: str = "auto") -> Decoder:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from slimc.backends import hf
+from slimc.backends.hf_text import can_generate
+from slimc.backends.onnx.decoder import why_without_cache
 from slimc.backends.onnx.exporters import check_exporter
 from slimc.backends.onnx.files import DATA, MODEL, OnnxGraph, SiteSize, folder_of, is_replaceable, write_folder
 from slimc.backends.onnx.generation import decoder_graph
@@ -39,6 +41,7 @@ class OnnxReport:
         file_bytes: of the graph and of its constants together.
         other_bytes: of the constants that belong to no compressed layer.
         sites: the compressed layers by name.
+        notes: what else there is to know.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class OnnxReport:
     file_bytes: int
     other_bytes: int
     sites: dict[str, SiteSize]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Say what is how large, and why it is larger than the packed form where it is."""
@@ -59,6 +63,7 @@ class OnnxReport:
             f"  compressed layers: {len(self.sites)}, {readable(layers)}, {as_exported:.2f} bits a weight",
             f"    as slimc packs them: {readable(packed)}, {as_packed:.2f} bits a weight",
             f"  everything else: {readable(self.other_bytes)}",
+            *(f"  {note}" for note in self.notes),
         ]
         counts = Counter(note for site in self.sites.values() for note in site.notes)
         return "\n".join(lines + [f"  {note} ({count} of the layers)" for note, count in counts.items()])
@@ -95,6 +100,15 @@ def images(model: nn.Module) -> Batch | None:
     return None if height is None else ((), {"pixel_values": torch.zeros(2, channels, height, width)})
 
 
+def cache_notes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the report says of a model that generates text, but whose cache is not known."""
+    reason = why_without_cache(model) if can_generate(model) else None
+    if reason is None:
+        return ()
+    consequence = "every new token takes a call with the whole text, and 'slimc generate' refuses the folder"
+    return (f"no cache, so {consequence}: {reason}",)
+
+
 def check_destination(path: Path, *, overwrite: bool) -> Path:
     """Return the folder that ``path`` names.
 
@@ -120,8 +134,12 @@ def export_folder(
     exporter: str,
     tokenizer: Any,
     overwrite: bool,
+    notes: tuple[str, ...] = (),
 ) -> OnnxReport:
-    """Export ``model`` and write its folder; see ``slimc.export_onnx``. Without an example it gets a cache."""
+    """Export ``model`` and write its folder; see ``slimc.export_onnx``. Without an example it gets a cache.
+
+    ``notes`` are for the report.
+    """
     check_options(target, dtype, opset, accuracy_level)
     check_exporter(exporter)
     folder = check_destination(path, overwrite=overwrite)
@@ -136,10 +154,10 @@ def export_folder(
         else export_module(model, example, **options)
     )
     write_folder(graph, folder, write_extra=write_model_files, overwrite=overwrite)
-    return report_of(graph, folder)
+    return report_of(graph, folder, notes)
 
 
-def report_of(graph: OnnxGraph, folder: Path) -> OnnxReport:
+def report_of(graph: OnnxGraph, folder: Path, notes: tuple[str, ...] = ()) -> OnnxReport:
     """Add up a graph that was written to ``folder``."""
     names: Sequence[str] = (MODEL, DATA)
     return OnnxReport(
@@ -149,4 +167,5 @@ def report_of(graph: OnnxGraph, folder: Path) -> OnnxReport:
         file_bytes=sum((folder / name).stat().st_size for name in names),
         other_bytes=graph.nbytes - sum(site.bytes for site in graph.sites.values()),
         sites=graph.sites,
+        notes=notes,
     )

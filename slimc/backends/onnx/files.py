@@ -34,7 +34,7 @@ from slimc.runtime.files import (
     write_file,
 )
 from slimc.runtime.formats import LinearFormat
-from slimc.runtime.storage import files_in, refuse_foreign
+from slimc.runtime.storage import files_in, may_be_replaced
 from slimc.version import __version__
 
 __all__ = [
@@ -246,10 +246,7 @@ def is_replaceable(path: Path) -> bool:
     Raises:
         InputError: it is such a folder and holds files that were not written with it.
     """
-    if not is_onnx_folder(path):
-        return False
-    refuse_foreign(path, files_in(path) - {DESCRIPTION, MODEL, DATA, *_extra_files(path)})
-    return True
+    return may_be_replaced(path, DESCRIPTION, lambda folder: {MODEL, DATA, *_extra_files(folder)})
 
 
 def _extra_files(folder: Path) -> set[str]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from slimc.backends.onnx.session import OnnxDecoder, end_tokens
-from slimc.errors import InputError
-from slimc.runtime.generate import Generation, TextStreamer, encode_prompt
+from slimc.runtime.generate import Generation, TextStreamer, encode_prompt, without_tokenizer
 
 __all__ = ["continue_text"]
 
@@ -33,7 +32,7 @@ def continue_text(
         NumericsError: NaN or Inf in the logits.
     """
     if tokenizer is None:
-        raise InputError(f"{decoder.folder} has no tokenizer, so it cannot be given a prompt; save one beside it")
+        raise without_tokenizer(decoder.folder)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     streamer = None if write is None else TextStreamer(tokenizer, write)
     if streamer is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from slimc.backends.checkpoints import INDEX
 from slimc.errors import FormatError
 from slimc.runtime.files import file_inside, json_bytes, read_json, write_file
-from slimc.runtime.storage import files_in, refuse_foreign, tensor_nbytes
+from slimc.runtime.storage import files_in, may_be_replaced, tensor_nbytes
 from slimc.runtime.tensor_files import write_tensors
 from slimc.version import __version__
 
@@ -168,14 +168,14 @@ def is_replaceable(path: Path) -> bool:
     Raises:
         InputError: it is such a folder and holds files that were not written with it.
     """
-    if not is_stock_folder(path):
-        return False
+    return may_be_replaced(path, RECORD, _written)
+
+
+def _written(path: Path) -> Iterable[str]:
     try:
-        written: Iterable[str] = _digests(path)
+        return _digests(path)
     except FormatError:
-        written = ()
-    refuse_foreign(path, files_in(path) - {RECORD, *written})
-    return True
+        return ()
 
 
 def damaged_files(path: Path) -> Sequence[str]:

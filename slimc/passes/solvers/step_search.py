@@ -9,7 +9,9 @@ E is continuous and piecewise quadratic, with many local minima. Two facts make 
 * *Where it can be.* At a minimum the step is the least-squares fit to its own codes,
   ``step = sum(q v) / sum(q^2)``. As ``|q| <= peak_code = -low`` and ``|q|`` grows with ``|v|`` (up to the factor
   ``low / high <= 2`` between the two sides of the grid), it follows that ``step >= mean|v| / (2 * peak_code)``. Above
-  ``2 * max|v|`` every code is 0.
+  ``2 * max|v|`` every code is 0. A step that is known to have the error ``E`` says more: what the largest value loses
+  by clipping alone is at most that, ``step >= (max|v| - sqrt(E)) / peak_code``; and as values up to ``a`` have the code
+  0 at all steps above ``2 a``, these are out if such values have more energy than ``E``.
 * *How far a scan can miss it.* Keep the optimal codes ``q*`` and move only the step: because ``step*`` is their
   least-squares fit, ``E(step) <= E(step*) + (step - step*)^2 * sum(q*^2)
   <= E(step*) + (step / step* - 1)^2 * sum(v^2)``. In a geometric scan with ratio ``r`` some point lies within a factor
@@ -33,6 +35,12 @@ NEGLIGIBLE = 1e-7
 
 COARSEST = 4
 """Steps an octave in the first scan."""
+
+FIRST_TRIED = (0.7, 1.0)
+"""Steps that bound the first scan by their errors, as shares of ``max|v| / high``."""
+
+SMALL_VALUES = (0.25, 0.125)
+"""Values up to these shares of the largest bound the first scan by their energy."""
 
 SCANS = 6
 """The first scan and its refinements, each four times finer: the last one has 4096 steps an octave."""
@@ -96,17 +104,24 @@ def optimal_steps(values: Tensor, low: int, high: int, step_dtype: torch.dtype =
 
 def _branch_and_bound(values: Tensor, counts: Tensor | None, peaks: Tensor, low: int, high: int) -> Tensor:
     """Return the best real-valued step of each group as the module's docstring describes; float32 ``[groups]``."""
-    weighted = values.abs() if counts is None else values.abs() * counts
-    total = float(values.shape[1]) if counts is None else counts.sum(dim=1)
-    energy = (weighted * values.abs()).sum(dim=1)
-    lowest = weighted.sum(dim=1) / total / (-2 * low)
-    lengths = (COARSEST * torch.log2(2 * peaks / lowest)).ceil().long() + 1
+    ones = torch.ones_like(values[0]) if counts is None else counts[0]
+    squares = values.square()
+    energy = squares @ ones
+    tried = peaks[:, None] / high * torch.tensor(FIRST_TRIED, device=peaks.device)
+    errors = _squared_errors(values, counts, _owners(tried), tried.flatten(), low, high)
+    best_error, winner = errors.view_as(tried).min(dim=1)
+    best_step = tried.gather(1, winner[:, None]).squeeze(1)
+    # What the largest value loses, clipped, is no more than the least error known.
+    lowest = torch.maximum(values.abs() @ ones / ones.sum() / 2, peaks - best_error.sqrt()) / -low
+    highest = 2 * peaks
+    for share in SMALL_VALUES:
+        small = torch.where(squares <= (share * peaks).square()[:, None], squares, 0.0) @ ones
+        highest = torch.where(small > best_error, 2 * share * peaks, highest)
+    lengths = (COARSEST * torch.log2(highest / lowest)).clamp(min=0).ceil().long() + 1
     owners = torch.arange(len(peaks), device=peaks.device).repeat_interleave(lengths)
     position = torch.arange(len(owners), device=peaks.device) - (lengths.cumsum(0) - lengths)[owners]
-    steps = 2 * peaks[owners] * torch.exp2(-position / COARSEST)
+    steps = highest[owners] * torch.exp2(-position / COARSEST)
 
-    best_error = torch.full_like(peaks, torch.inf)
-    best_step = peaks.clone()
     quarters = torch.tensor([-0.375, -0.125, 0.125, 0.375], device=peaks.device)
     for scan in range(SCANS):
         octaves = 0.25**scan / COARSEST
@@ -146,17 +161,17 @@ def _squared_errors(
     budget = 2**17 if values.device.type == "cpu" else 2**26
     length = values.shape[1]
     chunk = max(1, budget // length)
+    # Only a single row is counted. A product with a vector adds up rows faster than a sum does.
+    weights = torch.ones_like(values[0]) if counts is None else counts[0]
     errors = torch.zeros_like(steps)
     for start in range(0, len(steps), chunk):
         part = slice(start, start + chunk)
         step = steps[part, None]
         for begin in range(0, length, budget):
             columns = slice(begin, begin + budget)
-            wanted = values[owners[part], columns]
-            residual = (wanted / step).round_().clamp_(low, high).mul_(step).sub_(wanted).square_()
-            if counts is not None:
-                residual *= counts[owners[part], columns]
-            errors[part] += residual.sum(dim=1)
+            wanted = values[:, columns].index_select(0, owners[part])
+            codes = (wanted / step).round_().clamp_(low, high)
+            errors[part] += torch.addcmul(wanted, codes, step, value=-1).square_() @ weights[columns]
     return errors
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +46,23 @@ def test_launches_that_may_overlap_have_counters_of_their_own(capturing: list[bo
     capturing[0] = True
     third = [layer.of_launch(1) for _ in range(counters.TURNS)]
     assert len({*first, *second, *third}) == 3 * counters.TURNS
+
+
+@pytest.mark.usefixtures("capturing")
+def test_threads_take_counters_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    making: list[bool] = []
+    derive = counters.derive
+
+    def slowly(device: torch.device, make: Callable[[], Any]) -> Any:
+        assert not making
+        making.append(True)
+        time.sleep(0.02)
+        making.pop()
+        return derive(device, make)
+
+    monkeypatch.setattr(counters, "derive", slowly)
+    layer = Counters(torch.device("cpu"), 1 << 14)
+    streams = range(4)
+    with ThreadPoolExecutor(len(streams)) as threads:
+        found = list(threads.map(lambda stream: [layer.of_launch(stream) for _ in range(counters.TURNS)], streams))
+    assert len({address for one in found for address in one}) == len(streams) * counters.TURNS

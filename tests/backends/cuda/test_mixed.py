@@ -8,13 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimc.backends import COMPOSED, KERNELS
 from slimc.backends.cuda import compiler, mixed
 from slimc.backends.cuda.layer import source
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear, pack_weight
+from slimc.runtime.select import choose
 
-MIXTURES = [(1,), (2, 1), (3, 1), (4, 1), (1, 2, 3, 4, 3), (4, 4, 2, 1)]
+MIXTURES = [
+    (1,),
+    (2, 1),
+    (3, 1),
+    (4, 1),
+    (1, 2, 3, 4, 3),
+    (4, 4, 2, 1),
+    (5, 1),
+    (6, 2),
+    (7, 3),
+    (8, 4),
+    (8, 7, 6, 5, 3),
+]
 
 
 def build(rows: int, widths: tuple[int, ...], group: int, columns: int, asymmetric: bool, rank: int) -> PackedLinear:
@@ -37,10 +51,11 @@ def build(rows: int, widths: tuple[int, ...], group: int, columns: int, asymmetr
 
 def lane_codes(words: list[int], width: int, pair: int) -> tuple[int, int]:
     """Read a pair as the kernel does: shifted to the low bits of both halves of a word."""
-    if width == 3 and pair == 15:
-        word = sum(((words[i] >> (15 - i)) & (0x00010001 << i)) for i in range(3))
+    whole = 16 // width
+    if pair >= whole * width:
+        place = 16 - 16 % width + pair - whole * width
+        word = sum(((words[bit] >> (place - bit)) & (0x00010001 << bit)) for bit in range(width))
     else:
-        whole = 16 // width
         word = words[pair // whole] >> (width * (pair % whole))
     return word & ((1 << width) - 1), word >> 16 & ((1 << width) - 1)
 
@@ -80,23 +95,64 @@ def test_the_canonical_bytes_come_back(
     assert (again.adapters is None) == (rank == 0)
 
 
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+@pytest.mark.parametrize(("columns", "group"), [(192, 64), (320, 128), (128, None)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_codes_of_one_width_are_groups_that_are_alike(
+    bits: int, columns: int, group: int | None, asymmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = WeightFormat(20, columns, bits, group, asymmetric=asymmetric, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(bits)
+    named = {
+        name: torch.randint(0, 256, shape, dtype=kind, generator=generator) if kind == torch.uint8
+        else torch.rand(shape, generator=generator).to(kind)
+        for name, (shape, kind) in LinearFormat(spec).tensor_specs().items()
+    }  # fmt: skip
+    packed = PackedLinear.from_tensors(LinearFormat(spec), named)
+    layer = mixed.prepare(packed)
+    codes, _ = packed.weight.unpack()
+    assert torch.equal(mixed.line_codes(layer.codes, mixed.unit_widths(spec), 20), codes.to(torch.uint8))
+    back = mixed.restore((packed.format,), mixed.tensors(layer), 0)
+    assert back.format == packed.format
+    assert all(torch.equal(back.tensors()[name], tensor) for name, tensor in packed.tensors().items())
+    assert refusal(spec, monkeypatch) is None
+
+
+def test_codes_of_one_width_with_adapters_or_rounded_inputs_are_for_other_kernels() -> None:
+    weight = WeightFormat(16, 128, 8, dtype=torch.bfloat16)
+    factors = [WeightFormat(*shape, dtype=torch.bfloat16) for shape in ((16, 8), (8, 128))]
+    for spec in (LinearFormat(weight, *factors), LinearFormat(weight, activation="int8")):
+        reason = mixed._refuses(spec, torch.bfloat16, torch.device("cuda"))
+        assert "without adapters and without rounded inputs" in (reason or "")
+
+
+def test_a_layer_of_one_width_is_held_in_one_order_at_all_numbers_of_tokens(gpu: object) -> None:
+    del gpu
+    spec = LinearFormat(WeightFormat(4096, 4096, 8, 128, dtype=torch.bfloat16))
+    device = torch.device("cuda", 0)
+    found = [choose(KERNELS, spec, torch.bfloat16, device, tokens) for tokens in (1, 64, 65, 4096)]
+    assert [kernel for kernel, _ in found] == [mixed.MIXED, mixed.MIXED, mixed.MIXED_DENSE, mixed.MIXED_DENSE]
+    assert "in another order" in (COMPOSED.accepts(spec, torch.bfloat16, device, 100) or "")
+
+
 def test_units_know_their_place() -> None:
     spec = WeightFormat(16, 320, 4, 128, dtype=torch.bfloat16, widths=(3, 4, 1))
     assert mixed.unit_widths(spec) == [3, 3, 4, 4, 1]
     places = mixed._units(spec, torch.device("cpu"))
-    assert [(place // 8, place % 8) for place in places.tolist()] == [(0, 3), (3, 3), (6, 4), (10, 4), (14, 1)]
+    assert [(place // 16, place % 16) for place in places.tolist()] == [(0, 3), (3, 3), (6, 4), (10, 4), (14, 1)]
 
 
 @pytest.mark.parametrize(
-    ("asymmetric", "group", "tiles", "tokens", "warps"), [(0, 1, 1, 1, 16), (1, 2, 2, 4, 8), (1, 1, 4, 2, 8)]
+    ("asymmetric", "widest", "group", "tiles", "tokens", "warps"),
+    [(0, 4, 1, 1, 1, 16), (1, 4, 2, 2, 4, 8), (1, 6, 1, 4, 2, 8), (1, 8, 2, 1, 4, 16)],
 )
 @pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
 def test_the_kernels_compile(
-    arch: str, number: int, bfloat16: int, asymmetric: int, group: int, tiles: int, tokens: int, warps: int
+    arch: str, number: int, bfloat16: int, asymmetric: int, widest: int, group: int, tiles: int, tokens: int, warps: int
 ) -> None:
     defines = {
-        "BFLOAT16": bfloat16, "ARCH": number, "ASYMMETRIC": asymmetric, "GROUP_UNITS": group, "TILES": tiles,
-        "TOKEN_TILES": tokens, "WARPS": warps, "DEPTH": mixed._depth(tiles, warps),
+        "BFLOAT16": bfloat16, "ARCH": number, "ASYMMETRIC": asymmetric, "WIDEST": widest, "GROUP_UNITS": group,
+        "TILES": tiles, "TOKEN_TILES": tokens, "WARPS": warps, "DEPTH": mixed._depth(tiles, warps, widest),
     }  # fmt: skip
     cubin = compiler.compile_source(source("mixed.cu"), name="mixed", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
@@ -148,8 +204,9 @@ def refusal(spec: WeightFormat, monkeypatch: pytest.MonkeyPatch, tokens: int = 1
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        ({"columns": 128, "bits": 4, "group": 64}, "is for groups of columns with codes of different widths"),
-        ({"columns": 128, "bits": 5, "group": 64, "widths": (5, 1)}, "holds codes of up to 4 bits, not int1-5/64"),
+        ({"columns": 128, "bits": 4, "group": 64}, "codes of different widths, or of more than 4 bits"),
+        ({"columns": 128, "bits": 8, "per_tensor": True}, "takes codes of one width with scales for rows or groups"),
+        ({"columns": 96, "bits": 8}, "needs columns and groups of multiples of 64"),
         ({"columns": 64, "bits": 2, "group": 32, "widths": (2, 1)}, "needs columns and groups of multiples of 64"),
         ({"columns": 96, "bits": 2, "group": 64, "widths": (2, 1)}, "needs columns and groups of multiples of 64"),
         (

@@ -121,6 +121,40 @@ def test_even_launches_leave_multiprocessors_to_the_launch_for_t_where_that_was_
     assert all(shape.even and shape.spared < PROCESSORS // 2 for shape in spared)
 
 
+@pytest.mark.parametrize(
+    ("tiles", "blocks"),
+    [
+        (43, 129),  # three a tile, where two left 46 multiprocessors to a launch for t
+        (115, 115),  # one a tile, though 17 are idle
+        (224, 112),  # two whole tiles each
+        (144, 132),  # neither leaves few idle: blocks share tiles
+        (27, 132),
+    ],
+)
+def test_a_layer_without_adapters_leaves_idle_what_would_only_share_tiles(tiles: int, blocks: int) -> None:
+    assert shapes.even_blocks(tiles, 77, PROCESSORS - shapes._idle(tiles, PROCESSORS)) == blocks
+
+
+@pytest.mark.parametrize("processors", [PROCESSORS, 78])
+def test_a_layer_without_adapters_leaves_no_multiprocessor_to_a_launch_for_t(processors: int) -> None:
+    without = replace(LAYER, adapters=False)
+    for one in shapes.measured()["layers"]:
+        for rows in (one.rows, one.rows * 5 // 4):
+            found = shapes.of_layer(rows, one.columns, one.tokens, without, (), processors)
+            assert found.spared <= processors * (1 - shapes.WHOLE_TILES)
+            assert found.even or not found.spared
+    found = shapes.of_layer(27648, 5120, 64, without, (), PROCESSORS)
+    assert found == replace(shapes.of_layer(27648, 5120, 64, LAYER, (), PROCESSORS), spared=0)
+    assert found.even
+
+
+def test_blocks_of_the_whole_shared_memory_take_the_whole_device_without_a_launch_for_t() -> None:
+    whole = [one for one in shapes.measured()["layers"] if one.tokens <= shapes.FEW_TOKENS and one.shape.blocks == 1]
+    for one in whole:
+        without = replace(LAYER, adapters=False)
+        assert shapes.of_layer(5120, one.columns, one.tokens, without, (), PROCESSORS) == one.shape
+
+
 def test_threads_that_multiply_get_registers_of_others_where_they_need_them() -> None:
     many, few = LaunchShape(128, 1, 4, 1, 1, 1, 128), LaunchShape(64, 1, 2, 1, 1, 2, 128)
     assert (many.registers, many.threads) == ((112, 32), 5 * 128)

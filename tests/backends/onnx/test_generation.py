@@ -516,6 +516,21 @@ def test_models_without_a_known_cache_are_refused_before_anything_is_written(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_the_report_says_why_a_decoder_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = llama(num_hidden_layers=1)
+    note = "no cache, so every new token takes a call with the whole text"
+    assert note not in str(slimc.export_onnx(small, tmp_path / "chosen", cache=False))
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
+    report = slimc.export_onnx(small, tmp_path / "unknown")
+    assert note in str(report)
+    assert "a LlamaForCausalLM cannot be exported with a cache: only causal" in str(report)
+    assert read_description(tmp_path / "unknown").cache is None
+    monkeypatch.undo()
+    small.config.layer_types = ["linear_attention"]
+    with pytest.raises(InputError, match="layers of kind linear_attention keep no keys and values; export it without"):
+        slimc.export_onnx(small, tmp_path / "kinds", cache=True)
+
+
 def test_empty_prompts_and_unknown_devices_are_refused(folders: dict[str, Path]) -> None:
     decoder = OnnxDecoder(folders["ort"], threads=1)
     for prompts in ([], [[1], []]):

@@ -245,8 +245,29 @@ def test_the_command_and_its_check(opened: dict[str, Any], tiny_llama_folder: Pa
     assert invoke("verify", out).exit_code == 2
 
 
-def test_options_of_the_other_format_are_refused(tmp_path: Path) -> None:
-    wrong = invoke("export", "nowhere", "-o", tmp_path / "out", "--format", "hf", "--opset", "22")
-    assert "--opset has no meaning with --format hf" in wrong.output
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--target=ort",
+        "--target=portable",
+        "--dtype=float32",
+        "--opset=22",
+        "--accuracy-level=0",
+        "--cache",
+        "--no-cache",
+        "--embedding-bits=8",
+        "--exporter=auto",
+    ],
+)
+def test_options_for_onnx_are_refused_whatever_they_say(option: str, tmp_path: Path) -> None:
+    wrong = invoke("export", "nowhere", "-o", tmp_path / "out", "--format", "hf", option)
+    assert wrong.exit_code == 2
+    name = "--cache" if "cache" in option else option.partition("=")[0]
+    assert f"{name} has no meaning with --format hf; leave it out, or use --format onnx" in " ".join(
+        wrong.output.split()
+    )
+
+
+def test_an_option_for_transformers_is_refused_with_onnx(tmp_path: Path) -> None:
     wrong = invoke("export", "nowhere", "-o", tmp_path / "out", "--allow-dense")
-    assert "--allow-dense has no meaning with --format onnx" in wrong.output
+    assert "--allow-dense has no meaning with --format onnx; leave it out" in " ".join(wrong.output.split())
