@@ -1,48 +1,57 @@
 """Which launch shapes of ``cuda-stream`` take the least time: writes ``slimc/backends/cuda/stream_shapes.json``.
 
-    python benchmarks/stream_shapes.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,32,64,128] [--json FILE]
+    python benchmarks/stream_shapes.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,32,64,128] [--seconds 300]
 
-Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, calls of a CUDA graph, median): first
-every shape of the layer's launch with one shape of the launch for t, then the best of them with all of that one, then
-the best pair with fewer weights under way at once and with other first columns of its blocks. An even launch leaves to
-the one for t the multiprocessors that it takes.
+Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, a CUDA graph of 32 calls, median), with
+pairs of shapes: one for its own launch, one for the launch that computes t. The pair that slimc would take now is among
+them, and is replaced only by one that is faster in the same run. First every shape of the layer's launch is tried
+beside the present one for t, in few replays, and every shape for t beside the best of these; then the best of both
+with each other; then, from the best pairs on, each field of their shapes is varied in turn, as long as that gains;
+at last the best pairs and the present one are measured in turns. An even launch leaves to the one for t the
+multiprocessors that it takes, and is also tried with a few more and less.
 
-Measuring is done in a process of its own, which is ended if a launch does not: that shape is left out, and reported.
+A shape whose results are not the same from call to call, bit for bit, is left out and reported.
+
+Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
+present ones have been tried.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
-import multiprocessing
+import os
+import statistics
+import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from multiprocessing.connection import Connection
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from torch import Tensor
+from launch_clock import Clock
 
 from slimc.backends.cuda import driver, shapes, stream
 from slimc.backends.cuda.cache import cached_cubin
-from slimc.backends.cuda.counters import Counters
-from slimc.backends.cuda.layer import FragmentLayer, prepare, source, stack
+from slimc.backends.cuda.layer import source
 from slimc.backends.cuda.shapes import Form, LaunchShape, Measured
 from slimc.bench import check_words, no_gpu
-from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
+from slimc.bench.linear import DTYPE, LAYERS, SERVED
 from slimc.errors import KernelError
+
+WORKERS = os.cpu_count() or 1
+"""Kernels that are compiled at once."""
 
 LAYER = Form(sparse=True, group=0, adapters=True, dtype=DTYPE)
 FACTOR = Form(sparse=False, group=64, adapters=False, dtype=DTYPE)
-BEST = 3
-"""Shapes of the layer's launch that are measured with every shape of the other."""
 
-BLOCKS = (0.45, 2.1)
+Pair = tuple[LaunchShape, LaunchShape]
+"""Shapes of a layer's launch and of the one for t."""
+
+BLOCKS = (0.3, 2.1)
 """A launch has so many blocks a multiprocessor, or they are not worth measuring."""
 
 LONGEST_RIGHT = 0.35
@@ -51,85 +60,115 @@ LONGEST_RIGHT = 0.35
 WHOLE = 0.9
 """Share of the rest that it must keep, to have each tile divided among as many blocks as any other."""
 
-BYTES_UNDER_WAY = (24 << 10, 40 << 10, 60 << 10)
-"""Of weights, that a block brings at once."""
-
-TURNS = (0, 1, 3, 5, 9, 13)
-"""Slots between the first columns of a block and those of the next."""
-
-ALONE = ((4, 1), (3, 1), (2, 1), (2, 2), (1, 3), (1, 4))
+ALONE = ((4, 1), (3, 1), (2, 1), (2, 2), (1, 2), (1, 3), (1, 4))
 """Warpgroups for rows and for columns of a launch for t whose blocks have a multiprocessor each."""
 
-START_SECONDS, CASE_SECONDS = 60, 10
-"""How long making the layers, and one measurement, may take."""
+QUICK, THOROUGH = 5, 15
+"""Replays of a graph, to rank pairs and to choose among the best."""
+
+CROSSED = 8
+"""Shapes of either launch that are measured with each other."""
+
+STARTS = 3
+"""Pairs from which on fields are varied."""
+
+FINALISTS, TURNS = 6, 5
+"""Pairs that are measured in turns with the present one, and how often."""
+
+GAIN = 0.997
+"""Of the time, from which on a pair counts as faster in few replays."""
+
+STAGES = {"layer": 0.45, "t": 0.6, "both": 0.68, "fields": 0.94}
+"""Shares of the time for a layer by which each stage ends."""
+
+VARIED: dict[str, tuple[int, ...]] = {
+    "window": (0, 2, 3, 4, 5, 6, 8, 10, 12, 16),
+    "turn": (0, 1, 2, 3, 5, 7, 9, 13),
+    "cluster": shapes.CLUSTERS,
+    "apart": (False, True),
+    "inputs": (0, 2, 3, 4, 5, 6, 8),
+    "stages": (0, 3, 4, 6, 8, 10),
+    "step": (128, 256),
+    "row_groups": (1, 2, 3, 4),
+    "row_tiles": (1, 2, 3, 4),
+    "column_groups": (1, 2, 3, 4),
+    "blocks": (1, 2),
+}
+"""Values of the fields of a shape."""
+
+SPARED = (-8, -6, -4, -3, -2, -1, 1, 2, 3, 4, 6, 8)
+"""Multiprocessors that an even launch leaves free beyond those that the launch for t takes."""
+
+
+# -------------------------------------------------------------------------------------------------------- candidates
+
+
+def token_tiles(tokens: int) -> tuple[int, ...]:
+    """Return tokens that a block may have, where a call has so many."""
+    tile = shapes.token_tile(tokens)
+    return (tile, tile // 2) if tile >= shapes.MANY_TOKENS else (tile,)
+
+
+def has_registers(shape: LaunchShape) -> bool:
+    """Whether sums, a set of operands and addresses find registers."""
+    # A multiprocessor has four parts, each of which holds its share of the warps.
+    own = shapes.REGISTERS // 4 // 32 // -(-shape.blocks * (shape.threads // 32) // 4)
+    return (shape.registers[0] or own) >= shape.row_tiles * (shape.tokens // 2 + 16) + 24
 
 
 def everything(tile: int) -> list[LaunchShape]:
-    """Return shapes beyond those that slimc considers, many of which no layer will like."""
-    groups = [
-        (1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 3, 1), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1),
-        (3, 1, 1), (3, 2, 1), (4, 2, 1),
-    ]  # fmt: skip
-    # Steps, slots of weights, slots of activations.
-    few = [(128, 0, 0), (256, 0, 0)]
-    many = [(128, stages, inputs) for stages in (0, 8) for inputs in (3, 4, 6)] + [(256, 0, 2), (256, 0, 3)]
+    """Return shapes for blocks of so many tokens, most of which no layer will like; columns are not yet divided."""
+    few = tile <= shapes.FEW_TOKENS
+    # Columns of a slot, slots of activations.
+    rings = [(128, 0), (256, 0)] if few else [(128, 0), (128, 4), (256, 0), (256, 2), (256, 3)]
     found = []
-    for (row_tiles, row_groups, column_groups), blocks in itertools.product(groups, (1, 2, 3)):
-        for rest in few if tile <= 16 else many:
-            shape = LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, *rest)
-            rings = [shape, replace(shape, inputs=2 * column_groups)] if tile <= shapes.FEW_TOKENS else [shape]
-            # A multiprocessor has four parts, each of which holds its share of the warps.
-            registers = shape.registers[0] or (1 << 14) // 32 // -(-blocks * (shape.threads // 32) // 4)
-            if registers >= row_tiles * (tile // 2 + 16) + 24 and (tile <= 16 or blocks < 3):
-                found += rings
-    if tile <= shapes.FEW_TOKENS:
-        alone = [replace(shape, alone=True) for shape in found if shape.blocks == 2]
-        found += alone
+    for row_tiles, row_groups, column_groups in product(range(1, 5), repeat=3):
+        if row_groups * column_groups > 4:
+            continue
+        for blocks, (step, inputs) in product((1, 2, 3) if few else (1, 2), rings):
+            shape = LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, 0, inputs)
+            choices = [shape, replace(shape, inputs=2 * column_groups) if few else replace(shape, apart=True)]
+            if few and blocks == 2:
+                choices += [replace(one, alone=True) for one in choices]
+            found += filter(has_registers, choices)
     return found + [replace(shape, even=True) for shape in found if shape.column_groups == 1]
 
 
-def candidates(
-    possible: dict[int, list[LaunchShape]], rows: tuple[int, ...], tokens: int, processors: int
-) -> list[LaunchShape]:
+def main_candidates(rows: tuple[int, ...], tokens: int, processors: int) -> list[LaunchShape]:
     """Return shapes of the layer's launch."""
     starts = [sum(rows[:one]) for one in range(1, len(rows))]
-    tile, total = shapes.token_tile(tokens), sum(rows)
     found = {}
-    for shape in shapes.suiting(possible, tile, LAYER):
-        waves = shapes.blocks_of(shape, total, starts) / processors
-        if shape.alone and waves > 1 and not shape.even:
-            continue
-        if shape.even or BLOCKS[0] <= waves <= BLOCKS[1] or (shape.cluster == 1 and waves > BLOCKS[0]):
-            stages, inputs = shape.stages_of(LAYER)
-            found[replace(shape, stages=stages, inputs=inputs)] = shape
+    for tile in token_tiles(tokens) if tokens > shapes.MANY_TOKENS else token_tiles(tokens)[:1]:
+        for shape in shapes.suiting({tile: [*shapes.CANDIDATES[tile], *everything(tile)]}, tile, LAYER):
+            waves = shapes.blocks_of(shape, sum(rows), starts) * math.ceil(tokens / shape.tokens) / processors
+            most = 1 if shape.alone or shape.cluster > 1 else BLOCKS[1]
+            if tile < shapes.token_tile(tokens) and (shape.even or not shape.apart):
+                # Two blocks of half the tokens rarely pay: fewer of them are tried.
+                continue
+            if shape.even or BLOCKS[0] <= waves <= most * shape.blocks:
+                found.setdefault(_resolved(shape, LAYER), shape)
     return list(found.values())
 
 
-def bringing_otherwise(shape: LaunchShape) -> Iterator[LaunchShape]:
-    """Yield shapes of the same kernel that bring weights in other portions, or from other columns on."""
-    stages, _ = shape.stages_of(LAYER)
-    windows = {max(2, round(wanted / shape.slot_bytes(LAYER))) for wanted in BYTES_UNDER_WAY}
-    for window, turn in itertools.product((0, *sorted(one for one in windows if one < stages)), TURNS):
-        if window or turn:
-            yield replace(shape, window=window, turn=turn)
-
-
-def right_candidates(
-    possible: dict[int, list[LaunchShape]], ranks: int, tokens: int, processors: int
-) -> list[LaunchShape]:
-    """Return shapes of the launch for t."""
+def right_candidates(ranks: int, tokens: int, processors: int) -> list[LaunchShape]:
+    """Return shapes of the launch for t: of blocks beside those of the layer, or with a multiprocessor each."""
     tile = shapes.token_tile(tokens)
-    suiting = shapes.suiting(possible, tile, FACTOR)
-    found = [shape for shape in suiting if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors]
-    if tile < 64:
-        return found
-    # Blocks that have a multiprocessor each take no more of them than they need, wherever they are launched.
-    alone = {tile: [LaunchShape(tile, 1, *groups, 1, 1, 128) for groups in ALONE]}
-    return found + [
-        shape
-        for shape in shapes.suiting(alone, tile, FACTOR)
-        if shape.cluster > 1 and right_share(shape, ranks, tokens, processors) <= LONGEST_RIGHT
-    ]
+    found = {}
+    for shape in shapes.suiting(shapes.RIGHT_CANDIDATES, tile, FACTOR):
+        if shape.cluster > 2 and shapes.blocks_of(shape, ranks) <= 2 * processors:
+            found.setdefault(_resolved(shape, FACTOR), shape)
+    for part in token_tiles(tokens) if tile >= shapes.MANY_TOKENS else ():
+        # Blocks that have a multiprocessor each take no more of them than they need, wherever they are launched.
+        alone = [LaunchShape(part, 1, *groups, 1, 1, 128, apart=True) for groups in ALONE]
+        for shape in shapes.suiting({part: alone}, part, FACTOR):
+            if right_share(shape, ranks, tokens, processors) <= LONGEST_RIGHT:
+                found.setdefault(_resolved(shape, FACTOR), shape)
+    return list(found.values())
+
+
+def _resolved(shape: LaunchShape, form: Form) -> LaunchShape:
+    stages, inputs = shape.stages_of(form)
+    return replace(shape, stages=stages, inputs=inputs)
 
 
 def right_share(shape: LaunchShape, ranks: int, tokens: int, processors: int) -> float:
@@ -151,143 +190,208 @@ def sparing(
     return replace(main, spared=processors - (whole if whole >= WHOLE * rest else rest))
 
 
-def compiling(wanted: Iterable[LaunchShape], form: Form) -> list[LaunchShape]:
-    """Compile the kernels into the cache, many at a time; return the shapes that the assembler has registers for."""
+def likeness(shape: LaunchShape, other: LaunchShape) -> int:
+    """Return in how many fields two shapes differ; first of all they should have blocks of as many tokens."""
+    ours, theirs = asdict(shape), asdict(other)
+    return sum(ours[name] != theirs[name] for name in ours) + 10 * (shape.tokens != other.tokens)
 
-    def compiles(shape: LaunchShape) -> bool:
-        defines = stream.defines_of(shape, form)
-        name, version = stream.KERNEL_NAME, driver.driver_version()
+
+# ------------------------------------------------------------------------------------------------------------ search
+
+
+class Kernels:
+    """Kernels that are compiled into the cache, many at a time, while others are measured."""
+
+    def __init__(self) -> None:
+        # Below what is measured meanwhile: on Linux a thread has a priority of its own.
+        self._pool = ThreadPoolExecutor(WORKERS, initializer=os.nice, initargs=(10,))
+        self._asked: dict[tuple[object, ...], Future[bool]] = {}
+
+    def ask(self, wanted: Iterable[LaunchShape], form: Form) -> list[Future[bool]]:
+        """Have kernels of shapes compiled, if that was not asked for before; say of each when the assembler took it."""
+        found = []
+        for shape in wanted:
+            key = tuple(stream.defines_of(shape, form).items())
+            if key not in self._asked:
+                self._asked[key] = self._pool.submit(_compiles, shape, form)
+            found.append(self._asked[key])
+        return found
+
+    def ready(self, wanted: Iterable[LaunchShape], form: Form, until: float) -> Iterator[LaunchShape]:
+        """Yield shapes as their kernels are there, until so late; leave out those that do not compile."""
+        wanted = list(wanted)
+        waiting = list(zip(wanted, self.ask(wanted, form), strict=True))
         try:
-            cached_cubin(source("stream.cu"), name=name, arch="sm_90a", defines=defines, driver=version)
-        except KernelError as error:
-            print(f"# {shape} is left out: {str(error)[-200:]}")
-            return False
-        return True
-
-    shapes_wanted = list(wanted)
-    with ThreadPoolExecutor() as pool:
-        return [shape for shape, able in zip(shapes_wanted, pool.map(compiles, shapes_wanted), strict=True) if able]
-
-
-class Clock:
-    """Measures calls of one layer in a process of its own, and starts another when one does not answer.
-
-    Args:
-        rows: of the layers that are stacked.
-        columns: of the layer.
-
-    Attributes:
-        ranks: of the factors of all of them.
-    """
-
-    def __init__(self, rows: tuple[int, ...], columns: int) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._layer = rows, columns
-        self._start()
-
-    def _start(self) -> None:
-        self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs, *self._layer), daemon=True)
-        self._process.start()
-        theirs.close()
-        if not self._connection.poll(START_SECONDS):
-            raise KernelError(f"layers of {self._layer} were not made within {START_SECONDS} seconds")
-        self.ranks = int(self._connection.recv())
+            while waiting and time.monotonic() < until:
+                place = next((place for place, (_, future) in enumerate(waiting) if future.done()), None)
+                if place is None:
+                    wait([future for _, future in waiting], until - time.monotonic(), FIRST_COMPLETED)
+                    continue
+                shape, future = waiting.pop(place)
+                if future.result():
+                    yield shape
+        finally:
+            # What was not reached is not to delay what is asked for next.
+            dropped = {future for _, future in waiting if future.cancel()}
+            self._asked = {key: future for key, future in self._asked.items() if future not in dropped}
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-    def time(self, tokens: int, main: LaunchShape, right: LaunchShape) -> float:
-        """Return microseconds of a call, or infinity if it fails or does not end."""
-        try:
-            self._connection.send((tokens, main, right))
-            if self._connection.poll(CASE_SECONDS):
-                taken, trouble, goes_on = self._connection.recv()
-            else:
-                taken, trouble, goes_on = math.inf, f"no end after {CASE_SECONDS} seconds", False
-        except (EOFError, OSError) as error:
-            taken, trouble, goes_on = math.inf, f"the process ended: {error}", False
-        if trouble:
-            print(f"# {tokens} tokens, {main}, {right}: {trouble}", flush=True)
-        if not goes_on:
-            self.close()
-            self._start()
-        return taken
+        """Compile no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _serve(connection: Connection, rows: tuple[int, ...], columns: int) -> None:
-    first = _make(rows, columns, 0)
-    layers = [first, *(_make(rows, columns, copy) for copy in range(1, copies(first.nbytes)))]
-    expected: dict[int, Tensor] = {}
-    connection.send(first.ranks)
-    while True:
-        tokens, main, right = connection.recv()
-        try:
-            connection.send((_measure(layers, expected, tokens, main, right), "", True))
-        except KernelError as error:
-            connection.send((math.inf, str(error)[:200], True))
-        except RuntimeError as error:
-            # After a fault a process has no working device.
-            connection.send((math.inf, str(error)[:200], False))
+def _compiles(shape: LaunchShape, form: Form) -> bool:
+    defines = stream.defines_of(shape, form)
+    name, version = stream.KERNEL_NAME, driver.driver_version()
+    try:
+        cached_cubin(source("stream.cu"), name=name, arch="sm_90a", defines=defines, driver=version)
+    except KernelError as error:
+        print(f"# {shape} is left out: {str(error)[-200:]}")
+        return False
+    return True
 
 
-def _measure(
-    layers: list[FragmentLayer], expected: dict[int, Tensor], tokens: int, main: LaunchShape, right: LaunchShape
-) -> float:
-    columns = layers[0].format.columns
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda", generator=generator)
+class Search:
+    """Pairs of shapes of one layer at one number of tokens, and what was measured of them.
 
-    def call(layer: FragmentLayer, plan: stream.Plan) -> Tensor:
-        return stream.launch(plan, x, layer, None)
+    Args:
+        clock: of the layer.
+        kernels: that compiles.
+        tokens: of a call.
+        until: when to end, by `time.monotonic`.
+        processors: multiprocessors of the device.
+        log: takes every time, a line each.
+    """
 
-    calls = []
-    for layer in layers:
-        # Each captured launch takes counters for good; without any at hand the graph would have to make them.
-        layer.counters = Counters(layer.codes.device)
-        calls.append(partial(call, layer, stream.make_plan(layer, DTYPE, tokens, main, right)))
-    y = calls[0]().float()
-    wanted = expected.setdefault(tokens, y)
-    if not bool((y - wanted).abs().max() <= 0.02 * wanted.abs().max()):
-        raise KernelError("the result is not that of the shape before")
-    return microseconds(calls)
+    def __init__(
+        self, clock: Clock, kernels: Kernels, tokens: int, until: float, processors: int, log: TextIO | None
+    ) -> None:
+        self._clock, self._kernels, self._tokens, self._log = clock, kernels, tokens, log
+        self._begin, self._until, self._processors = time.monotonic(), until, processors
+        self._rows, columns = clock.layer
+        starts = [sum(self._rows[:one]) for one in range(1, len(self._rows))]
+        self.present: Pair = (
+            shapes.of_layer(sum(self._rows), columns, tokens, LAYER, starts, self._processors),
+            shapes.of_right(clock.ranks, columns, tokens, FACTOR, self._processors),
+        )
+        self.times: dict[Pair, float] = {}
+
+    def run(self) -> tuple[float, float, Pair]:
+        """Return microseconds of the present pair and of the best one, and that."""
+        main, right = self.present
+        mains = self._alike(main_candidates(self._rows, self._tokens, self._processors), main)
+        rights = self._alike(right_candidates(self._clock.ranks, self._tokens, self._processors), right)
+        self._kernels.ask([main, *(one for one in mains if one.tokens == main.tokens)], LAYER)
+        self._kernels.ask([right, *rights], FACTOR)
+        # Its process would have to compile what is not there yet.
+        for _ in (*self._ready([main], LAYER, "layer"), *self._ready([right], FACTOR, "layer")):
+            self._time(self.present)
+        self._measure(((one, right) for one in self._ready(mains, LAYER, "layer")), "layer")
+        best = self._best(2)
+        self._measure(((main, one) for one in self._ready(rights, FACTOR, "t") for main, _ in best), "t")
+        ranked = self._best(len(self.times))
+        some_mains = list(dict.fromkeys(replace(main, spared=0) for main, _ in ranked))[:CROSSED]
+        some_rights = list(dict.fromkeys(right for _, right in ranked))[:CROSSED]
+        self._measure(product(some_mains, some_rights), "both")
+        # The best pairs of all are alike: others are better to start from, too.
+        starts = {
+            (main.tiles, main.column_groups, main.cluster, main.even): (main, right)
+            for main, right in reversed(self._best(len(self.times)))
+        }
+        for start in sorted(starts.values(), key=self.times.__getitem__)[:STARTS]:
+            self._vary(start)
+        return self._choose()
+
+    def _end(self, stage: str) -> float:
+        return self._begin + STAGES[stage] * (self._until - self._begin)
+
+    def _alike(self, candidates: list[LaunchShape], present: LaunchShape) -> list[LaunchShape]:
+        return sorted(candidates, key=lambda shape: likeness(shape, present))
+
+    def _ready(self, wanted: Iterable[LaunchShape], form: Form, stage: str) -> Iterator[LaunchShape]:
+        return self._kernels.ready(wanted, form, self._end(stage))
+
+    def _best(self, count: int) -> list[Pair]:
+        return sorted(self.times, key=self.times.__getitem__)[:count]
+
+    def _sparing(self, main: LaunchShape, right: LaunchShape) -> LaunchShape:
+        return sparing(main, right, self._rows, self._clock.ranks, self._tokens, self._processors)
+
+    def _measure(self, pairs: Iterable[Pair], stage: str) -> None:
+        """Measure pairs, until the stage has to end; even launches spare what the other takes."""
+        for main, right in pairs:
+            if time.monotonic() > self._end(stage):
+                return
+            self._time((self._sparing(main, right), right))
+
+    def _time(self, pair: Pair) -> float:
+        if pair not in self.times:
+            self.times[pair] = self._clock.time(self._tokens, *pair, QUICK)
+            self._write(pair, self.times[pair], QUICK)
+        return self.times[pair]
+
+    def _write(self, pair: Pair, taken: float, replays: int) -> None:
+        if self._log is not None:
+            shapes_of_pair = [asdict(shape) for shape in pair]
+            self._log.write(json.dumps([*self._clock.layer, self._tokens, taken, replays, *shapes_of_pair]) + "\n")
+            self._log.flush()
+
+    def _vary(self, pair: Pair) -> None:
+        """Vary the fields of both shapes in turn, and go on from what is faster, until nothing is."""
+        gains = True
+        while gains and time.monotonic() < self._end("fields"):
+            gains = False
+            main, right = pair
+            for one in (main, right):
+                form = LAYER if one is main else FACTOR
+                self._kernels.ask((shape for name in VARIED for shape in varied(one, name, form)), form)
+            for name in ("spared", *VARIED):
+                for options in (self._other_mains, self._other_rights):
+                    tried = [one for one in options(pair, name) if one == pair or self._time(one) < math.inf]
+                    found = min(tried, key=self.times.__getitem__, default=pair)
+                    if self.times[found] < GAIN * self.times[pair]:
+                        pair, gains = found, True
+
+    def _other_mains(self, pair: Pair, name: str) -> Iterator[Pair]:
+        main, right = pair
+        if name == "spared":
+            if main.even:
+                for spared in sorted({self._sparing(main, right).spared, *(main.spared + more for more in SPARED)}):
+                    if 0 <= spared < self._processors // 2:
+                        yield replace(main, spared=spared), right
+            return
+        for shape in self._ready(varied(main, name, LAYER), LAYER, "fields"):
+            yield shape, right
+
+    def _other_rights(self, pair: Pair, name: str) -> Iterator[Pair]:
+        main, right = pair
+        for shape in self._ready(varied(right, name, FACTOR), FACTOR, "fields"):
+            yield main, shape
+            if self._sparing(main, shape) != main:
+                yield self._sparing(main, shape), shape
+
+    def _choose(self) -> tuple[float, float, Pair]:
+        pairs = [self.present, *(pair for pair in self._best(FINALISTS + 1) if pair != self.present)]
+        taken: dict[Pair, list[float]] = {pair: [] for pair in pairs}
+        for _ in range(TURNS):
+            for pair, times in taken.items():
+                times.append(self._clock.time(self._tokens, *pair, THOROUGH))
+        medians = {pair: statistics.median(times) for pair, times in taken.items()}
+        for pair, median in medians.items():
+            self._write(pair, median, TURNS * THOROUGH)
+        best = min(medians, key=medians.__getitem__)
+        return medians[self.present], medians[best], best
 
 
-def best_shapes(
-    clock: Clock, rows: tuple[int, ...], tokens: int, *, wide: bool, log: TextIO | None
-) -> tuple[float, LaunchShape, LaunchShape]:
-    """Return the least time of a call in microseconds, and the two shapes that take it."""
-    processors = torch.cuda.get_device_properties().multi_processor_count
-    tile = shapes.token_tile(tokens)
-    mains = candidates({tile: everything(tile)} if wide else shapes.CANDIDATES, rows, tokens, processors)
-    rights = right_candidates(shapes.RIGHT_CANDIDATES, clock.ranks, tokens, processors)
-    mains, rights = compiling(mains, LAYER), compiling(rights, FACTOR)
-
-    def taken(main: LaunchShape, right: LaunchShape) -> float:
-        main = sparing(main, right, rows, clock.ranks, tokens, processors)
-        result = clock.time(tokens, main, right)
-        if log is not None:
-            log.write(json.dumps([rows, tokens, result, _short(main), main.alone, _short(right)]) + "\n")
-            log.flush()
-        return result
-
-    ranked = sorted(mains, key=lambda main: taken(main, rights[0]))
-    times = {(main, right): taken(main, right) for main in ranked[:BEST] for right in rights}
-    main, right = min(times, key=times.__getitem__)
-    for refined in bringing_otherwise(main):
-        times[refined, right] = taken(refined, right)
-    main, right = min(times, key=times.__getitem__)
-    return times[main, right], sparing(main, right, rows, clock.ranks, tokens, processors), right
+def varied(shape: LaunchShape, name: str, form: Form) -> list[LaunchShape]:
+    """Return the shapes that differ in this field alone, as far as a form fits and threads have registers."""
+    if name not in VARIED:
+        return []
+    others = (replace(shape, **{name: value}) for value in VARIED[name] if value != getattr(shape, name))
+    return [other for other in others if other.fits(form) and has_registers(other)]
 
 
-def _short(shape: LaunchShape) -> str:
-    groups = f"{shape.row_tiles}.{shape.row_groups}.{shape.column_groups} cluster {shape.cluster} blocks {shape.blocks}"
-    groups += f" even spared {shape.spared}" if shape.even else ""
-    groups += f" window {shape.window} turn {shape.turn}"
-    return f"{shape.tokens}: {groups} step {shape.step} stages {shape.stages} inputs {shape.inputs}"
+# ------------------------------------------------------------------------------------------------------------- table
 
 
 class Found:
@@ -325,6 +429,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-2-7b,llama-2-70b", help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--tokens", default="1,16,32,64,128", help="one for each size of block that is wanted")
+    parser.add_argument("--layers", default=",".join(SERVED), help="only layers of these names")
+    parser.add_argument("--seconds", type=float, default=3600, help="how long all of it may take")
     parser.add_argument(
         "--json",
         type=Path,
@@ -332,33 +438,42 @@ def main() -> None:
         help="the file that takes the shapes, in place of those of the same layers and tokens; by default the one that "
         "slimc chooses launch shapes by",
     )
-    parser.add_argument("--wide", action="store_true", help="measure many more shapes than slimc considers")
     parser.add_argument("--log", type=argparse.FileType("w"), help="write every time here, a line each")
-    parser.add_argument("--layers", default=",".join(SERVED), help="only layers of these names")
     options = parser.parse_args()
+    until = time.monotonic() + options.seconds
     check_words(parser, "--models", options.models.split(","), LAYERS)
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
-    found = Found(options.json)
-    for model in options.models.split(","):
-        for name, rows, columns in LAYERS[model]:
-            if name not in options.layers.split(","):
-                continue
-            clock = Clock(rows, columns)
-            for tokens in map(int, options.tokens.split(",")):
-                taken, main_shape, right_shape = best_shapes(clock, rows, tokens, wide=options.wide, log=options.log)
-                print(f"{model} {name} {tokens} tokens: {taken:.1f} us, {main_shape}, {right_shape}", flush=True)
-                tile = shapes.token_tile(tokens)
-                found.add("layers", shapes.as_entry(Measured(sum(rows), columns, tile, main_shape)))
-                found.add("factors", shapes.as_entry(Measured(clock.ranks, columns, tile, right_shape)))
-            clock.close()
+    found, kernels = Found(options.json), Kernels()
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    tokens = [int(count) for count in options.tokens.split(",")]
+    layers = {
+        model: [layer for layer in LAYERS[model] if layer[0] in options.layers.split(",")]
+        for model in options.models.split(",")
+    }
+    left = len(tokens) * sum(map(len, layers.values()))
+    for model, named in layers.items():
+        # All are made before any is measured: that would disturb it.
+        clocks = [(name, Clock(rows, columns)) for name, rows, columns in named]
+        jobs = [(name, clock, count) for name, clock in clocks for count in tokens if clock.ranks]
+        for name, clock, count in jobs:
+            share = (until - time.monotonic()) / left
+            search = Search(clock, kernels, count, time.monotonic() + share, processors, options.log)
+            before, taken, (main_shape, right_shape) = search.run()
+            print(
+                f"{model} {name} {count} tokens: {before:.2f} to {taken:.2f} us, {len(search.times)} pairs in "
+                f"{share:.0f} s, {main_shape}, {right_shape}",
+                flush=True,
+            )
+            tile, (rows, columns) = shapes.token_tile(count), clock.layer
+            found.add("layers", shapes.as_entry(Measured(sum(rows), columns, tile, main_shape)))
+            found.add("factors", shapes.as_entry(Measured(clock.ranks, columns, tile, right_shape)))
             # An interrupted run has measured something too.
             found.write()
-
-
-def _make(rows: tuple[int, ...], columns: int, copy: int) -> FragmentLayer:
-    parts = [prepare(random_layer(part, columns, 100 * copy + seed)) for seed, part in enumerate(rows)]
-    return stack(parts) if len(parts) > 1 else parts[0]
+            left -= 1
+        for _, clock in clocks:
+            clock.close()
+    kernels.close()
 
 
 if __name__ == "__main__":

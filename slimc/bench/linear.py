@@ -129,8 +129,8 @@ def copies(nbytes: float) -> int:
     return max(2, math.ceil(COLD_BYTES / nbytes))
 
 
-def microseconds(calls: Sequence[Call]) -> float:
-    """Return the median time of a call, all of them replayed from one graph.
+def microseconds(calls: Sequence[Call], replays: int = REPLAYS) -> float:
+    """Return the median time of a call, all of them replayed from one graph as often as told.
 
     They are captured as often as it takes for ``GRAPH_CALLS`` calls: a step of a model is a graph of hundreds, in which
     a launch begins while the one before ends, and what lies between two graphs is not a layer's.
@@ -145,7 +145,7 @@ def microseconds(calls: Sequence[Call]) -> float:
             results = [call() for call in calls]
     graph.replay()
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()

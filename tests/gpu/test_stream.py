@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,6 +211,35 @@ def test_layers_after_one_another_in_a_graph_do_not_meet(random_layer: Any, toke
         captured.fill_(float("nan"))
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (4096, LaunchShape(128, 1, 4, 1, 1, 1, 256, even=True, spared=42)),
+        (4096, LaunchShape(128, 1, 4, 1, 7, 1, 256)),
+        (12288, LaunchShape(128, 1, 3, 1, 1, 1, 256, inputs=2)),
+    ],
+)
+def test_no_weights_come_before_those_of_their_slot_are_read(random_layer: Any, rows: int, shape: LaunchShape) -> None:
+    """Products keep shared memory busy, loads from it wait, and a warp of its own fills a slot once it is released."""
+    layers = [prepare(random_layer(rows, 4096, 409)) for _ in range(2)]
+    x = torch.randn(128, 4096, dtype=torch.bfloat16, device="cuda")
+    right = LaunchShape(64, 1, 1, 3, 3, 1, 128)
+
+    def calls(shape: LaunchShape) -> list[Tensor]:
+        plans = [make_plan(layer, x.dtype, 128, shape, right) for layer in layers]
+        return [launch(plan, x, layer, None) for plan, layer in zip(plans, layers, strict=True)]
+
+    # Who brings what is added up does not change in which order it is.
+    expected, apart = calls(shape), replace(shape, apart=True)
+    assert all(map(torch.equal, calls(apart), expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [*calls(apart), *calls(apart)]
+    for _ in range(20):
+        graph.replay()
+        assert all(map(torch.equal, found, expected * 2))
 
 
 def test_launches_back_to_back_give_the_same_results(random_layer: Any) -> None:

@@ -395,10 +395,12 @@ struct Multiplier {
     // Place of the warp's tile `m` among the block's tiles of 16 rows.
     __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
 
-    // What a warp reads of a slot is in its registers.
-    __device__ __forceinline__ void release_weights() {
+    // What a warp reads of a slot is in its registers: `seen` is made of all of it, so that the assembler waits for the last
+    // load. A load that was only asked for may come after the copy engine's next box, where a warp of its own brings weights
+    // as soon as a slot is released.
+    __device__ __forceinline__ void release_weights(u32 seen) {
         __syncwarp();
-        barrier_arrive_if(lane == 0, weights.released());
+        barrier_arrive_if(lane == 0, weights.released() + (seen & zero));
         weights.advance(COLUMN_GROUPS);
     }
 
@@ -442,7 +444,22 @@ struct Multiplier {
                 scales[g][m] = load_shared_word(data + SCALES_AT + ((place(m) * GROUPS + g) * 8 + lane / 4) * 4);
 #endif
         }
-        release_weights();
+        u32 seen = 0;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+            for (int u = 0; u < UNITS; ++u) {
+                seen |= codes[u][m].w;
+#if SPARSE
+                seen |= metadata[u][m].y;
+#endif
+            }
+#if GROUP > 0
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) seen |= scales[g][m];
+#endif
+        }
+        release_weights(seen);
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * UNITS / BATCH; ++batch) {
@@ -498,7 +515,12 @@ struct Multiplier {
                 scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
             }
         }
-        release_weights();
+        u32 seen = 0;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int u = 0; u < LEFT_UNITS; ++u) seen |= codes[u][m].w | scales[u][m];
+        release_weights(seen);
         const u32 boxes = inputs.data();
 #pragma unroll
         for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
