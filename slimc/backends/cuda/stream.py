@@ -1,4 +1,4 @@
-"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 128 tokens (``stream.cu``).
+"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 256 tokens (``stream.cu``).
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
 so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the
@@ -35,9 +35,6 @@ from slimc.runtime.select import Kernel
 __all__ = ["STREAM", "defines_of", "launch", "make_plan"]
 
 KERNEL_NAME = "stream_linear"
-
-MAX_TOKENS = 128
-"""Of a call; for more the weight would be read again and again, and ``cuda-prefill`` takes less time."""
 
 BOX_COLUMNS = 64
 _MARKS = cycle(range(1 << 16, 1 << 31))
@@ -272,8 +269,8 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if device.type == "cuda" and tokens > MAX_TOKENS:
-        return f"is for {MAX_TOKENS} tokens at most"
+    if device.type == "cuda" and tokens > shapes.MOST_TOKENS:
+        return f"is for {shapes.MOST_TOKENS} tokens at most"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
     return refuses(spec, dtype, device)
