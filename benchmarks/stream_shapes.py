@@ -466,8 +466,6 @@ def main() -> None:
                 flush=True,
             )
             tile, (rows, columns) = shapes.token_tile(count), clock.layer
-            if count > tile:
-                tile = shapes.MOST_TOKENS
             found.add("layers", shapes.as_entry(Measured(sum(rows), columns, tile, main_shape)))
             found.add("factors", shapes.as_entry(Measured(clock.ranks, columns, tile, right_shape)))
             # An interrupted run has measured something too.

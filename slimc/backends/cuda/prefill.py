@@ -19,7 +19,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda import driver, shapes
+from slimc.backends.cuda import driver
 from slimc.backends.cuda.counters import Counters
 from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
@@ -578,13 +578,8 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _toke
     return refuses(spec, dtype, device)
 
 
-def _expects(spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
-    if tokens < FEWEST_TOKENS:
-        return f"is slower for fewer than {FEWEST_TOKENS} tokens"
-    alike = spec.weight.sparsity is not None and spec.left is not None and spec.activation is None
-    if tokens <= shapes.MOST_TOKENS and alike and shapes.pays_for_two_tiles(spec.rows, spec.columns):
-        return f"is slower for a layer of this size and {shapes.MOST_TOKENS} tokens"
-    return None
+def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
+    return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
 
 
 PREFILL = Kernel("cuda-prefill", _accepts, prepare, run, stack_shared, expects=_expects)

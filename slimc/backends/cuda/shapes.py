@@ -49,9 +49,6 @@ ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
 TOKEN_TILES = (8, 16, 32, 64, 128)
-MOST_TOKENS = 256
-"""Of a call: two of the largest tiles, which read the weight from the cache the second time."""
-
 CLUSTERS = (1, 2, 3, 4, 5, 6, 7, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
@@ -74,9 +71,6 @@ MANY_TOKENS = 64
 
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
-
-ALIKE = 1.3
-"""The same where it also says that another kernel takes longer."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +232,7 @@ class Measured:
     Attributes:
         rows: of the layer (with those it is stacked with), or ranks of all its factors.
         columns: of the layer.
-        tokens: of the call, rounded up to a size of `TOKEN_TILES`, or to `MOST_TOKENS`.
+        tokens: of the call, rounded up to a size of `TOKEN_TILES`.
         shape: that took the least time.
     """
 
@@ -267,7 +261,7 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
     Raises:
         KernelError: no shape suits the layer.
     """
-    return _choose("layers", CANDIDATES, rows, columns, tokens, form, starts, processors)
+    return _choose("layers", CANDIDATES, rows, columns, token_tile(tokens), form, starts, processors)
 
 
 def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int) -> LaunchShape:
@@ -276,13 +270,7 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int)
     Raises:
         KernelError: no shape suits the factor.
     """
-    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tokens, form, (), processors)
-
-
-def pays_for_two_tiles(rows: int, columns: int) -> bool:
-    """Whether layers like this took less time than in ``cuda-prefill`` with more tokens than a tile has."""
-    two_tiles = (one for one in measured()["layers"] if one.tokens == MOST_TOKENS)
-    return any(_distance(one, rows, columns) <= math.log2(ALIKE) for one in two_tiles)
+    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, token_tile(tokens), form, (), processors)
 
 
 def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> Iterator[LaunchShape]:
@@ -320,20 +308,18 @@ def _choose(
     candidates: dict[int, list[LaunchShape]],
     rows: int,
     columns: int,
-    tokens: int,
+    tile: int,
     form: Form,
     starts: Sequence[int],
     processors: int,
 ) -> LaunchShape:
-    tile = token_tile(tokens)
-    for size in (MOST_TOKENS, tile) if tokens > tile else (tile,):
-        of_this_size = [one for one in measured()[table] if one.tokens == size]
-        for one in sorted(of_this_size, key=lambda one: _distance(one, rows, columns)):
-            if _distance(one, rows, columns) > math.log2(NEAR):
-                break
-            shape = _in_one_round(one, rows, starts, form, processors)
-            if shape is not None and shape.fits(form):
-                return shape
+    of_this_tile = [one for one in measured()[table] if one.tokens == tile]
+    for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
+        if _distance(one, rows, columns) > math.log2(NEAR):
+            break
+        shape = _in_one_round(one, rows, starts, form, processors)
+        if shape is not None and shape.fits(form):
+            return shape
     # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
     possible = [shape for shape in suiting(candidates, tile, form) if not (shape.even or shape.alone)]
     if not possible:

@@ -395,12 +395,12 @@ struct Multiplier {
     // Place of the warp's tile `m` among the block's tiles of 16 rows.
     __device__ __forceinline__ int place(int m) const { return (row_group * ROW_TILES + m) * 4 + warp; }
 
-    // What a warp reads of a slot is in its registers. Where a warp of its own brings weights, it fills a slot once this is said:
-    // a load that was only asked for could come after the copy engine's next box. So the barrier's address is made to wait for
-    // `seen`, which is made of all that was loaded. A warp that brings both fills the slot after products with it.
+    // What a warp reads of a slot is in its registers: `seen` is made of all of it, so that the assembler waits for the last
+    // load. A load that was only asked for may come after the copy engine's next box, where a warp of its own brings weights
+    // as soon as a slot is released.
     __device__ __forceinline__ void release_weights(u32 seen) {
         __syncwarp();
-        barrier_arrive_if(lane == 0, weights.released() + (BRINGERS > 1 ? seen & zero : 0));
+        barrier_arrive_if(lane == 0, weights.released() + (seen & zero));
         weights.advance(COLUMN_GROUPS);
     }
 

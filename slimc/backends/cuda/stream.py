@@ -1,4 +1,4 @@
-"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 256 tokens (``stream.cu``).
+"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 128 tokens (``stream.cu``).
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
 so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -36,9 +36,14 @@ __all__ = ["STREAM", "defines_of", "launch", "make_plan"]
 
 KERNEL_NAME = "stream_linear"
 
+MAX_TOKENS = 128
+"""Of a call; for more the weight would be read again and again, and ``cuda-prefill`` takes less time."""
+
 BOX_COLUMNS = 64
-_MARKS = cycle(range(1 << 16, 1 << 31))
+_MARKS = 1 << 16, 1 << 31
 """Numbers of launches: larger than any count that other kernels keep in the same place."""
+
+_launches = count()
 
 
 class _Arguments(ctypes.Structure):
@@ -99,11 +104,16 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
         _start(plan.main, x, columns, None, y, bias, None, stream)
         return y
     t = x.new_empty(x.numel() // columns, layer.ranks)
-    flags = layer.counters.of_launch(stream), next(_MARKS)
+    flags = layer.counters.of_launch(stream), _next_mark()
     parts_of_t = _start(plan.right, x, columns, None, t, None, flags, stream)
     _start(plan.main, x, columns, t, y, bias, flags, stream)
     del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
     return y
+
+
+def _next_mark() -> int:
+    first, end = _MARKS
+    return first + next(_launches) % (end - first)
 
 
 def _start(
@@ -269,8 +279,8 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if device.type == "cuda" and tokens > shapes.MOST_TOKENS:
-        return f"is for {shapes.MOST_TOKENS} tokens at most"
+    if device.type == "cuda" and tokens > MAX_TOKENS:
+        return f"is for {MAX_TOKENS} tokens at most"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
     return refuses(spec, dtype, device)

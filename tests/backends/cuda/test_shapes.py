@@ -107,28 +107,6 @@ def test_many_tokens_go_to_the_kernel_that_reads_weights_again(gpu: SimpleNamesp
     assert [chosen(tokens) for tokens in (64, 128, 129)] == [stream.STREAM, stream.STREAM, prefill.PREFILL]
 
 
-def test_two_tiles_of_tokens_where_that_was_measured(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    del gpu
-    shape, right = LaunchShape(128, 1, 1, 1, 1, 1, 256), LaunchShape(64, 1, 1, 3, 4, 1, 128)
-    now = shapes.measured()
-    two = {"layers": shapes.Measured(4096, 4096, 256, shape), "factors": shapes.Measured(448, 4096, 256, right)}
-    with_two = {table: [*(one for one in now[table] if one.tokens <= 128), two[table]] for table in now}
-    monkeypatch.setattr(shapes, "measured", lambda: with_two)
-
-    def chosen(rows: int, tokens: int, *, adapters: bool = True) -> object:
-        weight = WeightFormat(rows, 4096, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
-        factors = [WeightFormat(*size, 4, group=64, dtype=torch.bfloat16) for size in ((rows, 409), (409, 4096))]
-        spec = LinearFormat(weight, *(factors if adapters else ()))
-        return choose(KERNELS, spec, torch.bfloat16, torch.device("cuda", 0), tokens)[0]
-
-    assert [chosen(4096, tokens) for tokens in (128, 129, 256)] == [stream.STREAM] * 3
-    assert chosen(4096, 257) == chosen(8192, 256) == chosen(4096, 256, adapters=False) == prefill.PREFILL
-    for tokens in (129, 256):
-        assert shapes.of_layer(4096, 4096, tokens, LAYER, (), PROCESSORS) == shape
-        assert shapes.of_right(448, 4096, tokens, FACTOR, PROCESSORS) == right
-    assert shapes.of_layer(4096, 4096, 128, LAYER, (), PROCESSORS) != shape
-
-
 def test_blocks_of_a_shape_measured_in_one_round_take_no_second_in_another_layer() -> None:
     found = {(one.rows, one.tokens): one.shape for one in shapes.measured()["layers"]}[22016, 64]
     assert shapes.blocks_of(found, 22016) <= PROCESSORS < shapes.blocks_of(found, 27648)
