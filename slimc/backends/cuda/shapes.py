@@ -56,6 +56,9 @@ FILLING = (0.85, 2.1, 1.2)
 MOST_SHARES = 15
 """Blocks that an even launch has for each tile, at most: one more may take part in it, and each has a bit of 16."""
 
+MOST_BY_MEMORY = 4
+"""Blocks that share columns and exchange their sums through device memory, at most: each has code of its own."""
+
 FEW_IDLE = 0.95
 """Share of the blocks that must be at work."""
 
@@ -110,6 +113,7 @@ class LaunchShape:
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
         apart: whether a warp brings weights and another activations, as it is with few tokens.
+        by_memory: whether blocks that share columns exchange their sums through device memory, and are no cluster.
     """
 
     tokens: int
@@ -127,6 +131,7 @@ class LaunchShape:
     window: int = 0
     turn: int = 0
     apart: bool = False
+    by_memory: bool = False
 
     @property
     def tiles(self) -> int:
@@ -154,7 +159,7 @@ class LaunchShape:
             return 0, 0
         # Each of the four parts of a multiprocessor holds its share of the warps.
         own = REGISTERS // 4 // 32 // -(-(4 * warpgroups + 1) // 4)
-        needed = self.row_tiles * (self.tokens // 2 + 16) + (56 if self.even else 40)
+        needed = self.row_tiles * (self.tokens // 2 + 16) + (56 if self.even or self.by_memory else 40)
         return MOVED_REGISTERS[warpgroups] if needed > own else (0, 0)
 
     @property
@@ -166,6 +171,11 @@ class LaunchShape:
     def threads(self) -> int:
         """Threads of a block: warpgroups that multiply, and warps, or a warpgroup, that bring what they read."""
         return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * self.bringers)
+
+    @property
+    def left_tokens(self) -> int:
+        """Tokens of a block that L is multiplied by: those whose sums it adds up, as many in each."""
+        return -(-self.tokens // 8 // self.cluster) * 8 if self.by_memory else self.tokens
 
     @property
     def input_bytes(self) -> int:
@@ -203,6 +213,8 @@ class LaunchShape:
         fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
+        if self.by_memory and not (self._may_share and not self.even):
+            return False
         return fits and inputs >= 2 * self.column_groups and self._ring_bytes(form) >= sums
 
     def shared_bytes(self, form: Form) -> int:
@@ -216,7 +228,14 @@ class LaunchShape:
         return inputs * self.input_bytes + weights
 
     @property
+    def _may_share(self) -> bool:
+        few = 1 < self.cluster <= MOST_BY_MEMORY
+        return few and self.column_groups == 1 and self.tokens >= MANY_TOKENS
+
+    @property
     def _sent_bytes(self) -> int:
+        if self.by_memory:
+            return 0
         pieces = -(-self.row_tiles * self.tokens // 8 // self.cluster)
         return pieces * self.cluster * 128 * self.row_groups * 16 if self.cluster > 1 else 0
 

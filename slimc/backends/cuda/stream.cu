@@ -26,6 +26,7 @@
 //   STAGES         slots of the ring of weights
 //   INPUTS         slots of the ring of activations, no more than STAGES
 //   CLUSTER        blocks that share the columns
+//   BY_MEMORY      1: they exchange their sums through device memory, and are not launched as a cluster
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
 //   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
@@ -37,6 +38,9 @@
 #endif
 #if EVEN && (CLUSTER > 1 || COLUMN_GROUPS > 1)
 #error "slots of the next tile come while sums of this one are added up: there is no other room for them"
+#endif
+#if BY_MEMORY && (EVEN || CLUSTER == 1 || COLUMN_GROUPS > 1)
+#error "blocks that share a tile in device memory have one part of it each"
 #endif
 #define CONSUMERS (128 * ROW_GROUPS * COLUMN_GROUPS)
 #define MEMBERS 8  // of a stack, at most
@@ -64,17 +68,24 @@
 #define LEFT_SCALES_AT LEFT_CODE_BYTES
 #define LEFT_SCALE_BYTES (BLOCK_TILES * LEFT_UNITS * 32)
 
-#define PIECES (ROW_TILES * (TOKENS / 8))  // of sums, each of 64 rows a row group by 8 tokens
+#define EIGHTS (TOKENS / 8)          // of the tokens
+#define PIECES (ROW_TILES * EIGHTS)  // of sums, each of 64 rows a row group by 8 tokens
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
-#define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
+#define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block of a cluster writes, at most
+#define IN_CLUSTER (CLUSTER > 1 && !BY_MEMORY)
+// Blocks that exchange sums through memory multiply W by all tokens of their columns, and L, all of it, by the tokens whose
+// sums they add up themselves. So what they hand to each other is under way meanwhile.
+#define LEFT_EIGHTS (BY_MEMORY ? (EIGHTS + CLUSTER - 1) / CLUSTER : EIGHTS)
+#define LEFT_TOKENS (8 * LEFT_EIGHTS)
+#define LEFT_BOX_BYTES (LEFT_TOKENS * 128)  // 64 ranks of t
 // Sums of many tokens that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs.
 // Those of few tokens are small and have room of their own.
-#define SUMS_IN_RINGS (CLUSTER > 1 && TOKENS >= 64)
+#define SUMS_IN_RINGS (IN_CLUSTER && TOKENS >= 64)
 
 struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
                                // [tokens][columns], in boxes of TOKENS x 64, if there are other than whole pieces of 64
-    TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x TOKENS x 64
+    TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x LEFT_TOKENS x 64
     TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128
     TensorMap metadata_map;    // [row tiles][units][64 words], if SPARSE
     TensorMap scale_map;       // [row tiles][groups][8 words], if GROUP
@@ -84,7 +95,7 @@ struct Arguments {
     const u16* scale;          // [1] or [rows], unless GROUP
     const u16* bias;           // [rows] or null
     u32* flags;                // the mark of launches whose x may be read, and blocks that know; null without adapters
-    float4* parts;             // [blocks][2][pieces][threads that multiply]: sums of shared tiles, if EVEN
+    float4* parts;             // [blocks][2 if EVEN, else 1][pieces][threads that multiply]: sums of shared tiles, if EVEN or BY_MEMORY
     u32* shared;               // [tiles][row groups][2], 0 between launches: blocks that have written their sums, and << 16 a bit
                                // for each that has given up waiting; blocks that are done with the tile
     int tokens;
@@ -126,10 +137,19 @@ struct Ring {
 using Weights = Ring<STAGES, SLOT_BYTES>;
 using Inputs = Ring<INPUTS, INPUT_BYTES>;
 
+// Eights of tokens whose sums the block of a share adds up: from `first_own_eight` of its share to that of the next one. L is
+// multiplied by as many in each block.
+__device__ __forceinline__ constexpr int first_own_eight(int share) { return EIGHTS * share / CLUSTER; }
+__device__ __forceinline__ constexpr int first_left_eight(int share) {
+    const int first = first_own_eight(share);
+    return first < EIGHTS - LEFT_EIGHTS ? first : EIGHTS - LEFT_EIGHTS;
+}
+
 // What a block computes of a tile of results: slots of W from `begin` to `middle`, then those of L from `left` to `end`.
 // Slots of L are counted on from those of W.
 struct Segment {
     int row_tile, end_row, token, first_rank;
+    int left_token;  // the first one that L is multiplied by
     int begin, middle, left, end;
     int turned;  // slots of W come in a circle, from this one of them on: blocks at the same columns would all ask the same memory
     bool whole;  // nobody else has a part in it
@@ -167,6 +187,11 @@ struct Work {
     __device__ __forceinline__ int total() const { return a.tiles * a.slots; }
     __device__ __forceinline__ int first_slot(int block) const { return total() * block / (int)gridDim.x; }
     __device__ __forceinline__ int block_of(int slot) const { return ((slot + 1) * (int)gridDim.x - 1) / total(); }
+    // Two blocks share the tile, and the first of them begins with it, as it has others to end with.
+    __device__ __forceinline__ bool is_handed_on(int tile) const {
+        const int block = block_of(tile * a.slots);
+        return block_of((tile + 1) * a.slots - 1) == block + 1 && first_slot(block) < tile * a.slots;
+    }
 #endif
 
     __device__ __forceinline__ Segment segment(int tile) const {
@@ -184,7 +209,7 @@ struct Work {
         Segment s;
         s.row_tile = a.first_row[member] / 16 + (block - a.first_block[member]) * BLOCK_TILES;
         s.end_row = member + 1 < a.members ? a.first_row[member + 1] : a.rows;
-        s.token = tile % a.token_tiles * TOKENS;
+        s.token = s.left_token = tile % a.token_tiles * TOKENS;
         s.first_rank = ADAPTERS ? a.first_rank[member] : 0;
 #if EVEN
         const int shares = gridDim.x / a.tiles;
@@ -198,6 +223,12 @@ struct Work {
         s.whole = from <= before && to >= before + a.slots;
         s.middle = max(s.begin, min(s.end, a.steps));
         s.left = s.middle;
+#elif BY_MEMORY
+        const int share = blockIdx.x % CLUSTER;
+        divide(s, slots, share, CLUSTER);
+        s.left = a.steps;
+        s.end = slots;
+        s.left_token += 8 * first_left_eight(share);
 #elif TOKENS > 16
         divide(s, slots, blockIdx.x % CLUSTER, CLUSTER);
 #else
@@ -309,8 +340,8 @@ struct Source {
     }
 
     __device__ __forceinline__ void bring_t(const Inputs& ring, const Cursor& c) const {
-        barrier_expect(ring.arrived(), LEFT_UNITS * BOX_BYTES);
-        load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
+        barrier_expect(ring.arrived(), LEFT_UNITS * LEFT_BOX_BYTES);
+        load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.left_token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
     }
 
     // Weights go ahead of activations as far as their ring reaches.
@@ -501,6 +532,8 @@ struct Multiplier {
     }
 
 #if ADAPTERS
+    // Of the sums, those from the eight of tokens `FIRST` on.
+    template <int FIRST>
     __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
         u32 of[2][BATCH][ROW_TILES][4];
         uint4 codes[LEFT_UNITS][ROW_TILES];
@@ -539,9 +572,10 @@ struct Multiplier {
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
-                const u64 box = describe(boxes + u * BOX_BYTES + j * 32);
+                const u64 box = describe(boxes + u * LEFT_BOX_BYTES + j * 32);
 #pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
+                for (int m = 0; m < ROW_TILES; ++m)
+                    wgmma(reinterpret_cast<float(&)[LEFT_TOKENS / 2]>(sum[m][4 * FIRST]), of[set][i][m], box);
             }
             end_batch(batch == 0);
         }
@@ -550,16 +584,18 @@ struct Multiplier {
 #endif
 };
 
-// Wait for all products. The compiler must not touch the sums before: it does not know that they are still written.
+// Wait for all products. The compiler must not touch the sums, of so many eights of tokens, before: it does not know that
+// they are still written.
+template <int FIRST = 0, int COUNT = EIGHTS>
 __device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][SUMS]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
+        for (int i = 4 * FIRST; i < 4 * (FIRST + COUNT); ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
 }
 
-// What a warpgroup sums up of a segment: its share of the slots, if several take turns.
+// What a warpgroup sums up of a segment: its share of the slots, if several take turns. BY_MEMORY: of W alone.
 __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& s, Multiplier& by, int column_group, float (&sum)[ROW_TILES][SUMS]) {
 #if GROUP == 0
     // Asked for before they are needed: they come from device memory.
@@ -591,16 +627,16 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
         }
     }
 #endif
-#if ADAPTERS
+#if ADAPTERS && !BY_MEMORY
     const int of_both = of_weights + s.end - s.left;
-    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left<0>(sum);
     wait_for_sums(sum);
 #endif
 }
 
 // ----------------------------------------------------------------------------------------------------------- output
 
-#if EVEN
+#if EVEN || BY_MEMORY
 #ifndef PATIENCE
 #define PATIENCE 1000  // looks at what others have done
 #endif
@@ -611,13 +647,19 @@ __device__ __forceinline__ u32 add_here_and_there(u32* p, u32 v) {
     return old;
 }
 
-// Blocks, a bit each, whose parts of a tile this one adds up: itself; if it is the last, those that have given up too.
-__device__ __forceinline__ u32 wait_for_others(u32* state, u32 before, int share, int blocks) {
+// Blocks, a bit each, whose parts of a tile this one adds up, if all have written theirs before it loses its patience:
+// itself; if it was the last, those that have given up too. `before` are those that had written theirs before it did.
+__device__ __forceinline__ u32 wait_for_others(const u32* state, u32 before, int share, int blocks) {
     if ((before & 0xffff) == blocks - 1) return before >> 16 | 1 << share;
     for (int looks = 0; looks < PATIENCE; ++looks)
         if ((load_acquire(state) & 0xffff) == blocks) return 1 << share;
-    const u32 last = atomicOr(state, 0x10000 << share);
-    __threadfence();
+    return 0;
+}
+
+// Leave what this block has to add up to the last one that writes its part; or not, if all have done so by now.
+__device__ __forceinline__ u32 give_up(u32* state, int share, int blocks) {
+    u32 last;
+    asm volatile("atom.acq_rel.gpu.global.or.b32 %0, [%1], %2;" : "=r"(last) : "l"(state), "r"(0x10000 << share) : "memory");
     return (last & 0xffff) == blocks ? 1 << share : 0;
 }
 
@@ -626,7 +668,9 @@ __device__ __forceinline__ float4 load_part(const float4* from) {
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
     return v;
 }
+#endif
 
+#if EVEN
 // Sums of pieces from `piece` on, over the blocks that share their tile, in their order. The parts of so many blocks are asked
 // for together: one after another they would take as long as a tile.
 template <int AT_ONCE, int BLOCKS_AT_ONCE>
@@ -649,6 +693,28 @@ __device__ __forceinline__ void add_parts(float4 (&v)[AT_ONCE], const float4* fi
             }
         others += BLOCKS_AT_ONCE * 2 * PIECES * CONSUMERS;
     }
+}
+#endif
+
+#if EVEN
+// Add what another block has summed of the same tile.
+__device__ __forceinline__ void add_part(float (&sum)[ROW_TILES][SUMS], const float4* part) {
+    constexpr int AT_ONCE = 8;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+        for (int b = 0; b < EIGHTS; b += AT_ONCE) {
+            float4 v[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (b + i < EIGHTS) v[i] = load_part(part + (m * EIGHTS + b + i) * CONSUMERS);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (b + i < EIGHTS) {
+                    float* const s = sum[m] + 4 * (b + i);
+                    s[0] += v[i].x; s[1] += v[i].y; s[2] += v[i].z; s[3] += v[i].w;
+                }
+        }
 }
 #endif
 
@@ -712,12 +778,99 @@ __device__ __forceinline__ void finish_pieces(const Arguments& a, const Segment&
 }
 #endif
 
+#if BY_MEMORY
+__device__ __forceinline__ void add(float4& s, const float4& v) { s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w; }
+
+// Hand the sums of other blocks' tokens to them, multiply L by those of the own ones, and add up these: the own part first,
+// then the others in their order.
+template <int SHARE>
+__device__ __forceinline__ void finish_share(const Arguments& a, const Segment& s, Multiplier& by, float (&sum)[ROW_TILES][SUMS],
+                                             volatile u32& taken) {
+    constexpr int OWN = first_own_eight(SHARE), END = first_own_eight(SHARE + 1), FIRST = first_left_eight(SHARE);
+    constexpr size_t PART = PIECES * CONSUMERS;
+    const int tile = blockIdx.x / CLUSTER, first_row = (s.row_tile + by.row_group * ROW_TILES * 4 + by.warp) * 16;
+    const bool speaks = threadIdx.x % 128 == 0;
+    float4* const parts = a.parts + tile * CLUSTER * PART + by.row_group * 128 + threadIdx.x % 128;
+    u32* const state = a.shared + (tile * ROW_GROUPS + by.row_group) * 2;
+    auto store = [&](bool own) {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int b = 0; b < EIGHTS; ++b)
+                if (own == (OWN <= b && b < END))
+                    parts[SHARE * PART + (m * EIGHTS + b) * CONSUMERS] =
+                        make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
+        wait_named(1 + by.row_group, 128);
+    };
+    auto write = [&](const float4& v, int m, int b) { write_results(a, v, first_row + m * 64, s.end_row, s.token + b * 8, by.lane); };
+
+    store(false);
+    const u32 before = speaks ? add_here_and_there(state, 1) : 0;
+#if ADAPTERS
+    for (int slot = s.left; slot < s.end; ++slot) by.multiply_left<FIRST>(sum);
+    wait_for_sums<FIRST, LEFT_EIGHTS>(sum);
+#endif
+    if (speaks) taken = wait_for_others(state, before, SHARE, CLUSTER);
+    wait_named(1 + by.row_group, 128);
+    u32 mine = taken;
+    if (mine == 0) {
+        store(true);
+        if (speaks) taken = give_up(state, SHARE, CLUSTER);
+        wait_named(1 + by.row_group, 128);
+        mine = taken;
+    }
+    if (mine >> SHARE & 1) {
+        float4 others[CLUSTER][ROW_TILES][END - OWN];
+#pragma unroll
+        for (int other = 0; other < CLUSTER; ++other)
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int b = OWN; b < END; ++b)
+                    if (other != SHARE) others[other][m][b - OWN] = load_part(parts + other * PART + (m * EIGHTS + b) * CONSUMERS);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int b = OWN; b < END; ++b) {
+                float4 v = make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
+#pragma unroll
+                for (int other = 0; other < CLUSTER; ++other)
+                    if (other != SHARE) add(v, others[other][m][b - OWN]);
+                write(v, m, b);
+            }
+    }
+    for (int share = 0; share < CLUSTER; ++share) {
+        if (share == SHARE || !(mine >> share & 1)) continue;
+        for (int m = 0; m < ROW_TILES; ++m)
+            for (int b = first_own_eight(share); b < first_own_eight(share + 1); ++b) {
+                const float4* const piece = parts + (m * EIGHTS + b) * CONSUMERS;
+                float4 v = load_part(piece + share * PART);
+                for (int other = 0; other < CLUSTER; ++other)
+                    if (other != share) add(v, load_part(piece + other * PART));
+                write(v, m, b);
+            }
+    }
+    // All that this warpgroup reads of the others' sums is in registers.
+    wait_named(1 + by.row_group, 128);
+    if (speaks && atomicAdd(state + 1, 1) == CLUSTER - 1) state[0] = state[1] = 0;
+}
+
+template <int SHARE>
+__device__ __forceinline__ void finish_share_of(int share, const Arguments& a, const Segment& s, Multiplier& by,
+                                                float (&sum)[ROW_TILES][SUMS], volatile u32& taken) {
+    if constexpr (SHARE < CLUSTER) {
+        if (share == SHARE) finish_share<SHARE>(a, s, by, sum, taken);
+        else finish_share_of<SHARE + 1>(share, a, s, by, sum, taken);
+    }
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------------------ kernel
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2 * INPUTS + 1];
-#if EVEN
+#if EVEN || BY_MEMORY
     __shared__ volatile u32 taken[ROW_GROUPS];  // what each warpgroup adds up of a tile
 #endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -745,10 +898,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         barrier_init(arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        if (CLUSTER > 1) barrier_expect(arrived, own * CLUSTER * PIECE_BYTES);
+        if (IN_CLUSTER) barrier_expect(arrived, own * CLUSTER * PIECE_BYTES);
     }
     __syncthreads();
-#if CLUSTER > 1 && !SUMS_IN_RINGS
+#if IN_CLUSTER && !SUMS_IN_RINGS
     // Sums may be sent to a block once its barrier is there.
     cluster_arrive();
 #endif
@@ -763,7 +916,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
             if (BRINGERS == 2 && warp == CONSUMERS / 32) source.run_weights(work, weights);
             if (BRINGERS == 2 && warp == CONSUMERS / 32 + 1) source.run_inputs(work, inputs, [] {});
         }
-#if CLUSTER > 1
+#if IN_CLUSTER
         __syncwarp();
         if (SUMS_IN_RINGS) cluster_arrive();
         cluster_wait();
@@ -792,18 +945,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         if (s.empty()) wait_for_previous_launch();
         const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
         float4* const part = a.parts + (blockIdx.x * 2 + (work.from < tile * a.slots)) * (size_t)(PIECES * CONSUMERS) + thread;
+        u32* const state = a.shared + (tile * ROW_GROUPS + row_group) * 2;
+        const bool handed_on = !s.whole && work.is_handed_on(tile), ends = s.whole || (handed_on && work.from >= tile * a.slots);
+        if (ends && !s.whole) {
+            if (threadIdx.x % 128 == 0) {
+                // Blocks start in the order of their numbers: the one before runs, or has ended.
+                while (load_acquire(state) == 0) {}
+                *state = 0;
+            }
+            wait_named(1 + row_group, 128);
+            add_part(sum, a.parts + (blockIdx.x * 2 - 1) * (size_t)(PIECES * CONSUMERS) + thread);
+        }
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
             for (int b = 0; b < TOKENS / 8; ++b) {
                 const float4 v = make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
-                if (s.whole) write_results(a, v, first_row + m * 64, s.end_row, s.token + b * 8, lane);
+                if (ends) write_results(a, v, first_row + m * 64, s.end_row, s.token + b * 8, lane);
                 else part[(m * (TOKENS / 8) + b) * CONSUMERS] = v;
             }
-        if (!s.whole) {
+        if (!ends) {
             wait_named(1 + row_group, 128);
             if (threadIdx.x % 128 == 0) {
-                const u32 others = add_here_and_there(a.shared + (tile * ROW_GROUPS + row_group) * 2, 1);
+                const u32 others = add_here_and_there(state, 1);
                 if (work.from < tile * a.slots) before[1] = others;
                 else before[0] = others;
             }
@@ -813,11 +977,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #pragma unroll 1
     for (int tile = work.last; tile >= work.first; --tile) {
         const Segment s = work.segment(tile);
-        if (s.whole) continue;
+        if (s.whole || work.is_handed_on(tile)) continue;
         const int first_block = work.block_of(tile * a.slots), blocks = work.block_of((tile + 1) * a.slots - 1) - first_block + 1;
         u32* const state = a.shared + (tile * ROW_GROUPS + row_group) * 2;
-        if (threadIdx.x % 128 == 0)
-            taken[row_group] = wait_for_others(state, work.from < tile * a.slots ? before[1] : before[0], blockIdx.x - first_block, blocks);
+        if (threadIdx.x % 128 == 0) {
+            const int share = blockIdx.x - first_block;
+            const u32 mine = wait_for_others(state, work.from < tile * a.slots ? before[1] : before[0], share, blocks);
+            taken[row_group] = mine ? mine : give_up(state, share, blocks);
+        }
         wait_named(1 + row_group, 128);
         const u32 mine = taken[row_group];
         const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
@@ -833,19 +1000,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         wait_named(1 + row_group, 128);
         if (threadIdx.x % 128 == 0 && atomicAdd(state + 1, 1) == blocks - 1) state[0] = state[1] = 0;
     }
+#elif BY_MEMORY
+    const Segment s = work.segment(work.first);
+    compute_sums(a, s, by, column_group, sum);
+    // Activations come after launches that may still use the memory of the parts; who multiplies none waits for them itself.
+    if (s.begin == s.middle) wait_for_previous_launch();
+    finish_share_of<0>(share, a, s, by, sum, taken[row_group]);
 #else
     const Segment s = work.segment(work.first);
     const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16, token = s.token;
     compute_sums(a, s, by, column_group, sum);
     // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
     auto deliver = [&](int piece, const float4& v) {
-#if CLUSTER > 1
+#if IN_CLUSTER
         send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, v);
 #else
         write_results(a, v, first_row + piece / (TOKENS / 8) * 64, s.end_row, token + piece % (TOKENS / 8) * 8, lane);
 #endif
     };
-#if CLUSTER > 1
+#if IN_CLUSTER
     if (SUMS_IN_RINGS) cluster_arrive();
     cluster_wait();
 #endif
@@ -868,7 +1041,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         for (int b = 0; b < TOKENS / 8; ++b)
             deliver(m * (TOKENS / 8) + b, make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
 #endif
-#if CLUSTER > 1
+#if IN_CLUSTER
     // No block leaves before what it has sent is there.
     if (column_group < own) barrier_wait(arrived, 0);
     __syncwarp();

@@ -136,14 +136,15 @@ def _start(
     else:
         driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
     if t is not None:
-        driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.tokens, shape.left_units)
+        driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.left_tokens, shape.left_units)
     arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
     if flags is not None:
         arguments.flags, arguments.mark = flags
     parts = None
     if step.sharing is not None:
         # Blocks write there after the launches before this one have ended: whoever had the memory has done with it.
-        parts = torch.empty(2 * step.grid * shape.rows * shape.tokens, dtype=torch.float32, device=x.device)
+        count = (2 if shape.even else 1) * step.grid * shape.rows * shape.tokens
+        parts = torch.empty(count, dtype=torch.float32, device=x.device)
         arguments.parts, arguments.shared = parts.data_ptr(), step.sharing.of_launch(stream)
     step.launcher(
         arguments,
@@ -152,7 +153,7 @@ def _start(
         shared_bytes=step.shared_bytes,
         stream=stream,
         programmatic=True,
-        cluster=step.shape.cluster,
+        cluster=1 if shape.by_memory else shape.cluster,
         spread=step.shape.tokens <= shapes.FEW_TOKENS,
     )
     return parts
@@ -232,13 +233,14 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
     function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
     tiles = blocks * arguments.token_tiles
     grid, sharing = tiles * shape.cluster, None
+    if shape.even or shape.by_memory:
+        sharing = _sharing(layer, 2 * tiles * shape.row_groups)
     if shape.even:
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
         processors = torch.cuda.get_device_properties(device_index).multi_processor_count
         most = max(processors - shape.spared, 1) * shape.blocks
         grid = shapes.even_blocks(tiles, arguments.slots, most)
-        sharing = _sharing(layer, 2 * tiles * shape.row_groups)
         if shape.alone:
             grid = min(grid, shapes.even_blocks(tiles, arguments.slots, processors))
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
@@ -270,6 +272,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "STAGES": stages,
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
+        "BY_MEMORY": int(shape.by_memory),
         "EVEN": int(shape.even),
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
