@@ -101,6 +101,11 @@ SHAPES = [
     LaunchShape(16, 1, 1, 2, 1, 3, 256, window=2, turn=3),
     LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, alone=True, window=2, turn=2),
     LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, window=4, turn=7),
+    LaunchShape(64, 1, 4, 1, 3, 1, 256, inputs=3, by_memory=True),
+    LaunchShape(64, 1, 2, 1, 4, 2, 128, by_memory=True, turn=2),
+    LaunchShape(128, 1, 3, 1, 2, 1, 128, apart=True, by_memory=True),
+    LaunchShape(128, 2, 2, 1, 3, 1, 128, apart=True, by_memory=True),
+    LaunchShape(128, 1, 4, 1, 4, 1, 256, inputs=2, window=2, by_memory=True),
 ]
 
 
@@ -120,7 +125,7 @@ def test_rings_and_clusters(random_layer: Any, check: Any, shape: LaunchShape) -
 
 
 @pytest.mark.parametrize("patience", [0, 1000])
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.even], ids=str)
+@pytest.mark.parametrize("shape", [one for one in SHAPES if one.even or one.by_memory], ids=str)
 def test_blocks_that_divide_all_tiles_need_not_wait_for_each_other(
     random_layer: Any, check: Any, shape: LaunchShape, patience: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,9 +137,19 @@ def test_blocks_that_divide_all_tiles_need_not_wait_for_each_other(
         check(packed, x, None, run(packed, x, None, shape))
 
 
-def test_launches_of_two_streams_that_divide_all_tiles_do_not_wait_for_ever(random_layer: Any) -> None:
-    shape = LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True)
-    layers = [prepare(random_layer(4096, 4096, 409 - one)) for one in range(2)]
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (4096, LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True)),
+        (4096, LaunchShape(64, 1, 4, 1, 4, 1, 128, by_memory=True)),
+        (8192, LaunchShape(64, 1, 1, 1, 1, 1, 128, even=True, spared=30)),
+    ],
+    ids=["shared by some", "shared by four", "handed on"],
+)
+def test_launches_of_two_streams_whose_blocks_share_tiles_do_not_wait_for_ever(
+    random_layer: Any, rows: int, shape: LaunchShape
+) -> None:
+    layers = [prepare(random_layer(rows, 4096, 409 - one)) for one in range(2)]
     x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda")
     plans = [make_plan(layer, x.dtype, 64, shape) for layer in layers]
     expected = [launch(plan, x, layer, None) for layer, plan in zip(layers, plans, strict=True)]

@@ -175,7 +175,7 @@ class LaunchShape:
     @property
     def left_tokens(self) -> int:
         """Tokens of a block that L is multiplied by: those whose sums it adds up, as many in each."""
-        return -(-self.tokens // 8 // self.cluster) * 8 if self.by_memory else self.tokens
+        return -(-self.tokens // 16 // self.cluster) * 16 if self.by_memory else self.tokens
 
     @property
     def input_bytes(self) -> int:

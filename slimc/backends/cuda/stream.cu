@@ -75,7 +75,7 @@
 #define IN_CLUSTER (CLUSTER > 1 && !BY_MEMORY)
 // Blocks that exchange sums through memory multiply W by all tokens of their columns, and L, all of it, by the tokens whose
 // sums they add up themselves. So what they hand to each other is under way meanwhile.
-#define LEFT_EIGHTS (BY_MEMORY ? (EIGHTS + CLUSTER - 1) / CLUSTER : EIGHTS)
+#define LEFT_EIGHTS (BY_MEMORY ? (EIGHTS / 2 + CLUSTER - 1) / CLUSTER * 2 : EIGHTS)
 #define LEFT_TOKENS (8 * LEFT_EIGHTS)
 #define LEFT_BOX_BYTES (LEFT_TOKENS * 128)  // 64 ranks of t
 // Sums of many tokens that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs.
@@ -138,8 +138,8 @@ using Weights = Ring<STAGES, SLOT_BYTES>;
 using Inputs = Ring<INPUTS, INPUT_BYTES>;
 
 // Eights of tokens whose sums the block of a share adds up: from `first_own_eight` of its share to that of the next one. L is
-// multiplied by as many in each block.
-__device__ __forceinline__ constexpr int first_own_eight(int share) { return EIGHTS * share / CLUSTER; }
+// multiplied by as many in each block. Both go by two: else the assembler would move sums to where products want them.
+__device__ __forceinline__ constexpr int first_own_eight(int share) { return EIGHTS / 2 * share / CLUSTER * 2; }
 __device__ __forceinline__ constexpr int first_left_eight(int share) {
     const int first = first_own_eight(share);
     return first < EIGHTS - LEFT_EIGHTS ? first : EIGHTS - LEFT_EIGHTS;
@@ -532,9 +532,7 @@ struct Multiplier {
     }
 
 #if ADAPTERS
-    // Of the sums, those from the eight of tokens `FIRST` on.
-    template <int FIRST>
-    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
+    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][LEFT_TOKENS / 2]) {
         u32 of[2][BATCH][ROW_TILES][4];
         uint4 codes[LEFT_UNITS][ROW_TILES];
         u32 scales[LEFT_UNITS][ROW_TILES];
@@ -574,8 +572,7 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
                 const u64 box = describe(boxes + u * LEFT_BOX_BYTES + j * 32);
 #pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m)
-                    wgmma(reinterpret_cast<float(&)[LEFT_TOKENS / 2]>(sum[m][4 * FIRST]), of[set][i][m], box);
+                for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
             end_batch(batch == 0);
         }
@@ -584,15 +581,14 @@ struct Multiplier {
 #endif
 };
 
-// Wait for all products. The compiler must not touch the sums, of so many eights of tokens, before: it does not know that
-// they are still written.
-template <int FIRST = 0, int COUNT = EIGHTS>
-__device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][SUMS]) {
+// Wait for all products. The compiler must not touch the sums before: it does not know that they are still written.
+template <int COUNT>
+__device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][COUNT]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 4 * FIRST; i < 4 * (FIRST + COUNT); ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
+        for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
 }
 
 // What a warpgroup sums up of a segment: its share of the slots, if several take turns. BY_MEMORY: of W alone.
@@ -629,7 +625,7 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #endif
 #if ADAPTERS && !BY_MEMORY
     const int of_both = of_weights + s.end - s.left;
-    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left<0>(sum);
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
     wait_for_sums(sum);
 #endif
 }
@@ -779,90 +775,116 @@ __device__ __forceinline__ void finish_pieces(const Arguments& a, const Segment&
 #endif
 
 #if BY_MEMORY
+__device__ __forceinline__ float4 piece_of(const float* s) { return make_float4(s[0], s[1], s[2], s[3]); }
 __device__ __forceinline__ void add(float4& s, const float4& v) { s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w; }
 
-// Hand the sums of other blocks' tokens to them, multiply L by those of the own ones, and add up these: the own part first,
-// then the others in their order.
-template <int SHARE>
-__device__ __forceinline__ void finish_share(const Arguments& a, const Segment& s, Multiplier& by, float (&sum)[ROW_TILES][SUMS],
-                                             volatile u32& taken) {
-    constexpr int OWN = first_own_eight(SHARE), END = first_own_eight(SHARE + 1), FIRST = first_left_eight(SHARE);
-    constexpr size_t PART = PIECES * CONSUMERS;
-    const int tile = blockIdx.x / CLUSTER, first_row = (s.row_tile + by.row_group * ROW_TILES * 4 + by.warp) * 16;
-    const bool speaks = threadIdx.x % 128 == 0;
-    float4* const parts = a.parts + tile * CLUSTER * PART + by.row_group * 128 + threadIdx.x % 128;
-    u32* const state = a.shared + (tile * ROW_GROUPS + by.row_group) * 2;
-    auto store = [&](bool own) {
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-            for (int b = 0; b < EIGHTS; ++b)
-                if (own == (OWN <= b && b < END))
-                    parts[SHARE * PART + (m * EIGHTS + b) * CONSUMERS] =
-                        make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
-        wait_named(1 + by.row_group, 128);
-    };
-    auto write = [&](const float4& v, int m, int b) { write_results(a, v, first_row + m * 64, s.end_row, s.token + b * 8, by.lane); };
+// A tile's sums, which blocks have shared out among them: each adds up those of its own tokens.
+struct SharedTile {
+    const Arguments& a;
+    const Segment& segment;
+    int row_group, warp, lane;
 
-    store(false);
-    const u32 before = speaks ? add_here_and_there(state, 1) : 0;
-#if ADAPTERS
-    for (int slot = s.left; slot < s.end; ++slot) by.multiply_left<FIRST>(sum);
-    wait_for_sums<FIRST, LEFT_EIGHTS>(sum);
-#endif
-    if (speaks) taken = wait_for_others(state, before, SHARE, CLUSTER);
-    wait_named(1 + by.row_group, 128);
-    u32 mine = taken;
-    if (mine == 0) {
-        store(true);
-        if (speaks) taken = give_up(state, SHARE, CLUSTER);
-        wait_named(1 + by.row_group, 128);
-        mine = taken;
+    static constexpr size_t PART = PIECES * CONSUMERS;
+    using OwnSums = float[ROW_TILES][LEFT_TOKENS / 2];
+
+    __device__ __forceinline__ int share() const { return blockIdx.x % CLUSTER; }
+    __device__ __forceinline__ bool speaks() const { return threadIdx.x % 128 == 0; }
+    __device__ __forceinline__ u32* state() const { return a.shared + (blockIdx.x / CLUSTER * ROW_GROUPS + row_group) * 2; }
+    // Of 8 tokens of 64 rows, what the block of a share has summed.
+    __device__ __forceinline__ float4* part(int share, int m, int eight) const {
+        return a.parts + (blockIdx.x / CLUSTER * CLUSTER + share) * PART + (m * EIGHTS + eight) * CONSUMERS + row_group * 128 + threadIdx.x % 128;
     }
-    if (mine >> SHARE & 1) {
-        float4 others[CLUSTER][ROW_TILES][END - OWN];
+    __device__ __forceinline__ void write(const float4& v, int m, int eight) const {
+        const int first_row = (segment.row_tile + (row_group * ROW_TILES + m) * 4 + warp) * 16;
+        write_results(a, v, first_row, segment.end_row, segment.token + eight * 8, lane);
+    }
+
+    // Hand the other blocks the sums of their tokens, and keep the own ones.
+    template <int SHARE = 0>
+    __device__ __forceinline__ void hand_over(const float (&sum)[ROW_TILES][SUMS], OwnSums& own) const {
+        if constexpr (SHARE < CLUSTER) {
+            if (share() != SHARE) return hand_over<SHARE + 1>(sum, own);
 #pragma unroll
-        for (int other = 0; other < CLUSTER; ++other)
+            for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m)
+                for (int b = 0; b < EIGHTS; ++b)
+                    if (b < first_own_eight(SHARE) || b >= first_own_eight(SHARE + 1)) *part(SHARE, m, b) = piece_of(sum[m] + 4 * b);
 #pragma unroll
-                for (int b = OWN; b < END; ++b)
-                    if (other != SHARE) others[other][m][b - OWN] = load_part(parts + other * PART + (m * EIGHTS + b) * CONSUMERS);
+                for (int i = 0; i < LEFT_TOKENS / 2; ++i) own[m][i] = sum[m][4 * first_left_eight(SHARE) + i];
+            }
+        }
+    }
+
+    // Call `f` for the own pieces: tile of 64 rows, place among the own sums, eight of tokens.
+    template <typename F>
+    __device__ __forceinline__ void for_own_pieces(F f) const {
+        const int first = first_left_eight(share());
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-            for (int b = OWN; b < END; ++b) {
-                float4 v = make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
-#pragma unroll
-                for (int other = 0; other < CLUSTER; ++other)
-                    if (other != SHARE) add(v, others[other][m][b - OWN]);
-                write(v, m, b);
-            }
+            for (int b = 0; b < LEFT_EIGHTS; ++b)
+                if (first + b >= first_own_eight(share()) && first + b < first_own_eight(share() + 1)) f(m, b, first + b);
     }
-    for (int share = 0; share < CLUSTER; ++share) {
-        if (share == SHARE || !(mine >> share & 1)) continue;
+
+    // Add the others' parts to the own sums, in the order of the blocks, and write the results.
+    __device__ __forceinline__ void add_up(const OwnSums& own) const {
+        float4 others[CLUSTER - 1][ROW_TILES][LEFT_EIGHTS];
+#pragma unroll
+        for (int i = 0; i < CLUSTER - 1; ++i)
+            for_own_pieces([&](int m, int b, int eight) { others[i][m][b] = load_part(part(i + (i >= share()), m, eight)); });
+        for_own_pieces([&](int m, int b, int eight) {
+            float4 v = piece_of(own[m] + 4 * b);
+#pragma unroll
+            for (int i = 0; i < CLUSTER - 1; ++i) add(v, others[i][m][b]);
+            write(v, m, eight);
+        });
+    }
+
+    // The same for a block that has not waited: all parts are in memory.
+    __device__ __forceinline__ void add_up_for(int share) const {
         for (int m = 0; m < ROW_TILES; ++m)
             for (int b = first_own_eight(share); b < first_own_eight(share + 1); ++b) {
-                const float4* const piece = parts + (m * EIGHTS + b) * CONSUMERS;
-                float4 v = load_part(piece + share * PART);
-                for (int other = 0; other < CLUSTER; ++other)
-                    if (other != share) add(v, load_part(piece + other * PART));
+                float4 v = load_part(part(share, m, b));
+                for (int i = 0; i < CLUSTER - 1; ++i) add(v, load_part(part(i + (i >= share), m, b)));
                 write(v, m, b);
             }
     }
-    // All that this warpgroup reads of the others' sums is in registers.
-    wait_named(1 + by.row_group, 128);
-    if (speaks && atomicAdd(state + 1, 1) == CLUSTER - 1) state[0] = state[1] = 0;
-}
 
-template <int SHARE>
-__device__ __forceinline__ void finish_share_of(int share, const Arguments& a, const Segment& s, Multiplier& by,
-                                                float (&sum)[ROW_TILES][SUMS], volatile u32& taken) {
-    if constexpr (SHARE < CLUSTER) {
-        if (share == SHARE) finish_share<SHARE>(a, s, by, sum, taken);
-        else finish_share_of<SHARE + 1>(share, a, s, by, sum, taken);
+    // Blocks, a bit each, whose sums this one adds up, once it may.
+    __device__ __forceinline__ u32 wait(u32 before, const OwnSums& own, volatile u32& taken) const {
+        if (speaks()) taken = wait_for_others(state(), before, share(), CLUSTER);
+        wait_named(1 + row_group, 128);
+        if (taken) return taken;
+        for_own_pieces([&](int m, int b, int eight) { *part(share(), m, eight) = piece_of(own[m] + 4 * b); });
+        wait_named(1 + row_group, 128);
+        if (speaks()) taken = give_up(state(), share(), CLUSTER);
+        wait_named(1 + row_group, 128);
+        return taken;
     }
-}
+
+    __device__ __forceinline__ void finish(const float (&sum)[ROW_TILES][SUMS], Multiplier& by, volatile u32& taken) const {
+        OwnSums own;
+        hand_over(sum, own);
+        int slot = segment.left;
+#if ADAPTERS
+        // Who says so at once waits until all has been written.
+        if (slot++ < segment.end) by.multiply_left(own);
+#endif
+        wait_named(1 + row_group, 128);
+        const u32 before = speaks() ? add_here_and_there(state(), 1) : 0;
+#if ADAPTERS
+        for (; slot < segment.end; ++slot) by.multiply_left(own);
+        wait_for_sums(own);
+#endif
+        const u32 mine = wait(before, own, taken);
+        if (mine >> share() & 1) add_up(own);
+        for (int other = 0; other < CLUSTER; ++other)
+            if (other != share() && mine >> other & 1) add_up_for(other);
+        // All that this warpgroup reads of the others' sums is in registers.
+        wait_named(1 + row_group, 128);
+        if (speaks() && atomicAdd(state() + 1, 1) == CLUSTER - 1) state()[0] = state()[1] = 0;
+    }
+};
 #endif
 
 // ------------------------------------------------------------------------------------------------------------ kernel
@@ -877,7 +899,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const int share = blockIdx.x % CLUSTER;
     const Work work(a);
     const u32 slots = (shared_address(shared) + 1023) & ~1023u;
-    const u32 sums = slots + (SUMS_IN_RINGS ? (COLUMN_GROUPS > 1 ? COLUMN_GROUPS * PIECES * PIECE_BYTES : 0)
+    [[maybe_unused]] const u32 sums = slots + (SUMS_IN_RINGS ? (COLUMN_GROUPS > 1 ? COLUMN_GROUPS * PIECES * PIECE_BYTES : 0)
                                             : INPUTS * INPUT_BYTES + (STAGES * SLOT_BYTES + 1023) / 1024 * 1024);
     const u32 first_barrier = shared_address(barriers), arrived = first_barrier + 16 * (STAGES + INPUTS);
     const Weights weights{slots + INPUTS * INPUT_BYTES, first_barrier, first_barrier + 8 * STAGES, 0, 0};
@@ -930,7 +952,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
     const int row_group = warp / 4 % ROW_GROUPS, column_group = warp / 4 / ROW_GROUPS;
-    const int thread = row_group * 128 + threadIdx.x % 128;
+    [[maybe_unused]] const int thread = row_group * 128 + threadIdx.x % 128;
     Multiplier by{weights, inputs, row_group, warp % 4, lane, -1, a.zero};
     by.weights.advance(column_group);
     by.inputs.advance(column_group);
@@ -1005,7 +1027,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     compute_sums(a, s, by, column_group, sum);
     // Activations come after launches that may still use the memory of the parts; who multiplies none waits for them itself.
     if (s.begin == s.middle) wait_for_previous_launch();
-    finish_share_of<0>(share, a, s, by, sum, taken[row_group]);
+    SharedTile{a, s, row_group, warp % 4, lane}.finish(sum, by, taken[row_group]);
 #else
     const Segment s = work.segment(work.first);
     const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16, token = s.token;

@@ -7,22 +7,19 @@
 
 #define OUT4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define OUT8(i) OUT4(i), OUT4(i + 4)
-#define OUT12(i) OUT8(i), OUT4(i + 8)
 #define OUT16(i) OUT8(i), OUT8(i + 8)
 #define OUT24(i) OUT16(i), OUT8(i + 16)
 #define OUT32(i) OUT16(i), OUT16(i + 16)
 #define OUT64(i) OUT32(i), OUT32(i + 32)
 #define LIST4 "%0,%1,%2,%3"
 #define LIST8 LIST4 ",%4,%5,%6,%7"
-#define LIST12 LIST8 ",%8,%9,%10,%11"
-#define LIST16 LIST12 ",%12,%13,%14,%15"
+#define LIST16 LIST8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LIST24 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define LIST32 LIST24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define LIST64 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define LEFT4 "{%4,%5,%6,%7}, %8"
 #define LEFT8 "{%8,%9,%10,%11}, %12"
-#define LEFT12 "{%12,%13,%14,%15}, %16"
 #define LEFT16 "{%16,%17,%18,%19}, %20"
 #define LEFT24 "{%24,%25,%26,%27}, %28"
 #define LEFT32 "{%32,%33,%34,%35}, %36"
@@ -38,7 +35,6 @@
     }
 DEFINE_PRODUCT(8, 4)
 DEFINE_PRODUCT(16, 8)
-DEFINE_PRODUCT(24, 12)
 DEFINE_PRODUCT(32, 16)
 DEFINE_PRODUCT(48, 24)
 DEFINE_PRODUCT(64, 32)
