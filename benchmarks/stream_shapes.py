@@ -93,6 +93,7 @@ VARIED: dict[str, tuple[int, ...]] = {
     "row_tiles": (1, 2, 3, 4),
     "column_groups": (1, 2, 3, 4),
     "blocks": (1, 2),
+    "by_memory": (False, True),
 }
 """Values of the fields of a shape."""
 
@@ -131,7 +132,8 @@ def everything(tile: int) -> list[LaunchShape]:
             if few and blocks == 2:
                 choices += [replace(one, alone=True) for one in choices]
             found += filter(has_registers, choices)
-    return found + [replace(shape, even=True) for shape in found if shape.column_groups == 1]
+    lone = [shape for shape in found if shape.column_groups == 1]
+    return found + [replace(shape, even=True) for shape in lone] + [replace(shape, by_memory=True) for shape in lone]
 
 
 def main_candidates(rows: tuple[int, ...], tokens: int, processors: int) -> list[LaunchShape]:
