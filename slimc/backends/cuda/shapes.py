@@ -173,11 +173,6 @@ class LaunchShape:
         return 128 * self.row_groups * self.column_groups + (128 if self.registers[0] else 32 * self.bringers)
 
     @property
-    def left_tokens(self) -> int:
-        """Tokens of a block that L is multiplied by: those whose sums it adds up, as many in each."""
-        return -(-self.tokens // 16 // self.cluster) * 16 if self.by_memory else self.tokens
-
-    @property
     def input_bytes(self) -> int:
         """Bytes of a slot of activations."""
         return self.tokens * self.step * 2

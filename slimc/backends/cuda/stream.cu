@@ -71,13 +71,8 @@
 #define EIGHTS (TOKENS / 8)          // of the tokens
 #define PIECES (ROW_TILES * EIGHTS)  // of sums, each of 64 rows a row group by 8 tokens
 #define PIECE_BYTES (128 * ROW_GROUPS * 16)
-#define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block of a cluster writes, at most
+#define OWN_PIECES ((PIECES + CLUSTER - 1) / CLUSTER)  // that a block writes, at most
 #define IN_CLUSTER (CLUSTER > 1 && !BY_MEMORY)
-// Blocks that exchange sums through memory multiply W by all tokens of their columns, and L, all of it, by the tokens whose
-// sums they add up themselves. So what they hand to each other is under way meanwhile.
-#define LEFT_EIGHTS (BY_MEMORY ? (EIGHTS / 2 + CLUSTER - 1) / CLUSTER * 2 : EIGHTS)
-#define LEFT_TOKENS (8 * LEFT_EIGHTS)
-#define LEFT_BOX_BYTES (LEFT_TOKENS * 128)  // 64 ranks of t
 // Sums of many tokens that are sent to a block take the place of its rings, once all blocks of the cluster have read theirs.
 // Those of few tokens are small and have room of their own.
 #define SUMS_IN_RINGS (IN_CLUSTER && TOKENS >= 64)
@@ -85,7 +80,7 @@
 struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
                                // [tokens][columns], in boxes of TOKENS x 64, if there are other than whole pieces of 64
-    TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x LEFT_TOKENS x 64
+    TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x TOKENS x 64
     TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128
     TensorMap metadata_map;    // [row tiles][units][64 words], if SPARSE
     TensorMap scale_map;       // [row tiles][groups][8 words], if GROUP
@@ -137,19 +132,10 @@ struct Ring {
 using Weights = Ring<STAGES, SLOT_BYTES>;
 using Inputs = Ring<INPUTS, INPUT_BYTES>;
 
-// Eights of tokens whose sums the block of a share adds up: from `first_own_eight` of its share to that of the next one. L is
-// multiplied by as many in each block. Both go by two: else the assembler would move sums to where products want them.
-__device__ __forceinline__ constexpr int first_own_eight(int share) { return EIGHTS / 2 * share / CLUSTER * 2; }
-__device__ __forceinline__ constexpr int first_left_eight(int share) {
-    const int first = first_own_eight(share);
-    return first < EIGHTS - LEFT_EIGHTS ? first : EIGHTS - LEFT_EIGHTS;
-}
-
 // What a block computes of a tile of results: slots of W from `begin` to `middle`, then those of L from `left` to `end`.
 // Slots of L are counted on from those of W.
 struct Segment {
     int row_tile, end_row, token, first_rank;
-    int left_token;  // the first one that L is multiplied by
     int begin, middle, left, end;
     int turned;  // slots of W come in a circle, from this one of them on: blocks at the same columns would all ask the same memory
     bool whole;  // nobody else has a part in it
@@ -209,7 +195,7 @@ struct Work {
         Segment s;
         s.row_tile = a.first_row[member] / 16 + (block - a.first_block[member]) * BLOCK_TILES;
         s.end_row = member + 1 < a.members ? a.first_row[member + 1] : a.rows;
-        s.token = s.left_token = tile % a.token_tiles * TOKENS;
+        s.token = tile % a.token_tiles * TOKENS;
         s.first_rank = ADAPTERS ? a.first_rank[member] : 0;
 #if EVEN
         const int shares = gridDim.x / a.tiles;
@@ -223,12 +209,6 @@ struct Work {
         s.whole = from <= before && to >= before + a.slots;
         s.middle = max(s.begin, min(s.end, a.steps));
         s.left = s.middle;
-#elif BY_MEMORY
-        const int share = blockIdx.x % CLUSTER;
-        divide(s, slots, share, CLUSTER);
-        s.left = a.steps;
-        s.end = slots;
-        s.left_token += 8 * first_left_eight(share);
 #elif TOKENS > 16
         divide(s, slots, blockIdx.x % CLUSTER, CLUSTER);
 #else
@@ -340,8 +320,8 @@ struct Source {
     }
 
     __device__ __forceinline__ void bring_t(const Inputs& ring, const Cursor& c) const {
-        barrier_expect(ring.arrived(), LEFT_UNITS * LEFT_BOX_BYTES);
-        load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.left_token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
+        barrier_expect(ring.arrived(), LEFT_UNITS * BOX_BYTES);
+        load_box(ring.data(), &a.t_map, ring.arrived(), 0, c.at.token, c.at.first_rank / 64 + (c.step - a.steps) * LEFT_UNITS);
     }
 
     // Weights go ahead of activations as far as their ring reaches.
@@ -532,7 +512,7 @@ struct Multiplier {
     }
 
 #if ADAPTERS
-    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][LEFT_TOKENS / 2]) {
+    __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
         u32 of[2][BATCH][ROW_TILES][4];
         uint4 codes[LEFT_UNITS][ROW_TILES];
         u32 scales[LEFT_UNITS][ROW_TILES];
@@ -570,7 +550,7 @@ struct Multiplier {
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
-                const u64 box = describe(boxes + u * LEFT_BOX_BYTES + j * 32);
+                const u64 box = describe(boxes + u * BOX_BYTES + j * 32);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) wgmma(sum[m], of[set][i][m], box);
             }
@@ -582,16 +562,15 @@ struct Multiplier {
 };
 
 // Wait for all products. The compiler must not touch the sums before: it does not know that they are still written.
-template <int COUNT>
-__device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][COUNT]) {
+__device__ __forceinline__ void wait_for_sums(float (&sum)[ROW_TILES][SUMS]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
+        for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[m][i])::"memory");
 }
 
-// What a warpgroup sums up of a segment: its share of the slots, if several take turns. BY_MEMORY: of W alone.
+// What a warpgroup sums up of a segment: its share of the slots, if several take turns.
 __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& s, Multiplier& by, int column_group, float (&sum)[ROW_TILES][SUMS]) {
 #if GROUP == 0
     // Asked for before they are needed: they come from device memory.
@@ -623,7 +602,7 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
         }
     }
 #endif
-#if ADAPTERS && !BY_MEMORY
+#if ADAPTERS
     const int of_both = of_weights + s.end - s.left;
     for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
     wait_for_sums(sum);
@@ -775,107 +754,92 @@ __device__ __forceinline__ void finish_pieces(const Arguments& a, const Segment&
 #endif
 
 #if BY_MEMORY
-__device__ __forceinline__ float4 piece_of(const float* s) { return make_float4(s[0], s[1], s[2], s[3]); }
 __device__ __forceinline__ void add(float4& s, const float4& v) { s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w; }
 
-// A tile's sums, which blocks have shared out among them: each adds up those of its own tokens.
+// A tile's sums, whose pieces are shared out among the blocks that have parts of them: each keeps its own in registers, hands
+// the others to their blocks, and adds up what these hand to it.
 struct SharedTile {
     const Arguments& a;
     const Segment& segment;
     int row_group, warp, lane;
 
     static constexpr size_t PART = PIECES * CONSUMERS;
-    using OwnSums = float[ROW_TILES][LEFT_TOKENS / 2];
 
     __device__ __forceinline__ int share() const { return blockIdx.x % CLUSTER; }
+    static __device__ __forceinline__ constexpr int first_piece(int share) { return PIECES * share / CLUSTER; }
     __device__ __forceinline__ bool speaks() const { return threadIdx.x % 128 == 0; }
     __device__ __forceinline__ u32* state() const { return a.shared + (blockIdx.x / CLUSTER * ROW_GROUPS + row_group) * 2; }
-    // Of 8 tokens of 64 rows, what the block of a share has summed.
-    __device__ __forceinline__ float4* part(int share, int m, int eight) const {
-        return a.parts + (blockIdx.x / CLUSTER * CLUSTER + share) * PART + (m * EIGHTS + eight) * CONSUMERS + row_group * 128 + threadIdx.x % 128;
+    // What the block of a share has summed of a piece.
+    __device__ __forceinline__ float4* part(int share, int piece) const {
+        return a.parts + (blockIdx.x / CLUSTER * CLUSTER + share) * PART + piece * CONSUMERS + row_group * 128 + threadIdx.x % 128;
     }
-    __device__ __forceinline__ void write(const float4& v, int m, int eight) const {
-        const int first_row = (segment.row_tile + (row_group * ROW_TILES + m) * 4 + warp) * 16;
-        write_results(a, v, first_row, segment.end_row, segment.token + eight * 8, lane);
+    __device__ __forceinline__ void write(const float4& v, int piece) const {
+        const int first_row = (segment.row_tile + (row_group * ROW_TILES + piece / EIGHTS) * 4 + warp) * 16;
+        write_results(a, v, first_row, segment.end_row, segment.token + piece % EIGHTS * 8, lane);
     }
 
-    // Hand the other blocks the sums of their tokens, and keep the own ones.
     template <int SHARE = 0>
-    __device__ __forceinline__ void hand_over(const float (&sum)[ROW_TILES][SUMS], OwnSums& own) const {
+    __device__ __forceinline__ void hand_over(const float (&sum)[ROW_TILES][SUMS], float4 (&own)[OWN_PIECES]) const {
         if constexpr (SHARE < CLUSTER) {
             if (share() != SHARE) return hand_over<SHARE + 1>(sum, own);
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) {
-#pragma unroll
-                for (int b = 0; b < EIGHTS; ++b)
-                    if (b < first_own_eight(SHARE) || b >= first_own_eight(SHARE + 1)) *part(SHARE, m, b) = piece_of(sum[m] + 4 * b);
-#pragma unroll
-                for (int i = 0; i < LEFT_TOKENS / 2; ++i) own[m][i] = sum[m][4 * first_left_eight(SHARE) + i];
+            for (int piece = 0; piece < PIECES; ++piece) {
+                const float* const s = sum[piece / EIGHTS] + 4 * (piece % EIGHTS);
+                const float4 v = make_float4(s[0], s[1], s[2], s[3]);
+                if (piece < first_piece(SHARE) || piece >= first_piece(SHARE + 1)) *part(SHARE, piece) = v;
+                else own[piece - first_piece(SHARE)] = v;
             }
         }
     }
 
-    // Call `f` for the own pieces: tile of 64 rows, place among the own sums, eight of tokens.
+    // Call `f` with the own pieces and their places among these.
     template <typename F>
     __device__ __forceinline__ void for_own_pieces(F f) const {
-        const int first = first_left_eight(share());
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-            for (int b = 0; b < LEFT_EIGHTS; ++b)
-                if (first + b >= first_own_eight(share()) && first + b < first_own_eight(share() + 1)) f(m, b, first + b);
+        for (int i = 0; i < OWN_PIECES; ++i)
+            if (first_piece(share()) + i < first_piece(share() + 1)) f(first_piece(share()) + i, i);
     }
 
-    // Add the others' parts to the own sums, in the order of the blocks, and write the results.
-    __device__ __forceinline__ void add_up(const OwnSums& own) const {
-        float4 others[CLUSTER - 1][ROW_TILES][LEFT_EIGHTS];
+    // Add the others' parts to the own ones, in the order of the blocks, and write the results.
+    __device__ __forceinline__ void add_up(const float4 (&own)[OWN_PIECES]) const {
+        float4 others[CLUSTER - 1][OWN_PIECES];
 #pragma unroll
-        for (int i = 0; i < CLUSTER - 1; ++i)
-            for_own_pieces([&](int m, int b, int eight) { others[i][m][b] = load_part(part(i + (i >= share()), m, eight)); });
-        for_own_pieces([&](int m, int b, int eight) {
-            float4 v = piece_of(own[m] + 4 * b);
+        for (int other = 0; other < CLUSTER - 1; ++other)
+            for_own_pieces([&](int piece, int i) { others[other][i] = load_part(part(other + (other >= share()), piece)); });
+        for_own_pieces([&](int piece, int i) {
+            float4 v = own[i];
 #pragma unroll
-            for (int i = 0; i < CLUSTER - 1; ++i) add(v, others[i][m][b]);
-            write(v, m, eight);
+            for (int other = 0; other < CLUSTER - 1; ++other) add(v, others[other][i]);
+            write(v, piece);
         });
     }
 
     // The same for a block that has not waited: all parts are in memory.
     __device__ __forceinline__ void add_up_for(int share) const {
-        for (int m = 0; m < ROW_TILES; ++m)
-            for (int b = first_own_eight(share); b < first_own_eight(share + 1); ++b) {
-                float4 v = load_part(part(share, m, b));
-                for (int i = 0; i < CLUSTER - 1; ++i) add(v, load_part(part(i + (i >= share), m, b)));
-                write(v, m, b);
-            }
+        for (int piece = first_piece(share); piece < first_piece(share + 1); ++piece) {
+            float4 v = load_part(part(share, piece));
+            for (int other = 0; other < CLUSTER - 1; ++other) add(v, load_part(part(other + (other >= share), piece)));
+            write(v, piece);
+        }
     }
 
-    // Blocks, a bit each, whose sums this one adds up, once it may.
-    __device__ __forceinline__ u32 wait(u32 before, const OwnSums& own, volatile u32& taken) const {
+    // Blocks, a bit each, whose pieces this one adds up, once it may.
+    __device__ __forceinline__ u32 wait(u32 before, const float4 (&own)[OWN_PIECES], volatile u32& taken) const {
         if (speaks()) taken = wait_for_others(state(), before, share(), CLUSTER);
         wait_named(1 + row_group, 128);
         if (taken) return taken;
-        for_own_pieces([&](int m, int b, int eight) { *part(share(), m, eight) = piece_of(own[m] + 4 * b); });
+        for_own_pieces([&](int piece, int i) { *part(share(), piece) = own[i]; });
         wait_named(1 + row_group, 128);
         if (speaks()) taken = give_up(state(), share(), CLUSTER);
         wait_named(1 + row_group, 128);
         return taken;
     }
 
-    __device__ __forceinline__ void finish(const float (&sum)[ROW_TILES][SUMS], Multiplier& by, volatile u32& taken) const {
-        OwnSums own;
+    __device__ __forceinline__ void finish(const float (&sum)[ROW_TILES][SUMS], volatile u32& taken) const {
+        float4 own[OWN_PIECES];
         hand_over(sum, own);
-        int slot = segment.left;
-#if ADAPTERS
-        // Who says so at once waits until all has been written.
-        if (slot++ < segment.end) by.multiply_left(own);
-#endif
         wait_named(1 + row_group, 128);
         const u32 before = speaks() ? add_here_and_there(state(), 1) : 0;
-#if ADAPTERS
-        for (; slot < segment.end; ++slot) by.multiply_left(own);
-        wait_for_sums(own);
-#endif
         const u32 mine = wait(before, own, taken);
         if (mine >> share() & 1) add_up(own);
         for (int other = 0; other < CLUSTER; ++other)
@@ -1026,8 +990,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     const Segment s = work.segment(work.first);
     compute_sums(a, s, by, column_group, sum);
     // Activations come after launches that may still use the memory of the parts; who multiplies none waits for them itself.
-    if (s.begin == s.middle) wait_for_previous_launch();
-    SharedTile{a, s, row_group, warp % 4, lane}.finish(sum, by, taken[row_group]);
+    if (s.empty()) wait_for_previous_launch();
+    SharedTile{a, s, row_group, warp % 4, lane}.finish(sum, taken[row_group]);
 #else
     const Segment s = work.segment(work.first);
     const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16, token = s.token;

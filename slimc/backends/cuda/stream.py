@@ -136,7 +136,7 @@ def _start(
     else:
         driver.encode_matrix_map(arguments.x_map, x.data_ptr(), tokens, columns, shape.tokens, BOX_COLUMNS)
     if t is not None:
-        driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.left_tokens, shape.left_units)
+        driver.encode_piece_map(arguments.t_map, t.data_ptr(), tokens, t.shape[1], shape.tokens, shape.left_units)
     arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
     if flags is not None:
         arguments.flags, arguments.mark = flags

@@ -1,58 +1,62 @@
 // Products of a 16-bit left operand in registers with activations in shared memory: `wgmma`, and `wgmma.sp` for 2:4.
 //
 // Compiled with -D, besides those of common.cuh:
-//   TOKENS  of a block: 8, 16, 32, 64, 128
+//   TOKENS  columns of a product: 8, 16, 32, 64, 128
 
 #define SUMS (TOKENS / 2)  // of a thread, for 64 rows
 
 #define OUT4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define OUT8(i) OUT4(i), OUT4(i + 4)
 #define OUT16(i) OUT8(i), OUT8(i + 8)
-#define OUT24(i) OUT16(i), OUT8(i + 16)
 #define OUT32(i) OUT16(i), OUT16(i + 16)
 #define OUT64(i) OUT32(i), OUT32(i + 32)
 #define LIST4 "%0,%1,%2,%3"
 #define LIST8 LIST4 ",%4,%5,%6,%7"
 #define LIST16 LIST8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define LIST24 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23"
-#define LIST32 LIST24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define LIST32 LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LIST64 LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define LEFT4 "{%4,%5,%6,%7}, %8"
-#define LEFT8 "{%8,%9,%10,%11}, %12"
-#define LEFT16 "{%16,%17,%18,%19}, %20"
-#define LEFT24 "{%24,%25,%26,%27}, %28"
-#define LEFT32 "{%32,%33,%34,%35}, %36"
-#define LEFT64 "{%64,%65,%66,%67}, %68"
+
+#if TOKENS == 8
+#define OUT OUT4(0)
+#define WGMMA_OUT LIST4
+#define WGMMA_A "{%4,%5,%6,%7}, %8"
+#define WGMMA_SP ", %9, %10"
+#elif TOKENS == 16
+#define OUT OUT8(0)
+#define WGMMA_OUT LIST8
+#define WGMMA_A "{%8,%9,%10,%11}, %12"
+#define WGMMA_SP ", %13, %14"
+#elif TOKENS == 32
+#define OUT OUT16(0)
+#define WGMMA_OUT LIST16
+#define WGMMA_A "{%16,%17,%18,%19}, %20"
+#define WGMMA_SP ", %21, %22"
+#elif TOKENS == 64
+#define OUT OUT32(0)
+#define WGMMA_OUT LIST32
+#define WGMMA_A "{%32,%33,%34,%35}, %36"
+#define WGMMA_SP ", %37, %38"
+#else
+#define OUT OUT64(0)
+#define WGMMA_OUT LIST64
+#define WGMMA_A "{%64,%65,%66,%67}, %68"
+#define WGMMA_SP ", %69, %70"
+#endif
 #define TEXT2(x) #x
 #define TEXT(x) TEXT2(x)
 
-// Products of 64 rows with so many tokens, 16 columns at a time; a thread holds half as many sums.
-#define DEFINE_PRODUCT(tokens, sums)                                                                                              \
-    __device__ __forceinline__ void wgmma(float (&c)[sums], const u32 (&a)[4], u64 b) {                                           \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." TYPE "." TYPE " {" LIST##sums "}, " LEFT##sums        \
-                     ", 1, 1, 1, 0;" : OUT##sums(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
-    }
-DEFINE_PRODUCT(8, 4)
-DEFINE_PRODUCT(16, 8)
-DEFINE_PRODUCT(32, 16)
-DEFINE_PRODUCT(48, 24)
-DEFINE_PRODUCT(64, 32)
-DEFINE_PRODUCT(128, 64)
+__device__ __forceinline__ void wgmma(float (&c)[SUMS], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A ", 1, 1, 1, 0;"
+                 : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 
-// The same with a 2:4 left operand, 32 columns at a time.
-#define DEFINE_SPARSE_PRODUCT(tokens, sums, indices)                                                                              \
-    template <int SELECTOR>                                                                                                       \
-    __device__ __forceinline__ void wgmma_sparse(float (&c)[sums], const u32 (&a)[4], u64 b, u32 metadata) {                      \
-        asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." TYPE "." TYPE " {" LIST##sums "}, " LEFT##sums     \
-                     indices ", 1, 1, 1, 0;" : OUT##sums(0)                                                                       \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));                         \
-    }
-DEFINE_SPARSE_PRODUCT(8, 4, ", %9, %10")
-DEFINE_SPARSE_PRODUCT(16, 8, ", %13, %14")
-DEFINE_SPARSE_PRODUCT(32, 16, ", %21, %22")
-DEFINE_SPARSE_PRODUCT(64, 32, ", %37, %38")
-DEFINE_SPARSE_PRODUCT(128, 64, ", %69, %70")
+template <int SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&c)[SUMS], const u32 (&a)[4], u64 b, u32 metadata) {
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TEXT(TOKENS) "k32.f32." TYPE "." TYPE " {" WGMMA_OUT "}, " WGMMA_A WGMMA_SP
+                 ", 1, 1, 1, 0;"
+                 : OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR));
+}
 
 __device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
     u32 v;
