@@ -127,9 +127,7 @@ def two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def layer_format(rows: int = 4096, rank: int = 409, **changed: Any) -> LinearFormat:
     weight = {"bits": 4, "per_tensor": True, "sparsity": NM(2, 4), "dtype": torch.bfloat16} | changed
-    factors = [
-        WeightFormat(*size, 4, group=64, dtype=torch.bfloat16) for size in ((rows, rank), (rank, 4096)) if rank
-    ]
+    factors = [WeightFormat(*size, 4, group=64, dtype=torch.bfloat16) for size in ((rows, rank), (rank, 4096)) if rank]
     return LinearFormat(WeightFormat(rows, 4096, **weight), *factors)
 
 
