@@ -12,7 +12,7 @@ multiprocessors that it takes, and is also tried with a few more and less.
 
 A shape whose results are not the same from call to call, bit for bit, or further from the product of the decoded
 weights than roundings allow, is left out and reported. With more tokens than the largest block has (``--tokens 256``)
-``cuda-prefill`` is measured in turns with the best pairs: the file gets an entry only for a layer where it takes longer.
+``cuda-prefill`` is measured in turns with the best pairs, and the file gets an entry only where it takes longer.
 
 Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
 present ones have been tried.

@@ -239,8 +239,8 @@ class Measured:
     Attributes:
         rows: of the layer (with those it is stacked with), or ranks of all its factors.
         columns: of the layer.
-        tokens: of the call, rounded up to a size of `TOKEN_TILES`, or to `MOST_TOKENS`: that only where ``cuda-prefill``
-            took longer in the same run.
+        tokens: of the call, rounded up to a size of `TOKEN_TILES`, or to `MOST_TOKENS`; for so many there are entries
+            only where ``cuda-prefill`` took longer in the same run.
         shape: that took the least time.
         ranks: of all factors of the layer, each rounded up to whole units of L, where tokens are `MOST_TOKENS`.
     """
