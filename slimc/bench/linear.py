@@ -291,7 +291,7 @@ def _choose(
 ) -> tuple[Kernel | None, dict[str, str]]:
     """Return the kernel of slimc's for a layer, or for several that are stacked, and the reasons against others."""
     widest = max(formats, key=lambda form: form.rows)
-    return choose(kernels, widest, DTYPE, device, tokens, formats if len(formats) > 1 else ())
+    return choose(kernels, widest, DTYPE, device, tokens, formats)
 
 
 class MeasuredHere:

@@ -52,7 +52,7 @@ class Case:
         dtype: of x.
         device: on which it is computed.
         tokens: of the call, rounded up to a power of two.
-        stack: formats of all layers that are run as one, in their order; empty for a layer by itself.
+        stack: formats of all layers that are run as one, in their order; none or one for a layer by itself.
     """
 
     format: LinearFormat
@@ -214,7 +214,7 @@ def choose(
         dtype: of x.
         device: on which it is computed.
         tokens: of the call.
-        stack: the formats of all layers that are run as one, if it is not one layer by itself.
+        stack: the formats of all layers that are run as one, if there are several.
     """
     case = Case(spec, dtype, device, token_bucket(tokens), tuple(stack))
     asked = spec, dtype, device, case.tokens
