@@ -299,7 +299,7 @@ def _was_faster(case: Case) -> bool:
         one.weight.sparsity is not None and one.weight.group is None and one.activation is None for one in members
     )
     factors = [one.right for one in members if one.right is not None]
-    if not alike or len(factors) < len(members) or case.device.type != "cuda":
+    if not alike or len(factors) < len(members):
         return False
     ranks = sum(-(-factor.rows // FACTOR_GROUP) * FACTOR_GROUP for factor in factors)
     rows = [one.rows for one in members]
