@@ -1,9 +1,13 @@
-"""Times calls of ``cuda-stream`` with launch shapes of choice, in a process of its own: one may fault or never end."""
+"""Times calls of ``cuda-stream`` with launch shapes of choice, in a process of its own: one may fault or never end.
+
+Every result is compared with the product of the decoded weights.
+"""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+from collections.abc import Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -12,14 +16,19 @@ from torch import Tensor
 
 from slimc.backends.cuda import stream
 from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
+from slimc.backends.cuda.prefill import PREFILL
 from slimc.backends.cuda.shapes import LaunchShape
 from slimc.bench.linear import DTYPE, copies, microseconds, random_layer
 from slimc.errors import KernelError
+from slimc.runtime.packing import PackedLinear
 
 __all__ = ["Clock"]
 
 START_SECONDS, CASE_SECONDS = 100, 10
 """How long making the layers, and one measurement, may take."""
+
+Pair = tuple[LaunchShape, LaunchShape]
+"""Shapes of a layer's launch and of the one for t."""
 
 
 class Clock:
@@ -35,10 +44,11 @@ class Clock:
     def __init__(self, rows: tuple[int, ...], columns: int) -> None:
         self.layer = rows, columns
         self._context = multiprocessing.get_context("spawn")
+        self._ranks: int | None = None
         self._start()
 
     def _start(self) -> None:
-        self._ranks: int | None = None
+        self._is_ready = False
         self._connection, theirs = self._context.Pipe()
         self._process = self._context.Process(target=_serve, args=(theirs, *self.layer), daemon=True)
         self._process.start()
@@ -49,15 +59,18 @@ class Clock:
         """Ranks of the factors of all of the layers.
 
         Raises:
-            KernelError: the layers were not made in time.
+            KernelError: the layers could not be made, or not in time.
         """
-        return self._await_layers()
+        return self._await_layers() if self._ranks is None else self._ranks
 
     def _await_layers(self) -> int:
-        if self._ranks is None:
+        if self._ranks is None or not self._is_ready:
             if not self._connection.poll(START_SECONDS):
                 raise KernelError(f"layers of {self.layer} were not made within {START_SECONDS} seconds")
-            self._ranks = int(self._connection.recv())
+            try:
+                self._ranks, self._is_ready = int(self._connection.recv()), True
+            except (EOFError, OSError) as error:
+                raise KernelError(f"the process that makes layers of {self.layer} ended: {error!r}") from error
         return self._ranks
 
     def close(self) -> None:
@@ -68,17 +81,26 @@ class Clock:
 
     def time(self, tokens: int, main: LaunchShape, right: LaunchShape, replays: int) -> float:
         """Return microseconds of a call, or infinity if it fails or does not end."""
+        return self._ask(tokens, (main, right), replays)
+
+    def time_prefill(self, tokens: int, replays: int) -> float:
+        """Return microseconds of a call of ``cuda-prefill``, or infinity if it fails or does not end."""
+        return self._ask(tokens, None, replays)
+
+    def _ask(self, tokens: int, pair: Pair | None, replays: int) -> float:
         try:
             self._await_layers()
-            self._connection.send((tokens, main, right, replays))
+            self._connection.send((tokens, pair, replays))
             if self._connection.poll(CASE_SECONDS):
                 taken, trouble, goes_on = self._connection.recv()
             else:
                 taken, trouble, goes_on = math.inf, f"no end after {CASE_SECONDS} seconds", False
+        except KernelError as error:
+            taken, trouble, goes_on = math.inf, str(error), False
         except (EOFError, OSError) as error:
-            taken, trouble, goes_on = math.inf, f"the process ended: {error}", False
+            taken, trouble, goes_on = math.inf, f"the process ended: {error!r}", False
         if trouble:
-            print(f"# {tokens} tokens, {main}, {right}: {trouble}", flush=True)
+            print(f"# {tokens} tokens, {pair or PREFILL.name}: {trouble}", flush=True)
         if not goes_on:
             self.close()
             self._start()
@@ -86,15 +108,20 @@ class Clock:
 
 
 def _serve(connection: Connection, rows: tuple[int, ...], columns: int) -> None:
-    first = _make(rows, columns, 0)
-    layers = [first, *(_make(rows, columns, copy) for copy in range(1, copies(first.nbytes)))]
-    expected: dict[int, Tensor] = {}
+    packed = _parts(rows, columns, 0)
+    first = _join(packed)
+    layers = [first, *(_join(_parts(rows, columns, copy)) for copy in range(1, copies(first.nbytes)))]
+    expected: dict[int, tuple[Tensor, Tensor]] = {}
     torch.cuda.synchronize()
     connection.send(first.ranks)
     while True:
-        tokens, main, right, replays = connection.recv()
+        tokens, pair, replays = connection.recv()
+        generator = torch.Generator("cuda").manual_seed(tokens)
+        x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda", generator=generator)
         try:
-            connection.send((_measure(layers, expected, tokens, main, right, replays), "", True))
+            if tokens not in expected:
+                expected[tokens] = product(packed, x)
+            connection.send((_measure(layers, expected[tokens], x, pair, replays), "", True))
         except KernelError as error:
             connection.send((math.inf, str(error)[:200], True))
         except RuntimeError as error:
@@ -102,32 +129,64 @@ def _serve(connection: Connection, rows: tuple[int, ...], columns: int) -> None:
             connection.send((math.inf, str(error)[:200], False))
 
 
-def _make(rows: tuple[int, ...], columns: int, copy: int) -> FragmentLayer:
-    parts = [prepare(random_layer(part, columns, 100 * copy + seed)) for seed, part in enumerate(rows)]
+def _parts(rows: tuple[int, ...], columns: int, copy: int) -> list[PackedLinear]:
+    return [exact_weights(random_layer(part, columns, 100 * copy + seed)) for seed, part in enumerate(rows)]
+
+
+def exact_weights(packed: PackedLinear) -> PackedLinear:
+    """Return a layer with powers of two for scales: 16 bits hold each weight, whoever multiplies code and scale."""
+    tensors = {
+        name: torch.exp2(torch.log2(tensor.float()).floor()).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in packed.tensors().items()
+    }
+    return PackedLinear.assemble(packed.format, tensors)
+
+
+def _join(packed: Sequence[PackedLinear]) -> FragmentLayer:
+    parts = [prepare(one) for one in packed]
     return stack(parts) if len(parts) > 1 else parts[0]
 
 
+def product(packed: Sequence[PackedLinear], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what layers of `exact_weights` give for one input, and how far from it a result may be.
+
+    A kernel rounds t and y to 16 bits, and adds up exact products in float32: that is 2^-20 of the sum of their sizes
+    at most, which a tensor core may add up with fewer bits than an addition has, and this product's own roundings.
+
+    Returns:
+        Both float32 [tokens, rows of all].
+    """
+    unit = torch.finfo(x.dtype).eps / 2
+    exact, bounds = [], []
+    for one in packed:
+        weight, inputs = one.weight.decode().double(), x.double()
+        y, size = inputs @ weight.T, inputs.abs() @ weight.abs().T
+        rounded = torch.zeros_like(y)
+        if one.left is not None and one.right is not None:
+            left, right = one.left.decode().double(), one.right.decode().double()
+            t = inputs @ right.T
+            y += t @ left.T
+            rounded = t.abs() @ left.abs().T
+            size += inputs.abs() @ right.abs().T @ left.abs().T
+        exact.append(y.float())
+        # A rounded y is rounded t's; both at once are a unit of a unit more.
+        bounds.append((unit * (y.abs() + (1 + unit) * rounded) + 2**-20 * size).float())
+    return torch.cat(exact, 1), torch.cat(bounds, 1)
+
+
 def _measure(
-    layers: list[FragmentLayer],
-    expected: dict[int, Tensor],
-    tokens: int,
-    main: LaunchShape,
-    right: LaunchShape,
-    replays: int,
+    layers: list[FragmentLayer], expected: tuple[Tensor, Tensor], x: Tensor, pair: Pair | None, replays: int
 ) -> float:
-    columns = layers[0].format.columns
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda", generator=generator)
+    def call(layer: FragmentLayer) -> partial[Tensor]:
+        if pair is None:
+            return partial(PREFILL.run, x, layer, None)
+        return partial(stream.launch, stream.make_plan(layer, DTYPE, len(x), *pair), x, layer, None)
 
-    def call(layer: FragmentLayer, plan: stream.Plan) -> Tensor:
-        return stream.launch(plan, x, layer, None)
-
-    calls = [partial(call, layer, stream.make_plan(layer, DTYPE, tokens, main, right)) for layer in layers]
+    calls = [call(layer) for layer in layers]
     eager = [call() for call in calls]
-    y = eager[0].float()
-    wanted = expected.setdefault(tokens, y)
-    if not bool((y - wanted).abs().max() <= 0.02 * wanted.abs().max()):
-        raise RuntimeError("the result is not that of the first shape")
+    wanted, bound = expected
+    if not bool(((eager[0].float() - wanted).abs() <= bound).all()):
+        raise RuntimeError("the result is further from the product of the decoded weights than roundings allow")
     if not _always(eager, calls, replays):
         raise RuntimeError("results differ from call to call")
     return microseconds(calls, replays)

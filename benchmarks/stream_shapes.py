@@ -10,7 +10,9 @@ with each other; then, from the best pairs on, each field of their shapes is var
 at last the best pairs and the present one are measured in turns. An even launch leaves to the one for t the
 multiprocessors that it takes, and is also tried with a few more and less.
 
-A shape whose results are not the same from call to call, bit for bit, is left out and reported.
+A shape whose results are not the same from call to call, bit for bit, or further from the product of the decoded
+weights than roundings allow, is left out and reported. With more tokens than the largest block has (``--tokens 256``)
+``cuda-prefill`` is measured in turns with the best pairs, and the file gets an entry only where it takes longer.
 
 Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
 present ones have been tried.
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from launch_clock import Clock
+from launch_clock import Clock, Pair
 
 from slimc.backends.cuda import driver, shapes, stream
 from slimc.backends.cuda.cache import cached_cubin
@@ -47,9 +49,6 @@ WORKERS = os.cpu_count() or 1
 
 LAYER = Form(sparse=True, group=0, adapters=True, dtype=DTYPE)
 FACTOR = Form(sparse=False, group=64, adapters=False, dtype=DTYPE)
-
-Pair = tuple[LaunchShape, LaunchShape]
-"""Shapes of a layer's launch and of the one for t."""
 
 BLOCKS = (0.3, 2.1)
 """A launch has so many blocks a multiprocessor, or they are not worth measuring."""
@@ -277,9 +276,11 @@ class Search:
             shapes.of_right(clock.ranks, columns, tokens, FACTOR, self._processors),
         )
         self.times: dict[Pair, float] = {}
+        self.rival: float | None = None
+        """Microseconds of ``cuda-prefill``, with more tokens than the largest block has."""
 
     def run(self) -> tuple[float, float, Pair]:
-        """Return microseconds of the present pair and of the best one, and that."""
+        """Return microseconds of the present pair and of the best one, and that; `rival` is measured meanwhile."""
         main, right = self.present
         mains = self._alike(main_candidates(self._rows, self._tokens, self._processors), main)
         rights = self._alike(right_candidates(self._clock.ranks, self._tokens, self._processors), right)
@@ -375,9 +376,13 @@ class Search:
     def _choose(self) -> tuple[float, float, Pair]:
         pairs = [self.present, *(pair for pair in self._best(FINALISTS + 1) if pair != self.present)]
         taken: dict[Pair, list[float]] = {pair: [] for pair in pairs}
+        rival = []
         for _ in range(TURNS):
             for pair, times in taken.items():
                 times.append(self._clock.time(self._tokens, *pair, THOROUGH))
+            if self._tokens > shapes.TOKEN_TILES[-1]:
+                rival.append(self._clock.time_prefill(self._tokens, THOROUGH))
+        self.rival = statistics.median(rival) if rival else None
         medians = {pair: statistics.median(times) for pair, times in taken.items()}
         for pair, median in medians.items():
             self._write(pair, median, TURNS * THOROUGH)
@@ -391,6 +396,15 @@ def varied(shape: LaunchShape, name: str, form: Form) -> list[LaunchShape]:
         return []
     others = (replace(shape, **{name: value}) for value in VARIED[name] if value != getattr(shape, name))
     return [other for other in others if other.fits(form) and has_registers(other)]
+
+
+def is_ready(clock: Clock) -> bool:
+    """Whether there are layers to measure; say it if there are not."""
+    try:
+        return clock.ranks > 0
+    except KernelError as error:
+        print(f"# left out: {error}", flush=True)
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- table
@@ -413,6 +427,18 @@ class Found:
     def add(self, table: str, entry: dict[str, object]) -> None:
         """Take a shape, in place of one of the same layer and tokens."""
         self._entries[table][entry["rows"], entry["columns"], entry["tokens"]] = entry
+
+    def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
+        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``."""
+        (parts, columns), (main, right) = clock.layer, pair
+        rows, size, ranks = sum(parts), shapes.token_tile(tokens), None
+        if tokens > size:
+            size, ranks = shapes.MOST_TOKENS, clock.ranks
+            if rival is None or not taken < rival < math.inf:
+                self._entries["layers"].pop((rows, columns, size), None)
+                return
+        self.add("layers", shapes.as_entry(Measured(rows, columns, size, main, ranks)))
+        self.add("factors", shapes.as_entry(Measured(clock.ranks, columns, size, right)))
 
     def write(self) -> None:
         """Write the file, an entry a line."""
@@ -457,19 +483,20 @@ def main() -> None:
     for model, named in layers.items():
         # All are made before any is measured: that would disturb it.
         clocks = [(name, Clock(rows, columns)) for name, rows, columns in named]
-        jobs = [(name, clock, count) for name, clock in clocks for count in tokens if clock.ranks]
+        ready = [(name, clock) for name, clock in clocks if is_ready(clock)]
+        jobs = [(name, clock, count) for name, clock in ready for count in tokens]
+        left -= len(tokens) * len(clocks) - len(jobs)
         for name, clock, count in jobs:
             share = (until - time.monotonic()) / left
             search = Search(clock, kernels, count, time.monotonic() + share, processors, options.log)
-            before, taken, (main_shape, right_shape) = search.run()
+            before, taken, pair = search.run()
+            rival = "" if search.rival is None else f" (cuda-prefill {search.rival:.2f})"
             print(
-                f"{model} {name} {count} tokens: {before:.2f} to {taken:.2f} us, {len(search.times)} pairs in "
-                f"{share:.0f} s, {main_shape}, {right_shape}",
+                f"{model} {name} {count} tokens: {before:.2f} to {taken:.2f} us{rival}, {len(search.times)} pairs in "
+                f"{share:.0f} s, {pair[0]}, {pair[1]}",
                 flush=True,
             )
-            tile, (rows, columns) = shapes.token_tile(count), clock.layer
-            found.add("layers", shapes.as_entry(Measured(sum(rows), columns, tile, main_shape)))
-            found.add("factors", shapes.as_entry(Measured(clock.ranks, columns, tile, right_shape)))
+            found.take(clock, count, pair, taken, search.rival)
             # An interrupted run has measured something too.
             found.write()
             left -= 1

@@ -813,7 +813,8 @@ def export_hf(
 def explain(model: nn.Module) -> Explanation:
     """Return, for each compressed layer, which kernel runs at which token counts, and why the better ones refused.
 
-    It is a dict by the layers' names; printed, it is text for people.
+    It is a dict by the layers' names; printed, it is text for people. What ``torch.compile(model, backend="slim")`` has
+    put together so far, such as q, k and v, has an entry more under all of its names: which kernel runs it as one.
 
     Raises:
         InputError: the model is not one that slimc compressed.

@@ -14,8 +14,8 @@ __all__ = ["KERNELS", "LAYOUTS"]
 
 FRAGMENT_KERNELS: tuple[Kernel, ...] = (
     cusparselt.DECODED,
-    prefill.PREFILL,
     stream.STREAM,
+    prefill.PREFILL,
     decode.DECODE,
     dense.DENSE,
 )

@@ -40,7 +40,7 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear, PackedWeight
-from slimc.runtime.select import Kernel, token_bucket
+from slimc.runtime.select import Case, Kernel, token_bucket
 
 __all__ = ["CUSPARSELT", "DECODED", "LAYOUT", "SparseLayer", "ordered_metadata", "prepare", "run", "run_decoded"]
 
@@ -238,10 +238,10 @@ def _accepts_decoded(spec: LinearFormat, dtype: torch.dtype, device: torch.devic
     return refuses(spec, dtype, device) or _refuses_weight(spec.weight) or _refuses_library(device)
 
 
-def _expects_decoded(_spec: LinearFormat, _dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER:
+def _expects_decoded(case: Case) -> str | None:
+    if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) == HOPPER:
         return "is slower than cuda-prefill"
-    if tokens < FEWEST_DECODED:
+    if case.tokens < FEWEST_DECODED:
         return f"is slower for fewer than {FEWEST_DECODED} tokens"
     return None
 

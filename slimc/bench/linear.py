@@ -271,7 +271,7 @@ class Subject:
         for copy in range(1, copies(self.nbytes)):
             self.copies.append([random_layer(part, columns, 100 * copy + seed) for seed, part in enumerate(rows)])
         self._states: dict[tuple[Callable[..., Any], str | None], list[list[Any]]] = {}
-        self.format = first[0].format if len(rows) == 1 else _stacked_format(first[0].format, sum(rows))
+        self.formats = [part.format for part in first]
 
     def calls(self, kernel: Kernel, x: Tensor, activation: str | None = None) -> list[Call]:
         """Return a call for each copy, its inputs rounded if there is an ``activation``."""
@@ -286,10 +286,12 @@ class Subject:
         return [partial(lambda parts: [kernel.run(x, part, None) for part in parts], parts) for parts in states]
 
 
-def _stacked_format(spec: LinearFormat, rows: int) -> LinearFormat:
-    """Return the form of a stack, as far as kernels ask for it: all rows, and the adapters of one layer."""
-    left = None if spec.left is None else replace(spec.left, rows=rows)
-    return LinearFormat(replace(spec.weight, rows=rows), left, spec.right)
+def _choose(
+    kernels: Sequence[Kernel], formats: Sequence[LinearFormat], device: torch.device, tokens: int
+) -> tuple[Kernel | None, dict[str, str]]:
+    """Return the kernel of slimc's for a layer, or for several that are stacked, and the reasons against others."""
+    widest = max(formats, key=lambda form: form.rows)
+    return choose(kernels, widest, DTYPE, device, tokens, formats)
 
 
 class MeasuredHere:
@@ -325,14 +327,14 @@ def measure(
         x = torch.randn(count, columns, dtype=DTYPE, device=device)
         row: Row = {"rows": rows, "columns": columns, "tokens": count}
         row["cublas_us"] = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
-        expected, _ = choose(KERNELS, subject.format, DTYPE, device, count)
+        expected, _ = _choose(KERNELS, subject.formats, device, count)
         times: dict[str, float] = {}
         for kernel in KERNELS:
             wanted = kernel in (expected, DENSE) or (kernel.timed and not only_expected)
-            if wanted and kernel.refuses(subject.format, DTYPE, device, count) is None:
+            if wanted and not any(kernel.refuses(form, DTYPE, device, count) for form in subject.formats):
                 times[kernel.name] = _time(kernel.name, subject.calls, kernel, x)
         table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
-        chosen, refusals = choose(table, subject.format, DTYPE, device, count)
+        chosen, refusals = _choose(table, subject.formats, device, count)
         if chosen is None or times[chosen.name] == math.inf:
             print(f"# no kernel of slimc's for {count} tokens: {refusals}")
             continue
@@ -351,7 +353,8 @@ def measure(
         if peak is not None:
             row["share_of_byte_limit"] = needed / ours * 1e6 / peak
         for kind in activations:
-            best, _ = choose(KERNELS, replace(subject.format, activation=kind), DTYPE, device, count)
+            rounded = [replace(form, activation=kind) for form in subject.formats]
+            best, _ = _choose(KERNELS, rounded, device, count)
             taken = math.inf if best is None else _time(best.name, subject.calls, best, x, kind)
             if best is not None and taken < math.inf:
                 row |= {f"{kind}_us": taken, f"{kind}_kernel": best.name}

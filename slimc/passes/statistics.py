@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimc.errors import NumericsError
 from slimc.passes.solvers.hessian import Metric, damped
+from slimc.passes.solvers.precision import processor_products
 
 SAMPLE_TOKENS = 1024
 """Tokens kept to measure output errors; enough for three digits, and independent of the calibration's size."""
@@ -166,24 +166,14 @@ class Shortfall:
         return cls(cross, torch.cat(kept))
 
 
-@contextmanager
-def _products_of(activation: Tensor) -> Iterator[None]:
+def _products_of(activation: Tensor) -> AbstractContextManager[None]:
     """Let the CPU multiply float32 copies of bfloat16 activations as bfloat16, where it has instructions for that.
 
     Nothing is lost: such a product is exact in float32, in which it is summed and returned either way. (What is no
     activation, a difference of two, is rounded to bfloat16, by less than the noise of any sample of tokens.)
     """
-    # Releases before 2.9 lack the setting.
-    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if activation.dtype != torch.bfloat16 or activation.device.type != "cpu" or settings is None:
-        yield
-        return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    in_bfloat16 = activation.dtype == torch.bfloat16 and activation.device.type == "cpu"
+    return processor_products("bf16") if in_bfloat16 else nullcontext()
 
 
 def _rows(activation: Tensor) -> Tensor:

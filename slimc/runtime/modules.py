@@ -467,9 +467,21 @@ def use_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> Explanation:
-    """Return, by module name, which kernel each `SlimLinear` of ``model`` runs at which token counts, and why."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SlimLinear)]
-    return Explanation((name, module.choices(dtype)) for name, module in layers)
+    """Return, by module name, which kernel each `SlimLinear` of ``model`` runs at which token counts, and why.
+
+    Layers that a compiled graph has put together have an entry more, under their names joined by `` + ``: which kernel
+    runs them as one. At token counts that it leaves out each of them runs by itself.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SlimLinear)}
+    names = {module._prepared: name for name, module in layers.items()}
+    stacks = dict.fromkeys(stack for prepared in names for stack in prepared.stacks)
+    found = Explanation((name, module.choices(dtype)) for name, module in layers.items())
+    for stack in stacks:
+        members = [member for member in stack.members if member in names]
+        as_one = stack.choices(dtype or members[0].format.weight.dtype)
+        if as_one and len(members) == len(stack.members):
+            found[" + ".join(names[member] for member in members)] = as_one
+    return found
 
 
 _DERIVED = ("_prepared", "_handle", "_made", "_not_undone", "_was_captured")

@@ -25,11 +25,12 @@ from slimc.runtime.formats import LinearFormat
 from slimc.runtime.layouts import Formats
 from slimc.runtime.ops import apply_packed
 from slimc.runtime.packing import PackedLinear
-from slimc.runtime.select import Kernel, choices, choose
+from slimc.runtime.select import Choice, Kernel, choices, choose, ranges
 
 __all__ = ["PreparedLayer", "SiblingLayers", "derive", "prepared_layer", "sibling_layers"]
 
 _Run = Callable[[Tensor, Any, Tensor | None], Tensor]
+_Stack = Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]]
 _State = TypeVar("_State")
 
 REFERENCE = Kernel(
@@ -125,10 +126,20 @@ class PreparedLayer:
         made = choices(self._table(), spec, spec.weight.dtype, self._device)
         return [(choice.first_tokens, choice.kernel or REFERENCE) for choice in made]
 
-    def choose(self, dtype: torch.dtype, tokens: int) -> Kernel:
-        """Return the kernel for this many tokens."""
-        kernel, _ = choose(self._table(), self.format, dtype, self._device, tokens)
-        return kernel or REFERENCE
+    @property
+    def stacks(self) -> list[SiblingLayers]:
+        """The siblings with which a compiled graph runs the layer as one, where a kernel can."""
+        return [siblings for siblings in self._siblings if siblings.complete]
+
+    def choose(
+        self, dtype: torch.dtype, tokens: int, stack: Sequence[LinearFormat] = ()
+    ) -> tuple[Kernel, dict[str, str]]:
+        """Return the kernel for this many tokens, and why not others.
+
+        ``stack`` has the formats of all layers that are run as one, if this is the widest of several.
+        """
+        kernel, refusals = choose(self._table(), self.format, dtype, self._device, tokens, stack)
+        return kernel or REFERENCE, refusals
 
     def accepts(self, kernel: Kernel, dtype: torch.dtype, tokens: int) -> bool:
         """Return whether a kernel, chosen by a sibling, computes this layer too."""
@@ -181,7 +192,7 @@ class PreparedLayer:
                 f"x is on {x.device}, but this compressed layer of {spec.columns} inputs is on {self._device}; move "
                 "one of them with .to()"
             )
-        kernel = self.choose(x.dtype, tokens)
+        kernel, _ = self.choose(x.dtype, tokens)
         run = run_on(kernel.run, self._device)
         if self._is_made_anew(kernel):
 
@@ -234,9 +245,9 @@ class SiblingLayers:
             self._plans[key] = self._plan(x.dtype, tokens)
         plan = self._plans[key]
         if plan is None:
-            return torch.cat([member(x, None) for member in self._members()], dim=-1)
+            return torch.cat([member(x, None) for member in self.members], dim=-1)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            for member in self._members():
+            for member in self.members:
                 if not member.captured:
                     member.capture()
         run, state = plan
@@ -244,33 +255,46 @@ class SiblingLayers:
 
     def prepare(self) -> bool:
         """Derive the states that inputs of the weight's dtype need; return whether a kernel runs all layers as one."""
-        widest = self._widest(self._members())
-        dtype = widest.format.weight.dtype
-        plans = [self._plan(dtype, tokens) for tokens, _ in widest.kernels()]
+        dtype = self.members[0].format.weight.dtype
+        plans = [self._plan(dtype, choice.first_tokens) for choice in self.choices(dtype)]
         return any(plan is not None for plan in plans)
 
-    def _members(self) -> list[PreparedLayer]:
+    @property
+    def members(self) -> list[PreparedLayer]:
+        """The layers, in the order of their results.
+
+        Raises:
+            KernelError: one of them is gone, or has changed since.
+        """
         return [prepared_layer(handle) for handle in self._handles]
 
-    @staticmethod
-    def _widest(members: Sequence[PreparedLayer]) -> PreparedLayer:
-        """Return the layer with most rows, which chooses the kernel for all."""
-        return max(members, key=lambda member: member.format.rows)
+    def choices(self, dtype: torch.dtype) -> list[Choice]:
+        """Return which kernel runs all layers as one, and at which numbers of tokens; at others each runs by itself."""
+        return [choice for choice in ranges(lambda tokens: self._choose(dtype, tokens)) if choice.kernel is not None]
+
+    def _choose(self, dtype: torch.dtype, tokens: int) -> tuple[Kernel | None, dict[str, str]]:
+        """Return the kernel that runs all layers as one, or None, and why not others."""
+        members = self.members
+        formats = [member.format for member in members]
+        # Kernels are chosen that accept the widest, where most of the work is.
+        widest = max(members, key=lambda member: member.format.rows)
+        kernel, refusals = widest.choose(dtype, tokens, formats)
+        fit = kernel.stack is not None and self._states.get(kernel.prepare, True) is not None
+        as_one = fit and all(member.accepts(kernel, dtype, tokens) for member in members)
+        return (kernel if as_one else None), refusals
 
     def _plan(self, dtype: torch.dtype, tokens: int) -> tuple[_Run, Any] | None:
-        members = self._members()
-        kernel = self._widest(members).choose(dtype, tokens)
-        if not all(member.accepts(kernel, dtype, tokens) for member in members):
+        kernel, _ = self._choose(dtype, tokens)
+        if kernel is None or kernel.stack is None:
             return None
-        state = self._state(kernel, members)
-        return None if state is None else (run_on(kernel.run, members[0].handle.device), state)
+        state = self._state(kernel, kernel.stack)
+        return None if state is None else (run_on(kernel.run, self._handles[0].device), state)
 
-    def _state(self, kernel: Kernel, members: Sequence[PreparedLayer]) -> Any:
+    def _state(self, kernel: Kernel, stack: _Stack) -> Any:
         """Return the shared state, or None if these layers do not fit each other."""
-        if kernel.stack is None:
-            return None
         if kernel.prepare not in self._states:
-            stack, states = kernel.stack, [member.state(kernel) for member in members]
+            members = self.members
+            states = [member.state(kernel) for member in members]
             try:
                 shared, parts = derive(members[0].handle.device, lambda: stack(states))
             except KernelError:

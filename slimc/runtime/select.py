@@ -24,6 +24,7 @@ from slimc.runtime.packing import PackedLinear
 
 __all__ = [
     "LARGEST_TIMED",
+    "Case",
     "Choice",
     "Explanation",
     "Kernel",
@@ -31,6 +32,7 @@ __all__ = [
     "Timings",
     "choices",
     "choose",
+    "ranges",
     "token_bucket",
 ]
 
@@ -41,7 +43,28 @@ LARGEST_TIMED = 1 << 12
 """Token counts above this go by the times at this one: more of the same takes as much longer everywhere."""
 
 
-Case = tuple[LinearFormat, torch.dtype, torch.device, int]
+@dataclass(frozen=True)
+class Case:
+    """A call of one layer, or of layers that read the same input and are run as one, as far as it decides the speed.
+
+    Attributes:
+        format: of the layer; of the widest one of a stack.
+        dtype: of x.
+        device: on which it is computed.
+        tokens: of the call, rounded up to a power of two.
+        stack: formats of all layers that are run as one, in their order; none or one for a layer by itself.
+    """
+
+    format: LinearFormat
+    dtype: torch.dtype
+    device: torch.device
+    tokens: int
+    stack: tuple[LinearFormat, ...] = ()
+
+    @property
+    def members(self) -> tuple[LinearFormat, ...]:
+        """Formats of all layers that the call computes."""
+        return self.stack or (self.format,)
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,8 @@ class Kernel:
         transient: the state is little more than the canonical tensors themselves, so that it is not kept where a
             layout has taken their place.
         expects: What is known of the speed without measuring, of a case that is accepted: None if the kernel is
-            expected to be the best from here on in the table, else why it is not. Times overrule it.
+            expected to be the best from here on in the table, else why it is not. Times overrule it. Unlike
+            ``accepts``, which is asked of each layer, it is asked once of all that are run as one.
         timed: Whether it competes with others by time; a kernel of last resort does not.
         binary: Whether it knows of binary parts; one that does not is never asked about a layer that has one.
     """
@@ -72,7 +96,7 @@ class Kernel:
     run: Callable[[Tensor, Any, Tensor | None], Tensor]
     stack: Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]] | None = None
     transient: bool = False
-    expects: Callable[[LinearFormat, torch.dtype, torch.device, int], str | None] | None = None
+    expects: Callable[[Case], str | None] | None = None
     timed: bool = True
     binary: bool = False
 
@@ -171,28 +195,43 @@ def token_bucket(tokens: int) -> int:
 
 
 def choose(
-    kernels: Sequence[Kernel], spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int
+    kernels: Sequence[Kernel],
+    spec: LinearFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    stack: Sequence[LinearFormat] = (),
 ) -> tuple[Kernel | None, dict[str, str]]:
     """Return the kernel for a case, and the reasons against those that come before it or were slower.
 
     It is the fastest where a `KernelTable` knows times. Elsewhere it is the first that accepts and expects to be
     fast, or failing that the first that accepts.
+
+    Args:
+        kernels: to choose from.
+        spec: the format of the layer, or of the widest one of a stack: a kernel is chosen that accepts it, and by
+            its times.
+        dtype: of x.
+        device: on which it is computed.
+        tokens: of the call.
+        stack: the formats of all layers that are run as one, if there are several.
     """
-    case = spec, dtype, device, token_bucket(tokens)
+    case = Case(spec, dtype, device, token_bucket(tokens), tuple(stack))
+    asked = spec, dtype, device, case.tokens
     times = _times(kernels, case)
     # Of kernels that refuse now, for which less may be stored than was when they were timed, times say nothing.
-    if not any(times.get(kernel.name, math.inf) < math.inf and kernel.refuses(*case) is None for kernel in kernels):
+    if not any(times.get(kernel.name, math.inf) < math.inf and kernel.refuses(*asked) is None for kernel in kernels):
         times = {}
     refusals: dict[str, str] = {}
     able: list[Kernel] = []
     for kernel in kernels:
-        reason = kernel.refuses(*case)
+        reason = kernel.refuses(*asked)
         if reason is not None:
             refusals[kernel.name] = reason
             continue
         able.append(kernel)
         if not times:
-            reason = kernel.expects(*case) if kernel.expects else None
+            reason = kernel.expects(case) if kernel.expects else None
             if reason is None:
                 return kernel, refusals
             refusals[kernel.name] = reason
@@ -212,8 +251,8 @@ def _times(kernels: Sequence[Kernel], case: Case) -> Mapping[str, float]:
     """Return what is known for a case, by name of the kernel."""
     if not isinstance(kernels, KernelTable) or kernels.timings is None:
         return {}
-    spec, dtype, device, tokens = case
-    return kernels.timings.of(spec, dtype, device).get(min(tokens, LARGEST_TIMED), {})
+    known = kernels.timings.of(case.format, case.dtype, case.device)
+    return known.get(min(case.tokens, LARGEST_TIMED), {})
 
 
 def _slower(kernel: Kernel, best: Kernel, times: Mapping[str, float]) -> str:
@@ -226,12 +265,17 @@ def _slower(kernel: Kernel, best: Kernel, times: Mapping[str, float]) -> str:
 
 
 def choices(kernels: Sequence[Kernel], spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> list[Choice]:
-    """Return what is chosen at every number of tokens, as few ranges as tell it all."""
+    """Return what is chosen for a layer at every number of tokens, as few ranges as tell it all."""
+    return ranges(lambda tokens: choose(kernels, spec, dtype, device, tokens))
+
+
+def ranges(choose_for: Callable[[int], tuple[Kernel | None, dict[str, str]]]) -> list[Choice]:
+    """Return what a function chooses at every number of tokens, and why nothing else, as few ranges as tell it all."""
     found: list[Choice] = []
     first = 1
     tokens = 1
     while tokens <= LARGEST_EXPLAINED:
-        kernel, refusals = choose(kernels, spec, dtype, device, tokens)
+        kernel, refusals = choose_for(tokens)
         if found and found[-1].kernel is kernel and found[-1].refusals == refusals:
             first = found.pop().first_tokens
         found.append(Choice(first, tokens, kernel, refusals))

@@ -13,6 +13,7 @@ from slimc.backends import cusparselt
 from slimc.backends.cuda.fragments import metadata_words
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
+from slimc.runtime.select import Case
 
 SPARSE = WeightFormat(128, 256, sparsity=NM(2, 4), dtype=torch.bfloat16)
 CODES = WeightFormat(128, 256, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
@@ -44,16 +45,16 @@ def test_without_a_gpu_they_say_so(kernel: Any) -> None:
 
 def test_few_tokens_do_not_pay_for_decoding() -> None:
     case = LinearFormat(CODES), torch.bfloat16, torch.device("cpu")
-    assert "fewer than 4096 tokens" in str(cusparselt._expects_decoded(*case, 2048))
-    assert cusparselt._expects_decoded(*case, 4096) is None
+    assert "fewer than 4096 tokens" in str(cusparselt._expects_decoded(Case(*case, 2048)))
+    assert cusparselt._expects_decoded(Case(*case, 4096)) is None
 
 
 def test_another_kernel_is_faster_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = LinearFormat(CODES), torch.bfloat16, torch.device("cuda")
+    case = Case(LinearFormat(CODES), torch.bfloat16, torch.device("cuda"), 8192)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    assert cusparselt._expects_decoded(*case, 8192) == "is slower than cuda-prefill"
+    assert cusparselt._expects_decoded(case) == "is slower than cuda-prefill"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    assert cusparselt._expects_decoded(*case, 8192) is None
+    assert cusparselt._expects_decoded(case) is None
 
 
 def test_metadata_in_the_librarys_order() -> None:

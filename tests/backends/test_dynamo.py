@@ -22,7 +22,7 @@ from slimc.backends.dynamo import slim
 from slimc.errors import KernelError
 from slimc.runtime import calls
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
-from slimc.runtime.modules import SlimLinear
+from slimc.runtime.modules import SlimLinear, explain
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.select import Kernel
 
@@ -110,10 +110,12 @@ def unique_graphs() -> int:
 def test_layers_of_one_input_become_one_call(graphs: list[fx.Graph], x: Tensor) -> None:
     model = Attention()
     compiled = torch.compile(model, backend=slim, fullgraph=True)
+    assert list(explain(model)) == ["q", "k", "v", "o"]
     for _ in range(2):
         assert torch.equal(compiled(x), model(x))
     assert count(graphs[0], calls.sibling_linears) == 1
     assert count(graphs[0], calls.prepared_linear) == 1
+    assert list(explain(model)) == ["q", "k", "v", "o", "q + k + v"]
 
 
 def test_of_many_layers_of_one_input_some_at_a_time_become_one_call(graphs: list[fx.Graph], x: Tensor) -> None:

@@ -21,7 +21,7 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import NM, BinaryFormat, LinearFormat, WeightFormat
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedBinary, PackedLinear, PackedWeight, pack_signs, pack_weight
-from slimc.runtime.select import Kernel, choose
+from slimc.runtime.select import Case, Kernel, choose
 from tests.backends.cuda.conftest import compute
 
 BF16 = torch.bfloat16
@@ -102,7 +102,8 @@ def test_what_is_computed_is_the_rest_and_the_signs(
 def test_siblings_are_computed_as_one_and_each_gets_its_bytes_back(
     composed_product: Callable[..., tuple[Tensor, Tensor]],
 ) -> None:
-    stacking = Kernel("stacking", lambda *_case: None, prepare, compute, stack_shared)
+    seen: list[Case] = []
+    stacking = Kernel("stacking", lambda *_case: None, prepare, compute, stack_shared, expects=seen.append)
     kernel = signed("both", (ANY, stacking), SignProduct, LAYOUT.prepare, StackedSigns)
     # Rows of all but the last end with a tile of every kernel.
     siblings = [make_layer(256), make_layer(512, 2), make_layer(ROWS, 3)]
@@ -111,6 +112,7 @@ def test_siblings_are_computed_as_one_and_each_gets_its_bytes_back(
     for tokens in (1, 40):
         x = torch.randn(tokens, COLUMNS).to(BF16)
         together = kernel.run(x, shared, None).split([one.format.rows for one in siblings], dim=1)
+        assert seen[-1].members == tuple(replace(one.format, binary=None) for one in siblings)
         # Sums of a larger product may be taken in another order.
         for one, part, y in zip(siblings, parts, together, strict=True):
             exact, bound = exact_product(one, x, None, composed_product)

@@ -9,14 +9,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from slimc.backends.cuda import shapes
 from slimc.backends.cuda.shapes import LaunchShape
+from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.packing import PackedLinear
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 PROCESSORS = 132
@@ -49,6 +54,9 @@ class CalculatedClock:
     def time(self, _tokens: int, main: LaunchShape, right: LaunchShape, _replays: int) -> float:
         return self.cost(main, right)
 
+    def time_prefill(self, tokens: int, _replays: int) -> float:
+        return tokens / 10
+
 
 @pytest.fixture
 def kernels(search: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -79,6 +87,107 @@ def test_the_present_pair_stays_where_none_is_faster(search: ModuleType, kernels
     found = search.Search(clock, kernels, 128, time.monotonic() + 60, PROCESSORS, None)
     clock.cost = lambda *pair: 10.0 if pair == found.present else 11.0
     assert found.run() == (10, 10, found.present)
+    assert found.rival is None
+
+
+@pytest.mark.parametrize(("taken", "faster"), [(25.5, True), (25.7, False)])
+def test_two_tiles_of_tokens_are_taken_where_the_kernel_for_many_takes_longer(
+    search: ModuleType, kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: float, faster: bool
+) -> None:
+    monkeypatch.setattr(search.torch.cuda, "get_device_name", lambda: "a card")
+    clock, path = CalculatedClock(lambda _main, _right: taken), tmp_path / "shapes.json"
+    shape = {"tokens": 128}
+    entry = {"rows": 4096, "columns": 4096, "tokens": 256, "ranks": 448, "shape": shape}
+    others = {table: [{"rows": 64, "columns": 64, "tokens": 8, "shape": shape}] for table in ("layers", "factors")}
+    path.write_text(json.dumps({"measured": others | {"layers": [*others["layers"], entry]}}))
+    found = search.Search(clock, kernels, 256, time.monotonic() + 60, PROCESSORS, None)
+    _, best, pair = found.run()
+    assert (best, found.rival) == (taken, 25.6)
+    # A measurement of the other kernel that failed says nothing.
+    for rival, kept in ((found.rival, faster), (math.inf, False)):
+        table = search.Found(path)
+        table.take(clock, 256, pair, best, rival)
+        table.write()
+        first, *rest = json.loads(path.read_text())["measured"]["layers"]
+        assert first == others["layers"][0]
+        assert [(one["ranks"], one["shape"]) for one in rest] == ([(448, asdict(pair[0]))] if kept else [])
+
+
+class Ends:
+    """The other end of a pipe, behind which a process has no time, or has ended."""
+
+    def __init__(self, *, hangs: bool) -> None:
+        self.hangs = hangs
+
+    def poll(self, _seconds: float) -> bool:
+        return not self.hangs
+
+    def recv(self) -> Any:
+        raise EOFError
+
+
+@pytest.mark.parametrize(
+    ("hangs", "trouble"), [(True, "were not made within"), (False, "the process that makes layers")]
+)
+def test_a_process_that_does_not_start_again_costs_a_pair_and_not_the_search(
+    search: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hangs: bool, trouble: str
+) -> None:
+    started: list[Any] = []
+
+    def start(clock: Any) -> None:
+        clock._is_ready, clock._connection = False, Ends(hangs=hangs)
+        started.append(clock)
+
+    monkeypatch.setattr(search.Clock, "_start", start)
+    monkeypatch.setattr(search.Clock, "close", lambda _clock: None)
+    clock = search.Clock((4096,), 4096)
+    assert not search.is_ready(clock)
+    clock._ranks = 448  # as it is once the layers were there
+    shape = LaunchShape(128, 1, 1, 1, 1, 1, 128)
+    assert clock.time(128, shape, shape, 1) == clock.time_prefill(256, 1) == math.inf
+    assert search.is_ready(clock)
+    assert len(started) == 3
+    assert capsys.readouterr().out.count(trouble) == 3
+
+
+def test_results_are_compared_with_the_product_of_decoded_weights(
+    search: ModuleType,
+) -> None:
+    module = sys.modules[search.Clock.__module__]
+    parts = [module.exact_weights(random_layer(rows, 2048, 200)) for rows in (32, 16)]
+    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact, bound = module.product(parts, x)
+    y = torch.cat([as_a_kernel(part, x) for part in parts], 1)
+    assert bool(((y - exact).abs() <= bound).all())
+    assert bool((bound <= 0.1 * exact.std()).all())
+    # A slot of 128 columns that was read too late has the codes of the next one.
+    codes = parts[1].weight.values
+    codes[:, 64:96] = codes[:, 96:128]
+    late = torch.cat([y[:, :32], as_a_kernel(parts[1], x)], 1)
+    assert not bool(((late - exact).abs() <= bound).all())
+
+
+def as_a_kernel(packed: PackedLinear, x: Tensor) -> Tensor:
+    assert packed.left is not None
+    assert packed.right is not None
+    t = (x.float() @ packed.right.decode().float().T).bfloat16()
+    y = x.float() @ packed.weight.decode().float().T + t.float() @ packed.left.decode().float().T
+    return y.bfloat16().float()
+
+
+def random_layer(rows: int, columns: int, rank: int) -> PackedLinear:
+    weight = WeightFormat(rows, columns, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
+    factors = [WeightFormat(*size, 4, group=64, dtype=torch.bfloat16) for size in ((rows, rank), (rank, columns))]
+    spec, generator = LinearFormat(weight, *factors), torch.Generator().manual_seed(rows)
+    tensors = {
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        if kind == torch.uint8
+        else (torch.rand(shape, generator=generator) * 0.01 + 0.005).to(kind)
+        for name, (shape, kind) in spec.tensor_specs().items()
+    }
+    # The first two of every four.
+    tensors["pattern"].fill_(0x33)
+    return PackedLinear.assemble(spec, tensors)
 
 
 def test_a_search_ends_in_time(search: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

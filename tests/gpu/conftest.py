@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,37 @@ def check_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
+def make_exact_layer(rows: int, columns: int, rank: int = 0, **options: Any) -> PackedLinear:
+    """Return a layer whose scales are powers of two: 16 bits hold each weight, whoever multiplies code and scale."""
+    packed = make_layer(rows, columns, rank, **options)
+    tensors = {
+        name: torch.exp2(torch.log2(tensor.float()).floor()).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in packed.tensors().items()
+    }
+    return PackedLinear.assemble(packed.format, tensors)
+
+
+def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """The same for a layer of `make_exact_layer`, where nothing but t and y is rounded.
+
+    With the ranks of a model the other bound is larger than the result: it has room for a rounding of each weight.
+    """
+    unit = torch.finfo(x.dtype).eps / 2
+    weight, inputs = packed.weight.decode().double(), x.double()
+    exact, size, rounded = inputs @ weight.T, inputs.abs() @ weight.abs().T, 0.0
+    if packed.left is not None and packed.right is not None:
+        left, right = packed.left.decode().double(), packed.right.decode().double()
+        t = inputs @ right.T
+        exact += t @ left.T
+        rounded = t.abs() @ left.abs().T
+        size += inputs.abs() @ right.abs().T @ left.abs().T
+    if bias is not None:
+        exact += bias.double()
+    bound = unit * (exact.abs() + (1 + unit) * rounded) + 2**-20 * size
+    assert bool((bound.mean() < 0.1 * exact.std()).item())
+    assert bool(((y.double() - exact).abs() <= bound).all())
+
+
 @pytest.fixture(scope="session")
 def random_layer() -> Callable[..., PackedLinear]:
     """Makes a layer of random codes on the GPU, all six 2:4 patterns among them."""
@@ -95,3 +127,15 @@ def random_layer() -> Callable[..., PackedLinear]:
 def check() -> Callable[..., None]:
     """Compares a result with the product in float64."""
     return check_result
+
+
+@pytest.fixture(scope="session")
+def exact_layer() -> Callable[..., PackedLinear]:
+    """Makes a layer of random codes, with scales that are powers of two, on the GPU."""
+    return make_exact_layer
+
+
+@pytest.fixture(scope="session")
+def check_exactly() -> Callable[..., None]:
+    """Compares a result of such a layer with the product in float64."""
+    return check_exact_result

@@ -108,6 +108,15 @@ def test_tails_of_rows_columns_and_ranks(
     check(packed, x, None, run(packed, x))
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(4096, 4096, 409), (4096, 11008, 409), (22016, 4096, 409)])
+@pytest.mark.parametrize("tokens", [129, 256, 1000])
+def test_layers_of_a_models_size(
+    exact_layer: Any, check_exactly: Any, rows: int, columns: int, rank: int, tokens: int
+) -> None:
+    packed, x = exact_layer(rows, columns, rank), torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    check_exactly(packed, x, None, run(packed, x))
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
 def test_scales_and_forms(random_layer: Any, check: Any, group: int | None, per_tensor: bool, sparse: bool) -> None:

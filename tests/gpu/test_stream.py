@@ -12,10 +12,12 @@ from torch import Tensor
 from slimc.backends import KERNELS
 from slimc.backends.cuda import shapes, stream
 from slimc.backends.cuda.layer import prepare, stack
+from slimc.backends.cuda.prefill import PREFILL
 from slimc.backends.cuda.shapes import LaunchShape
 from slimc.backends.cuda.stream import STREAM, launch, make_plan
-from slimc.runtime.modules import SlimLinear
+from slimc.runtime.modules import SlimLinear, explain
 from slimc.runtime.packing import PackedLinear
+from slimc.runtime.prepared import sibling_layers
 
 
 def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None, shape: LaunchShape | None = None) -> Tensor:
@@ -32,7 +34,7 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None, shape: Laun
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [*range(1, 18), 31, 33, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 31, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256])
 def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
     packed = random_layer(256, 640, 57, dtype=dtype)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
@@ -52,9 +54,18 @@ def test_tails_of_rows_columns_and_ranks(
     check(packed, x, None, run(packed, x))
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(4096, 4096, 409), (4096, 11008, 409), (22016, 4096, 409)])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 256])
+def test_layers_of_a_models_size(
+    exact_layer: Any, check_exactly: Any, rows: int, columns: int, rank: int, tokens: int
+) -> None:
+    packed, x = exact_layer(rows, columns, rank), torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    check_exactly(packed, x, None, run(packed, x))
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
-@pytest.mark.parametrize("tokens", [5, 48, 128])
+@pytest.mark.parametrize("tokens", [5, 48, 128, 256])
 def test_scales_and_forms(
     random_layer: Any, check: Any, tokens: int, group: int | None, per_tensor: bool, sparse: bool
 ) -> None:
@@ -203,7 +214,7 @@ def test_a_layer_chooses_it_and_takes_views_that_begin_anywhere(random_layer: An
     check(packed, x[None], None, layer(x[None]))
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256])
 def test_layers_after_one_another_in_a_graph_do_not_meet(random_layer: Any, tokens: int) -> None:
     layers = [prepare(random_layer(4096, 4096, 409 - one)) for one in range(3)]
     x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda") / 64
@@ -272,7 +283,7 @@ def test_launches_back_to_back_give_the_same_results(random_layer: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(captured, expected * 5, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256])
 @pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130), (0, 0)])
 def test_stacked_layers_keep_their_own_adapters(
     random_layer: Any, check: Any, ranks: tuple[int, int], tokens: int
@@ -283,3 +294,43 @@ def test_stacked_layers_keep_their_own_adapters(
     y = launch(make_plan(layer, x.dtype, tokens), x, layer, bias)
     check(parts[0], x, bias[:512], y[:, :512])
     check(parts[1], x, bias[512:], y[:, 512:])
+
+
+@pytest.mark.parametrize("tokens", [129, 193, 256])
+@pytest.mark.parametrize(("rows", "columns"), [((4096,) * 3, 4096), ((4096,), 4096), ((4096,), 11008)])
+def test_each_tile_of_tokens_is_computed_as_by_itself(
+    random_layer: Any, rows: tuple[int, ...], columns: int, tokens: int
+) -> None:
+    parts = [prepare(random_layer(count, columns, 409 - place)) for place, count in enumerate(rows)]
+    layer = stack(parts) if len(parts) > 1 else parts[0]
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    plan = make_plan(layer, x.dtype, tokens)
+    assert plan.right is not None
+    # An even launch divides the slots of all tiles: how many there are decides in which order they are added up.
+    pair = [replace(one.shape, even=False) for one in (plan.main, plan.right)]
+    halves = [launch(make_plan(layer, x.dtype, len(half), *pair), half, layer, None) for half in x.split(128)]
+    whole, expected = make_plan(layer, x.dtype, tokens, *pair), torch.cat(halves)
+    for _ in range(20):
+        assert torch.equal(launch(whole, x, layer, None), expected)
+
+
+def test_layers_and_stacks_choose_by_all_of_their_rows(random_layer: Any, check: Any) -> None:
+    packed = [random_layer(4096, 4096, rank) for rank in (409, 400, 390)]
+    model = torch.nn.ModuleDict(
+        {name: SlimLinear(one, kernels=KERNELS) for name, one in zip("qkv", packed, strict=True)}
+    )
+    layers = sibling_layers([layer._handle for layer in model.values()])
+    assert layers.prepare()
+    x = torch.randn(256, 4096, dtype=torch.bfloat16, device="cuda")
+    for tokens in (128, 256, 257):
+        given = torch.cat([x, x])[:tokens]
+        y = layers(given)
+        for one, layer, part in zip(packed, model.values(), y.split(4096, 1), strict=True):
+            check(one, given, None, part)
+            check(one, given, None, layer(given))
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    form = shapes.Form(True, 0, True, torch.bfloat16)
+    for name, rows in (("q", [4096]), ("q + k + v", [4096] * 3)):
+        pays = shapes.pays_for_two_tiles(rows, 4096, 448 * len(rows), form, processors)
+        choice = next(one for one in explain(model)[name] if one.last_tokens is None or one.last_tokens >= 256)
+        assert choice.kernel is (STREAM if pays else PREFILL)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from slimc.errors import KernelError
-from slimc.runtime.modules import SlimLinear
+from slimc.runtime.modules import SlimLinear, explain
 from slimc.runtime.packing import NM
 from slimc.runtime.prepared import prepared_layer, sibling_layers
-from slimc.runtime.select import Kernel
+from slimc.runtime.select import Case, Kernel
 
 STACKED: list[weakref.ref[Tensor]] = []
 
@@ -100,3 +101,54 @@ def test_a_deleted_layer_is_gone(layers: list[SlimLinear], x: Tensor) -> None:
     assert state() is None
     with pytest.raises(KernelError, match="the handle of a compressed layer that is gone"):
         prepared_layer(handle)
+
+
+def test_layers_run_as_one_by_another_kernel_than_each_by_itself(make_linear: Callable[..., object], x: Tensor) -> None:
+    runs: list[str] = []
+
+    def kernel(name: str, expects: Callable[[Case], str | None]) -> Kernel:
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            runs.append(name)
+            return KERNEL.run(x, weight, bias)
+
+        return replace(KERNEL, name=name, accepts=lambda *_case: None, run=run, expects=expects)
+
+    def few_rows(case: Case) -> str | None:
+        return "has few rows" if sum(form.rows for form in case.members) < 10 else None
+
+    table = [kernel("many rows", few_rows), kernel("few rows", lambda _case: None)]
+    model = nn.Sequential(*(SlimLinear(make_linear(rows, 16, 4, sparsity=NM(2, 4)), kernels=table) for rows in (6, 4)))
+    family = sibling_layers(handles(list(model)))
+    assert family.prepare()
+    y = family(x)
+    torch.testing.assert_close(y, torch.cat([layer(x) for layer in model], -1))
+    assert runs == ["many rows", "few rows", "few rows"]
+    assert {name: [str(choice) for choice in made] for name, made in explain(model).items()} == {
+        "0": ["1 tokens or more: few rows (many rows: has few rows)"],
+        "1": ["1 tokens or more: few rows (many rows: has few rows)"],
+        "0 + 1": ["1 tokens or more: many rows"],
+    }
+
+
+def test_where_layers_run_as_one_is_explained(layers: list[SlimLinear]) -> None:
+    model = nn.Sequential(*layers)
+    assert list(explain(model)) == ["0", "1"]
+    sibling_layers(handles(layers)).prepare()
+    found = explain(model)
+    assert list(found) == ["0", "1", "0 + 1"]
+    # With more tokens each is computed by itself, by the reference here.
+    assert [str(choice) for choice in found["0 + 1"]] == ["1 to 4 tokens: dense"]
+    assert list(explain(layers[0])) == [""]
+    layers[1].scale = layers[1].scale * 2
+    assert list(explain(model)) == ["0", "1"]
+
+
+def test_layers_that_do_not_fit_each_other_are_not_explained_as_one(make_linear: Callable[..., object]) -> None:
+    def refuse(_states: object) -> tuple[object, list[object]]:
+        raise KernelError("they do not fit")
+
+    kernels = [replace(KERNEL, stack=refuse)]
+    layers = [SlimLinear(make_linear(rows, 16, 4, sparsity=NM(2, 4)), kernels=kernels) for rows in (6, 4)]
+    family = sibling_layers(handles(layers))
+    assert not family.prepare()
+    assert list(explain(nn.Sequential(*layers))) == ["0", "1"]

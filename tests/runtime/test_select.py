@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
 from slimc.runtime.packing import LinearFormat, WeightFormat
-from slimc.runtime.select import Kernel, KernelTable, choices, choose, token_bucket
+from slimc.runtime.select import Case, Kernel, KernelTable, choices, choose, token_bucket
 
 FORM = LinearFormat(WeightFormat(8, 8, bits=4))
 CPU = torch.device("cpu")
@@ -48,10 +49,25 @@ def test_choices_tell_ranges_and_reasons() -> None:
 
 
 def test_the_first_that_expects_to_be_fast_is_chosen() -> None:
-    doubts = replace(ANY, name="doubts", expects=lambda form, dtype, device, tokens: "slow" if tokens > 2 else None)
+    doubts = replace(ANY, name="doubts", expects=lambda case: "slow" if case.tokens > 2 else None)
     assert choose((doubts, ANY), FORM, torch.float32, CPU, 2) == (doubts, {})
     assert choose((doubts, ANY), FORM, torch.float32, CPU, 3) == (ANY, {"doubts": "slow"})
     assert choose((doubts, FEW), FORM, torch.float32, CPU, 9) == (doubts, {"few": "too many tokens"})
+
+
+def test_a_kernel_may_expect_another_speed_of_a_stack_than_of_its_layers() -> None:
+    def rows(case: Case) -> int:
+        return sum(form.rows for form in case.members)
+
+    narrow = replace(ANY, name="narrow", expects=lambda case: "too many rows" if rows(case) > 8 else None)
+    wide = replace(ANY, name="wide", expects=lambda case: "too few rows" if rows(case) <= 8 else None)
+    for first, other, by_itself in ((narrow, wide, narrow), (wide, narrow, narrow)):
+        case = (first, other), FORM, torch.float32, CPU, 3
+        assert choose(*case)[0] == choose(*case, [FORM])[0] == by_itself
+        assert choose(*case, [FORM, FORM])[0] == wide
+    seen: list[Case] = []
+    choose((replace(ANY, expects=seen.append), ANY), FORM, torch.float32, CPU, 3, [FORM, FORM])
+    assert seen == [Case(FORM, torch.float32, CPU, 4, (FORM, FORM))]
 
 
 class Known:
@@ -68,12 +84,21 @@ def test_times_overrule_order_and_expectations_but_not_refusals() -> None:
     assert choose(table, FORM, torch.float32, CPU, 16) == (ANY, {"few": "too many tokens"})
 
 
+def test_times_of_the_widest_decide_for_a_stack() -> None:
+    doubts = replace(FEW, expects=lambda case: "slow for a stack" if case.stack else None)
+    stack = [FORM, LinearFormat(WeightFormat(4, 8, bits=4))]
+    assert choose((doubts, ANY), FORM, torch.float32, CPU, 8, stack) == (ANY, {"few": "slow for a stack"})
+    times = {8: {"few": 1.0, "any": 26.0}}
+    table = KernelTable((doubts, ANY), SimpleNamespace(of=lambda spec, *_: times if spec == FORM else {}))
+    assert choose(table, FORM, torch.float32, CPU, 8, stack)[0] == doubts
+
+
 def test_if_all_failed_the_order_decides() -> None:
     assert choose(KernelTable((ANY,), Known()), FORM, torch.float32, CPU, 1 << 13) == (ANY, {})
 
 
 def test_times_of_kernels_that_refuse_leave_the_others_to_expectations() -> None:
-    doubts = replace(ANY, name="doubts", expects=lambda form, dtype, device, tokens: "slow")
+    doubts = replace(ANY, name="doubts", expects=lambda case: "slow")
     # Of the three "few" alone was timed for 16 tokens, more than it takes.
     table = KernelTable((FEW, doubts, kernel("sure")), Known())
     chosen, refusals = choose(table, FORM, torch.float32, CPU, 16)

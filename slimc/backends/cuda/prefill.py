@@ -35,9 +35,6 @@ Activation = Literal["int8", "float8_e4m3fn"]
 KERNEL_NAME = "prefill_linear"
 QUANTIZER_NAME = "quantize_tokens"
 
-FEWEST_TOKENS = 129
-"""Below, kernels that read each weight once for all tokens take less time."""
-
 BOX_BYTES = 128
 """Bytes of a token that the copy engine brings at a time."""
 
@@ -578,8 +575,4 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _toke
     return refuses(spec, dtype, device)
 
 
-def _expects(_spec: LinearFormat, _dtype: torch.dtype, _device: torch.device, tokens: int) -> str | None:
-    return f"is slower for fewer than {FEWEST_TOKENS} tokens" if tokens < FEWEST_TOKENS else None
-
-
-PREFILL = Kernel("cuda-prefill", _accepts, prepare, run, stack_shared, expects=_expects)
+PREFILL = Kernel("cuda-prefill", _accepts, prepare, run, stack_shared)

@@ -29,6 +29,7 @@ __all__ = [
     "measured",
     "of_layer",
     "of_right",
+    "pays_for_two_tiles",
     "suiting",
     "token_tile",
 ]
@@ -49,6 +50,9 @@ ALIGNMENT = 1024
 SLOT_ALIGNMENT = 128
 MOST_STAGES = 24
 TOKEN_TILES = (8, 16, 32, 64, 128)
+MOST_TOKENS = 2 * TOKEN_TILES[-1]
+"""Of a call: two tiles, the second of which finds weights in the cache."""
+
 CLUSTERS = (1, 2, 3, 4, 5, 6, 7, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
@@ -71,6 +75,9 @@ FEW_TOKENS = 16
 
 MANY_TOKENS = 64
 """Of a block, from which on the sums that a cluster exchanges take the place of its rings."""
+
+MEASURED_PROCESSORS = 132
+"""Multiprocessors of the cards on which the shapes of ``stream_shapes.json`` were measured."""
 
 NEAR = 2.0
 """A measured layer says something of layers up to so many times smaller or larger, rows and columns together."""
@@ -246,14 +253,17 @@ class Measured:
     Attributes:
         rows: of the layer (with those it is stacked with), or ranks of all its factors.
         columns: of the layer.
-        tokens: of the call, rounded up to a size of `TOKEN_TILES`.
+        tokens: of the call, rounded up to a size of `TOKEN_TILES`, or to `MOST_TOKENS`; for so many there are entries
+            only where ``cuda-prefill`` took longer in the same run.
         shape: that took the least time.
+        ranks: of all factors of the layer, each rounded up to whole units of L, where tokens are `MOST_TOKENS`.
     """
 
     rows: int
     columns: int
     tokens: int
     shape: LaunchShape
+    ranks: int | None = None
 
 
 def token_tile(tokens: int) -> int:
@@ -275,7 +285,7 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
     Raises:
         KernelError: no shape suits the layer.
     """
-    return _choose("layers", CANDIDATES, rows, columns, token_tile(tokens), form, starts, processors)
+    return _choose("layers", CANDIDATES, rows, columns, tokens, form, starts, processors)
 
 
 def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int) -> LaunchShape:
@@ -284,7 +294,29 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int)
     Raises:
         KernelError: no shape suits the factor.
     """
-    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, token_tile(tokens), form, (), processors)
+    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tokens, form, (), processors)
+
+
+def pays_for_two_tiles(rows: Sequence[int], columns: int, ranks: int, form: Form, processors: int) -> bool:
+    """Return whether more tokens than a tile has take less time than in ``cuda-prefill``.
+
+    It does only where just this layer was measured, on a card with no more multiprocessors.
+
+    Args:
+        rows: of each layer of a stack, or of the one.
+        columns: of the layer.
+        ranks: of all factors, each rounded up to whole units of L.
+        form: of the weight.
+        processors: multiprocessors of the device.
+    """
+    if processors < MEASURED_PROCESSORS:
+        return False
+    wanted, starts = (sum(rows), columns, MOST_TOKENS, ranks), list(accumulate(rows))[:-1]
+    return any(
+        (one.rows, one.columns, one.tokens, one.ranks) == wanted
+        and _in_one_round("layers", one, one.rows, one.tokens, starts, form, processors) == one.shape
+        for one in measured()["layers"]
+    )
 
 
 def suiting(candidates: dict[int, list[LaunchShape]], tile: int, form: Form) -> Iterator[LaunchShape]:
@@ -322,18 +354,20 @@ def _choose(
     candidates: dict[int, list[LaunchShape]],
     rows: int,
     columns: int,
-    tile: int,
+    tokens: int,
     form: Form,
     starts: Sequence[int],
     processors: int,
 ) -> LaunchShape:
-    of_this_tile = [one for one in measured()[table] if one.tokens == tile]
-    for one in sorted(of_this_tile, key=lambda one: _distance(one, rows, columns)):
-        if _distance(one, rows, columns) > math.log2(NEAR):
-            break
-        shape = _in_one_round(one, rows, starts, form, processors)
-        if shape is not None and shape.fits(form):
-            return shape
+    tile = token_tile(tokens)
+    for size in (MOST_TOKENS, tile) if tokens > tile else (tile,):
+        of_this_size = [one for one in measured()[table] if one.tokens == size]
+        for one in sorted(of_this_size, key=lambda one: _distance(one, rows, columns)):
+            if _distance(one, rows, columns) > math.log2(NEAR):
+                break
+            shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
+            if shape is not None and shape.fits(form):
+                return shape
     # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
     possible = [shape for shape in suiting(candidates, tile, form) if not (shape.even or shape.alone)]
     if not possible:
@@ -347,30 +381,31 @@ def _choose(
     return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
 
 
-def _in_one_round(one: Measured, rows: int, starts: Sequence[int], form: Form, processors: int) -> LaunchShape | None:
+def _in_one_round(
+    table: str, one: Measured, rows: int, tokens: int, starts: Sequence[int], form: Form, processors: int
+) -> LaunchShape | None:
     """Return the shape of a measured layer for another, whose blocks must not take a second round if they took one.
 
-    Those of an even launch never do. Layers were measured with adapters; without, there is no launch for t to leave
-    room to.
+    Those of an even launch never do. Layers were measured with adapters, factors beside their layers; a layer without
+    adapters has no launch for t to leave room to.
     """
-    shape = one.shape
-    if not form.adapters:
-        shape = replace(shape, spared=_idle(blocks_of(shape, rows, starts), processors) if shape.even else 0)
+    shape, by_itself = one.shape, table == "layers" and not form.adapters
+    blocks = blocks_of(shape, rows, starts) * -(-tokens // shape.tokens)
+    if by_itself:
+        shape = replace(shape, spared=_idle(blocks, processors) if shape.even else 0)
     takes_all = shape.blocks == 1 and shape.tokens <= FEW_TOKENS
-    if form.adapters and takes_all and blocks_of(shape, rows, starts) > processors // 2:
+    if takes_all and not by_itself and blocks > processors // 2:
         # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device.
         return None
     room = processors * (1 if shape.alone else shape.blocks)
-    measured_blocks = blocks_of(shape, one.rows)
-    if shape.even or blocks_of(shape, rows, starts) <= room or (measured_blocks > room and not shape.alone):
+    measured_blocks = blocks_of(shape, one.rows) * -(-one.tokens // shape.tokens)
+    if shape.even or blocks <= room or (measured_blocks > room and not shape.alone):
         return shape
     if shape.alone or shape.cluster > 1 or shape.column_groups > 1 or shape.blocks > 1:
         return None
     # What that launch had left to the one for t, or on a smaller device a share that is enough for it.
     spared = max(processors - measured_blocks, processors // 8)
-    return replace(
-        shape, even=True, spared=spared if form.adapters else _idle(blocks_of(shape, rows, starts), processors)
-    )
+    return replace(shape, even=True, spared=_idle(blocks, processors) if by_itself else spared)
 
 
 def _idle(tiles: int, processors: int) -> int:
@@ -395,7 +430,7 @@ def measured() -> dict[str, list[Measured]]:
     """Return the shapes that were measured, of ``layers`` and of ``factors`` (for the launch that computes t)."""
     text = (files("slimc.backends.cuda") / "stream_shapes.json").read_text("utf-8")
     return {
-        table: [Measured(one["rows"], one["columns"], one["tokens"], LaunchShape(**one["shape"])) for one in entries]
+        table: [Measured(**one | {"shape": LaunchShape(**one["shape"])}) for one in entries]
         for table, entries in json.loads(text)["measured"].items()
     }
 
@@ -515,4 +550,5 @@ RIGHT_CANDIDATES = {
 
 def as_entry(one: Measured) -> dict[str, object]:
     """Return an entry of the file of measured shapes."""
-    return asdict(one)
+    entry = asdict(one)
+    return entry if one.ranks is not None else {name: value for name, value in entry.items() if name != "ranks"}

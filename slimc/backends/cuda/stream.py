@@ -1,4 +1,4 @@
-"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 128 tokens (``stream.cu``).
+"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 256 tokens (``stream.cu``).
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
 so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the
@@ -30,14 +30,11 @@ from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
-from slimc.runtime.select import Kernel
+from slimc.runtime.select import Case, Kernel
 
 __all__ = ["STREAM", "defines_of", "launch", "make_plan"]
 
 KERNEL_NAME = "stream_linear"
-
-MAX_TOKENS = 128
-"""Of a call; for more the weight would be read again and again, and ``cuda-prefill`` takes less time."""
 
 BOX_COLUMNS = 64
 _MARKS = 1 << 16, 1 << 31
@@ -282,11 +279,36 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
-    if device.type == "cuda" and tokens > MAX_TOKENS:
-        return f"is for {MAX_TOKENS} tokens at most"
+    if device.type == "cuda" and tokens > shapes.MOST_TOKENS:
+        return f"is for {shapes.MOST_TOKENS} tokens at most"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
     return refuses(spec, dtype, device)
 
 
-STREAM = Kernel("cuda-stream", _accepts, prepare, run, stack_shared)
+def _expects(case: Case) -> str | None:
+    if case.tokens <= shapes.TOKEN_TILES[-1] or _was_faster(case):
+        return None
+    return f"is slower than cuda-prefill for more than {shapes.TOKEN_TILES[-1]} tokens"
+
+
+def _was_faster(case: Case) -> bool:
+    """Whether ``cuda-prefill`` took longer where just this was measured, with more tokens than a tile has.
+
+    That was 2:4 with a scale for all columns and 4-bit adapters: with another form either kernel has other work to do.
+    """
+    members = case.members
+    alike = all(
+        one.weight.sparsity is not None and one.weight.group is None and one.activation is None for one in members
+    )
+    factors = [one.right for one in members if one.right is not None]
+    if not alike or len(factors) < len(members):
+        return False
+    ranks = sum(-(-factor.rows // FACTOR_GROUP) * FACTOR_GROUP for factor in factors)
+    rows = [one.rows for one in members]
+    form = Form(sparse=True, group=0, adapters=True, dtype=case.dtype)
+    processors = torch.cuda.get_device_properties(case.device).multi_processor_count
+    return shapes.pays_for_two_tiles(rows, case.format.columns, ranks, form, processors)
+
+
+STREAM = Kernel("cuda-stream", _accepts, prepare, run, stack_shared, expects=_expects)

@@ -110,9 +110,10 @@ def product(x: Tensor, packed: PackedLinear) -> Tensor:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Pretends that there is a GPU, of a capability that a test may change."""
-    card = SimpleNamespace(capability=(9, 0))
+    """Pretends that there is a GPU, of a capability and with multiprocessors that a test may change."""
+    card = SimpleNamespace(capability=(9, 0), multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: card.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device=None: card)
     layer._refuses_toolchain.cache_clear()
     monkeypatch.setattr(compiler, "version", lambda: "13.0")
     yield card

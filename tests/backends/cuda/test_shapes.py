@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,103 @@ def test_many_tokens_go_to_the_kernel_that_reads_weights_again(gpu: SimpleNamesp
         return choose(KERNELS, LinearFormat(weight), torch.bfloat16, torch.device("cuda", 0), tokens)[0]
 
     assert [chosen(tokens) for tokens in (64, 128, 129)] == [stream.STREAM, stream.STREAM, prefill.PREFILL]
+
+
+O_SHAPE, QKV_SHAPE = LaunchShape(128, 1, 1, 1, 1, 1, 256), LaunchShape(128, 1, 3, 1, 1, 1, 128)
+RIGHT_SHAPE = LaunchShape(64, 1, 1, 3, 4, 1, 128)
+
+
+@pytest.fixture
+def two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretends that o and q, k and v of Llama-2-7B were measured to be faster as two tiles of tokens."""
+    now = shapes.measured()
+    found = {table: [one for one in entries if one.tokens < shapes.MOST_TOKENS] for table, entries in now.items()}
+    found["layers"] += [
+        shapes.Measured(4096, 4096, 256, O_SHAPE, ranks=448),
+        shapes.Measured(12288, 4096, 256, QKV_SHAPE, ranks=3 * 448),
+    ]
+    found["factors"] += [shapes.Measured(ranks, 4096, 256, RIGHT_SHAPE) for ranks in (448, 3 * 448)]
+    monkeypatch.setattr(shapes, "measured", lambda: found)
+
+
+def layer_format(rows: int = 4096, rank: int = 409, **changed: Any) -> LinearFormat:
+    weight = {"bits": 4, "per_tensor": True, "sparsity": NM(2, 4), "dtype": torch.bfloat16} | changed
+    factors = [WeightFormat(*size, 4, group=64, dtype=torch.bfloat16) for size in ((rows, rank), (rank, 4096)) if rank]
+    return LinearFormat(WeightFormat(rows, 4096, **weight), *factors)
+
+
+def chosen(tokens: int, *members: LinearFormat) -> object:
+    widest, stack = max(members, key=lambda form: form.rows), members if len(members) > 1 else ()
+    return choose(KERNELS, widest, torch.bfloat16, torch.device("cuda", 0), tokens, stack)[0]
+
+
+@pytest.mark.usefixtures("two_tiles")
+def test_two_tiles_of_tokens_for_the_layers_and_stacks_that_were_measured(gpu: SimpleNamespace) -> None:
+    o, gate = layer_format(), layer_format(11008)
+    for measured in ([o], [layer_format(per_tensor=False)], [o] * 3):
+        assert [chosen(tokens, *measured) for tokens in (128, 129, 256)] == [stream.STREAM] * 3
+        assert chosen(257, *measured) == prefill.PREFILL
+    # Neither a stack of which one layer was measured, nor layers of which a stack was.
+    assert shapes.pays_for_two_tiles([4096] * 3, 4096, 1344, LAYER, PROCESSORS)
+    assert not shapes.pays_for_two_tiles([64] * 192, 4096, 1344, LAYER, PROCESSORS)  # blocks are two rounds
+    for others in ([o] * 2, [gate] * 2, [layer_format(12288)], [layer_format(6144), layer_format(6144)]):
+        assert [chosen(tokens, *others) for tokens in (128, 129)] == [stream.STREAM, prefill.PREFILL]
+    gpu.multi_processor_count = PROCESSORS - 1
+    assert chosen(256, o) == chosen(256, o, o, o) == prefill.PREFILL
+
+
+@pytest.mark.usefixtures("gpu", "two_tiles")
+@pytest.mark.parametrize(
+    "form",
+    [
+        layer_format(rank=0),
+        layer_format(rank=200),
+        layer_format(rank=512),
+        layer_format(group=128, per_tensor=False),
+        layer_format(sparsity=None),
+        replace(layer_format(), activation="int8"),
+    ],
+    ids=["no adapters", "half the rank", "more ranks", "groups", "dense", "rounded inputs"],
+)
+def test_another_form_than_that_which_was_measured_takes_no_two_tiles(form: LinearFormat) -> None:
+    assert chosen(128, form) == stream.STREAM
+    assert chosen(256, form) == prefill.PREFILL
+    assert chosen(256, layer_format(), layer_format(), form) == prefill.PREFILL
+
+
+@pytest.mark.usefixtures("two_tiles")
+def test_two_tiles_of_tokens_have_shapes_of_their_own() -> None:
+    for tokens in (129, 256):
+        assert shapes.of_layer(4096, 4096, tokens, LAYER, (), PROCESSORS) == O_SHAPE
+        assert shapes.of_layer(12288, 4096, tokens, LAYER, (4096, 8192), PROCESSORS) == QKV_SHAPE
+        assert shapes.of_right(448, 4096, tokens, FACTOR, PROCESSORS) == RIGHT_SHAPE
+    assert shapes.of_layer(4096, 4096, 128, LAYER, (), PROCESSORS) != O_SHAPE
+
+
+def test_measured_shapes_for_two_tiles_are_taken_by_the_layers_they_were_measured_with() -> None:
+    for one in shapes.measured()["layers"]:
+        if one.tokens == shapes.MOST_TOKENS:
+            members = [4096] * (one.rows // 4096)
+            assert shapes.pays_for_two_tiles(members, one.columns, 448 * len(members), LAYER, PROCESSORS)
+
+
+def test_the_launch_for_t_is_no_layer_without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    even = LaunchShape(128, 1, 4, 1, 1, 1, 128, even=True, spared=40)
+    found = [shapes.Measured(4096, 4096, 128, even)]
+    monkeypatch.setattr(shapes, "measured", lambda: {"layers": found, "factors": found})
+    without = replace(FACTOR, sparse=True, group=0)
+    assert shapes.of_right(4096, 4096, 128, FACTOR, PROCESSORS).spared == 40
+    assert shapes.of_layer(4096, 4096, 128, without, (), PROCESSORS).spared == 4
+
+
+def test_blocks_of_all_tiles_of_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = LaunchShape(64, 1, 1, 2, 1, 1, 128)
+    monkeypatch.setattr(shapes, "measured", lambda: {"layers": [shapes.Measured(4096, 4096, 128, shape)]})
+    # 64 and 66 blocks, twice.
+    assert shapes.of_layer(4096, 4096, 128, LAYER, (), PROCESSORS) == shape
+    assert shapes.of_layer(66 * 64, 4096, 128, LAYER, (), PROCESSORS) == shape
+    assert shapes.of_layer(67 * 64, 4096, 128, LAYER, (), PROCESSORS) != shape
+    assert shapes.of_layer(67 * 64, 4096, 100, LAYER, (), 134) == shape
 
 
 def test_blocks_of_a_shape_measured_in_one_round_take_no_second_in_another_layer() -> None:

@@ -198,6 +198,21 @@ def test_the_histogram_finds_what_the_direct_search_finds(
     assert squared_error(weight, quantize_slim(weight, bits)) <= guaranteed(direct, weight)
 
 
+def test_steps_do_not_depend_on_the_precision_of_products() -> None:
+    before = torch.get_float32_matmul_precision()
+    rows, long_row = torch.randn(64, 576), torch.randn(1, step_search.DIRECT + 1)
+    try:
+        found = []
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found.append([step_search.optimal_steps(values, -8, 7) for values in (rows, long_row)])
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for steps in found[1:]:
+        assert all(map(torch.equal, steps, found[0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [0.75, -0.75])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
