@@ -96,6 +96,9 @@ VARIED: dict[str, tuple[int, ...]] = {
 }
 """Values of the fields of a shape."""
 
+SHARING = {"cluster", "even", "spared", "by_memory"}
+"""Fields that say which blocks have parts of the same tile."""
+
 SPARED = (-8, -6, -4, -3, -2, -1, 1, 2, 3, 4, 6, 8)
 """Multiprocessors that an even launch leaves free beyond those that the launch for t takes."""
 
@@ -192,9 +195,13 @@ def sparing(
 
 
 def likeness(shape: LaunchShape, other: LaunchShape) -> int:
-    """Return in how many fields two shapes differ; first of all they should have blocks of as many tokens."""
+    """Return in how many fields two shapes differ, but for how blocks share columns, which is tried first.
+
+    Before all that they should have blocks of as many tokens.
+    """
     ours, theirs = asdict(shape), asdict(other)
-    return sum(ours[name] != theirs[name] for name in ours) + 10 * (shape.tokens != other.tokens)
+    differ = sum(ours[name] != theirs[name] for name in ours.keys() - SHARING)
+    return differ + 10 * (shape.tokens != other.tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------ search

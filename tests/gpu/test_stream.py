@@ -112,6 +112,7 @@ SHAPES = [
     LaunchShape(16, 1, 1, 2, 1, 3, 256, window=2, turn=3),
     LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, alone=True, window=2, turn=2),
     LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, window=4, turn=7),
+    LaunchShape(32, 1, 2, 1, 4, 2, 128, by_memory=True),
     LaunchShape(64, 1, 4, 1, 3, 1, 256, inputs=3, by_memory=True),
     LaunchShape(64, 1, 2, 1, 4, 2, 128, by_memory=True, turn=2),
     LaunchShape(128, 1, 3, 1, 2, 1, 128, apart=True, by_memory=True),

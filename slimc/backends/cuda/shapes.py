@@ -231,8 +231,9 @@ class LaunchShape:
 
     @property
     def _may_share(self) -> bool:
-        few = 1 < self.cluster <= MOST_BY_MEMORY
-        return few and self.column_groups == 1 and self.tokens >= MANY_TOKENS
+        pieces = self.row_tiles * self.tokens // 8
+        few = 1 < self.cluster <= min(MOST_BY_MEMORY, pieces)
+        return few and self.column_groups == 1 and self.tokens > FEW_TOKENS
 
     @property
     def _sent_bytes(self) -> int:
