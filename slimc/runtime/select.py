@@ -204,8 +204,9 @@ def choose(
 ) -> tuple[Kernel | None, dict[str, str]]:
     """Return the kernel for a case, and the reasons against those that come before it or were slower.
 
-    It is the fastest where a `KernelTable` knows times. Elsewhere it is the first that accepts and expects to be
-    fast, or failing that the first that accepts.
+    It is the fastest where a `KernelTable` knows times; of a stack, where they are of its widest layer, the fastest
+    that expects to be fast for the stack too. Elsewhere it is the first that accepts and expects to be fast, or failing
+    that the first that accepts.
 
     Args:
         kernels: to choose from.
@@ -237,9 +238,13 @@ def choose(
             refusals[kernel.name] = reason
     timed = [kernel for kernel in able if times.get(kernel.name, math.inf) < math.inf]
     if timed:
-        best = min(timed, key=lambda kernel: times[kernel.name])
+        # Layers were timed one by one: of more of them than one a kernel may know better.
+        doubts = {kernel.name: kernel.expects(case) for kernel in timed if kernel.expects and len(stack) > 1}
+        best = min(timed, key=lambda kernel: (doubts.get(kernel.name) is not None, times[kernel.name]))
         refusals |= {
-            kernel.name: _slower(kernel, best, times) for kernel in able if kernel.timed and kernel is not best
+            kernel.name: doubts.get(kernel.name) or _slower(kernel, best, times)
+            for kernel in able
+            if kernel.timed and kernel is not best
         }
         return best, {kernel.name: refusals[kernel.name] for kernel in kernels if kernel.name in refusals}
     if able:

@@ -54,7 +54,10 @@ def test_tails_of_rows_columns_and_ranks(
     check(packed, x, None, run(packed, x))
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(4096, 4096, 409), (4096, 11008, 409), (22016, 4096, 409)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"),
+    [(4096, 4096, 409), (4096, 11008, 409), (22016, 4096, 409), (5120, 5120, 512), (8192, 8192, 819)],
+)
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 256])
 def test_layers_of_a_models_size(
     exact_layer: Any, check_exactly: Any, rows: int, columns: int, rank: int, tokens: int
@@ -298,11 +301,23 @@ def test_stacked_layers_keep_their_own_adapters(
 
 
 @pytest.mark.parametrize("tokens", [129, 193, 256])
-@pytest.mark.parametrize(("rows", "columns"), [((4096,) * 3, 4096), ((4096,), 4096), ((4096,), 11008)])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ((4096,) * 3, 4096),
+        ((4096,), 4096),
+        ((4096,), 11008),
+        ((5120,) * 3, 5120),
+        ((5120,), 5120),
+        ((8192, 1024, 1024), 8192),
+        ((8192,), 8192),
+    ],
+)
 def test_each_tile_of_tokens_is_computed_as_by_itself(
     random_layer: Any, rows: tuple[int, ...], columns: int, tokens: int
 ) -> None:
-    parts = [prepare(random_layer(count, columns, 409 - place)) for place, count in enumerate(rows)]
+    ranks = [min(count, columns) // 10 - place for place, count in enumerate(rows)]
+    parts = [prepare(random_layer(count, columns, rank)) for count, rank in zip(rows, ranks, strict=True)]
     layer = stack(parts) if len(parts) > 1 else parts[0]
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
     plan = make_plan(layer, x.dtype, tokens)

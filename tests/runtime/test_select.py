@@ -85,12 +85,22 @@ def test_times_overrule_order_and_expectations_but_not_refusals() -> None:
 
 
 def test_times_of_the_widest_decide_for_a_stack() -> None:
-    doubts = replace(FEW, expects=lambda case: "slow for a stack" if case.stack else None)
     stack = [FORM, LinearFormat(WeightFormat(4, 8, bits=4))]
-    assert choose((doubts, ANY), FORM, torch.float32, CPU, 8, stack) == (ANY, {"few": "slow for a stack"})
-    times = {8: {"few": 1.0, "any": 26.0}}
-    table = KernelTable((doubts, ANY), SimpleNamespace(of=lambda spec, *_: times if spec == FORM else {}))
-    assert choose(table, FORM, torch.float32, CPU, 8, stack)[0] == doubts
+    times = {8: {"few": 1.0, "any": 26.0, "other": 30.0}}
+    timings = SimpleNamespace(of=lambda spec, *_: times if spec == FORM else {})
+    case = FORM, torch.float32, CPU, 8
+    assert choose(KernelTable((ANY, FEW), timings), *case, stack)[0] == FEW
+    # It was timed for one layer, and expects another speed of two.
+    doubts = replace(FEW, expects=lambda case: "slow for a stack" if len(case.members) > 1 else None)
+    other = replace(ANY, name="other")
+    for table in ((doubts, ANY, other), (other, ANY, doubts)):
+        assert choose(KernelTable(table, timings), *case)[0] == doubts
+        chosen, refusals = choose(KernelTable(table, timings), *case, stack)
+        assert chosen == ANY
+        assert refusals == {"few": "slow for a stack", "other": "slower than any here: 30 us against 26 us"}
+    # If all doubt, times decide.
+    anybody = replace(ANY, expects=lambda _case: "slow")
+    assert choose(KernelTable((anybody, doubts), timings), *case, stack)[0] == doubts
 
 
 def test_if_all_failed_the_order_decides() -> None:

@@ -15,6 +15,7 @@ from slimc.backends.cuda import compiler, prefill, shapes, stream
 from slimc.backends.cuda.layer import source
 from slimc.backends.cuda.shapes import Form, LaunchShape
 from slimc.backends.cuda.stream import KERNEL_NAME, defines_of
+from slimc.bench import linear
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.select import choose
@@ -180,10 +181,14 @@ def test_two_tiles_of_tokens_have_shapes_of_their_own() -> None:
 
 
 def test_measured_shapes_for_two_tiles_are_taken_by_the_layers_they_were_measured_with() -> None:
-    for one in shapes.measured()["layers"]:
-        if one.tokens == shapes.MOST_TOKENS:
-            members = [4096] * (one.rows // 4096)
-            assert shapes.pays_for_two_tiles(members, one.columns, 448 * len(members), LAYER, PROCESSORS)
+    measured = {(one.rows, one.columns) for one in shapes.measured()["layers"] if one.tokens == shapes.MOST_TOKENS}
+    taken = set()
+    for _, rows, columns in (layer for layers in linear.LAYERS.values() for layer in layers):
+        # Whole units of 64 ranks.
+        ranks = sum(-(-int(linear.RANK * min(one, columns)) // 64) * 64 for one in rows)
+        if shapes.pays_for_two_tiles(rows, columns, ranks, LAYER, PROCESSORS):
+            taken.add((sum(rows), columns))
+    assert taken == measured
 
 
 def test_the_launch_for_t_is_no_layer_without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
