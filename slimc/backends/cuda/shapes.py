@@ -393,7 +393,8 @@ def _in_one_round(
     shape, by_itself = one.shape, table == "layers" and not form.adapters
     blocks = blocks_of(shape, rows, starts) * -(-tokens // shape.tokens)
     if by_itself:
-        shape = replace(shape, spared=_idle(blocks, processors) if shape.even else 0)
+        shape = _by_itself(shape, blocks // shape.cluster, processors)
+        blocks = blocks // one.shape.cluster * shape.cluster
     takes_all = shape.blocks == 1 and shape.tokens <= FEW_TOKENS
     if takes_all and not by_itself and blocks > processors // 2:
         # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device.
@@ -407,6 +408,14 @@ def _in_one_round(
     # What that launch had left to the one for t, or on a smaller device a share that is enough for it.
     spared = max(processors - measured_blocks, processors // 8)
     return replace(shape, even=True, spared=_idle(blocks, processors) if by_itself else spared)
+
+
+def _by_itself(shape: LaunchShape, tiles: int, processors: int) -> LaunchShape:
+    """Return the shape of a layer's launch beside which none for t runs, whose share of the device it takes too."""
+    if shape.by_memory:
+        shares = max(min(processors * shape.blocks // tiles, MOST_BY_MEMORY), 1)
+        return replace(shape, cluster=shares, by_memory=shares > 1)
+    return replace(shape, spared=_idle(tiles, processors) if shape.even else 0)
 
 
 def _idle(tiles: int, processors: int) -> int:

@@ -210,8 +210,16 @@ def test_blocks_of_all_tiles_of_tokens_are_counted(monkeypatch: pytest.MonkeyPat
     assert shapes.of_layer(67 * 64, 4096, 100, LAYER, (), 134) == shape
 
 
-def test_blocks_of_a_shape_measured_in_one_round_take_no_second_in_another_layer() -> None:
-    found = {(one.rows, one.tokens): one.shape for one in shapes.measured()["layers"]}[22016, 64]
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> LaunchShape:
+    """Pretends that nothing but gate and up of Llama-2-7B was measured, whose blocks leave 17 multiprocessors idle."""
+    found = LaunchShape(64, 1, 3, 1, 1, 1, 128, apart=True)
+    monkeypatch.setattr(shapes, "measured", lambda: {"layers": [shapes.Measured(22016, 4096, 64, found)]})
+    return found
+
+
+def test_blocks_of_a_shape_measured_in_one_round_take_no_second_in_another_layer(one_round: LaunchShape) -> None:
+    found = one_round
     assert shapes.blocks_of(found, 22016) <= PROCESSORS < shapes.blocks_of(found, 27648)
     shape = shapes.of_layer(27648, 5120, 64, LAYER, (13824,), PROCESSORS)
     assert shape == replace(found, even=True, spared=PROCESSORS - shapes.blocks_of(found, 22016))
@@ -246,9 +254,29 @@ def test_a_layer_without_adapters_leaves_no_multiprocessor_to_a_launch_for_t(pro
             found = shapes.of_layer(rows, one.columns, one.tokens, without, (), processors)
             assert found.spared <= processors * (1 - shapes.WHOLE_TILES)
             assert found.even or not found.spared
+
+
+@pytest.mark.usefixtures("one_round")
+def test_a_layer_without_adapters_has_as_many_blocks_in_one_round_as_there_are_multiprocessors() -> None:
+    without = replace(LAYER, adapters=False)
     found = shapes.of_layer(27648, 5120, 64, without, (), PROCESSORS)
     assert found == replace(shapes.of_layer(27648, 5120, 64, LAYER, (), PROCESSORS), spared=0)
     assert found.even
+
+
+def test_blocks_that_share_columns_through_memory_are_more_without_a_launch_for_t(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape, without = LaunchShape(128, 1, 4, 1, 3, 1, 128, by_memory=True), replace(LAYER, adapters=False)
+    monkeypatch.setattr(shapes, "measured", lambda: {"layers": [shapes.Measured(8192, 8192, 128, shape)]})
+    found = {rows: shapes.of_layer(rows, 8192, 128, without, (), PROCESSORS) for rows in (6144, 8192, 11264, 16384)}
+    assert [one.cluster for one in found.values()] == [4, 4, 3, 2]
+    assert all(one.by_memory and shapes.blocks_of(one, rows) <= PROCESSORS for rows, one in found.items())
+    # Nobody shares a tile where there are as many as multiprocessors, or more.
+    assert not shapes.of_layer(16640 + 256, 8192, 128, without, (), PROCESSORS).by_memory
+    # Beside a launch for t it is as measured, or not taken.
+    assert shapes.of_layer(8192, 8192, 128, LAYER, (), PROCESSORS) == shape
+    assert not shapes.of_layer(16384, 8192, 128, LAYER, (), PROCESSORS).by_memory
 
 
 def test_blocks_of_the_whole_shared_memory_take_the_whole_device_without_a_launch_for_t() -> None:
