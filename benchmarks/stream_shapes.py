@@ -56,9 +56,6 @@ BLOCKS = (0.3, 2.1)
 LONGEST_RIGHT = 0.35
 """Share of the multiprocessors that an even launch may leave to the launch for t."""
 
-WHOLE = 0.9
-"""Share of the rest that it must keep, to have each tile divided among as many blocks as any other."""
-
 ALONE = ((4, 1), (3, 1), (2, 1), (2, 2), (1, 2), (1, 3), (1, 4))
 """Warpgroups for rows and for columns of a launch for t whose blocks have a multiprocessor each."""
 
@@ -149,7 +146,8 @@ def main_candidates(rows: tuple[int, ...], tokens: int, processors: int) -> list
             if tile < shapes.token_tile(tokens) and (shape.even or not shape.apart):
                 # Two blocks of half the tokens rarely pay: fewer of them are tried.
                 continue
-            if shape.even or BLOCKS[0] <= waves <= most * shape.blocks:
+            # Fewer tiles than blocks are not divided.
+            if waves > 1 - LONGEST_RIGHT if shape.even else BLOCKS[0] <= waves <= most * shape.blocks:
                 found.setdefault(_resolved(shape, LAYER), shape)
     return list(found.values())
 
@@ -180,18 +178,12 @@ def right_share(shape: LaunchShape, ranks: int, tokens: int, processors: int) ->
     return math.ceil(shapes.blocks_of(shape, ranks) * math.ceil(tokens / shape.tokens) / shape.blocks) / processors
 
 
-def sparing(
-    main: LaunchShape, right: LaunchShape, rows: tuple[int, ...], ranks: int, tokens: int, processors: int
-) -> LaunchShape:
+def sparing(main: LaunchShape, right: LaunchShape, ranks: int, tokens: int, processors: int) -> LaunchShape:
     """Return the shape of a layer's launch beside one for t: an even one leaves multiprocessors to that."""
     share = right_share(right, ranks, tokens, processors)
     if not main.even or share > LONGEST_RIGHT:
         return main
-    rest = processors - round(share * processors)
-    starts = [sum(rows[:one]) for one in range(1, len(rows))]
-    tiles = shapes.blocks_of(main, sum(rows), starts) * math.ceil(tokens / main.tokens)
-    whole = rest // tiles * tiles
-    return replace(main, spared=processors - (whole if whole >= WHOLE * rest else rest))
+    return replace(main, spared=round(share * processors))
 
 
 def likeness(shape: LaunchShape, other: LaunchShape) -> int:
@@ -325,7 +317,7 @@ class Search:
         return sorted(self.times, key=self.times.__getitem__)[:count]
 
     def _sparing(self, main: LaunchShape, right: LaunchShape) -> LaunchShape:
-        return sparing(main, right, self._rows, self._clock.ranks, self._tokens, self._processors)
+        return sparing(main, right, self._clock.ranks, self._tokens, self._processors)
 
     def _measure(self, pairs: Iterable[Pair], stage: str) -> None:
         """Measure pairs, until the stage has to end; even launches spare what the other takes."""

@@ -92,18 +92,18 @@ SHAPES = [
     LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4),
     LaunchShape(64, 1, 3, 1, 3, 1, 128, stages=7, inputs=3),
     LaunchShape(128, 1, 3, 1, 2, 1, 128, inputs=2),
-    LaunchShape(8, 1, 2, 1, 1, 2, 256, even=True),
+    LaunchShape(8, 1, 2, 1, 1, 2, 256, even=True, spared=130),
     LaunchShape(8, 1, 1, 4, 2, 2, 256, alone=True),
     LaunchShape(16, 1, 1, 2, 2, 2, 256, alone=True),
-    LaunchShape(16, 2, 2, 1, 1, 2, 256, alone=True, even=True),
-    LaunchShape(64, 1, 4, 1, 1, 1, 256, inputs=3, even=True),
-    LaunchShape(128, 1, 4, 1, 1, 1, 128, even=True),
-    LaunchShape(128, 2, 2, 1, 1, 1, 128, even=True),
-    LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True, spared=20),
-    LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, spared=122),
+    LaunchShape(16, 2, 2, 1, 1, 2, 256, alone=True, even=True, spared=130),
+    LaunchShape(64, 1, 4, 1, 1, 1, 256, inputs=3, even=True, spared=127),
+    LaunchShape(128, 1, 4, 1, 1, 1, 128, even=True, spared=128),
+    LaunchShape(128, 2, 2, 1, 1, 1, 128, even=True, spared=127),
+    LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True),
+    LaunchShape(128, 1, 3, 1, 1, 1, 128, even=True, spared=126),
     LaunchShape(64, 1, 2, 1, 1, 1, 256, inputs=3, apart=True),
     LaunchShape(64, 1, 1, 2, 2, 1, 256, inputs=4, apart=True),
-    LaunchShape(64, 1, 4, 1, 1, 1, 256, inputs=3, even=True, spared=36, apart=True),
+    LaunchShape(64, 1, 2, 1, 1, 1, 256, inputs=3, even=True, spared=129, apart=True),
     LaunchShape(64, 4, 2, 1, 1, 1, 128, apart=True),
     LaunchShape(64, 1, 2, 2, 1, 1, 256, inputs=4, apart=True),
     LaunchShape(128, 2, 1, 2, 1, 1, 128, apart=True),
@@ -113,7 +113,7 @@ SHAPES = [
     LaunchShape(8, 2, 1, 2, 2, 2, 256, alone=True, window=3, turn=1),
     LaunchShape(8, 1, 1, 4, 1, 1, 256, inputs=8, turn=5),
     LaunchShape(16, 1, 1, 2, 1, 3, 256, window=2, turn=3),
-    LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, alone=True, window=2, turn=2),
+    LaunchShape(16, 1, 2, 1, 1, 2, 256, even=True, spared=130, alone=True, window=2, turn=2),
     LaunchShape(64, 1, 2, 1, 1, 1, 128, stages=8, inputs=6, window=4, turn=7),
     LaunchShape(32, 1, 2, 1, 4, 2, 128, by_memory=True),
     LaunchShape(64, 1, 4, 1, 3, 1, 256, inputs=3, by_memory=True),
@@ -140,8 +140,8 @@ def test_rings_and_clusters(random_layer: Any, check: Any, shape: LaunchShape) -
 
 
 @pytest.mark.parametrize("patience", [0, 1000])
-@pytest.mark.parametrize("shape", [one for one in SHAPES if one.even or one.by_memory], ids=str)
-def test_blocks_that_divide_all_tiles_need_not_wait_for_each_other(
+@pytest.mark.parametrize("shape", [one for one in SHAPES if one.by_memory], ids=str)
+def test_blocks_that_share_a_tile_through_memory_need_not_wait_for_each_other(
     random_layer: Any, check: Any, shape: LaunchShape, patience: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = stream.source("stream.cu")
@@ -155,11 +155,10 @@ def test_blocks_that_divide_all_tiles_need_not_wait_for_each_other(
 @pytest.mark.parametrize(
     ("rows", "shape"),
     [
-        (4096, LaunchShape(64, 1, 4, 1, 1, 1, 128, even=True)),
         (4096, LaunchShape(64, 1, 4, 1, 4, 1, 128, by_memory=True)),
         (8192, LaunchShape(64, 1, 1, 1, 1, 1, 128, even=True, spared=30)),
     ],
-    ids=["shared by some", "shared by four", "handed on"],
+    ids=["through memory", "handed on"],
 )
 def test_launches_of_two_streams_whose_blocks_share_tiles_do_not_wait_for_ever(
     random_layer: Any, rows: int, shape: LaunchShape
@@ -181,14 +180,14 @@ def test_launches_of_two_streams_whose_blocks_share_tiles_do_not_wait_for_ever(
 def test_blocks_with_nothing_to_multiply_wait_for_the_launches_before(
     random_layer: Any, check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = LaunchShape(64, 1, 2, 1, 1, 1, 128, even=True)
-    # A few long blocks; then six for two slots of W and four of L, the first of which has none of either.
+    shape = LaunchShape(64, 1, 2, 1, 4, 1, 128, by_memory=True)
+    # Four long blocks; then as many for two slots of W and two of L, the first of which has none of either.
     packed = [random_layer(128, 1 << 17), random_layer(128, 256, 256)]
     layers = [prepare(one) for one in packed]
     inputs = [torch.randn(64, one.format.columns, dtype=torch.bfloat16, device="cuda") for one in packed]
     plans = [make_plan(layer, torch.bfloat16, 64, shape) for layer in layers]
-    assert [plan.main.grid for plan in plans] == [shapes.MOST_SHARES, 6]
-    memory = torch.empty(2 * shapes.MOST_SHARES * shape.rows * shape.tokens, device="cuda")
+    assert [plan.main.grid for plan in plans] == [4, 4]
+    memory = torch.empty(4 * shape.rows * shape.tokens, device="cuda")
     # As the allocator does, which takes what a launch has freed for the next one.
     monkeypatch.setattr(torch, "empty", lambda count, **_options: memory[:count])
     for _ in range(20):
@@ -198,8 +197,8 @@ def test_blocks_with_nothing_to_multiply_wait_for_the_launches_before(
             check(one, x, None, y)
 
 
-def test_the_launch_for_t_may_divide_all_tiles_too(random_layer: Any, check: Any) -> None:
-    shape = LaunchShape(64, 1, 2, 1, 1, 1, 128, even=True)
+def test_blocks_of_the_launch_for_t_may_share_tiles_through_memory_too(random_layer: Any, check: Any) -> None:
+    shape = LaunchShape(64, 1, 2, 1, 4, 1, 128, by_memory=True)
     packed = random_layer(128, 1 << 15, 64)
     layer, x = prepare(packed), torch.randn(64, 1 << 15, dtype=torch.bfloat16, device="cuda")
     plan = make_plan(layer, x.dtype, 64, shape, shape)
@@ -246,7 +245,8 @@ def test_layers_after_one_another_in_a_graph_do_not_meet(random_layer: Any, toke
 @pytest.mark.parametrize(
     ("rows", "shape"),
     [
-        (4096, LaunchShape(128, 1, 4, 1, 1, 1, 256, even=True, spared=42)),
+        (4096, LaunchShape(128, 1, 4, 1, 4, 1, 256, by_memory=True)),
+        (12288, LaunchShape(128, 1, 3, 1, 1, 1, 256, even=True, spared=76)),
         (4096, LaunchShape(128, 1, 4, 1, 7, 1, 256)),
         (12288, LaunchShape(128, 1, 3, 1, 1, 1, 256, inputs=2)),
     ],

@@ -57,18 +57,12 @@ CLUSTERS = (1, 2, 3, 4, 5, 6, 7, 8)
 FILLING = (0.85, 2.1, 1.2)
 """Blocks a multiprocessor: the fewest and the most that fill a device, and how many it had best be."""
 
-MOST_SHARES = 15
-"""Blocks that an even launch has for each tile, at most: one more may take part in it, and each has a bit of 16."""
-
 MOST_BY_MEMORY = 4
 """Blocks that share columns and exchange their sums through device memory, at most: each has code of its own."""
 
-FEW_IDLE = 0.95
-"""Share of the blocks that must be at work."""
-
 WHOLE_TILES = 5 / 6
-"""The same where nothing runs beside a launch whose blocks then share no tile: 112 and 115 of 132 multiprocessors were
-faster than all of them, by 13 and 32 %."""
+"""Share of the multiprocessors that is enough for an even launch whose blocks then have whole tiles, where nothing runs
+beside it: 112 of 132 were faster than all of them."""
 
 FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
@@ -115,12 +109,12 @@ class LaunchShape:
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
-        even: whether the blocks of the launch divide the slots of all tiles evenly, and not those of one in a cluster.
+        even: whether the blocks of the launch, no more than there are tiles, divide the slots of all tiles evenly.
         spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
         apart: whether a warp brings weights and another activations, as it is with few tokens.
-        by_memory: whether blocks that share columns exchange their sums through device memory, and are no cluster.
+        by_memory: whether blocks that share columns exchange sums through device memory, and are not launched as a cluster.
     """
 
     tokens: int
@@ -340,16 +334,6 @@ def blocks_of(shape: LaunchShape, rows: int, starts: Sequence[int] = ()) -> int:
     return first_blocks(shape, rows, starts)[-1] * shape.cluster
 
 
-def even_blocks(tiles: int, slots: int, most: int) -> int:
-    """Return how many blocks an even launch has for tiles of so many slots, at most ``most``, all of which run at once.
-
-    A multiple of the tiles, if that leaves few idle: then no block has parts of two tiles to add up.
-    """
-    whole = most // tiles * tiles
-    blocks = whole if whole >= FEW_IDLE * most else most
-    return min(blocks, tiles * min(slots, MOST_SHARES))
-
-
 def _choose(
     table: str,
     candidates: dict[int, list[LaunchShape]],
@@ -369,8 +353,7 @@ def _choose(
             shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
             if shape is not None and shape.fits(form):
                 return shape
-    # Even ones fill any device, but what adding up in memory costs a layer is known where it was measured only.
-    possible = [shape for shape in suiting(candidates, tile, form) if not (shape.even or shape.alone)]
+    possible = [shape for shape in suiting(candidates, tile, form) if not shape.alone]
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
     # Blocks of a second wave begin late; too few leave multiprocessors idle.
@@ -415,19 +398,16 @@ def _by_itself(shape: LaunchShape, tiles: int, processors: int) -> LaunchShape:
     if shape.by_memory:
         shares = max(min(processors * shape.blocks // tiles, MOST_BY_MEMORY), 1)
         return replace(shape, cluster=shares, by_memory=shares > 1)
-    return replace(shape, spared=_idle(tiles, processors) if shape.even else 0)
+    return replace(shape, spared=_idle(tiles, processors)) if shape.even else shape
 
 
 def _idle(tiles: int, processors: int) -> int:
     """Return how many multiprocessors an even launch had best leave idle where no launch for t runs beside it.
 
-    Blocks that have whole tiles, or as many to a tile everywhere, have nobody else's parts to wait for.
+    Blocks that have whole tiles hand nothing on.
     """
-    if tiles <= processors:
-        blocks = processors // tiles * tiles
-    else:
-        a_block = -(-tiles // processors)
-        blocks = 0 if tiles % a_block else tiles // a_block
+    a_block = -(-tiles // processors)
+    blocks = 0 if tiles % a_block else tiles // a_block
     return processors - blocks if blocks >= WHOLE_TILES * processors else 0
 
 
@@ -450,14 +430,6 @@ def _of(tile: int, *rest: tuple[int, int, int, int, int, int, int]) -> list[Laun
     return [
         LaunchShape(tile, row_tiles, row_groups, column_groups, 1, blocks, step, stages, inputs)
         for row_tiles, row_groups, column_groups, blocks, step, stages, inputs in rest
-    ]
-
-
-def _even(tile: int, *rest: tuple[int, int, int, int, int, int]) -> list[LaunchShape]:
-    """Return even shapes from row tiles, row groups, blocks, columns of a slot, and slots of the rings."""
-    return [
-        LaunchShape(tile, row_tiles, row_groups, 1, 1, blocks, step, stages, inputs, even=True)
-        for row_tiles, row_groups, blocks, step, stages, inputs in rest
     ]
 
 
@@ -510,14 +482,6 @@ CANDIDATES = {
         (1, 4, 1, 1, 256, 0, 3),
         (1, 3, 1, 1, 256, 0, 3),
         (4, 2, 1, 1, 128, 0, 4),
-    )
-    + _even(
-        64,
-        (1, 4, 1, 128, 0, 0),
-        (1, 4, 1, 256, 0, 3),
-        (2, 2, 1, 128, 0, 0),
-        (1, 2, 1, 128, 0, 0),
-        (1, 2, 2, 128, 0, 0),
     ),
     128: _of(
         128,
@@ -531,13 +495,6 @@ CANDIDATES = {
         (1, 2, 1, 1, 128, 4, 0),
         (1, 4, 1, 1, 128, 4, 0),
         (2, 2, 1, 1, 128, 0, 0),
-    )
-    + _even(
-        128,
-        (1, 4, 1, 128, 0, 0),
-        (1, 3, 1, 128, 0, 0),
-        (2, 2, 1, 128, 0, 0),
-        (1, 2, 1, 128, 0, 0),
     ),
 }
 """Shapes worth measuring, by the tokens of a block, those that suit most layers first."""

@@ -8,10 +8,13 @@
 // A block computes 64 * ROW_TILES * ROW_GROUPS rows of TOKENS tokens, or a cluster of blocks does, each of which takes its
 // share of the columns; in a block, COLUMN_GROUPS warpgroups take turns at the slots. Each sends its sums to the block that
 // writes them, which adds them up in a fixed order.
-// Where such tiles of results would leave multiprocessors idle, the blocks of an EVEN launch divide the slots of all tiles
-// among them, each the same number: a block computes the beginning of one tile, perhaps whole ones, and the end of
-// another. Those that share a tile put their sums into device memory, and each adds up a part of them. It waits for the
-// others, but not for ever: they may not be running, if other launches hold the multiprocessors. Then the last adds up its part.
+// Blocks that share the columns need not be a cluster: BY_MEMORY, they exchange sums through device memory. Each keeps those
+// of its own pieces of the tile, and adds to them what the others have. It waits for these, but not for ever: they may not
+// be running, if other launches hold the multiprocessors. Then the last one adds up its pieces.
+// Where there are more tiles than multiprocessors, and whole rounds of them would leave some idle, the blocks of an EVEN launch
+// divide the slots of all tiles among them, each the same number, no less than a tile has: a block computes the beginning
+// of one tile, perhaps whole ones, and the end of another. What it has of the first it hands on, through device memory, to the
+// block that ends it.
 // t = x @ R^T, the small product, is this kernel's own result in a launch before. That one says when x may be read
 // (`flags`): W is multiplied while t is still under way, and only L waits for it.
 //
@@ -29,7 +32,7 @@
 //   BY_MEMORY      1: they exchange their sums through device memory, and are not launched as a cluster
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
-//   EVEN           1: all blocks of the launch share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
+//   EVEN           1: all blocks of the launch, no more than tiles, share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
 //   BRINGERS       warps that bring what the others read: 1, or 2
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
 
@@ -90,7 +93,7 @@ struct Arguments {
     const u16* scale;          // [1] or [rows], unless GROUP
     const u16* bias;           // [rows] or null
     u32* flags;                // the mark of launches whose x may be read, and blocks that know; null without adapters
-    float4* parts;             // [blocks][2 if EVEN, else 1][pieces][threads that multiply]: sums of shared tiles, if EVEN or BY_MEMORY
+    float4* parts;             // [blocks][pieces][threads that multiply]: sums of shared tiles, if EVEN or BY_MEMORY
     u32* shared;               // [tiles][row groups][2], 0 between launches: blocks that have written their sums, and << 16 a bit
                                // for each that has given up waiting; blocks that are done with the tile
     int tokens;
@@ -172,12 +175,8 @@ struct Work {
 #if EVEN
     __device__ __forceinline__ int total() const { return a.tiles * a.slots; }
     __device__ __forceinline__ int first_slot(int block) const { return total() * block / (int)gridDim.x; }
-    __device__ __forceinline__ int block_of(int slot) const { return ((slot + 1) * (int)gridDim.x - 1) / total(); }
-    // Two blocks share the tile, and the first of them begins with it, as it has others to end with.
-    __device__ __forceinline__ bool is_handed_on(int tile) const {
-        const int block = block_of(tile * a.slots);
-        return block_of((tile + 1) * a.slots - 1) == block + 1 && first_slot(block) < tile * a.slots;
-    }
+    // Of a tile that is not all its own, the block has the beginning; else the end.
+    __device__ __forceinline__ bool has_beginning(int tile) const { return from < tile * a.slots; }
 #endif
 
     __device__ __forceinline__ Segment segment(int tile) const {
@@ -198,11 +197,6 @@ struct Work {
         s.token = tile % a.token_tiles * TOKENS;
         s.first_rank = ADAPTERS ? a.first_rank[member] : 0;
 #if EVEN
-        const int shares = gridDim.x / a.tiles;
-        if (shares * a.tiles == gridDim.x) {
-            divide(s, slots, blockIdx.x % shares, shares);
-            return s;
-        }
         const int before = tile * a.slots;
         s.begin = min(max(from - before, 0), slots);
         s.end = min(to - before, slots);
@@ -611,87 +605,19 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 
 // ----------------------------------------------------------------------------------------------------------- output
 
-#if EVEN || BY_MEMORY
-#ifndef PATIENCE
-#define PATIENCE 1000  // looks at what others have done
-#endif
-
-__device__ __forceinline__ u32 add_here_and_there(u32* p, u32 v) {
-    u32 old;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
-    return old;
-}
-
-// Blocks, a bit each, whose parts of a tile this one adds up, if all have written theirs before it loses its patience:
-// itself; if it was the last, those that have given up too. `before` are those that had written theirs before it did.
-__device__ __forceinline__ u32 wait_for_others(const u32* state, u32 before, int share, int blocks) {
-    if ((before & 0xffff) == blocks - 1) return before >> 16 | 1 << share;
-    for (int looks = 0; looks < PATIENCE; ++looks)
-        if ((load_acquire(state) & 0xffff) == blocks) return 1 << share;
-    return 0;
-}
-
-// Leave what this block has to add up to the last one that writes its part; or not, if all have done so by now.
-__device__ __forceinline__ u32 give_up(u32* state, int share, int blocks) {
-    u32 last;
-    asm volatile("atom.acq_rel.gpu.global.or.b32 %0, [%1], %2;" : "=r"(last) : "l"(state), "r"(0x10000 << share) : "memory");
-    return (last & 0xffff) == blocks ? 1 << share : 0;
-}
-
 __device__ __forceinline__ float4 load_part(const float4* from) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
     return v;
 }
-#endif
 
-#if EVEN
-// Sums of pieces from `piece` on, over the blocks that share their tile, in their order. The parts of so many blocks are asked
-// for together: one after another they would take as long as a tile.
-template <int AT_ONCE, int BLOCKS_AT_ONCE>
-__device__ __forceinline__ void add_parts(float4 (&v)[AT_ONCE], const float4* first, const float4* others, int blocks, int piece, int end) {
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) v[i] = load_part(first + min(piece + i, end - 1) * CONSUMERS);
-    for (int block = 1; block < blocks; block += BLOCKS_AT_ONCE) {
-        float4 w[BLOCKS_AT_ONCE][AT_ONCE];
-#pragma unroll
-        for (int b = 0; b < BLOCKS_AT_ONCE; ++b)
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                w[b][i] = block + b < blocks ? load_part(others + min(piece + i, end - 1) * CONSUMERS + b * 2 * PIECES * CONSUMERS)
-                                             : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int b = 0; b < BLOCKS_AT_ONCE; ++b)
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                v[i].x += w[b][i].x; v[i].y += w[b][i].y; v[i].z += w[b][i].z; v[i].w += w[b][i].w;
-            }
-        others += BLOCKS_AT_ONCE * 2 * PIECES * CONSUMERS;
-    }
+// What a thread has summed of 8 tokens.
+__device__ __forceinline__ float4 piece_of(const float (&sum)[ROW_TILES][SUMS], int piece) {
+    const float* const s = sum[piece / EIGHTS] + 4 * (piece % EIGHTS);
+    return make_float4(s[0], s[1], s[2], s[3]);
 }
-#endif
 
-#if EVEN
-// Add what another block has summed of the same tile.
-__device__ __forceinline__ void add_part(float (&sum)[ROW_TILES][SUMS], const float4* part) {
-    constexpr int AT_ONCE = 8;
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int b = 0; b < EIGHTS; b += AT_ONCE) {
-            float4 v[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (b + i < EIGHTS) v[i] = load_part(part + (m * EIGHTS + b + i) * CONSUMERS);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (b + i < EIGHTS) {
-                    float* const s = sum[m] + 4 * (b + i);
-                    s[0] += v[i].x; s[1] += v[i].y; s[2] += v[i].z; s[3] += v[i].w;
-                }
-        }
-}
-#endif
+__device__ __forceinline__ void add(float4& s, const float4& v) { s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w; }
 
 // Send sums of a thread to the block that writes them.
 __device__ __forceinline__ void send_sums(u32 to, u32 barrier, int block, const float4& s) {
@@ -708,10 +634,7 @@ __device__ __forceinline__ void store_shared_sums(u32 to, const float4& s) {
 // What `count` sources have summed of one piece, in their order.
 __device__ __forceinline__ float4 add_up(u32 from, int count, u32 step) {
     float4 s = load_shared_sums(from);
-    for (int i = 1; i < count; ++i) {
-        const float4 v = load_shared_sums(from + i * step);
-        s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w;
-    }
+    for (int i = 1; i < count; ++i) add(s, load_shared_sums(from + i * step));
     return s;
 }
 
@@ -738,23 +661,74 @@ __device__ __forceinline__ void write_results(const Arguments& a, const float4& 
 }
 
 #if EVEN
-// Add up and write pieces of 8 tokens of a warpgroup's rows, from `piece` to `end`.
-template <int AT_ONCE, int BLOCKS_AT_ONCE>
-__device__ __forceinline__ void finish_pieces(const Arguments& a, const Segment& s, const float4* first, const float4* others, int blocks,
-                                              int piece, int end, int first_row, int lane) {
-    for (; piece < end; piece += AT_ONCE) {
-        float4 v[AT_ONCE];
-        add_parts<AT_ONCE, BLOCKS_AT_ONCE>(v, first, others, blocks, piece, end);
+// Hands the sums of a tile, of which the block has the beginning, to the next block, which has the end of it.
+struct Handover {
+    const Arguments& a;
+    int tile, row_group, thread;
+
+    static constexpr size_t PART = PIECES * CONSUMERS;
+
+    __device__ __forceinline__ bool speaks() const { return threadIdx.x % 128 == 0; }
+    __device__ __forceinline__ u32* is_there() const { return a.shared + (tile * ROW_GROUPS + row_group) * 2; }
+
+    __device__ __forceinline__ void give(const float (&sum)[ROW_TILES][SUMS]) const {
+        float4* const part = a.parts + blockIdx.x * PART + thread;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            if (piece + i < end)
-                write_results(a, v[i], first_row + (piece + i) / (TOKENS / 8) * 64, s.end_row, s.token + (piece + i) % (TOKENS / 8) * 8, lane);
+        for (int piece = 0; piece < PIECES; ++piece) part[piece * CONSUMERS] = piece_of(sum, piece);
+        wait_named(1 + row_group, 128);
+        if (speaks()) store_release(is_there(), 1);
     }
-}
+
+    __device__ __forceinline__ void take(float (&sum)[ROW_TILES][SUMS]) const {
+        if (speaks()) {
+            // Blocks start in the order of their numbers, and begin with what they hand on: the one before has done so, or will.
+            while (load_acquire(is_there()) == 0) {}
+            *is_there() = 0;
+        }
+        wait_named(1 + row_group, 128);
+        const float4* const part = a.parts + (blockIdx.x - 1) * PART + thread;
+        constexpr int AT_ONCE = EIGHTS < 8 ? EIGHTS : 8;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece += AT_ONCE) {
+            float4 v[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) v[i] = load_part(part + (piece + i) * CONSUMERS);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                float* const s = sum[(piece + i) / EIGHTS] + 4 * ((piece + i) % EIGHTS);
+                s[0] += v[i].x; s[1] += v[i].y; s[2] += v[i].z; s[3] += v[i].w;
+            }
+        }
+    }
+};
 #endif
 
 #if BY_MEMORY
-__device__ __forceinline__ void add(float4& s, const float4& v) { s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w; }
+#ifndef PATIENCE
+#define PATIENCE 1000  // looks at what others have done
+#endif
+
+__device__ __forceinline__ u32 add_here_and_there(u32* p, u32 v) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+
+// Blocks, a bit each, whose parts of a tile this one adds up, if all have written theirs before it loses its patience:
+// itself; if it was the last, those that have given up too. `before` are those that had written theirs before it did.
+__device__ __forceinline__ u32 wait_for_others(const u32* state, u32 before, int share, int blocks) {
+    if ((before & 0xffff) == blocks - 1) return before >> 16 | 1 << share;
+    for (int looks = 0; looks < PATIENCE; ++looks)
+        if ((load_acquire(state) & 0xffff) == blocks) return 1 << share;
+    return 0;
+}
+
+// Leave what this block has to add up to the last one that writes its part; or not, if all have done so by now.
+__device__ __forceinline__ u32 give_up(u32* state, int share, int blocks) {
+    u32 last;
+    asm volatile("atom.acq_rel.gpu.global.or.b32 %0, [%1], %2;" : "=r"(last) : "l"(state), "r"(0x10000 << share) : "memory");
+    return (last & 0xffff) == blocks ? 1 << share : 0;
+}
 
 // A tile's sums, whose pieces are shared out among the blocks that have parts of them: each keeps its own in registers, hands
 // the others to their blocks, and adds up what these hand to it.
@@ -784,8 +758,7 @@ struct SharedTile {
             if (share() != SHARE) return hand_over<SHARE + 1>(sum, own);
 #pragma unroll
             for (int piece = 0; piece < PIECES; ++piece) {
-                const float* const s = sum[piece / EIGHTS] + 4 * (piece % EIGHTS);
-                const float4 v = make_float4(s[0], s[1], s[2], s[3]);
+                const float4 v = piece_of(sum, piece);
                 if (piece < first_piece(SHARE) || piece >= first_piece(SHARE + 1)) *part(SHARE, piece) = v;
                 else own[piece - first_piece(SHARE)] = v;
             }
@@ -856,7 +829,7 @@ struct SharedTile {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2 * INPUTS + 1];
-#if EVEN || BY_MEMORY
+#if BY_MEMORY
     __shared__ volatile u32 taken[ROW_GROUPS];  // what each warpgroup adds up of a tile
 #endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -922,69 +895,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     by.inputs.advance(column_group);
     float sum[ROW_TILES][SUMS];
 #if EVEN
-    u32 before[2];  // of the tiles at the beginning and the end of this block's work: what others had done
 #pragma unroll 1
     for (int tile = work.last; tile >= work.first; --tile) {
         const Segment s = work.segment(tile);
         compute_sums(a, s, by, column_group, sum);
         // Activations come after launches that may still use the memory of the parts; who multiplies none waits for them itself.
         if (s.empty()) wait_for_previous_launch();
+        const Handover handover{a, tile, row_group, thread};
+        if (!s.whole && work.has_beginning(tile)) {
+            handover.give(sum);
+            continue;
+        }
+        if (!s.whole) handover.take(sum);
         const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
-        float4* const part = a.parts + (blockIdx.x * 2 + (work.from < tile * a.slots)) * (size_t)(PIECES * CONSUMERS) + thread;
-        u32* const state = a.shared + (tile * ROW_GROUPS + row_group) * 2;
-        const bool handed_on = !s.whole && work.is_handed_on(tile), ends = s.whole || (handed_on && work.from >= tile * a.slots);
-        if (ends && !s.whole) {
-            if (threadIdx.x % 128 == 0) {
-                // Blocks start in the order of their numbers: the one before runs, or has ended.
-                while (load_acquire(state) == 0) {}
-                *state = 0;
-            }
-            wait_named(1 + row_group, 128);
-            add_part(sum, a.parts + (blockIdx.x * 2 - 1) * (size_t)(PIECES * CONSUMERS) + thread);
-        }
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-            for (int b = 0; b < TOKENS / 8; ++b) {
-                const float4 v = make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]);
-                if (ends) write_results(a, v, first_row + m * 64, s.end_row, s.token + b * 8, lane);
-                else part[(m * (TOKENS / 8) + b) * CONSUMERS] = v;
-            }
-        if (!ends) {
-            wait_named(1 + row_group, 128);
-            if (threadIdx.x % 128 == 0) {
-                const u32 others = add_here_and_there(state, 1);
-                if (work.from < tile * a.slots) before[1] = others;
-                else before[0] = others;
-            }
-        }
-    }
-    // All of this block is computed: now it may wait for others.
-#pragma unroll 1
-    for (int tile = work.last; tile >= work.first; --tile) {
-        const Segment s = work.segment(tile);
-        if (s.whole || work.is_handed_on(tile)) continue;
-        const int first_block = work.block_of(tile * a.slots), blocks = work.block_of((tile + 1) * a.slots - 1) - first_block + 1;
-        u32* const state = a.shared + (tile * ROW_GROUPS + row_group) * 2;
-        if (threadIdx.x % 128 == 0) {
-            const int share = blockIdx.x - first_block;
-            const u32 mine = wait_for_others(state, work.from < tile * a.slots ? before[1] : before[0], share, blocks);
-            taken[row_group] = mine ? mine : give_up(state, share, blocks);
-        }
-        wait_named(1 + row_group, 128);
-        const u32 mine = taken[row_group];
-        const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
-        const float4* const first = a.parts + (first_block * 2 + (work.first_slot(first_block) < tile * a.slots)) * (size_t)(PIECES * CONSUMERS) + thread;
-        const float4* const others = a.parts + (first_block + 1) * 2 * (size_t)(PIECES * CONSUMERS) + thread;
-        for (int block = 0; block < blocks; ++block) {
-            if (!(mine >> block & 1)) continue;
-            const int piece = PIECES * block / blocks, end = PIECES * (block + 1) / blocks;
-            if (end - piece > 2) finish_pieces<4, 2>(a, s, first, others, blocks, piece, end, first_row, lane);
-            else finish_pieces<1, 8>(a, s, first, others, blocks, piece, end, first_row, lane);
-        }
-        // All that this warpgroup reads of the others' sums is in registers.
-        wait_named(1 + row_group, 128);
-        if (threadIdx.x % 128 == 0 && atomicAdd(state + 1, 1) == blocks - 1) state[0] = state[1] = 0;
+        for (int piece = 0; piece < PIECES; ++piece)
+            write_results(a, piece_of(sum, piece), first_row + piece / EIGHTS * 64, s.end_row, s.token + piece % EIGHTS * 8, lane);
     }
 #elif BY_MEMORY
     const Segment s = work.segment(work.first);
@@ -1001,7 +927,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
 #if IN_CLUSTER
         send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, v);
 #else
-        write_results(a, v, first_row + piece / (TOKENS / 8) * 64, s.end_row, token + piece % (TOKENS / 8) * 8, lane);
+        write_results(a, v, first_row + piece / EIGHTS * 64, s.end_row, token + piece % EIGHTS * 8, lane);
 #endif
     };
 #if IN_CLUSTER
@@ -1012,20 +938,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     // Where the rings were, once nobody reads them.
     wait_named(15, CONSUMERS);
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int b = 0; b < TOKENS / 8; ++b)
-            store_shared_sums(slots + (column_group * PIECES + m * (TOKENS / 8) + b) * PIECE_BYTES + thread * 16,
-                              make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
+    for (int piece = 0; piece < PIECES; ++piece)
+        store_shared_sums(slots + (column_group * PIECES + piece) * PIECE_BYTES + thread * 16, piece_of(sum, piece));
     wait_named(15, CONSUMERS);
     for (int piece = column_group; piece < PIECES; piece += COLUMN_GROUPS)
         deliver(piece, add_up(slots + piece * PIECE_BYTES + thread * 16, COLUMN_GROUPS, PIECES * PIECE_BYTES));
 #else
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
-#pragma unroll
-        for (int b = 0; b < TOKENS / 8; ++b)
-            deliver(m * (TOKENS / 8) + b, make_float4(sum[m][4 * b], sum[m][4 * b + 1], sum[m][4 * b + 2], sum[m][4 * b + 3]));
+    for (int piece = 0; piece < PIECES; ++piece) deliver(piece, piece_of(sum, piece));
 #endif
 #if IN_CLUSTER
     // No block leaves before what it has sent is there.
@@ -1035,7 +955,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     for (int i = column_group; i < own; i += COLUMN_GROUPS) {
         const int piece = share * OWN_PIECES + i;
         write_results(a, add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES),
-                      first_row + piece / (TOKENS / 8) * 64, s.end_row, token + piece % (TOKENS / 8) * 8, lane);
+                      first_row + piece / EIGHTS * 64, s.end_row, token + piece % EIGHTS * 8, lane);
     }
     cluster_wait();
 #endif

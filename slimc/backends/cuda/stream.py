@@ -140,8 +140,7 @@ def _start(
     parts = None
     if step.sharing is not None:
         # Blocks write there after the launches before this one have ended: whoever had the memory has done with it.
-        count = (2 if shape.even else 1) * step.grid * shape.rows * shape.tokens
-        parts = torch.empty(count, dtype=torch.float32, device=x.device)
+        parts = torch.empty(step.grid * shape.rows * shape.tokens, dtype=torch.float32, device=x.device)
         arguments.parts, arguments.shared = parts.data_ptr(), step.sharing.of_launch(stream)
     step.launcher(
         arguments,
@@ -230,16 +229,14 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
     function = module.function(KERNEL_NAME, shared_bytes=shared_bytes)
     tiles = blocks * arguments.token_tiles
     grid, sharing = tiles * shape.cluster, None
-    if shape.even or shape.by_memory:
-        sharing = _sharing(layer, 2 * tiles * shape.row_groups)
     if shape.even:
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
         processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-        most = max(processors - shape.spared, 1) * shape.blocks
-        grid = shapes.even_blocks(tiles, arguments.slots, most)
-        if shape.alone:
-            grid = min(grid, shapes.even_blocks(tiles, arguments.slots, processors))
+        room = max(processors - shape.spared, 1) * shape.blocks
+        grid = min(tiles, room, processors if shape.alone else room)
+    if shape.even or shape.by_memory:
+        sharing = _sharing(layer, 2 * tiles * shape.row_groups)
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
 
 

@@ -84,20 +84,6 @@ def test_blocks_that_divide_all_tiles_have_no_other_room_for_sums() -> None:
     assert not replace(shape, column_groups=2).fits(LAYER)
 
 
-@pytest.mark.parametrize(
-    ("tiles", "slots", "most", "blocks"),
-    [
-        (32, 77, 132, 128),  # four a tile, and few multiprocessors idle
-        (86, 39, 132, 132),  # one a tile would leave a third idle
-        (224, 77, 132, 132),
-        (2, 77, 132, 30),  # a tile has so many parts at most
-        (1, 3, 132, 3),  # no more blocks than slots
-    ],
-)
-def test_how_many_blocks_divide_all_tiles(tiles: int, slots: int, most: int, blocks: int) -> None:
-    assert shapes.even_blocks(tiles, slots, most) == blocks
-
-
 @pytest.mark.parametrize("rows", [4096, 22016])
 def test_many_tokens_go_to_the_kernel_that_reads_weights_again(gpu: SimpleNamespace, rows: int) -> None:
     del gpu
@@ -226,24 +212,16 @@ def test_blocks_of_a_shape_measured_in_one_round_take_no_second_in_another_layer
     assert shapes.of_layer(22016, 4096, 64, LAYER, (11008,), PROCESSORS) == found
 
 
-def test_even_launches_leave_multiprocessors_to_the_launch_for_t_where_that_was_measured() -> None:
-    spared = [one.shape for one in shapes.measured()["layers"] if one.shape.spared]
-    assert spared
-    assert all(shape.even and shape.spared < PROCESSORS // 2 for shape in spared)
-
-
 @pytest.mark.parametrize(
     ("tiles", "blocks"),
     [
-        (43, 129),  # three a tile, where two left 46 multiprocessors to a launch for t
-        (115, 115),  # one a tile, though 17 are idle
         (224, 112),  # two whole tiles each
         (144, 132),  # neither leaves few idle: blocks share tiles
-        (27, 132),
+        (132, 132),
     ],
 )
 def test_a_layer_without_adapters_leaves_idle_what_would_only_share_tiles(tiles: int, blocks: int) -> None:
-    assert shapes.even_blocks(tiles, 77, PROCESSORS - shapes._idle(tiles, PROCESSORS)) == blocks
+    assert PROCESSORS - shapes._idle(tiles, PROCESSORS) == blocks
 
 
 @pytest.mark.parametrize("processors", [PROCESSORS, 78])
