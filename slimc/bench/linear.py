@@ -16,7 +16,8 @@ gemlite, and torch's own `_weight_int4pack_mm` (tinygemm). 2:4 in 16 bits: cuSPA
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 At least 32 calls are captured into a CUDA graph, as a model's step is; a figure is the median of its replays, in
-microseconds a call. All columns of a row are taken one after another in the same process. Bytes are those of the packed
+microseconds a call. All columns of a row are taken one after another in the same process, each after a rest: a card that
+has reached its power limit lowers its clock, and what was measured before would count (``--rest 0`` measures so). Bytes are those of the packed
 layer, of x and of y; beside the bandwidth of a large copy on the same card, which reads and writes, stands the byte
 limit: what the memory's clock and width would allow.
 """
@@ -94,6 +95,9 @@ SHOWN = ("llama-2-7b", "llama-2-70b")
 
 SERVED = ("qkv", "o", "gate_up", "down")
 """The layers as they are served: means are taken over these."""
+
+REST = 0.5
+"""Seconds before each measurement."""
 
 Call = Callable[[], object]
 Layer = Callable[[Tensor], object]
@@ -315,6 +319,7 @@ def measure(
     tuned: bool = False,
     only_expected: bool = False,
     activations: Sequence[str] = (),
+    rest: float = REST,
 ) -> list[Row]:
     """Measure one layer at every number of tokens; see `run`."""
     total = sum(rows)
@@ -326,13 +331,13 @@ def measure(
     for count in tokens:
         x = torch.randn(count, columns, dtype=DTYPE, device=device)
         row: Row = {"rows": rows, "columns": columns, "tokens": count}
-        row["cublas_us"] = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
+        row["cublas_us"] = _rested(rest, [partial(torch.nn.functional.linear, x, weight) for weight in dense])
         expected, _ = _choose(KERNELS, subject.formats, device, count)
         times: dict[str, float] = {}
         for kernel in KERNELS:
             wanted = kernel in (expected, DENSE) or (kernel.timed and not only_expected)
             if wanted and not any(kernel.refuses(form, DTYPE, device, count) for form in subject.formats):
-                times[kernel.name] = _time(kernel.name, subject.calls, kernel, x)
+                times[kernel.name] = _time(kernel.name, rest, subject.calls, kernel, x)
         table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
         chosen, refusals = _choose(table, subject.formats, device, count)
         if chosen is None or times[chosen.name] == math.inf:
@@ -355,13 +360,13 @@ def measure(
         for kind in activations:
             rounded = [replace(form, activation=kind) for form in subject.formats]
             best, _ = _choose(KERNELS, rounded, device, count)
-            taken = math.inf if best is None else _time(best.name, subject.calls, best, x, kind)
+            taken = math.inf if best is None else _time(best.name, rest, subject.calls, best, x, kind)
             if best is not None and taken < math.inf:
                 row |= {f"{kind}_us": taken, f"{kind}_kernel": best.name}
                 row[f"{kind}_over_cublas"] = row["cublas_us"] / taken
         for name, made in others.items():
             if PEERS[name].fewest <= count <= PEERS[name].most:
-                taken = _time(name, _peer_calls, made, x)
+                taken = _time(name, rest, _peer_calls, made, x)
                 if taken < math.inf:
                     row |= {f"{name}_us": taken, f"over_{name}": taken / ours}
         int4 = [row[f"over_{name}"] for name in INT4_PEERS if f"over_{name}" in row]
@@ -375,10 +380,17 @@ def _peer_calls(layers: Sequence[Layer], x: Tensor) -> list[Call]:
     return [partial(layer, x) for layer in layers]
 
 
-def _time(name: str, calls: Callable[..., Sequence[Call]], *subject: Any) -> float:
+def _rested(rest: float, calls: Sequence[Call]) -> float:
+    """Return the time of a call on a card that has had nothing to do for so many seconds."""
+    torch.cuda.synchronize()
+    time.sleep(rest)
+    return microseconds(calls)
+
+
+def _time(name: str, rest: float, calls: Callable[..., Sequence[Call]], *subject: Any) -> float:
     """Return the time of one of the calls that are made of the subject, or infinity if they fail."""
     try:
-        return microseconds(calls(*subject))
+        return _rested(rest, calls(*subject))
     except Exception as error:
         print(f"# {name}: {type(error).__name__}: {str(error)[:200]}")
         return math.inf
@@ -483,6 +495,7 @@ def run(
     tuned: bool = False,
     only_expected: bool = False,
     activations: Sequence[str] = (),
+    rest: float = REST,
     save: Callable[[Row], None] = lambda _found: None,
 ) -> Row:
     """Measure the layers of models, print as it goes, and return every figure.
@@ -495,6 +508,7 @@ def run(
         tuned: select by the times of this run, not by expectations.
         only_expected: of slimc's kernels, measure the one that is expected to be the best, and what it falls back on.
         activations: of `ACTIVATIONS`, what inputs are rounded to for further measurements.
+        rest: seconds before each measurement.
         save: takes the figures so far after every layer.
     """
     begun = time.perf_counter()
@@ -516,6 +530,7 @@ def run(
                 tuned=tuned,
                 only_expected=only_expected,
                 activations=activations,
+                rest=rest,
             )
             for row in made:
                 rows.append({"model": model, "layer": name, **row})
@@ -544,12 +559,15 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true", help="select by the times of this run")
     parser.add_argument("--chosen", action="store_true", help="of slimc's kernels only the expected one")
     parser.add_argument("--activations", default="", help=f"round inputs too, to some of {', '.join(ACTIVATIONS)}")
+    parser.add_argument("--rest", type=float, default=REST, help="seconds before each measurement")
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
     options = parser.parse_args()
     check_words(parser, "--models", options.models.split(","), LAYERS)
     check_words(parser, "--peers", filter(None, options.peers.split(",")), PEERS)
     check_words(parser, "--activations", filter(None, options.activations.split(",")), ACTIVATIONS)
+    if options.rest < 0:
+        parser.error(f"--rest is a number of seconds: {options.rest} is none")
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
 
@@ -565,6 +583,7 @@ def main() -> None:
         tuned=options.tuned,
         only_expected=options.chosen,
         activations=[kind for kind in options.activations.split(",") if kind],
+        rest=options.rest,
         save=save,
     )
     if options.plot:

@@ -114,7 +114,7 @@ class LaunchShape:
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
         apart: whether a warp brings weights and another activations, as it is with few tokens.
-        by_memory: whether blocks that share columns exchange sums through device memory, and are not launched as a cluster.
+        by_memory: whether blocks that share columns exchange sums through device memory; they are no cluster then.
     """
 
     tokens: int

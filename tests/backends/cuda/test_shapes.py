@@ -179,11 +179,11 @@ def test_measured_shapes_for_two_tiles_are_taken_by_the_layers_they_were_measure
 
 def test_the_launch_for_t_is_no_layer_without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     even = LaunchShape(128, 1, 4, 1, 1, 1, 128, even=True, spared=40)
-    found = [shapes.Measured(4096, 4096, 128, even)]
+    found = [shapes.Measured(57344, 4096, 128, even)]
     monkeypatch.setattr(shapes, "measured", lambda: {"layers": found, "factors": found})
     without = replace(FACTOR, sparse=True, group=0)
-    assert shapes.of_right(4096, 4096, 128, FACTOR, PROCESSORS).spared == 40
-    assert shapes.of_layer(4096, 4096, 128, without, (), PROCESSORS).spared == 4
+    assert shapes.of_right(57344, 4096, 128, FACTOR, PROCESSORS).spared == 40
+    assert shapes.of_layer(57344, 4096, 128, without, (), PROCESSORS).spared == 20
 
 
 def test_blocks_of_all_tiles_of_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
