@@ -16,10 +16,10 @@ gemlite, and torch's own `_weight_int4pack_mm` (tinygemm). 2:4 in 16 bits: cuSPA
 
 A call finds its weight in device memory, not in the cache: it goes round among copies that together exceed 150 MB.
 At least 32 calls are captured into a CUDA graph, as a model's step is; a figure is the median of its replays, in
-microseconds a call. All columns of a row are taken one after another in the same process, each after a rest: a card that
-has reached its power limit lowers its clock, and what was measured before would count (``--rest 0`` measures so). Bytes are those of the packed
-layer, of x and of y; beside the bandwidth of a large copy on the same card, which reads and writes, stands the byte
-limit: what the memory's clock and width would allow.
+microseconds a call. All columns of a row are taken one after another in the same process, each after a rest: a card
+that has reached its power limit lowers its clock, and what was measured before would count (``--rest 0`` measures so).
+Bytes are those of the packed layer, of x and of y; beside the bandwidth of a large copy on the same card, which reads
+and writes, stands the byte limit: what the memory's clock and width would allow.
 """
 
 from __future__ import annotations
