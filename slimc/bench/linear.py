@@ -290,7 +290,7 @@ class Subject:
         return [partial(lambda parts: [kernel.run(x, part, None) for part in parts], parts) for parts in states]
 
 
-def _choose(
+def chosen_for(
     kernels: Sequence[Kernel], formats: Sequence[LinearFormat], device: torch.device, tokens: int
 ) -> tuple[Kernel | None, dict[str, str]]:
     """Return the kernel of slimc's for a layer, or for several that are stacked, and the reasons against others."""
@@ -332,14 +332,14 @@ def measure(
         x = torch.randn(count, columns, dtype=DTYPE, device=device)
         row: Row = {"rows": rows, "columns": columns, "tokens": count}
         row["cublas_us"] = _rested(rest, [partial(torch.nn.functional.linear, x, weight) for weight in dense])
-        expected, _ = _choose(KERNELS, subject.formats, device, count)
+        expected, _ = chosen_for(KERNELS, subject.formats, device, count)
         times: dict[str, float] = {}
         for kernel in KERNELS:
             wanted = kernel in (expected, DENSE) or (kernel.timed and not only_expected)
             if wanted and not any(kernel.refuses(form, DTYPE, device, count) for form in subject.formats):
                 times[kernel.name] = _time(kernel.name, rest, subject.calls, kernel, x)
         table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
-        chosen, refusals = _choose(table, subject.formats, device, count)
+        chosen, refusals = chosen_for(table, subject.formats, device, count)
         if chosen is None or times[chosen.name] == math.inf:
             print(f"# no kernel of slimc's for {count} tokens: {refusals}")
             continue
@@ -359,7 +359,7 @@ def measure(
             row["share_of_byte_limit"] = needed / ours * 1e6 / peak
         for kind in activations:
             rounded = [replace(form, activation=kind) for form in subject.formats]
-            best, _ = _choose(KERNELS, rounded, device, count)
+            best, _ = chosen_for(KERNELS, rounded, device, count)
             taken = math.inf if best is None else _time(best.name, rest, subject.calls, best, x, kind)
             if best is not None and taken < math.inf:
                 row |= {f"{kind}_us": taken, f"{kind}_kernel": best.name}
