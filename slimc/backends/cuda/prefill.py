@@ -276,12 +276,11 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     else:
         tile = max(step.shape.tokens for step in (plan.main, plan.right) if step is not None)
         read, scales = _quantize(plan.quantizer, x, tokens, columns, tile, stream)
-    t = parts_of_t = None
+    t, parts, parts_of_t = None, _parts(plan.main, x.device), None
     if plan.right is not None:
-        t = x.new_empty(tokens, layer.ranks)
-        parts_of_t = _start(plan.right, read, None, t, None, scales, stream)
-    _start(plan.main, read, t, y, bias, scales, stream)
-    del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
+        t, parts_of_t = x.new_empty(tokens, layer.ranks), _parts(plan.right, x.device)
+        _start(plan.right, read, None, t, None, scales, stream, parts_of_t)
+    _start(plan.main, read, t, y, bias, scales, stream, parts)
     return y
 
 
@@ -306,10 +305,27 @@ def _quantize(
     return rounded, scales
 
 
+def _parts(step: _Launch, device: torch.device) -> Tensor | None:
+    """Return memory for the sums of tiles that blocks share, if any are.
+
+    Both launches have theirs before either is made, and until both are: they run beside each other, and another thread
+    may launch something between the two.
+    """
+    if step.ready is None:
+        return None
+    return torch.empty(step.grid * step.shape.rows * step.shape.tokens, dtype=torch.float32, device=device)
+
+
 def _start(
-    step: _Launch, x: Tensor, t: Tensor | None, y: Tensor, bias: Tensor | None, scales: Tensor | None, stream: int
-) -> Tensor | None:
-    """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
+    step: _Launch,
+    x: Tensor,
+    t: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    stream: int,
+    parts: Tensor | None,
+) -> None:
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
     driver.replace_address(arguments.x_map, x.data_ptr())
@@ -318,10 +334,8 @@ def _start(
     if arguments.rows % 8 == 0:
         driver.replace_address(arguments.y_map, y.data_ptr())
     arguments.y, arguments.bias, arguments.token_scale = y.data_ptr(), pointer(bias), pointer(scales)
-    parts = None
     if step.ready is not None:
-        parts = torch.empty(step.grid * step.shape.rows * step.shape.tokens, dtype=torch.float32, device=x.device)
-        arguments.parts, arguments.ready = parts.data_ptr(), step.ready.of_launch(stream)
+        arguments.parts, arguments.ready = pointer(parts), step.ready.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
@@ -331,7 +345,6 @@ def _start(
         programmatic=True,
         cluster=step.shape.multicast,
     )
-    return parts
 
 
 def make_plan(

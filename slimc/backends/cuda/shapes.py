@@ -384,7 +384,9 @@ def _in_one_round(
         return None
     room = processors * (1 if shape.alone else shape.blocks)
     measured_blocks = blocks_of(shape, one.rows) * -(-one.tokens // shape.tokens)
-    if shape.even or blocks <= room or (measured_blocks > room and not shape.alone):
+    # Blocks that run later would have the others wait for them.
+    may_be_later = not (shape.alone or shape.by_memory)
+    if shape.even or blocks <= room or (measured_blocks > room and may_be_later):
         return shape
     if shape.alone or shape.cluster > 1 or shape.column_groups > 1 or shape.blocks > 1:
         return None

@@ -617,7 +617,10 @@ __device__ __forceinline__ float4 piece_of(const float (&sum)[ROW_TILES][SUMS], 
     return make_float4(s[0], s[1], s[2], s[3]);
 }
 
-__device__ __forceinline__ void add(float4& s, const float4& v) { s.x += v.x; s.y += v.y; s.z += v.z; s.w += v.w; }
+// Never as one instruction with the product before: where that is done must not make a difference.
+__device__ __forceinline__ void add(float4& s, const float4& v) {
+    s = make_float4(__fadd_rn(s.x, v.x), __fadd_rn(s.y, v.y), __fadd_rn(s.z, v.z), __fadd_rn(s.w, v.w));
+}
 
 // Send sums of a thread to the block that writes them.
 __device__ __forceinline__ void send_sums(u32 to, u32 barrier, int block, const float4& s) {

@@ -98,19 +98,30 @@ def launch(plan: Plan, x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> 
     y = x.new_empty(*x.shape[:-1], layer.format.rows)
     x = round_inputs(x, layer.format.activation)
     if plan.right is None or layer.counters is None:
-        _start(plan.main, x, columns, None, y, bias, None, stream)
+        _start(plan.main, x, columns, None, y, bias, None, stream, _parts(plan.main, x.device))
         return y
     t = x.new_empty(x.numel() // columns, layer.ranks)
     flags = layer.counters.of_launch(stream), _next_mark()
-    parts_of_t = _start(plan.right, x, columns, None, t, None, flags, stream)
-    _start(plan.main, x, columns, t, y, bias, flags, stream)
-    del parts_of_t  # not before: the allocator would give it to the launch that runs beside the one that needs it
+    parts, parts_of_t = _parts(plan.main, x.device), _parts(plan.right, x.device)
+    _start(plan.right, x, columns, None, t, None, flags, stream, parts_of_t)
+    _start(plan.main, x, columns, t, y, bias, flags, stream, parts)
     return y
 
 
 def _next_mark() -> int:
     first, end = _MARKS
     return first + next(_launches) % (end - first)
+
+
+def _parts(step: _Launch, device: torch.device) -> Tensor | None:
+    """Return memory for the sums of tiles that blocks share, if any are.
+
+    That of a layer's launch is there before the one for t is made, and that one's until both are: W's sums may be written
+    as soon as what was launched before t has ended, and another thread may launch something between the two.
+    """
+    if step.sharing is None:
+        return None
+    return torch.empty(step.grid * step.shape.rows * step.shape.tokens, dtype=torch.float32, device=device)
 
 
 def _start(
@@ -122,8 +133,8 @@ def _start(
     bias: Tensor | None,
     flags: tuple[int, int] | None,
     stream: int,
-) -> Tensor | None:
-    """Launch, and return what must stay allocated until the next launch, which runs beside this one, is made too."""
+    parts: Tensor | None,
+) -> None:
     # Another thread may launch the same plan.
     arguments = _Arguments.from_buffer_copy(step.arguments)
     shape, tokens = step.shape, arguments.tokens
@@ -137,11 +148,8 @@ def _start(
     arguments.y, arguments.bias = y.data_ptr(), pointer(bias)
     if flags is not None:
         arguments.flags, arguments.mark = flags
-    parts = None
     if step.sharing is not None:
-        # Blocks write there after the launches before this one have ended: whoever had the memory has done with it.
-        parts = torch.empty(step.grid * shape.rows * shape.tokens, dtype=torch.float32, device=x.device)
-        arguments.parts, arguments.shared = parts.data_ptr(), step.sharing.of_launch(stream)
+        arguments.parts, arguments.shared = pointer(parts), step.sharing.of_launch(stream)
     step.launcher(
         arguments,
         grid=(step.grid, 1, 1),
@@ -152,7 +160,6 @@ def _start(
         cluster=1 if shape.by_memory else shape.cluster,
         spread=step.shape.tokens <= shapes.FEW_TOKENS,
     )
-    return parts
 
 
 def make_plan(
