@@ -116,8 +116,8 @@ def _next_mark() -> int:
 def _parts(step: _Launch, device: torch.device) -> Tensor | None:
     """Return memory for the sums of tiles that blocks share, if any are.
 
-    That of a layer's launch is there before the one for t is made, and that one's until both are: W's sums may be written
-    as soon as what was launched before t has ended, and another thread may launch something between the two.
+    Both launches have theirs before either is made, and until both are: W's sums may be written as soon as what was
+    launched before t has ended, and another thread may launch something between the two.
     """
     if step.sharing is None:
         return None

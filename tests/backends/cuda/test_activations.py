@@ -51,8 +51,9 @@ def test_adapters_read_the_rounded_input(
     held = layer.prepare(replace(make_packed(256, 256, 20), activation=kind))
     held.counters = SimpleNamespace(of_launch=lambda _stream: 0)  # type: ignore[assignment]
     x = torch.randn(3, 256).to(BF16)
-    module.launch(SimpleNamespace(main="main", right="right", quantizer=None), x, held, None)
-    assert [step for step, _ in read] == ["right", "main"]
+    main, right = SimpleNamespace(sharing=None, ready=None), SimpleNamespace(sharing=None, ready=None)
+    module.launch(SimpleNamespace(main=main, right=right, quantizer=None), x, held, None)
+    assert [step is main for step, _ in read] == [False, True]
     assert all(torch.equal(given, round_tokens(x, kind)) for _, given in read)
 
 
