@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import json
 import math
-import os
 import statistics
 import threading
 import time
@@ -34,6 +33,9 @@ GRAPH_CALLS = 32
 REST, PERIOD = 2.0, 0.02
 """Seconds before each load, and between two looks at the card."""
 
+SHORTEST = 0.1
+"""Seconds of a load, at least."""
+
 SHOWN = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Seconds after its beginning at which the time of a call is shown."""
 
@@ -42,15 +44,18 @@ SM_CLOCK = 1
 
 
 class Card:
-    """The clock and power of the device that PyTorch uses, from NVIDIA's management library."""
+    """The clock and power of the device that PyTorch uses, from NVIDIA's management library.
+
+    Raises:
+        RuntimeError: the library does not know the card.
+    """
 
     def __init__(self) -> None:
         self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        self._nvml.nvmlInit_v2()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        index = int(visible[0]) if visible[0].isdigit() else torch.cuda.current_device()
+        uuid = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
         self._handle = ctypes.c_void_p()
-        self._nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._handle))
+        if self._nvml.nvmlInit_v2() or self._nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(self._handle)):
+            raise RuntimeError("the driver's management library does not know this card")
         self.limit = self._read("nvmlDeviceGetEnforcedPowerLimit") / 1e3
 
     def _read(self, function: str, *which: int) -> int:
@@ -60,7 +65,11 @@ class Card:
         return value.value
 
     def look(self) -> tuple[int, float]:
-        """Return the clock of the multiprocessors in MHz and the power in watts, an average of the last second."""
+        """Return the clock of the multiprocessors in MHz and the power in watts, an average of the last second.
+
+        Raises:
+            RuntimeError: the driver does not tell.
+        """
         return self._read("nvmlDeviceGetClockInfo", SM_CLOCK), self._read("nvmlDeviceGetPowerUsage") / 1e3
 
 
@@ -116,6 +125,8 @@ def main() -> None:
     options = parser.parse_args()
     check_words(parser, "--model", [options.model], LAYERS)
     check_words(parser, "--layers", options.layers.split(","), SERVED)
+    if options.seconds < SHORTEST:
+        parser.error(f"--seconds is at least {SHORTEST}, to look at the card some times")
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
     card, name = Card(), torch.cuda.get_device_name()

@@ -428,7 +428,10 @@ class Found:
         self._entries[table][entry["rows"], entry["columns"], entry["tokens"]] = entry
 
     def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
-        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``."""
+        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``.
+
+        What was measured of its factors stays even so: other layers may have factors of this size.
+        """
         (parts, columns), (main, right) = clock.layer, pair
         rows, size, ranks = sum(parts), shapes.token_tile(tokens), None
         if tokens > size:

@@ -71,7 +71,7 @@ class SignedLayer:
 
     @property
     def widest(self) -> LinearFormat:
-        """The format of the layer with most rows, which chooses the kernel for all."""
+        """The format of the layer with most rows: a kernel must accept it; what kernels expect, they say of all."""
         return max(self.formats, key=lambda form: form.rows)
 
 

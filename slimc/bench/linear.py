@@ -294,8 +294,12 @@ def chosen_for(
     kernels: Sequence[Kernel], formats: Sequence[LinearFormat], device: torch.device, tokens: int
 ) -> tuple[Kernel | None, dict[str, str]]:
     """Return the kernel of slimc's for a layer, or for several that are stacked, and the reasons against others."""
-    widest = max(formats, key=lambda form: form.rows)
-    return choose(kernels, widest, DTYPE, device, tokens, formats)
+    return choose(kernels, widest_of(formats), DTYPE, device, tokens, formats)
+
+
+def widest_of(formats: Sequence[LinearFormat]) -> LinearFormat:
+    """Return the format with most rows."""
+    return max(formats, key=lambda form: form.rows)
 
 
 class MeasuredHere:
@@ -307,6 +311,18 @@ class MeasuredHere:
     def of(self, _spec: LinearFormat, _dtype: torch.dtype, _device: torch.device) -> Mapping[int, Mapping[str, float]]:
         """Return what was measured."""
         return self._times
+
+
+def fastest_for(
+    kernels: Sequence[Kernel],
+    formats: Sequence[LinearFormat],
+    device: torch.device,
+    tokens: int,
+    times: Mapping[str, float],
+) -> tuple[Kernel | None, dict[str, str]]:
+    """Return the kernel that took the least time for all layers as one, whatever kernels expect of a stack."""
+    table = KernelTable(kernels, MeasuredHere(tokens, times))
+    return choose(table, widest_of(formats), DTYPE, device, tokens)
 
 
 def measure(
@@ -338,9 +354,11 @@ def measure(
             wanted = kernel in (expected, DENSE) or (kernel.timed and not only_expected)
             if wanted and not any(kernel.refuses(form, DTYPE, device, count) for form in subject.formats):
                 times[kernel.name] = _time(kernel.name, rest, subject.calls, kernel, x)
-        table = KernelTable(KERNELS, MeasuredHere(count, times)) if tuned else KERNELS
-        chosen, refusals = chosen_for(table, subject.formats, device, count)
-        if chosen is None or times[chosen.name] == math.inf:
+        if tuned:
+            chosen, refusals = fastest_for(KERNELS, subject.formats, device, count, times)
+        else:
+            chosen, refusals = chosen_for(KERNELS, subject.formats, device, count)
+        if chosen is None or times.get(chosen.name, math.inf) == math.inf:
             print(f"# no kernel of slimc's for {count} tokens: {refusals}")
             continue
         ours = times[chosen.name]

@@ -1,8 +1,8 @@
 """Which kernel computes a layer: an ordered table of kernels, each of which accepts a case or says why not.
 
 The table comes from the backends; this module only knows how to choose. The choice depends on what is fixed for a
-layer (its format, device and dtype) and on the number of tokens, which is rounded up to a power of two, so that
-thresholds in a kernel's ``accepts`` and ``expects`` should be powers of two.
+layer (its format, device and dtype), on the layers that are run with it as one, and on the number of tokens, which is
+rounded up to a power of two, so that thresholds in a kernel's ``accepts`` and ``expects`` should be powers of two.
 
 Where the kernels that accept were timed on this device, the fastest is chosen. Elsewhere it is the first in the table
 that is expected to be fast. Choosing never measures anything, so it may happen while a CUDA graph is captured.

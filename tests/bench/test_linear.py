@@ -9,6 +9,8 @@ import torch
 
 from slimc.bench import linear
 from slimc.bench.linear import COLD_BYTES, LAYERS, SERVED, copies, geometric_mean, print_means
+from slimc.runtime.formats import LinearFormat, WeightFormat
+from slimc.runtime.select import Kernel
 
 
 def test_copies_exceed_the_cache_and_are_two_at_least() -> None:
@@ -65,3 +67,30 @@ def test_copies_of_a_peers_layer_have_memory_of_their_own() -> None:
     module.handle = Lock()  # type: ignore[assignment]
     assert linear._another(module, lambda: len) is len
     assert linear._another(len, lambda: repr) is repr  # type: ignore[arg-type]
+
+
+def test_nothing_is_timed_before_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("ended"))
+    monkeypatch.setattr(linear.time, "sleep", lambda seconds: done.append(seconds))
+    monkeypatch.setattr(linear, "microseconds", lambda calls: done.append(calls) or 7.5)
+    assert linear._time("a kernel", 0.25, lambda what: [what], "a call") == 7.5
+    assert done == ["ended", 0.25, ["a call"]]
+
+
+def test_a_rest_is_no_less_than_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["linear", "--rest", "-1"])
+    with pytest.raises(SystemExit, match="2"):
+        linear.main()
+    assert "--rest is a number of seconds" in capsys.readouterr().err
+
+
+def test_a_selection_by_times_takes_what_was_the_fastest_for_all_layers_as_one() -> None:
+    def kernel(name: str, doubt: str | None) -> Kernel:
+        return Kernel(name, lambda *_: None, lambda packed: packed, lambda x, *_: x, expects=lambda _case: doubt)
+
+    doubting, sure = kernel("doubting", "slow for stacks"), kernel("sure", None)
+    formats = [LinearFormat(WeightFormat(rows, 64, 4, group=64, dtype=torch.bfloat16)) for rows in (64, 128)]
+    device, times = torch.device("cpu"), {"doubting": 1.0, "sure": 2.0}
+    assert linear.chosen_for([doubting, sure], formats, device, 16)[0] is sure
+    assert linear.fastest_for([sure, doubting], formats, device, 16, times)[0] is doubting

@@ -2,7 +2,8 @@
 
 ``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
 (``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
-columns, if they suit it; else the one of `CANDIDATES` that fills the device best.
+columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
+those of two tiles); else the one of `CANDIDATES` that fills the device best.
 """
 
 from __future__ import annotations
@@ -98,23 +99,33 @@ class Form:
 class LaunchShape:
     """How a launch divides the work; see the head of ``stream.cu``.
 
+    A tile of results is `rows` rows by `tokens` tokens. One block computes it, or several share its columns, in one of
+    three ways: as a cluster (`cluster` > 1); through device memory (`by_memory`: 2 to `MOST_BY_MEMORY` blocks of more
+    than `FEW_TOKENS` tokens, one column group); or, where a layer has more tiles than blocks find room at once, as
+    `even` says (no cluster, one column group, not `by_memory`). `fits` holds these rules.
+
     Attributes:
         tokens: of a block.
         row_tiles: tiles of 64 rows that a warpgroup holds at once.
         row_groups: warpgroups with rows of their own.
         column_groups: warpgroups that share the columns of the same rows.
-        cluster: blocks that share the columns.
+        cluster: blocks that share the columns of a tile; they are launched as a cluster unless `by_memory`.
         blocks: blocks that a multiprocessor holds at once, of this launch and those around it.
         step: columns of a slot of the ring, 128 or 256.
         stages: slots of the ring of weights, at most; as many as fit beside the other blocks if 0.
         inputs: slots of the ring of activations, at most; as many as of weights if 0.
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
-        even: whether the blocks of the launch, no more than there are tiles, divide the slots of all tiles evenly.
-        spared: multiprocessors that an even launch leaves to the launch for t, which runs meanwhile.
+        even: whether the launch has no more blocks than run at once, nor than tiles, and divides the columns (and
+            ranks of L) of all tiles evenly among them. A block then ends a tile that another began, computes whole
+            ones, and begins one, whose sums it hands on through device memory. No measured shape has it: it is what
+            a layer gets whose blocks would take a second round (`_in_one_round`).
+        spared: multiprocessors on which an even launch has no blocks: for the launch for t, which runs meanwhile, or,
+            without adapters, so that each block has whole tiles (`_idle`).
         window: slots of weights under way at once, at most; all of their ring if 0.
         turn: slots of W that each block's first one is further on than that of the block before it.
         apart: whether a warp brings weights and another activations, as it is with few tokens.
-        by_memory: whether blocks that share columns exchange sums through device memory; they are no cluster then.
+        by_memory: whether the blocks that share a tile exchange sums through device memory, as ordinary blocks, and
+            not as a cluster, which must find room all at once.
     """
 
     tokens: int
@@ -202,7 +213,10 @@ class LaunchShape:
         return stages, inputs
 
     def fits(self, form: Form) -> bool:
-        """Whether warpgroups can wait for a slot while they hold another, and the rings take their sums at the end."""
+        """Whether blocks share columns in a way that the kernel knows, and rings fit in shared memory.
+
+        Warpgroups must be able to wait for a slot while they hold another, and the rings to take their sums at the end.
+        """
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
         sums += self._sent_bytes if self.tokens >= MANY_TOKENS else 0
@@ -225,9 +239,7 @@ class LaunchShape:
 
     @property
     def _may_share(self) -> bool:
-        pieces = self.row_tiles * self.tokens // 8
-        few = 1 < self.cluster <= min(MOST_BY_MEMORY, pieces)
-        return few and self.column_groups == 1 and self.tokens > FEW_TOKENS
+        return 1 < self.cluster <= MOST_BY_MEMORY and self.column_groups == 1 and self.tokens > FEW_TOKENS
 
     @property
     def _sent_bytes(self) -> int:
@@ -251,7 +263,8 @@ class Measured:
         tokens: of the call, rounded up to a size of `TOKEN_TILES`, or to `MOST_TOKENS`; for so many there are entries
             only where ``cuda-prefill`` took longer in the same run.
         shape: that took the least time.
-        ranks: of all factors of the layer, each rounded up to whole units of L, where tokens are `MOST_TOKENS`.
+        ranks: of all factors of the layer, each rounded up to whole units of L, where tokens are `MOST_TOKENS`; None
+            for factors and for fewer tokens.
     """
 
     rows: int
@@ -286,6 +299,13 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
 def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int) -> LaunchShape:
     """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns.
 
+    Args:
+        ranks: of all factors of the layer, or of all layers of a stack.
+        columns: of the layer.
+        tokens: of the call.
+        form: of R.
+        processors: multiprocessors of the device.
+
     Raises:
         KernelError: no shape suits the factor.
     """
@@ -295,7 +315,8 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int)
 def pays_for_two_tiles(rows: Sequence[int], columns: int, ranks: int, form: Form, processors: int) -> bool:
     """Return whether more tokens than a tile has take less time than in ``cuda-prefill``.
 
-    It does only where just this layer was measured, on a card with no more multiprocessors.
+    It does only where just this layer was measured, and this card has no fewer multiprocessors than the one it was
+    measured on.
 
     Args:
         rows: of each layer of a stack, or of the one.
@@ -353,10 +374,11 @@ def _choose(
             shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
             if shape is not None and shape.fits(form):
                 return shape
-    possible = [shape for shape in suiting(candidates, tile, form) if not shape.alone]
+    possible = list(suiting(candidates, tile, form))
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
-    # Blocks of a second wave begin late; too few leave multiprocessors idle.
+    # Blocks of a second wave begin late; too few leave multiprocessors idle. Of one tile of tokens, as these numbers
+    # were found.
     fewest, most, wanted = (round(share * processors) for share in FILLING)
     filling = [shape for shape in possible if fewest <= blocks_of(shape, rows, starts) <= most]
     if filling:
@@ -379,7 +401,7 @@ def _in_one_round(
         shape = _by_itself(shape, blocks // shape.cluster, processors)
         blocks = blocks // one.shape.cluster * shape.cluster
     takes_all = shape.blocks == 1 and shape.tokens <= FEW_TOKENS
-    if takes_all and not by_itself and blocks > processors // 2:
+    if takes_all and form.adapters and blocks > processors // 2:
         # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device.
         return None
     room = processors * (1 if shape.alone else shape.blocks)

@@ -1,4 +1,4 @@
-// y = scale * (x @ W^T) + t @ L^T + bias on Hopper, for up to 128 tokens: as fast as the weight comes from memory.
+// y = scale * (x @ W^T) + t @ L^T + bias on Hopper, for up to 128 tokens, or 256 as two tiles: as fast as the weight comes from memory.
 //
 // The copy engine brings weights to shared memory in the order of their use, in a ring of slots, and in another ring the
 // activations that meet them. Weights do not depend on the launch before: a block fills their ring while that still runs,

@@ -2,7 +2,7 @@
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
 so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the
-shape of the launch, so results are the same from call to call.
+shape of the launch and the number of its blocks, so results are the same from call to call.
 """
 
 from __future__ import annotations
@@ -240,8 +240,7 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         left_units = max(arguments.rank_units[: arguments.members]) if form.adapters else 0
         arguments.tiles, arguments.slots = tiles, arguments.steps + -(-left_units // shape.left_units)
         processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-        room = max(processors - shape.spared, 1) * shape.blocks
-        grid = min(tiles, room, processors if shape.alone else room)
+        grid = min(tiles, max(processors - shape.spared, 1) * (1 if shape.alone else shape.blocks))
     if shape.even or shape.by_memory:
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
     return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)

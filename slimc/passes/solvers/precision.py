@@ -15,7 +15,8 @@ __all__ = ["processor_products"]
 def processor_products(precision: Literal["ieee", "bf16"]) -> Iterator[None]:
     """Let the CPU multiply float32 matrices as they are, or rounded to bfloat16; sums are in float32 either way.
 
-    Nothing changes with releases of PyTorch before 2.9, which lack the setting.
+    The setting is of the whole process: not for several threads at once. Nothing changes with releases of PyTorch
+    before 2.9, which lack it.
     """
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if settings is None:
