@@ -18,6 +18,7 @@ from slimc.backends.cuda import stream
 from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
 from slimc.backends.cuda.prefill import PREFILL
 from slimc.backends.cuda.shapes import LaunchShape
+from slimc.bench.exact import exact_product, exact_weights
 from slimc.bench.linear import DTYPE, copies, microseconds, random_layer
 from slimc.errors import KernelError
 from slimc.runtime.packing import PackedLinear
@@ -133,45 +134,15 @@ def _parts(rows: tuple[int, ...], columns: int, copy: int) -> list[PackedLinear]
     return [exact_weights(random_layer(part, columns, 100 * copy + seed)) for seed, part in enumerate(rows)]
 
 
-def exact_weights(packed: PackedLinear) -> PackedLinear:
-    """Return a layer with powers of two for scales: 16 bits hold each weight, whoever multiplies code and scale."""
-    tensors = {
-        name: torch.exp2(torch.log2(tensor.float()).floor()).to(tensor.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in packed.tensors().items()
-    }
-    return PackedLinear.assemble(packed.format, tensors)
-
-
 def _join(packed: Sequence[PackedLinear]) -> FragmentLayer:
     parts = [prepare(one) for one in packed]
     return stack(parts) if len(parts) > 1 else parts[0]
 
 
 def product(packed: Sequence[PackedLinear], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what layers of `exact_weights` give for one input, and how far from it a result may be.
-
-    A kernel rounds t and y to 16 bits, and adds up exact products in float32: that is 2^-20 of the sum of their sizes
-    at most, which a tensor core may add up with fewer bits than an addition has, and this product's own roundings.
-
-    Returns:
-        Both float32 [tokens, rows of all].
-    """
-    unit = torch.finfo(x.dtype).eps / 2
-    exact, bounds = [], []
-    for one in packed:
-        weight, inputs = one.weight.decode().double(), x.double()
-        y, size = inputs @ weight.T, inputs.abs() @ weight.abs().T
-        rounded = torch.zeros_like(y)
-        if one.left is not None and one.right is not None:
-            left, right = one.left.decode().double(), one.right.decode().double()
-            t = inputs @ right.T
-            y += t @ left.T
-            rounded = t.abs() @ left.abs().T
-            size += inputs.abs() @ right.abs().T @ left.abs().T
-        exact.append(y.float())
-        # A rounded y is rounded t's; both at once are a unit of a unit more.
-        bounds.append((unit * (y.abs() + (1 + unit) * rounded) + 2**-20 * size).float())
-    return torch.cat(exact, 1), torch.cat(bounds, 1)
+    """Return what layers give that are run as one, and how far from it a result may be: both float32 [tokens, rows]."""
+    exact, bounds = zip(*(exact_product(one, x) for one in packed), strict=True)
+    return torch.cat(exact, 1).float(), torch.cat(bounds, 1).float()
 
 
 def _measure(

@@ -109,8 +109,8 @@ def signed(
         kernel = layer.chosen.get(case)
         if kernel is None:
             able = kernels if len(layer.formats) == 1 else stacking
-            rests = [replace(form, binary=None) for form in layer.formats]
-            kernel, refusals = choose(able, replace(spec, binary=None), x.dtype, x.device, len(inputs), rests)
+            rest, rests = replace(spec, binary=None), _rests(layer.formats)
+            kernel, refusals = choose(able, rest, x.dtype, x.device, len(inputs), rests)
             if kernel is None:
                 raise KernelError(f"no kernel computes {len(inputs)} tokens of {spec.describe()}: {refusals}")
             layer.chosen[case] = kernel

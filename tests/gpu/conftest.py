@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimc.bench.exact import exact_product, exact_weights
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
 
@@ -87,13 +88,7 @@ def check_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor
 
 
 def make_exact_layer(rows: int, columns: int, rank: int = 0, **options: Any) -> PackedLinear:
-    """Return a layer whose scales are powers of two: 16 bits hold each weight, whoever multiplies code and scale."""
-    packed = make_layer(rows, columns, rank, **options)
-    tensors = {
-        name: torch.exp2(torch.log2(tensor.float()).floor()).to(tensor.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in packed.tensors().items()
-    }
-    return PackedLinear.assemble(packed.format, tensors)
+    return exact_weights(make_layer(rows, columns, rank, **options))
 
 
 def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -101,18 +96,7 @@ def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: 
 
     With the ranks of a model the other bound is larger than the result: it has room for a rounding of each weight.
     """
-    unit = torch.finfo(x.dtype).eps / 2
-    weight, inputs = packed.weight.decode().double(), x.double()
-    exact, size, rounded = inputs @ weight.T, inputs.abs() @ weight.abs().T, 0.0
-    if packed.left is not None and packed.right is not None:
-        left, right = packed.left.decode().double(), packed.right.decode().double()
-        t = inputs @ right.T
-        exact += t @ left.T
-        rounded = t.abs() @ left.abs().T
-        size += inputs.abs() @ right.abs().T @ left.abs().T
-    if bias is not None:
-        exact += bias.double()
-    bound = unit * (exact.abs() + (1 + unit) * rounded) + 2**-20 * size
+    exact, bound = exact_product(packed, x, bias)
     assert bool((bound.mean() < 0.1 * exact.std()).item())
     assert bool(((y.double() - exact).abs() <= bound).all())
 
