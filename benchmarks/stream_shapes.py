@@ -272,7 +272,7 @@ class Search:
         starts = [sum(self._rows[:one]) for one in range(1, len(self._rows))]
         self.present: Pair = (
             shapes.of_layer(sum(self._rows), columns, tokens, LAYER, starts, self._processors),
-            shapes.of_right(clock.ranks, columns, tokens, FACTOR, self._processors),
+            shapes.of_right(clock.ranks, columns, tokens, FACTOR, self._processors, sum(self._rows)),
         )
         self.times: dict[Pair, float] = {}
         self.rival: float | None = None
@@ -425,22 +425,20 @@ class Found:
 
     def add(self, table: str, entry: dict[str, object]) -> None:
         """Take a shape, in place of one of the same layer and tokens."""
-        self._entries[table][entry["rows"], entry["columns"], entry["tokens"]] = entry
+        self._entries[table][tuple(entry.get(name) for name in ("rows", "columns", "tokens", "beside"))] = entry
 
     def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
-        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``.
-
-        What was measured of its factors stays even so: other layers may have factors of this size.
-        """
+        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``."""
         (parts, columns), (main, right) = clock.layer, pair
         rows, size, ranks = sum(parts), shapes.token_tile(tokens), None
         if tokens > size:
             size, ranks = shapes.MOST_TOKENS, clock.ranks
             if rival is None or not taken < rival < math.inf:
-                self._entries["layers"].pop((rows, columns, size), None)
+                self._entries["layers"].pop((rows, columns, size, None), None)
+                self._entries["factors"].pop((clock.ranks, columns, size, rows), None)
                 return
         self.add("layers", shapes.as_entry(Measured(rows, columns, size, main, ranks)))
-        self.add("factors", shapes.as_entry(Measured(clock.ranks, columns, size, right)))
+        self.add("factors", shapes.as_entry(Measured(clock.ranks, columns, size, right, beside=rows)))
 
     def write(self) -> None:
         """Write the file, an entry a line."""

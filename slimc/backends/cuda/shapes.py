@@ -265,6 +265,8 @@ class Measured:
         shape: that took the least time.
         ranks: of all factors of the layer, each rounded up to whole units of L, where tokens are `MOST_TOKENS`; None
             for factors and for fewer tokens.
+        beside: rows of the layer whose launch it was measured beside, for factors; None for layers. Two layers may have
+            factors of one size, and leave them different shares of the device.
     """
 
     rows: int
@@ -272,6 +274,7 @@ class Measured:
     tokens: int
     shape: LaunchShape
     ranks: int | None = None
+    beside: int | None = None
 
 
 def token_tile(tokens: int) -> int:
@@ -296,7 +299,7 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
     return _choose("layers", CANDIDATES, rows, columns, tokens, form, starts, processors)
 
 
-def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int) -> LaunchShape:
+def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int, beside: int) -> LaunchShape:
     """Choose the shape of the launch for t, which has few rows: it ends sooner the more blocks share its columns.
 
     Args:
@@ -305,11 +308,12 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int)
         tokens: of the call.
         form: of R.
         processors: multiprocessors of the device.
+        beside: rows of the layer, or of all layers of a stack, whose launch follows.
 
     Raises:
         KernelError: no shape suits the factor.
     """
-    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tokens, form, (), processors)
+    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tokens, form, (), processors, beside)
 
 
 def pays_for_two_tiles(rows: Sequence[int], columns: int, ranks: int, form: Form, processors: int) -> bool:
@@ -364,11 +368,12 @@ def _choose(
     form: Form,
     starts: Sequence[int],
     processors: int,
+    beside: int | None = None,
 ) -> LaunchShape:
     tile = token_tile(tokens)
     for size in (MOST_TOKENS, tile) if tokens > tile else (tile,):
         of_this_size = [one for one in measured()[table] if one.tokens == size]
-        for one in sorted(of_this_size, key=lambda one: _distance(one, rows, columns)):
+        for one in sorted(of_this_size, key=lambda one: (_distance(one, rows, columns), _distance_beside(one, beside))):
             if _distance(one, rows, columns) > math.log2(NEAR):
                 break
             shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
@@ -437,6 +442,10 @@ def _idle(tiles: int, processors: int) -> int:
 
 def _distance(one: Measured, rows: int, columns: int) -> float:
     return abs(math.log2(one.rows / rows)) + abs(math.log2(one.columns / columns))
+
+
+def _distance_beside(one: Measured, beside: int | None) -> float:
+    return abs(math.log2(one.beside / beside)) if one.beside and beside else 0.0
 
 
 @cache
@@ -541,5 +550,4 @@ RIGHT_CANDIDATES = {
 
 def as_entry(one: Measured) -> dict[str, object]:
     """Return an entry of the file of measured shapes."""
-    entry = asdict(one)
-    return entry if one.ranks is not None else {name: value for name, value in entry.items() if name != "ranks"}
+    return {name: value for name, value in asdict(one).items() if value is not None}

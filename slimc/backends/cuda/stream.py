@@ -206,7 +206,7 @@ def make_plan(
     if layer.right is None or layer.right_scale is None:
         return Plan(main, None)
     form = Form(False, FACTOR_GROUP, False, dtype)
-    shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors)
+    shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors, spec.rows)
     arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
     _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
     return Plan(main, _plan_launch(arguments, shape, form, -(-layer.ranks // shape.rows), layer))

@@ -162,7 +162,7 @@ def test_two_tiles_of_tokens_have_shapes_of_their_own() -> None:
     for tokens in (129, 256):
         assert shapes.of_layer(4096, 4096, tokens, LAYER, (), PROCESSORS) == O_SHAPE
         assert shapes.of_layer(12288, 4096, tokens, LAYER, (4096, 8192), PROCESSORS) == QKV_SHAPE
-        assert shapes.of_right(448, 4096, tokens, FACTOR, PROCESSORS) == RIGHT_SHAPE
+        assert shapes.of_right(448, 4096, tokens, FACTOR, PROCESSORS, 4096) == RIGHT_SHAPE
     assert shapes.of_layer(4096, 4096, 128, LAYER, (), PROCESSORS) != O_SHAPE
 
 
@@ -182,7 +182,7 @@ def test_the_launch_for_t_is_no_layer_without_adapters(monkeypatch: pytest.Monke
     found = [shapes.Measured(57344, 4096, 128, even)]
     monkeypatch.setattr(shapes, "measured", lambda: {"layers": found, "factors": found})
     without = replace(FACTOR, sparse=True, group=0)
-    assert shapes.of_right(57344, 4096, 128, FACTOR, PROCESSORS).spared == 40
+    assert shapes.of_right(57344, 4096, 128, FACTOR, PROCESSORS, 57344).spared == 40
     assert shapes.of_layer(57344, 4096, 128, without, (), PROCESSORS).spared == 20
 
 
@@ -257,9 +257,16 @@ def test_blocks_that_share_columns_through_memory_are_more_without_a_launch_for_
     assert not shapes.of_layer(16384, 8192, 128, LAYER, (), PROCESSORS).by_memory
 
 
-def test_blocks_of_the_whole_shared_memory_take_the_whole_device_without_a_launch_for_t() -> None:
-    whole = [one for one in shapes.measured()["layers"] if one.tokens <= shapes.FEW_TOKENS and one.shape.blocks == 1]
-    for one in whole:
+def whole_multiprocessors() -> list[shapes.Measured]:
+    """What was measured of layers whose blocks, of few tokens, take all of the shared memory."""
+    return [one for one in shapes.measured()["layers"] if one.tokens <= shapes.FEW_TOKENS and one.shape.blocks == 1]
+
+
+def test_blocks_of_the_whole_shared_memory_take_the_whole_device_without_a_launch_for_t(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for one in whole_multiprocessors():
+        monkeypatch.setattr(shapes, "measured", lambda one=one: {"layers": [one]})
         without = replace(LAYER, adapters=False)
         assert shapes.of_layer(5120, one.columns, one.tokens, without, (), PROCESSORS) == one.shape
 
@@ -294,13 +301,27 @@ def test_blocks_that_run_alone_take_no_second_round() -> None:
         assert not other.alone or shapes.blocks_of(other, one.rows) < blocks
 
 
-def test_blocks_of_the_whole_shared_memory_leave_half_of_the_device_to_the_launch_for_t() -> None:
-    whole = [one for one in shapes.measured()["layers"] if one.tokens <= shapes.FEW_TOKENS and one.shape.blocks == 1]
+def test_blocks_of_the_whole_shared_memory_leave_half_of_the_device_to_the_launch_for_t(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = whole_multiprocessors()
     assert whole
     for one in whole:
+        monkeypatch.setattr(shapes, "measured", lambda one=one: {"layers": [one]})
         assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS) == one.shape
         for rows in (5120, 6144):
             assert shapes.of_layer(rows, one.columns, one.tokens, LAYER, (), PROCESSORS).blocks > 1
+
+
+def test_factors_of_one_size_take_what_was_measured_beside_their_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [
+        shapes.Measured(896, 4096, 16, LaunchShape(16, 1, 1, 2, cluster, blocks=3, step=128), beside=rows)
+        for cluster, rows in ((4, 22016), (2, 28672))
+    ]
+    for order in (measured, measured[::-1]):
+        monkeypatch.setattr(shapes, "measured", lambda order=order: {"factors": order})
+        found = [shapes.of_right(896, 4096, 16, FACTOR, PROCESSORS, rows) for rows in (22016, 28672, 4096, 57344)]
+        assert [shape.cluster for shape in found] == [4, 2, 4, 2]
 
 
 def test_measured_shapes_can_be_launched() -> None:
@@ -318,7 +339,7 @@ def test_every_layer_gets_a_shape_for_its_tokens(rows: int, columns: int, tokens
     shape = shapes.of_layer(rows, columns, tokens, LAYER, (), PROCESSORS)
     assert shape.tokens == shapes.token_tile(tokens) >= min(tokens, 128)
     assert shape.fits(LAYER)
-    right = shapes.of_right(64, columns, tokens, FACTOR, PROCESSORS)
+    right = shapes.of_right(64, columns, tokens, FACTOR, PROCESSORS, rows)
     assert right.tokens <= 64
     assert right.fits(FACTOR)
 
@@ -347,7 +368,7 @@ def test_the_kernel_compiles_and_its_products_overlap(
     if form is LAYER:
         shape = shapes.of_layer(4096, 4096, tokens, form, (), PROCESSORS)
     else:
-        shape = shapes.of_right(448, 4096, tokens, form, PROCESSORS)
+        shape = shapes.of_right(448, 4096, tokens, form, PROCESSORS, 4096)
     with caplog.at_level(logging.DEBUG, compiler.__name__):
         cubin = compiler.compile_source(
             source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(shape, form)
