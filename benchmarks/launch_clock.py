@@ -1,6 +1,7 @@
 """Times calls of ``cuda-stream`` with launch shapes of choice, in a process of its own: one may fault or never end.
 
-Every result is compared with the product of the decoded weights.
+Every result is compared with the product of the decoded weights. What is timed is the layer behind its like, or a whole
+decoding step that it is part of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
+from decoder_step import DECODERS, Step
 from torch import Tensor
 
 from slimc.backends.cuda import stream
@@ -19,7 +21,7 @@ from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
 from slimc.backends.cuda.prefill import PREFILL
 from slimc.backends.cuda.shapes import LaunchShape
 from slimc.bench.exact import exact_product, exact_weights
-from slimc.bench.linear import DTYPE, copies, microseconds, random_layer
+from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
 from slimc.errors import KernelError
 from slimc.runtime.packing import PackedLinear
 
@@ -31,6 +33,9 @@ START_SECONDS, CASE_SECONDS = 100, 10
 Pair = tuple[LaunchShape, LaunchShape]
 """Shapes of a layer's launch and of the one for t."""
 
+Place = tuple[str, str]
+"""A model, and one of its layers."""
+
 
 class Clock:
     """Measures calls of one layer in a process of its own, and starts another when one does not answer.
@@ -40,10 +45,11 @@ class Clock:
     Args:
         rows: of the layers that are stacked.
         columns: of the layer.
+        place: the layer's model and name in `LAYERS`, to time a decoder of it; None to time the layer.
     """
 
-    def __init__(self, rows: tuple[int, ...], columns: int) -> None:
-        self.layer = rows, columns
+    def __init__(self, rows: tuple[int, ...], columns: int, place: Place | None = None) -> None:
+        self.layer, self._place = (rows, columns), place
         self._context = multiprocessing.get_context("spawn")
         self._ranks: int | None = None
         self._start()
@@ -51,7 +57,7 @@ class Clock:
     def _start(self) -> None:
         self._is_ready = False
         self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs, *self.layer), daemon=True)
+        self._process = self._context.Process(target=_serve, args=(theirs, *self.layer, self._place), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -108,10 +114,11 @@ class Clock:
         return float(taken)
 
 
-def _serve(connection: Connection, rows: tuple[int, ...], columns: int) -> None:
+def _serve(connection: Connection, rows: tuple[int, ...], columns: int, place: Place | None) -> None:
     packed = _parts(rows, columns, 0)
     first = _join(packed)
     layers = [first, *(_join(_parts(rows, columns, copy)) for copy in range(1, copies(first.nbytes)))]
+    step = None if place is None else _step(place, layers)
     expected: dict[int, tuple[Tensor, Tensor]] = {}
     torch.cuda.synchronize()
     connection.send(first.ranks)
@@ -122,7 +129,12 @@ def _serve(connection: Connection, rows: tuple[int, ...], columns: int) -> None:
         try:
             if tokens not in expected:
                 expected[tokens] = product(packed, x)
-            connection.send((_measure(layers, expected[tokens], x, pair, replays), "", True))
+            calls = _checked(layers, expected[tokens], x, pair, replays)
+            if step is None or place is None or pair is None:
+                taken = microseconds(calls, replays)
+            else:
+                taken = step.microseconds(place[1], pair, tokens, replays)
+            connection.send((taken, "", True))
         except KernelError as error:
             connection.send((math.inf, str(error)[:200], True))
         except RuntimeError as error:
@@ -139,15 +151,28 @@ def _join(packed: Sequence[PackedLinear]) -> FragmentLayer:
     return stack(parts) if len(parts) > 1 else parts[0]
 
 
+def _step(place: Place, layers: list[FragmentLayer]) -> Step:
+    model, name = place
+    sizes = {one: (rows, columns) for one, rows, columns in LAYERS[model] if one in SERVED}
+    made = {one: [_join(_parts(*size, copy)) for copy in range(DECODERS)] for one, size in sizes.items() if one != name}
+    return Step(made | {name: layers}, sizes["qkv"][0])
+
+
 def product(packed: Sequence[PackedLinear], x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what layers give that are run as one, and how far from it a result may be: both float32 [tokens, rows]."""
     exact, bounds = zip(*(exact_product(one, x) for one in packed), strict=True)
     return torch.cat(exact, 1).float(), torch.cat(bounds, 1).float()
 
 
-def _measure(
+def _checked(
     layers: list[FragmentLayer], expected: tuple[Tensor, Tensor], x: Tensor, pair: Pair | None, replays: int
-) -> float:
+) -> list[partial[Tensor]]:
+    """Return calls of the layers.
+
+    Raises:
+        RuntimeError: they are further from what is expected than roundings allow, or not always the same.
+    """
+
     def call(layer: FragmentLayer) -> partial[Tensor]:
         if pair is None:
             return partial(PREFILL.run, x, layer, None)
@@ -160,7 +185,7 @@ def _measure(
         raise RuntimeError("the result is further from the product of the decoded weights than roundings allow")
     if not _always(eager, calls, replays):
         raise RuntimeError("results differ from call to call")
-    return microseconds(calls, replays)
+    return calls
 
 
 def _always(expected: list[Tensor], calls: list[partial[Tensor]], replays: int) -> bool:

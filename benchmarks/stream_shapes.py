@@ -1,6 +1,7 @@
 """Which launch shapes of ``cuda-stream`` take the least time: writes ``slimc/backends/cuda/stream_shapes.json``.
 
     python benchmarks/stream_shapes.py [--models llama-2-7b,llama-2-70b] [--tokens 1,16,32,64,128] [--seconds 300]
+        [--in-step]
 
 Needs a Hopper GPU. Each layer is measured as in ``slimc bench`` (cold weights, a CUDA graph of 32 calls, median), with
 pairs of shapes: one for its own launch, one for the launch that computes t. The pair that slimc would take now is among
@@ -13,6 +14,8 @@ multiprocessors that it takes, and is also tried with a few more and less.
 A shape whose results are not the same from call to call, bit for bit, or further from the product of the decoded
 weights than roundings allow, is left out and reported. With more tokens than the largest block has (``--tokens 256``)
 ``cuda-prefill`` is measured in turns with the best pairs, and the file gets an entry only where it takes longer.
+
+With ``--in-step`` times are those of a decoder of the model, in which the layer follows other kernels than its like.
 
 Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
 present ones have been tried.
@@ -466,15 +469,22 @@ def main() -> None:
         help="the file that takes the shapes, in place of those of the same layers and tokens; by default the one that "
         "slimc chooses launch shapes by",
     )
+    parser.add_argument(
+        "--in-step",
+        action="store_true",
+        help="measure a decoding step that the layer is part of, a token of each of as many sequences",
+    )
     parser.add_argument("--log", type=argparse.FileType("w"), help="write every time here, a line each")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     check_words(parser, "--models", options.models.split(","), LAYERS)
+    tokens = [int(count) for count in options.tokens.split(",")]
+    if options.in_step and max(tokens) > shapes.TOKEN_TILES[-1]:
+        parser.error(f"--in-step is for --tokens up to {shapes.TOKEN_TILES[-1]}")
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
     found, kernels = Found(options.json), Kernels()
     processors = torch.cuda.get_device_properties().multi_processor_count
-    tokens = [int(count) for count in options.tokens.split(",")]
     layers = {
         model: [layer for layer in LAYERS[model] if layer[0] in options.layers.split(",")]
         for model in options.models.split(",")
@@ -482,7 +492,9 @@ def main() -> None:
     left = len(tokens) * sum(map(len, layers.values()))
     for model, named in layers.items():
         # All are made before any is measured: that would disturb it.
-        clocks = [(name, Clock(rows, columns)) for name, rows, columns in named]
+        clocks = [
+            (name, Clock(rows, columns, (model, name) if options.in_step else None)) for name, rows, columns in named
+        ]
         ready = [(name, clock) for name, clock in clocks if is_ready(clock)]
         jobs = [(name, clock, count) for name, clock in ready for count in tokens]
         left -= len(tokens) * len(clocks) - len(jobs)

@@ -19,7 +19,7 @@ from slimc.backends.cuda.layer import source
 from slimc.runtime import calls
 from slimc.runtime.calls import run_layers
 
-__all__ = ["gated_linears", "normed_linears", "refuses"]
+__all__ = ["add_norm", "gate_by", "gated_linears", "normed_linears", "refuses"]
 
 CHUNK = 8
 """Columns that a thread loads at once."""
@@ -56,6 +56,20 @@ def _normed(
         exact = total.float()
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
         return total, run_layers(weight * exact.to(x.dtype), handles, rows)
+    total, normed = add_norm(x, residual, weight, epsilon)
+    return total, run_layers(normed, handles, rows)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return ``total = x + residual`` and ``weight * total / sqrt(mean(total^2) + epsilon)``, in one launch.
+
+    Args:
+        x: [..., columns], which `refuses` does not, in one piece of memory.
+        residual: like x.
+        weight: of the norm [columns].
+        epsilon: of the norm.
+    """
+    columns = x.shape[-1]
     total, normed = torch.empty_like(x), torch.empty_like(x)
     threads = min(MOST_THREADS, -(-columns // (CHUNK * WARP)) * WARP)
     _launcher("add_norm", x.dtype, -(-columns // (CHUNK * threads)), x.get_device())(
@@ -71,26 +85,35 @@ def _normed(
         stream=torch.cuda.current_stream(x.device).cuda_stream,
         programmatic=True,
     )
-    return total, run_layers(normed, handles, rows)
+    return total, normed
 
 
 def _gated(gate: Tensor, up: Tensor, handles: Sequence[Tensor], *, rows: int, columns: int) -> Tensor:
-    strides = _token_stride(gate), _token_stride(up)
-    if not gate.numel() or refuses(gate, columns) or None in strides:
+    if not gate.numel() or refuses(gate, columns) or None in (_token_stride(gate), _token_stride(up)):
         return run_layers(functional.silu(gate) * up, handles, rows)
-    y = gate.new_empty(gate.shape)
+    return run_layers(gate_by(gate, up), handles, rows)
+
+
+def gate_by(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` in one launch.
+
+    Args:
+        gate: [..., columns], which `refuses` does not; neighbouring tokens are equally far from each other.
+        up: like gate, of the same shape.
+    """
+    columns, y = gate.shape[-1], gate.new_empty(gate.shape)
     _launcher("gate", gate.dtype, 1, gate.get_device())(
         gate.data_ptr(),
         up.data_ptr(),
         y.data_ptr(),
         columns,
-        *strides,
+        *map(_token_stride, (gate, up)),
         grid=(-(-columns // (CHUNK * GATE_THREADS)), gate.numel() // columns, 1),
         block=(GATE_THREADS, 1, 1),
         stream=torch.cuda.current_stream(gate.device).cuda_stream,
         programmatic=True,
     )
-    return run_layers(y, handles, rows)
+    return y
 
 
 def _lies_in_one_piece(tensor: Tensor) -> bool:
