@@ -227,3 +227,12 @@ def test_entries_of_other_layers_stay_in_the_file(
     assert after["measured"]["factors"] == before["measured"]["factors"]
     assert entry in after["measured"]["layers"]
     assert len(after["measured"]["layers"]) == len(before["measured"]["layers"])
+
+
+def test_a_decoding_step_has_no_more_tokens_than_a_block(
+    search: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stream_shapes.py", "--in-step", "--tokens", "16,256"])
+    with pytest.raises(SystemExit):
+        search.main()
+    assert "--in-step is for --tokens up to 128" in capsys.readouterr().err
