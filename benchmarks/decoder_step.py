@@ -19,18 +19,19 @@ from slimc.backends.cuda.layer import FragmentLayer
 from slimc.backends.cuda.shapes import LaunchShape
 from slimc.bench.linear import DTYPE, microseconds
 
-__all__ = ["DECODERS", "Step"]
+__all__ = ["DECODERS", "Pair", "Step"]
 
 DECODERS = 4
 """Layers of the decoder that are run in turn: of the smallest model, more than the cache holds."""
 
 CACHE_LENGTH, HEAD = 640, 128
-"""Tokens that attention may read, and numbers of a head."""
+"""Tokens that attention may read, and numbers of a head, in every Llama that is measured."""
 
 EPSILON = 1e-5
 """Of a norm."""
 
 Pair = tuple[LaunchShape, LaunchShape]
+"""Shapes of a layer's launch and of the one for t."""
 
 
 class Step:
@@ -39,21 +40,23 @@ class Step:
     Args:
         layers: q, k and v as ``qkv``, then ``o``, gate and up as ``gate_up``, and ``down``: some of each, which
             decoders take in turn.
-        rows: of q, of k and of v.
+        rows: of q, of k and of v, whose heads have `HEAD` rows each.
+        name: of the layer whose launch shapes vary.
     """
 
-    def __init__(self, layers: Mapping[str, Sequence[FragmentLayer]], rows: Sequence[int]) -> None:
-        self._layers, self._rows = layers, list(rows)
+    def __init__(self, layers: Mapping[str, Sequence[FragmentLayer]], rows: Sequence[int], name: str) -> None:
+        self._layers, self._rows, self._name = layers, list(rows), name
 
-    def microseconds(self, name: str, pair: Pair, sequences: int, replays: int) -> float:
-        """Return the time of one decoder, whose linear layer of a name is launched in a pair of shapes."""
-        return microseconds([self._decoder(index, name, pair, sequences) for index in range(DECODERS)], replays)
+    def time(self, pair: Pair, sequences: int, replays: int) -> float:
+        """Return microseconds of one decoder, one layer of which is launched in a pair of shapes."""
+        return microseconds([self.decoder(index, pair, sequences) for index in range(DECODERS)], replays)
 
-    def _decoder(self, index: int, name: str, pair: Pair, sequences: int) -> partial[Tensor]:
+    def decoder(self, index: int, pair: Pair, sequences: int) -> partial[Tensor]:
+        """Return a call of the decoder of a number."""
         launches = {}
         for one, layers in self._layers.items():
             layer = layers[index % len(layers)]
-            plan = stream.make_plan(layer, DTYPE, sequences, *(pair if one == name else ()))
+            plan = stream.make_plan(layer, DTYPE, sequences, *(pair if one == self._name else ()))
             launches[one] = partial(stream.launch, plan, layer=layer, bias=None)
         columns, heads = self._layers["qkv"][0].format.columns, self._rows[1] // HEAD
         x, residual = torch.randn(2, sequences, columns, dtype=DTYPE, device="cuda").unbind()

@@ -1,7 +1,7 @@
 """Times calls of ``cuda-stream`` with launch shapes of choice, in a process of its own: one may fault or never end.
 
-Every result is compared with the product of the decoded weights. What is timed is the layer behind its like, or a whole
-decoding step that it is part of.
+What is timed is the layer behind its like, or a whole decoding step that it is part of. Ahead of either, results of the
+layer behind its like are compared with the product of the decoded weights, and from call to call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
-from decoder_step import DECODERS, Step
+from decoder_step import DECODERS, Pair, Step
 from torch import Tensor
 
 from slimc.backends.cuda import stream
@@ -30,11 +30,8 @@ __all__ = ["Clock"]
 START_SECONDS, CASE_SECONDS = 100, 10
 """How long making the layers, and one measurement, may take."""
 
-Pair = tuple[LaunchShape, LaunchShape]
-"""Shapes of a layer's launch and of the one for t."""
-
 Place = tuple[str, str]
-"""A model, and one of its layers."""
+"""A model, and one of the layers that it is served with."""
 
 
 class Clock:
@@ -130,10 +127,7 @@ def _serve(connection: Connection, rows: tuple[int, ...], columns: int, place: P
             if tokens not in expected:
                 expected[tokens] = product(packed, x)
             calls = _checked(layers, expected[tokens], x, pair, replays)
-            if step is None or place is None or pair is None:
-                taken = microseconds(calls, replays)
-            else:
-                taken = step.microseconds(place[1], pair, tokens, replays)
+            taken = step.time(pair, tokens, replays) if step and pair else microseconds(calls, replays)
             connection.send((taken, "", True))
         except KernelError as error:
             connection.send((math.inf, str(error)[:200], True))
@@ -155,7 +149,7 @@ def _step(place: Place, layers: list[FragmentLayer]) -> Step:
     model, name = place
     sizes = {one: (rows, columns) for one, rows, columns in LAYERS[model] if one in SERVED}
     made = {one: [_join(_parts(*size, copy)) for copy in range(DECODERS)] for one, size in sizes.items() if one != name}
-    return Step(made | {name: layers}, sizes["qkv"][0])
+    return Step(made | {name: layers}, sizes["qkv"][0], name)
 
 
 def product(packed: Sequence[PackedLinear], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ weights than roundings allow, is left out and reported. With more tokens than th
 ``cuda-prefill`` is measured in turns with the best pairs, and the file gets an entry only where it takes longer.
 
 With ``--in-step`` times are those of a decoder of the model, in which the layer follows other kernels than its like.
+What was found so stays in the file until something else is found so.
 
 Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
 present ones have been tried.
@@ -46,6 +47,9 @@ from slimc.backends.cuda.shapes import Form, LaunchShape, Measured
 from slimc.bench import check_words, no_gpu
 from slimc.bench.linear import DTYPE, LAYERS, SERVED
 from slimc.errors import KernelError
+
+ALL_LAYERS = sorted({name for layers in LAYERS.values() for name, _, _ in layers})
+"""Names of layers that can be measured behind their like."""
 
 WORKERS = os.cpu_count() or 1
 """Kernels that are compiled at once."""
@@ -415,8 +419,8 @@ def is_ready(clock: Clock) -> bool:
 class Found:
     """Shapes by table, layer and tokens of a block: those that a file has, and what is measured."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, in_step: bool = False) -> None:
+        self._path, self._in_step = path, in_step
         self._entries: dict[str, dict[tuple[object, ...], dict[str, object]]] = {"layers": {}, "factors": {}}
         self._note = ""
         if path.exists():
@@ -431,7 +435,10 @@ class Found:
         self._entries[table][tuple(entry.get(name) for name in ("rows", "columns", "tokens", "beside"))] = entry
 
     def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
-        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``."""
+        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``.
+
+        Those that were found in a decoding step give way to others that were, only.
+        """
         (parts, columns), (main, right) = clock.layer, pair
         rows, size, ranks = sum(parts), shapes.token_tile(tokens), None
         if tokens > size:
@@ -440,8 +447,14 @@ class Found:
                 self._entries["layers"].pop((rows, columns, size, None), None)
                 self._entries["factors"].pop((clock.ranks, columns, size, rows), None)
                 return
-        self.add("layers", shapes.as_entry(Measured(rows, columns, size, main, ranks)))
-        self.add("factors", shapes.as_entry(Measured(clock.ranks, columns, size, right, beside=rows)))
+        present = self._entries["layers"].get((rows, columns, size, None), {})
+        if present.get("in_step") and not self._in_step:
+            print(f"# {rows} x {columns}, {size} tokens, stays as it was found in a decoding step")
+            return
+        layer = Measured(rows, columns, size, main, ranks, in_step=self._in_step)
+        factor = Measured(clock.ranks, columns, size, right, beside=rows, in_step=self._in_step)
+        self.add("layers", shapes.as_entry(layer))
+        self.add("factors", shapes.as_entry(factor))
 
     def write(self) -> None:
         """Write the file, an entry a line."""
@@ -479,16 +492,15 @@ def main() -> None:
     until = time.monotonic() + options.seconds
     check_words(parser, "--models", options.models.split(","), LAYERS)
     tokens = [int(count) for count in options.tokens.split(",")]
+    names = options.layers.split(",")
+    check_words(parser, "--layers", names, SERVED if options.in_step else ALL_LAYERS)
     if options.in_step and max(tokens) > shapes.TOKEN_TILES[-1]:
         parser.error(f"--in-step is for --tokens up to {shapes.TOKEN_TILES[-1]}")
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
-    found, kernels = Found(options.json), Kernels()
+    found, kernels = Found(options.json, in_step=options.in_step), Kernels()
     processors = torch.cuda.get_device_properties().multi_processor_count
-    layers = {
-        model: [layer for layer in LAYERS[model] if layer[0] in options.layers.split(",")]
-        for model in options.models.split(",")
-    }
+    layers = {model: [layer for layer in LAYERS[model] if layer[0] in names] for model in options.models.split(",")}
     left = len(tokens) * sum(map(len, layers.values()))
     for model, named in layers.items():
         # All are made before any is measured: that would disturb it.

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ def search() -> Iterator[ModuleType]:
         yield module
     finally:
         sys.path.remove(str(FOLDER))
-        sys.modules.pop("launch_clock", None)
+        for neighbour in ("launch_clock", "decoder_step"):
+            sys.modules.pop(neighbour, None)
 
 
 class CalculatedClock:
@@ -99,7 +101,9 @@ def test_two_tiles_of_tokens_are_taken_where_the_kernel_for_many_takes_longer(
     shape = {"tokens": 128}
     entry = {"rows": 4096, "columns": 4096, "tokens": 256, "ranks": 448, "shape": shape}
     others = {table: [{"rows": 64, "columns": 64, "tokens": 8, "shape": shape}] for table in ("layers", "factors")}
-    path.write_text(json.dumps({"measured": others | {"layers": [*others["layers"], entry]}}))
+    factors = [{"rows": 448, "columns": 4096, "tokens": 256, "beside": rows, "shape": shape} for rows in (4096, 8192)]
+    with_entry = {"layers": [*others["layers"], entry], "factors": [*others["factors"], *factors]}
+    path.write_text(json.dumps({"measured": with_entry}))
     found = search.Search(clock, kernels, 256, time.monotonic() + 60, PROCESSORS, None)
     _, best, pair = found.run()
     assert (best, found.rival) == (taken, 25.6)
@@ -108,9 +112,74 @@ def test_two_tiles_of_tokens_are_taken_where_the_kernel_for_many_takes_longer(
         table = search.Found(path)
         table.take(clock, 256, pair, best, rival)
         table.write()
-        first, *rest = json.loads(path.read_text())["measured"]["layers"]
+        after = json.loads(path.read_text())["measured"]
+        first, *rest = after["layers"]
         assert first == others["layers"][0]
         assert [(one["ranks"], one["shape"]) for one in rest] == ([(448, asdict(pair[0]))] if kept else [])
+        # That of another layer stays.
+        own, theirs = ([one["shape"] for one in after["factors"] if one.get("beside") == rows] for rows in (4096, 8192))
+        assert own == ([asdict(pair[1])] if kept else [])
+        assert theirs == [shape]
+
+
+def test_what_was_found_in_a_step_stays_until_something_else_is(
+    search: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.torch.cuda, "get_device_name", lambda: "a card")
+    clock, path = CalculatedClock(lambda _main, _right: 1.0), tmp_path / "shapes.json"
+    pairs = [(LaunchShape(16, 1, groups, 1, 1, 2, 128), LaunchShape(16, 1, 1, groups, 4, 3, 128)) for groups in (1, 2)]
+    for pair, in_step, expected in ((pairs[0], True, 0), (pairs[1], False, 0), (pairs[1], True, 1)):
+        table = search.Found(path, in_step=in_step)
+        table.take(clock, 16, pair, 1.0, None)
+        table.write()
+        after = json.loads(path.read_text())["measured"]
+        shapes_now = [one["shape"] for kind in ("layers", "factors") for one in after[kind] if one["in_step"]]
+        assert shapes_now == [asdict(shape) for shape in pairs[expected]]
+
+
+def test_a_step_launches_each_layer_once_and_one_in_other_shapes(
+    search: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder_step = sys.modules["decoder_step"]
+    launched: list[tuple[str, tuple[LaunchShape, ...], tuple[int, ...]]] = []
+    rows = {"qkv": (256, 128, 128), "o": (256,), "gate_up": (384, 384), "down": (256,)}
+    columns = {"qkv": 256, "o": 256, "gate_up": 256, "down": 384}
+    on_cpu = partial(torch.randn, device="cpu")
+
+    def launch(plan: tuple[Any, ...], x: Tensor, layer: Any, bias: None) -> Tensor:
+        launched.append((*plan, tuple(x.shape)))
+        return x.new_zeros(len(x), sum(rows[layer.name]))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        keys = rest[2]
+        assert q.shape == (3, 2, 1, 128)
+        assert k.shape == v.shape == (3, 1, 1, 128)
+        assert keys.shape[:2] == (3, 1)
+        return q
+
+    def randn(*sizes: int, dtype: torch.dtype, device: str) -> Tensor:
+        assert device == "cuda"
+        return on_cpu(*sizes, dtype=dtype)
+
+    fakes = {
+        "stream": SimpleNamespace(make_plan=lambda layer, _dtype, _tokens, *pair: (layer.name, pair), launch=launch),
+        "attend_next": attend,
+        "add_norm": lambda x, residual, _weight, _epsilon: (x + residual, x),
+        "gate_by": torch.mul,
+        "torch": SimpleNamespace(
+            randn=randn, ones=lambda size, **_: torch.ones(size), tensor=lambda value, **_: torch.tensor(value)
+        ),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(decoder_step, name, fake)
+    layers = {
+        name: [SimpleNamespace(name=name, format=SimpleNamespace(columns=columns[name]))] for name in search.SERVED
+    }
+    pair = LaunchShape(16, 1, 1, 1, 1, 2, 128), LaunchShape(16, 1, 1, 2, 4, 3, 128)
+    assert decoder_step.Step(layers, rows["qkv"], "gate_up").decoder(0, pair, 3)().shape == (3, 256)
+    assert launched == [
+        (name, pair if name == "gate_up" else (), (3, columns[name])) for name in ("qkv", "o", "gate_up", "down")
+    ]
 
 
 class Ends:
@@ -236,3 +305,7 @@ def test_a_decoding_step_has_no_more_tokens_than_a_block(
     with pytest.raises(SystemExit):
         search.main()
     assert "--in-step is for --tokens up to 128" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["stream_shapes.py", "--in-step", "--layers", "gate"])
+    with pytest.raises(SystemExit):
+        search.main()
+    assert "--layers" in capsys.readouterr().err

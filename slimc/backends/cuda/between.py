@@ -64,9 +64,9 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tup
     """Return ``total = x + residual`` and ``weight * total / sqrt(mean(total^2) + epsilon)``, in one launch.
 
     Args:
-        x: [..., columns], which `refuses` does not, in one piece of memory.
+        x: [..., columns], which `refuses` does not, in one piece of memory that begins at a multiple of 16 bytes.
         residual: like x.
-        weight: of the norm [columns].
+        weight: of the norm [columns], of x's dtype, in one piece like x.
         epsilon: of the norm.
     """
     columns = x.shape[-1]
@@ -89,25 +89,28 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tup
 
 
 def _gated(gate: Tensor, up: Tensor, handles: Sequence[Tensor], *, rows: int, columns: int) -> Tensor:
-    if not gate.numel() or refuses(gate, columns) or None in (_token_stride(gate), _token_stride(up)):
-        return run_layers(functional.silu(gate) * up, handles, rows)
-    return run_layers(gate_by(gate, up), handles, rows)
+    product = None if not gate.numel() or refuses(gate, columns) else gate_by(gate, up)
+    return run_layers(functional.silu(gate) * up if product is None else product, handles, rows)
 
 
-def gate_by(gate: Tensor, up: Tensor) -> Tensor:
-    """Return ``silu(gate) * up`` in one launch.
+def gate_by(gate: Tensor, up: Tensor) -> Tensor | None:
+    """Return ``silu(gate) * up`` in one launch, or None if the kernel cannot read one of them as it lies in memory.
 
     Args:
-        gate: [..., columns], which `refuses` does not; neighbouring tokens are equally far from each other.
+        gate: [..., columns], which `refuses` does not. Neighbouring columns lie side by side, neighbouring tokens
+            equally far from each other, a multiple of 16 bytes, as is where it begins.
         up: like gate, of the same shape.
     """
+    strides = _token_stride(gate), _token_stride(up)
+    if None in strides:
+        return None
     columns, y = gate.shape[-1], gate.new_empty(gate.shape)
     _launcher("gate", gate.dtype, 1, gate.get_device())(
         gate.data_ptr(),
         up.data_ptr(),
         y.data_ptr(),
         columns,
-        *map(_token_stride, (gate, up)),
+        *strides,
         grid=(-(-columns // (CHUNK * GATE_THREADS)), gate.numel() // columns, 1),
         block=(GATE_THREADS, 1, 1),
         stream=torch.cuda.current_stream(gate.device).cuda_stream,

@@ -3,7 +3,8 @@
 ``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
 (``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
 columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
-those of two tiles); else the one of `CANDIDATES` that fills the device best.
+those of two tiles); else the one of `CANDIDATES` that fills the device best. The launch for t takes those of the factor
+that is nearest in ranks and columns, of several the one whose layer is nearest in rows.
 """
 
 from __future__ import annotations
@@ -267,6 +268,7 @@ class Measured:
             for factors and for fewer tokens.
         beside: rows of the layer whose launch it was measured beside, for factors; None for layers. Two layers may have
             factors of one size, and leave them different shares of the device.
+        in_step: found in a decoding step of a model, not behind its like.
     """
 
     rows: int
@@ -275,6 +277,7 @@ class Measured:
     shape: LaunchShape
     ranks: int | None = None
     beside: int | None = None
+    in_step: bool = False
 
 
 def token_tile(tokens: int) -> int:
@@ -445,7 +448,9 @@ def _distance(one: Measured, rows: int, columns: int) -> float:
 
 
 def _distance_beside(one: Measured, beside: int | None) -> float:
-    return abs(math.log2(one.beside / beside)) if one.beside and beside else 0.0
+    if beside is None:
+        return 0.0
+    return math.inf if one.beside is None else abs(math.log2(one.beside / beside))
 
 
 @cache
@@ -550,4 +555,5 @@ RIGHT_CANDIDATES = {
 
 def as_entry(one: Measured) -> dict[str, object]:
     """Return an entry of the file of measured shapes."""
-    return {name: value for name, value in asdict(one).items() if value is not None}
+    left_out = (None, False)
+    return {name: value for name, value in asdict(one).items() if value not in left_out}
