@@ -16,7 +16,8 @@ weights than roundings allow, is left out and reported. With more tokens than th
 ``cuda-prefill`` is measured in turns with the best pairs, and the file gets an entry only where it takes longer.
 
 With ``--in-step`` times are those of a decoder of the model, in which the layer follows other kernels than its like.
-What was found so stays in the file until something else is found so.
+Layers that were searched so are left out of other searches. Those of one size in two models share an entry: what was
+found last stays.
 
 Kernels are compiled many at a time, while others are measured; where the time ends, shapes that are most like the
 present ones have been tried.
@@ -434,11 +435,13 @@ class Found:
         """Take a shape, in place of one of the same layer and tokens."""
         self._entries[table][tuple(entry.get(name) for name in ("rows", "columns", "tokens", "beside"))] = entry
 
-    def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
-        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``.
+    def keeps(self, rows: tuple[int, ...], columns: int, tokens: int) -> bool:
+        """Whether what the file has of a layer was found in a decoding step, and this search is none."""
+        entry = self._entries["layers"].get((sum(rows), columns, shapes.token_tile(tokens), None), {})
+        return bool(entry.get("in_step")) and tokens <= shapes.TOKEN_TILES[-1] and not self._in_step
 
-        Those that were found in a decoding step give way to others that were, only.
-        """
+    def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
+        """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``."""
         (parts, columns), (main, right) = clock.layer, pair
         rows, size, ranks = sum(parts), shapes.token_tile(tokens), None
         if tokens > size:
@@ -447,10 +450,6 @@ class Found:
                 self._entries["layers"].pop((rows, columns, size, None), None)
                 self._entries["factors"].pop((clock.ranks, columns, size, rows), None)
                 return
-        present = self._entries["layers"].get((rows, columns, size, None), {})
-        if present.get("in_step") and not self._in_step:
-            print(f"# {rows} x {columns}, {size} tokens, stays as it was found in a decoding step")
-            return
         layer = Measured(rows, columns, size, main, ranks, in_step=self._in_step)
         factor = Measured(clock.ranks, columns, size, right, beside=rows, in_step=self._in_step)
         self.add("layers", shapes.as_entry(layer))
@@ -508,7 +507,9 @@ def main() -> None:
             (name, Clock(rows, columns, (model, name) if options.in_step else None)) for name, rows, columns in named
         ]
         ready = [(name, clock) for name, clock in clocks if is_ready(clock)]
-        jobs = [(name, clock, count) for name, clock in ready for count in tokens]
+        jobs = [
+            (name, clock, count) for name, clock in ready for count in tokens if not found.keeps(*clock.layer, count)
+        ]
         left -= len(tokens) * len(clocks) - len(jobs)
         for name, clock, count in jobs:
             share = (until - time.monotonic()) / left

@@ -122,19 +122,23 @@ def test_two_tiles_of_tokens_are_taken_where_the_kernel_for_many_takes_longer(
         assert theirs == [shape]
 
 
-def test_what_was_found_in_a_step_stays_until_something_else_is(
+def test_what_was_found_in_a_step_says_so_and_is_left_out_of_other_searches(
     search: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search.torch.cuda, "get_device_name", lambda: "a card")
     clock, path = CalculatedClock(lambda _main, _right: 1.0), tmp_path / "shapes.json"
     pairs = [(LaunchShape(16, 1, groups, 1, 1, 2, 128), LaunchShape(16, 1, 1, groups, 4, 3, 128)) for groups in (1, 2)]
-    for pair, in_step, expected in ((pairs[0], True, 0), (pairs[1], False, 0), (pairs[1], True, 1)):
+    for pair, in_step, kept in ((pairs[0], False, False), (pairs[1], True, True)):
         table = search.Found(path, in_step=in_step)
         table.take(clock, 16, pair, 1.0, None)
         table.write()
         after = json.loads(path.read_text())["measured"]
-        shapes_now = [one["shape"] for kind in ("layers", "factors") for one in after[kind] if one["in_step"]]
-        assert shapes_now == [asdict(shape) for shape in pairs[expected]]
+        found = [one for kind in ("layers", "factors") for one in after[kind]]
+        assert [one["shape"] for one in found] == [asdict(shape) for shape in pair]
+        assert [one.get("in_step", False) for one in found] == [kept, kept]
+        assert search.Found(path).keeps((4096,), 4096, 16) == kept
+        assert not search.Found(path).keeps((4096,), 4096, 1)
+        assert not search.Found(path, in_step=True).keeps((4096,), 4096, 16)
 
 
 def test_a_step_launches_each_layer_once_and_one_in_other_shapes(

@@ -363,21 +363,26 @@ def test_a_form_without_room_for_two_slots_is_refused(monkeypatch: pytest.Monkey
         shapes.of_layer(1024, 4096, 128, LAYER, (), PROCESSORS)
 
 
+ONE_AFTER_ANOTHER = {(1088, 8192, 16), (832, 8192, 256)}
+"""Ranks, columns and tokens where t's few products wait for each other, and took the least time so."""
+
+
 @pytest.mark.parametrize("tokens", [*shapes.TOKEN_TILES, shapes.MOST_TOKENS])
 @pytest.mark.parametrize(("table", "form"), [("layers", LAYER), ("factors", FACTOR)], ids=["layers", "factors"])
-def test_measured_kernels_compile_and_products_of_layers_overlap(
+def test_measured_kernels_compile_and_their_products_overlap(
     table: str, form: Form, tokens: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = [one.shape for one in shapes.measured()[table] if one.tokens == tokens]
+    found = [one for one in shapes.measured()[table] if one.tokens == tokens]
     assert found
-    for shape in {tuple(defines_of(shape, form).items()): shape for shape in found}.values():
+    for one in {tuple(defines_of(one.shape, form).items()): one for one in found}.values():
+        caplog.clear()
         with caplog.at_level(logging.DEBUG, compiler.__name__):
             cubin = compiler.compile_source(
-                source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(shape, form)
+                source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(one.shape, form)
             )
         assert cubin.startswith(b"\x7fELF")
-        # t's launch has few products: where they run one after another it was measured to be faster so.
-        assert form is FACTOR or "serialized" not in caplog.text, shape
+        may_wait = form is FACTOR and (one.rows, one.columns, one.tokens) in ONE_AFTER_ANOTHER
+        assert ("serialized" in caplog.text) == may_wait, one
 
 
 def test_every_measured_layer_has_a_factor_that_was_measured_beside_it() -> None:
