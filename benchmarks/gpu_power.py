@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import statistics
 import threading
 import time
@@ -25,10 +24,7 @@ import torch
 
 from slimc.backends import KERNELS
 from slimc.bench import check_words, no_gpu
-from slimc.bench.linear import DTYPE, LAYERS, SERVED, Call, Subject, chosen_for, copies
-
-GRAPH_CALLS = 32
-"""Calls of a graph, at least."""
+from slimc.bench.linear import DTYPE, LAYERS, SERVED, Call, CapturedCalls, Subject, chosen_for, copies
 
 REST, PERIOD = 2.0, 0.02
 """Seconds before each load, and between two looks at the card."""
@@ -75,13 +71,7 @@ class Card:
 
 def load(card: Card, calls: Sequence[Call], seconds: float) -> dict[str, Any]:
     """Return microseconds of a call by time since the beginning, and what the card did meanwhile."""
-    for call in calls:
-        call()
-    rounds = math.ceil(GRAPH_CALLS / len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            results = [call() for call in calls]
+    graph = CapturedCalls(calls)
     torch.cuda.synchronize()
     time.sleep(REST)
     looks: list[tuple[int, float]] = []
@@ -95,15 +85,10 @@ def load(card: Card, calls: Sequence[Call], seconds: float) -> dict[str, Any]:
     watcher.start()
     begun, taken = time.perf_counter(), []
     while time.perf_counter() - begun < seconds:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append((time.perf_counter() - begun, 1e3 * start.elapsed_time(end) / (rounds * len(calls))))
+        microseconds = graph.time()
+        taken.append((time.perf_counter() - begun, microseconds))
     ended.set()
     watcher.join()
-    del results
     late = len(taken) * 2 // 3
     return {
         "us": [(at, next(each for since, each in taken if since >= at)) for at in SHOWN if at < seconds],

@@ -31,7 +31,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from itertools import product
@@ -435,10 +435,17 @@ class Found:
         """Take a shape, in place of one of the same layer and tokens."""
         self._entries[table][tuple(entry.get(name) for name in ("rows", "columns", "tokens", "beside"))] = entry
 
-    def keeps(self, rows: tuple[int, ...], columns: int, tokens: int) -> bool:
-        """Whether what the file has of a layer was found in a decoding step, and this search is none."""
-        entry = self._entries["layers"].get((sum(rows), columns, shapes.token_tile(tokens), None), {})
-        return bool(entry.get("in_step")) and tokens <= shapes.TOKEN_TILES[-1] and not self._in_step
+    def unsettled(self, layer: tuple[str, tuple[int, ...], int], tokens: Sequence[int]) -> list[int]:
+        """Return the numbers of tokens to search for a layer: not those that a step has settled, if this is none."""
+        name, rows, columns = layer
+        found = []
+        for count in tokens:
+            entry = self._entries["layers"].get((sum(rows), columns, shapes.token_tile(count), None), {})
+            if self._in_step or count > shapes.TOKEN_TILES[-1] or not entry.get("in_step"):
+                found.append(count)
+            else:
+                print(f"# {name}, {sum(rows)} x {columns}, {count} tokens: found with --in-step, left as it is")
+        return found
 
     def take(self, clock: Clock, tokens: int, pair: Pair, taken: float, rival: float | None) -> None:
         """Take the shapes of a layer; for two tiles of tokens only if that was faster than ``cuda-prefill``."""
@@ -500,17 +507,18 @@ def main() -> None:
     found, kernels = Found(options.json, in_step=options.in_step), Kernels()
     processors = torch.cuda.get_device_properties().multi_processor_count
     layers = {model: [layer for layer in LAYERS[model] if layer[0] in names] for model in options.models.split(",")}
-    left = len(tokens) * sum(map(len, layers.values()))
-    for model, named in layers.items():
+    wanted = {model: [(layer, found.unsettled(layer, tokens)) for layer in named] for model, named in layers.items()}
+    left = sum(len(counts) for named in wanted.values() for _, counts in named)
+    for model, named in wanted.items():
         # All are made before any is measured: that would disturb it.
         clocks = [
-            (name, Clock(rows, columns, (model, name) if options.in_step else None)) for name, rows, columns in named
+            (name, Clock(rows, columns, (model, name) if options.in_step else None), counts)
+            for (name, rows, columns), counts in named
+            if counts
         ]
-        ready = [(name, clock) for name, clock in clocks if is_ready(clock)]
-        jobs = [
-            (name, clock, count) for name, clock in ready for count in tokens if not found.keeps(*clock.layer, count)
-        ]
-        left -= len(tokens) * len(clocks) - len(jobs)
+        ready = [one for one in clocks if is_ready(one[1])]
+        jobs = [(name, clock, count) for name, clock, counts in ready for count in counts]
+        left -= sum(len(counts) for _, _, counts in clocks) - len(jobs)
         for name, clock, count in jobs:
             share = (until - time.monotonic()) / left
             search = Search(clock, kernels, count, time.monotonic() + share, processors, options.log)
@@ -525,7 +533,7 @@ def main() -> None:
             # An interrupted run has measured something too.
             found.write()
             left -= 1
-        for _, clock in clocks:
+        for _, clock, _ in clocks:
             clock.close()
     kernels.close()
 

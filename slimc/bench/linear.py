@@ -134,30 +134,46 @@ def copies(nbytes: float) -> int:
 
 
 def microseconds(calls: Sequence[Call], replays: int = REPLAYS) -> float:
-    """Return the median time of a call, all of them replayed from one graph as often as told.
-
-    They are captured as often as it takes for ``GRAPH_CALLS`` calls: a step of a model is a graph of hundreds, in which
-    a launch begins while the one before ends, and what lies between two graphs is not a layer's.
-    """
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    rounds = math.ceil(GRAPH_CALLS / len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            results = [call() for call in calls]
+    """Return the median time of a call, all of them replayed from one graph as often as told."""
+    graph = CapturedCalls(calls)
     graph.replay()
-    times = []
-    for _ in range(replays):
+    return float(statistics.median(graph.time() for _ in range(replays)))
+
+
+class CapturedCalls:
+    """Calls in a CUDA graph, each as often as it takes for ``GRAPH_CALLS`` of them.
+
+    A step of a model is a graph of hundreds, in which a launch begins while the one before ends, and what lies between
+    two graphs is not a layer's.
+
+    Args:
+        calls: what to capture; each is called once before.
+    """
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        rounds = math.ceil(GRAPH_CALLS / len(calls))
+        self._count = rounds * len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _ in range(rounds):
+                # Kept, so that no call of the next round writes where one of this round does.
+                self._results = [call() for call in calls]
+
+    def replay(self) -> None:
+        """Make the calls, without waiting for their end."""
+        self._graph.replay()
+
+    def time(self) -> float:
+        """Make the calls and return microseconds of one of them."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        graph.replay()
+        self._graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / (rounds * len(calls)))
-    del results
-    return float(statistics.median(times))
+        return float(1e3 * start.elapsed_time(end) / self._count)
 
 
 def copy_bandwidth() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from threading import Lock
 
 import pytest
@@ -94,3 +95,39 @@ def test_a_selection_by_times_takes_what_was_the_fastest_for_all_layers_as_one()
     device, times = torch.device("cpu"), {"doubting": 1.0, "sure": 2.0}
     assert linear.chosen_for([doubting, sure], formats, device, 16)[0] is sure
     assert linear.fastest_for([sure, doubting], formats, device, 16, times)[0] is doubting
+
+
+class Milliseconds:
+    """A graph, and the events around its replays, that take these times one after another."""
+
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.replays = times, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, _end: object) -> float:
+        return self.times[self.replays - 2]
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(1, 32), (5, 7), (40, 1)])
+def test_a_time_is_the_median_replay_of_a_graph_of_many_calls(
+    monkeypatch: pytest.MonkeyPatch, count: int, rounds: int
+) -> None:
+    fake, made = Milliseconds([3.0, 9.0, 2.0]), []
+    for name, value in {
+        "CUDAGraph": lambda: fake,
+        "graph": lambda _graph: nullcontext(),
+        "Event": lambda **_: fake,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(linear.torch.cuda, name, value)
+    taken = linear.microseconds([lambda one=one: made.append(one) for one in range(count)], replays=3)
+    # Each once ahead of the capture; one replay is not timed.
+    assert made == list(range(count)) * (rounds + 1)
+    assert fake.replays == 4
+    assert taken == pytest.approx(3000 / (rounds * count))

@@ -136,9 +136,9 @@ def test_what_was_found_in_a_step_says_so_and_is_left_out_of_other_searches(
         found = [one for kind in ("layers", "factors") for one in after[kind]]
         assert [one["shape"] for one in found] == [asdict(shape) for shape in pair]
         assert [one.get("in_step", False) for one in found] == [kept, kept]
-        assert search.Found(path).keeps((4096,), 4096, 16) == kept
-        assert not search.Found(path).keeps((4096,), 4096, 1)
-        assert not search.Found(path, in_step=True).keeps((4096,), 4096, 16)
+        layer = "o", (4096,), 4096
+        assert search.Found(path).unsettled(layer, [1, 9, 16, 256]) == ([1, 256] if kept else [1, 9, 16, 256])
+        assert search.Found(path, in_step=True).unsettled(layer, [1, 16]) == [1, 16]
 
 
 def test_a_step_launches_each_layer_once_and_one_in_other_shapes(
