@@ -3,17 +3,19 @@
     y = rest(x) + sum_k ((x * right[k]) @ B^T) * left[:, k]
 
 So every kernel serves such layers too, and none of them knows of signs: a kernel is never asked about a layer with a
-binary part unless it says that it computes one (`slimc.runtime.select.Kernel.binary`).
+binary part unless it says that it computes one (`slimc.runtime.select.Kernel.binary`). Where both parts would be
+decoded for dense products, they are decoded into one matrix for one product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
@@ -31,6 +33,17 @@ class Adds(Protocol):
         """Add the product with x [tokens, columns] to y [tokens, rows], perhaps in place; return it."""
 
 
+@runtime_checkable
+class Merges(Protocol):
+    """Something that can be added to a weight as well."""
+
+    def merges(self, x: Tensor) -> bool:
+        """Whether for x [tokens, columns] one product with a dense sum of both is less work than two products."""
+
+    def add_to(self, matrix: Tensor) -> Tensor:
+        """Add its matrix to a dense weight [rows, columns], in place; return it."""
+
+
 class Product(Adds, Protocol):
     """A binary part that can be added to a result."""
 
@@ -39,6 +52,9 @@ class Product(Adds, Protocol):
 
 Join = Callable[[Sequence[Any]], Adds]
 """Makes one product of those of layers that read the same inputs; raises `KernelError` if they do not fit."""
+
+Decode = Callable[[Any], Tensor]
+"""Returns the dense weight [rows, columns] of a state of kernels, in memory of its own."""
 
 
 @dataclass
@@ -70,6 +86,11 @@ class SignedLayer:
         return sum(form.rows for form in self.formats)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is computed but products with weights and signs."""
+        return all(form == LinearFormat(form.weight, binary=form.binary) for form in self.formats)
+
+    @property
     def widest(self) -> LinearFormat:
         """The format of the layer with most rows: a kernel must accept it; what kernels expect, they say of all."""
         return max(self.formats, key=lambda form: form.rows)
@@ -81,6 +102,7 @@ def signed(
     make: Callable[[PackedBinary], Product],
     prepare: Callable[[PackedLinear], SignedLayer] | None = None,
     join: Join | None = None,
+    decode: Decode | None = None,
 ) -> Kernel:
     """Make the kernel that adds signs to what some kernels compute.
 
@@ -91,6 +113,8 @@ def signed(
         prepare: that of the layout in which the layer is held, if the kernels share one.
         join: puts products of layers that read the same inputs together; such layers are computed as one by those of
             the kernels that can.
+        decode: writes the rest of a layer as one dense matrix. A product that `Merges` is added to that, where it says
+            so, if the rest is nothing but a weight: their sum is rounded once more than the weight is.
     """
     stacking = [kernel for kernel in kernels if kernel.stack is not None]
 
@@ -105,6 +129,9 @@ def signed(
     def run(x: Tensor, layer: SignedLayer, bias: Tensor | None) -> Tensor:
         spec = layer.widest
         inputs = x.reshape(-1, spec.columns)
+        if decode is not None and layer.is_plain and isinstance(layer.product, Merges) and layer.product.merges(inputs):
+            y = functional.linear(inputs, layer.product.add_to(decode(layer.rest)), bias)
+            return y.view(*x.shape[:-1], layer.rows)
         case = (x.dtype, token_bucket(len(inputs)))
         kernel = layer.chosen.get(case)
         if kernel is None:

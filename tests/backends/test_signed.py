@@ -99,6 +99,25 @@ def test_what_is_computed_is_the_rest_and_the_signs(
     assert torch.equal(module.signs, packed.binary.signs)
 
 
+def decode_fragments(layer: Any) -> Tensor:
+    return layout.restore((layer.format,), layout.tensors(layer), 0).weight.decode()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_both_parts_become_one_matrix_where_both_would_be_decoded(rank: int) -> None:
+    kernel = signed("both", (ANY,), SignProduct, LAYOUT.prepare, decode=decode_fragments)
+    packed = make_layer(ROWS, rank)
+    assert packed.binary is not None
+    bias, x = torch.rand(ROWS).to(BF16), torch.randn(2, 20, COLUMNS).to(BF16)
+    state = kernel.prepare(packed)
+    y = kernel.run(x, state, bias)
+    matrix = (packed.weight.decode().float() + packed.binary.decode()).to(BF16)
+    assert torch.equal(y, torch.nn.functional.linear(x, matrix, bias))
+    # Adapters, rounded inputs and what else a weight is not stay with the kernels of the rest.
+    scaled = replace(packed, input_scale=torch.rand(COLUMNS).to(BF16))
+    assert not replace(state, formats=(scaled.format,)).is_plain
+
+
 def test_siblings_are_computed_as_one_and_each_gets_its_bytes_back(
     composed_product: Callable[..., tuple[Tensor, Tensor]],
 ) -> None:
@@ -237,6 +256,7 @@ def test_the_kernel_compiles(tiles: tuple[int, int], arch: str, major: int, dtyp
     defines = launch_defines(dtype, major, *tiles)
     cubin = compiler.compile_source(source("signs.cu"), name="add_signs", arch=arch, defines=defines)
     assert b"add_signs" in cubin
+    assert b"write_signs" in cubin
 
 
 def test_the_order_of_columns_in_the_kernel_is_that_of_its_signs() -> None:

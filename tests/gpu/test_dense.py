@@ -152,7 +152,7 @@ def test_what_is_stored_in_any_form(tokens: int, rank: int, bits: int | None, sc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scales", ["tensor", "row", 64, 128])
+@pytest.mark.parametrize("scales", ["tensor", "row", 32, 64, 128])
 @pytest.mark.parametrize("sparsity", ["dense", "2:4"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (200, 1352), (4096, 4096)])
 def test_fragments_become_the_same_numbers(

@@ -24,13 +24,15 @@ FORMS = {
     "2:4, a scale a row": {"sparse": True, "per_tensor": False},
     "2:4 in groups": {"sparse": True, "group": 128},
     "dense in groups": {"sparse": False, "group": 64},
+    "dense in small groups": {"sparse": False, "group": 32},
 }
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     major, minor = torch.cuda.get_device_capability()
-    forms = [Form(sparse, group, adapters=True) for sparse, group in ((True, 0), (True, 128), (False, 64))]
+    kinds = ((True, 0), (True, 128), (False, 64), (False, 32))
+    forms = [Form(sparse, group, adapters=True) for sparse, group in kinds]
     arch = "sm_90a" if major == 9 else f"sm_{major}{minor}"
     path = tmp_path_factory.mktemp("library") / "slim_kernels.so"
     return build_library([*forms, Form(True, 0, False)], path, architectures=[arch])

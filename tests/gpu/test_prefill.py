@@ -118,7 +118,7 @@ def test_layers_of_a_models_size(
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
+@pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (32, False), (64, False), (128, False)])
 def test_scales_and_forms(random_layer: Any, check: Any, group: int | None, per_tensor: bool, sparse: bool) -> None:
     packed = random_layer(160, 1344, 130, group=group, per_tensor=per_tensor, sparse=sparse)
     x = torch.randn(256, 1344, dtype=torch.bfloat16, device="cuda")

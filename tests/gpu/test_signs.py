@@ -39,7 +39,7 @@ def product(binary: PackedBinary, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 40, MOST_TOKENS, MOST_TOKENS + 1, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, MOST_TOKENS, MOST_TOKENS + 1, 40, 300])
 @pytest.mark.parametrize(
     ("rows", "columns", "rank"), [(576, 576, 1), (100, 96, 3), (9000, 64, 1), (4096, 4128, 1), (24, 40, 2)]
 )

@@ -67,7 +67,7 @@ def test_layers_of_a_models_size(
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (64, False), (128, False)])
+@pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (32, False), (64, False), (128, False)])
 @pytest.mark.parametrize("tokens", [5, 48, 128, 256])
 def test_scales_and_forms(
     random_layer: Any, check: Any, tokens: int, group: int | None, per_tensor: bool, sparse: bool

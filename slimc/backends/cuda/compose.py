@@ -3,8 +3,9 @@
 A layer is ``y = round(x * input_scale) @ W^T + (x @ R^T) @ L^T + bias``, where inputs are rounded if the layer says so.
 W, R and L are products of their own here, each by the best that there is for it: codes by a kernel
 (`slimc.backends.cuda.fit` writes them so that one takes them, and `slimc.backends.cuda.split` as sums of 4-bit codes),
-16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there. As everywhere on a GPU the canonical
-tensors are not kept; only adapters of codes that no kernel takes are, beside their values.
+16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there; where they do not, L is decoded for many
+tokens, so that cuBLAS adds its product to y. As everywhere on a GPU the canonical tensors are not kept; only adapters
+of codes that no kernel takes are, beside their values.
 
 What even that cannot hold is decoded for each call (`slimc.backends.cuda.stored`), and what that cannot decode, once
 and for all (`decoded`), beside the canonical tensors.
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimc.backends.cuda import layout
+from slimc.backends.cuda import layout, mixed
+from slimc.backends.cuda.expand import expand_weight
 from slimc.backends.cuda.fit import COLUMN_MULTIPLE, Fit, fit_of, padding, put_padding
 from slimc.backends.cuda.layer import FragmentLayer
-from slimc.backends.cuda.layer import prepare as prepare_fragments
-from slimc.backends.cuda.mixed import MIXED_DENSE
+from slimc.backends.cuda.mixed import MIXED_DENSE, MixedLayer
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.split import Split, split_of
 from slimc.errors import KernelError
@@ -37,6 +38,33 @@ from slimc.runtime.select import Kernel, choose, token_bucket
 __all__ = ["COMPOSED", "DECODED", "ComposedLayer", "Plan", "composed", "decoded", "plan_of", "prepare"]
 
 T = TypeVar("T")
+
+MOST_ADDED_TOKENS = 256
+"""Up to here L's product comes from a kernel and is added to y; cuBLAS adds while it multiplies, by a decoded L."""
+
+
+@dataclass(frozen=True)
+class AsStored:
+    """A matrix that kernels take as it is (`slimc.backends.cuda.mixed`)."""
+
+    spec: WeightFormat
+
+    @property
+    def format(self) -> WeightFormat:
+        """The matrix as the kernels see it."""
+        return self.spec
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return inputs [tokens, columns] as the kernels read them."""
+        return x
+
+    def apply(self, weight: PackedWeight) -> PackedWeight:
+        """Write a matrix for the kernels."""
+        return weight
+
+    def undo(self, weight: PackedWeight) -> PackedWeight:
+        """Return the matrix of which `apply` made this."""
+        return weight
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,7 @@ class Plan:
         activation: what the inputs of W are rounded to.
     """
 
-    main: Fit | None
+    main: Fit | AsStored | None
     left: Fit | None = None
     right: Fit | None = None
     fused: bool = False
@@ -59,7 +87,7 @@ class Plan:
     activation: str | None = None
 
     @property
-    def high(self) -> Fit | None:
+    def high(self) -> Fit | AsStored | None:
         """How the codes of W's high part are written, if there is one."""
         return self.main if self.split is not None and self.split.wide else None
 
@@ -91,20 +119,14 @@ def plan_of(spec: LinearFormat) -> Plan | str:
         return "does nothing to inputs but scale and round them"
     if spec.weight.widths is not None:
         return f"holds codes of one width, not {spec.weight.describe()}"
-    split = split_of(spec.weight)
-    if isinstance(split, str):
-        return split
-    weight = spec.weight if split is None else split.part
-    main: Fit | None = None
-    if weight.bits is not None or weight.sparsity is not None:
-        fit = fit_of(weight)
-        if isinstance(fit, str):
-            return fit
-        main = fit
+    planned = _plan_weight(spec)
+    if isinstance(planned, str):
+        return planned
+    main, split = planned
     if spec.left is None or spec.right is None:
         return Plan(main, split=split, activation=spec.activation)
     # Inside the kernel adapters would read the scaled input.
-    if main is not None and not spec.input_scaled:
+    if isinstance(main, Fit) and not spec.input_scaled:
         left, right = fit_of(spec.left, grouped=True), fit_of(spec.right, beside=main)
         if isinstance(left, Fit) and isinstance(right, Fit):
             return Plan(main, left, right, fused=True, split=split, activation=spec.activation)
@@ -116,6 +138,25 @@ def plan_of(spec: LinearFormat) -> Plan | str:
         split=split,
         activation=spec.activation,
     )
+
+
+def _plan_weight(spec: LinearFormat) -> tuple[Fit | AsStored | None, Split | None] | str:
+    """Decide how W is written for a kernel, and of what it is a sum; or say why it cannot be."""
+    if spec.activation is None and mixed.refuses_form(LinearFormat(spec.weight)) is None:
+        return AsStored(spec.weight), None
+    split = split_of(spec.weight)
+    if isinstance(split, str):
+        return split
+    weight = spec.weight if split is None else split.part
+    if weight.bits is None and weight.sparsity is None:
+        return None, split
+    fit = fit_of(weight)
+    return fit if isinstance(fit, str) else (fit, split)
+
+
+def _order(form: LinearFormat) -> Layout:
+    """Return the layout in which kernels hold a matrix of codes."""
+    return mixed.LAYOUT if (form.weight.bits or 0) > mixed.NARROW else layout.FRAGMENTS
 
 
 def _known(spec: LinearFormat) -> LinearFormat:
@@ -131,7 +172,7 @@ def _filled(rank: int) -> int:
 class _Coded:
     """A product by a kernel."""
 
-    def __init__(self, fit: Fit, layer: FragmentLayer) -> None:
+    def __init__(self, fit: Fit | AsStored, layer: FragmentLayer | MixedLayer) -> None:
         self.fit, self.layer = fit, layer
         self._chosen: dict[tuple[torch.dtype, int], Kernel] = {}
 
@@ -146,6 +187,12 @@ class _Coded:
             self._chosen[case] = kernel
         return kernel.run(self.fit.spread(x), self.layer, bias)
 
+    def add_to(self, y: Tensor, x: Tensor, kernels: Sequence[Kernel]) -> Tensor:
+        """Add the product to y [tokens, rows], in place; return y."""
+        if len(x) > MOST_ADDED_TOKENS and x.is_cuda and isinstance(self.layer, FragmentLayer):
+            return y.addmm_(self.fit.spread(x), expand_weight(self.layer).t())
+        return y.add_(self.run(x, None, kernels))
+
 
 class _Dense:
     """A product by cuBLAS."""
@@ -155,6 +202,10 @@ class _Dense:
 
     def run(self, x: Tensor, bias: Tensor | None, _kernels: Sequence[Kernel]) -> Tensor:
         return functional.linear(round_inputs(x, self.activation), self.matrix, bias)
+
+    def add_to(self, y: Tensor, x: Tensor, _kernels: Sequence[Kernel]) -> Tensor:
+        """Add the product to y [tokens, rows], in place; return y."""
+        return y.addmm_(x, self.matrix.t())
 
 
 @dataclass
@@ -200,17 +251,17 @@ def prepare(packed: PackedLinear) -> ComposedLayer:
     if plan.main is None:
         named["main_values"] = weight.values
     elif plan.fused:
-        named |= _fragments("main_", plan, weight, packed.left, packed.right)
+        named |= _write("main_", plan, weight, packed.left, packed.right)
     else:
-        named |= _fragments("main_", Plan(plan.main), weight)
+        named |= _write("main_", Plan(plan.main), weight)
     if high is not None:
-        named |= _fragments("high_", Plan(plan.high), high)
+        named |= _write("high_", Plan(plan.high), high)
     if packed.weight.zero_point is not None:
         named["zero_point"] = packed.weight.zero_point
     if packed.left is not None and packed.right is not None and not plan.fused:
         for prefix, fit, factor in parts[1:]:
             if fit is not None:
-                named |= _fragments(prefix, Plan(fit), _present(factor))
+                named |= _write(prefix, Plan(fit), _present(factor))
             elif _present(factor).format.bits is None:
                 named[f"{prefix}values"] = _fill_ranks(prefix, spec.rank, _present(factor).values)
             else:
@@ -228,7 +279,7 @@ def assemble(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Compo
     if plan.high is not None:
         layer.high = _product("high_", plan.high, plan.high_format, spec, named)
     if plan.split is not None and plan.main is not None and plan.main_format is not None:
-        low = layout.restore((plan.main_format,), _without("main_", named), 0).weight
+        low = _order(plan.main_format).restore((plan.main_format,), _without("main_", named), 0).weight
         scale = _present(plan.main.undo(low).scale)
         layer.offsets = plan.split.offsets(scale, named.get("zero_point")).t()
     if spec.left is not None and not plan.fused:
@@ -243,16 +294,18 @@ def restore(formats: Formats, named: Mapping[str, Tensor], _part: int) -> Packed
     spec = formats[0]
     plan = _plan(spec)
     scale = named.get("input_scale")
-    fitted = None if plan.main_format is None else layout.restore((plan.main_format,), _without("main_", named), 0)
+    form = plan.main_format
+    fitted = None if form is None else _order(form).restore((form,), _without("main_", named), 0)
 
-    def part(prefix: str, fit: Fit | None, stored: WeightFormat, fused: PackedWeight | None) -> PackedWeight:
+    def part(prefix: str, fit: Fit | AsStored | None, stored: WeightFormat, fused: PackedWeight | None) -> PackedWeight:
         own = _without(prefix, named)
         if fit is None:
             values = own["values"][: stored.rows, : stored.stored_per_row] if stored.bits is None else own["values"]
             return PackedWeight(
                 stored, **{name: _copied(tensor) for name, tensor in (own | {"values": values}).items()}
             )
-        weight = fit.undo(fused or layout.restore((LinearFormat(fit.format),), own, 0).weight)
+        alone = LinearFormat(fit.format)
+        weight = fit.undo(fused or _order(alone).restore((alone,), own, 0).weight)
         if prefix == "main_" and plan.split is not None:
             high = None if plan.high is None else part("high_", plan.high, plan.split.part, None)
             zero = named.get("zero_point")
@@ -280,11 +333,7 @@ def run(x: Tensor, layer: ComposedLayer, bias: Tensor | None, kernels: Sequence[
         y = y.addmm_(layer.plan.split.sums(round_inputs(scaled, layer.plan.activation)), layer.offsets)
     if layer.left is not None and layer.right is not None:
         read = inputs if layer.input_scale is not None else round_inputs(inputs, layer.plan.activation)
-        inner = layer.right.run(read, None, kernels)
-        if isinstance(layer.left, _Dense):
-            y = y.addmm_(inner, layer.left.matrix.t())
-        else:
-            y = y.add_(layer.left.run(inner, None, kernels))
+        y = layer.left.add_to(y, layer.right.run(read, None, kernels), kernels)
     return y.view(*x.shape[:-1], layer.format.rows)
 
 
@@ -351,22 +400,24 @@ def _plan(spec: LinearFormat) -> Plan:
     return plan
 
 
-def _fragments(
+def _write(
     prefix: str, plan: Plan, weight: PackedWeight, left: PackedWeight | None = None, right: PackedWeight | None = None
 ) -> dict[str, Tensor]:
     """Write a matrix, and the adapters that go with it, for a kernel; return what is kept of them."""
-    written = PackedLinear(_present(plan.main).apply(weight))
+    written = PackedLinear(weight if plan.main is None else plan.main.apply(weight))
     if left is not None and right is not None:
         written.left, written.right = _present(plan.left).apply(left), _present(plan.right).apply(right)
-    return _prefixed(prefix, layout.tensors(prepare_fragments(written)))
+    order = _order(written.format)
+    return _prefixed(prefix, order.tensors(order.prepare(written)))
 
 
 def _product(
-    prefix: str, fit: Fit | None, form: LinearFormat | None, spec: LinearFormat, named: Mapping[str, Tensor]
+    prefix: str, fit: Fit | AsStored | None, form: LinearFormat | None, spec: LinearFormat, named: Mapping[str, Tensor]
 ) -> _Coded | _Dense:
     own = _without(prefix, named)
     if fit is not None:
-        return _Coded(fit, layout.assemble((form or LinearFormat(fit.format),), own, 0))
+        form = form or LinearFormat(fit.format)
+        return _Coded(fit, _order(form).assemble((form,), own, 0))
     part = _present({"main_": spec.weight, "left_": spec.left, "right_": spec.right}[prefix])
     if part.bits is None:
         return _Dense(own["values"], spec.activation if prefix == "main_" else None)

@@ -106,22 +106,24 @@ __device__ __forceinline__ void stage_x(const Arguments& a, u32 to, u32 stride, 
 
 // ------------------------------------------------------------------------------------------------------- products
 
-// 16 rows by 64 columns of dense codes, without their scale.
-__device__ __forceinline__ void multiply_dense_unit(float (&c)[TOKEN_TILES][4], uint4 codes, const Activations& x, int column) {
-    const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+// 16 rows by 32 columns of dense codes, without their scale: half of a unit.
+__device__ __forceinline__ void multiply_dense_half(float (&c)[TOKEN_TILES][4], u32 first, u32 second, const Activations& x, int column) {
+    u32 a0[4], a1[4];
+    decode_word(a0, first);
+    decode_word(a1, second);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        u32 a0[4], a1[4];
-        decode_word(a0, words[2 * half]);
-        decode_word(a1, words[2 * half + 1]);
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-            u32 b[4];
-            x.load(b, n, column + 32 * half);
-            multiply(c[n], a0, b[0], b[1]);
-            multiply(c[n], a1, b[2], b[3]);
-        }
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+        u32 b[4];
+        x.load(b, n, column);
+        multiply(c[n], a0, b[0], b[1]);
+        multiply(c[n], a1, b[2], b[3]);
     }
+}
+
+// 16 rows by 64 columns.
+__device__ __forceinline__ void multiply_dense_unit(float (&c)[TOKEN_TILES][4], uint4 codes, const Activations& x, int column) {
+    multiply_dense_half(c, codes.x, codes.y, x, column);
+    multiply_dense_half(c, codes.z, codes.w, x, column + 32);
 }
 
 // Add `c` times the scales of rows g (low half of `scales`) and g + 8 (high half).
@@ -220,7 +222,13 @@ __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][TOKEN_T
 #else
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
-#if GROUP > 0
+#if GROUP == 32
+        float first[TOKEN_TILES][4] = {}, second[TOKEN_TILES][4] = {};
+        multiply_dense_half(first, w.codes[i].x, w.codes[i].y, x, column);
+        multiply_dense_half(second, w.codes[i].z, w.codes[i].w, x, column + 32);
+        add_scaled(sum[i], first, w.scales[i][0]);
+        add_scaled(sum[i], second, w.scales[i][1]);
+#elif GROUP > 0
         float part[TOKEN_TILES][4] = {};
         multiply_dense_unit(part, w.codes[i], x, column);
         add_scaled(sum[i], part, w.scales[i][0]);

@@ -1,8 +1,8 @@
 """Codes that the kernels do not take as they are, written as codes that they do, and back.
 
-The kernels know symmetric 4-bit codes with one scale a row, or for every 64 or 128 columns. Fewer bits, other groups
-and widths say the same in that form: a code of 3 bits is a code of 4, a scale may be repeated, and a group may be
-filled up with columns of zeros, where the input has zeros too.
+The kernels know symmetric 4-bit codes with one scale a row, or for every 32, 64 or 128 columns. Fewer bits, other
+groups and widths say the same in that form: a code of 3 bits is a code of 4, a scale may be repeated, and a group may
+be filled up with columns of zeros, where the input has zeros too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slimc.backends.cuda.layer import FACTOR_GROUP
+from slimc.backends.cuda.layer import FACTOR_GROUP, KERNEL_GROUPS
 from slimc.runtime.formats import NM, WeightFormat
 from slimc.runtime.packing import PackedWeight, pack_weight
 
@@ -22,7 +22,6 @@ __all__ = ["COLUMN_MULTIPLE", "Fit", "fit_of", "padding", "put_padding"]
 
 BITS = 4
 COLUMN_MULTIPLE = 8
-KERNEL_GROUPS = (128, 64)
 MOST_ROOM = 2
 """How many times its columns a group may take; beyond that 8-bit codes would take no more."""
 

@@ -21,6 +21,7 @@ from slimc.runtime.packing import PackedLinear
 
 __all__ = [
     "FACTOR_GROUP",
+    "KERNEL_GROUPS",
     "FragmentLayer",
     "complete",
     "pointer",
@@ -35,6 +36,9 @@ __all__ = [
 
 FACTOR_GROUP = 64
 """Columns of a factor that share a scale, and ranks to which factors are padded."""
+
+KERNEL_GROUPS = (128, 64, 32)
+"""Columns of W that may share a scale."""
 
 HEADERS = {
     "attend.cu": ("hopper.cuh",),
@@ -211,8 +215,8 @@ def _refuses_format(spec: LinearFormat) -> str | None:
         return "needs symmetric 4-bit codes"
     if weight.sparsity not in (None, NM(2, 4)):
         return f"knows 2:4 and dense weights, not {weight.sparsity}"
-    if weight.group not in (None, 64, 128):
-        return f"knows groups of 64 and 128 columns, not {weight.group}"
+    if weight.group not in (None, *KERNEL_GROUPS):
+        return f"knows groups of 128, 64 and 32 columns, not {weight.group}"
     if weight.columns % 8:
         return "needs a multiple of 8 columns"
     if spec.input_scaled:

@@ -32,7 +32,18 @@ from slimc.runtime.layouts import Formats, Layout, register_layout
 from slimc.runtime.packing import PackedLinear
 from slimc.runtime.select import Kernel
 
-__all__ = ["LAYOUT", "MIXED", "MIXED_DENSE", "MixedLayer", "MixedStack", "prepare", "run", "run_dense", "stack"]
+__all__ = [
+    "LAYOUT",
+    "MIXED",
+    "MIXED_DENSE",
+    "MixedLayer",
+    "MixedStack",
+    "prepare",
+    "refuses_form",
+    "run",
+    "run_dense",
+    "stack",
+]
 
 LINEAR_KERNEL = "mixed_linear"
 EXPAND_KERNEL = "mixed_expand"
@@ -500,7 +511,8 @@ def _launcher(
     return driver.load(source("mixed.cu"), "mixed", device_index, defines).function(kernel).prepare([_Arguments])
 
 
-def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+def refuses_form(spec: LinearFormat) -> str | None:
+    """Say why the kernels cannot compute a layer of a form on any device, or return ``None``."""
     weight = spec.weight
     if weight.widths is None and (weight.bits or 0) <= NARROW:
         return f"is for groups of columns with codes of different widths, or of more than {NARROW} bits"
@@ -515,8 +527,11 @@ def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> st
     factors = [factor for factor in (spec.left, spec.right) if factor is not None]
     if any(factor.dtype != weight.dtype for factor in factors):
         return "needs a weight and adapters of one dtype"
-    reasons = (refuses_weight(factor) for factor in factors)
-    return refuses_machine(spec, dtype, device) or next((reason for reason in reasons if reason), None)
+    return next((reason for reason in map(refuses_weight, factors) if reason), None)
+
+
+def _refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
+    return refuses_form(spec) or refuses_machine(spec, dtype, device)
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:

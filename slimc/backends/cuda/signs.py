@@ -1,7 +1,7 @@
 """Products with a matrix of signs on a GPU: for a few tokens by a kernel that reads one bit a weight (``signs.cu``).
 
-For many tokens, where a dense product of the tensor cores is not bound by memory, the signs are written out as numbers
-at every call, into memory of PyTorch's allocator, and cuBLAS multiplies by them.
+For more, ``(left @ right) (.) B`` is written out at every call, into memory of PyTorch's allocator, and cuBLAS
+multiplies by it: added to the rest of the layer's weight, if that is decoded too, so that one product does for both.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import MOST_STACKED, settle, source
 from slimc.errors import KernelError
-from slimc.runtime.decode import unpack_signs
 from slimc.runtime.packing import PackedBinary
 
 __all__ = ["MOST_TOKENS", "SignProduct", "StackedSigns"]
 
-KERNEL_NAME = "add_signs"
+PRODUCT_KERNEL = "add_signs"
+MATRIX_KERNEL = "write_signs"
 
 WARPS = 8
 WORD_COLUMNS = 32
-MOST_TOKENS = 64
-"""Above, each block would read more activations than signs, and a dense product should be less work (not measured)."""
+MOST_TOKENS = 16
+"""Above, the kernel is slower than a dense product and writing its matrix."""
+
+MATRIX_THREADS, MATRIX_ROWS, BYTE_COLUMNS = 128, 8, 8
 
 TILE_ROWS, TILE_TOKENS = 16, 8
 LOAD_BYTES = 16
@@ -52,6 +53,16 @@ class _Arguments(ctypes.Structure):
     )
 
 
+class _MatrixArguments(ctypes.Structure):
+    """``struct MatrixArguments`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("signs", "left", "right", "matrix")),
+        ("stride", ctypes.c_uint32),
+        *((name, ctypes.c_int) for name in ("rank", "rows", "columns", "add")),
+    )
+
+
 class SignProduct:
     """The binary part of a layer, ready to be added to a result.
 
@@ -60,33 +71,32 @@ class SignProduct:
     """
 
     def __init__(self, packed: PackedBinary) -> None:
-        """Note how bytes of signs are written out; compile nothing yet."""
+        """Compile nothing yet."""
         self.packed = PackedBinary(*(_aligned(tensor) for tensor in packed.tensors().values()))
         spec = packed.format
         self.rows, self.columns, self.rank = spec.rows, spec.columns, spec.rank
-        # Made here, where memory stays: a call may be captured, or take its memory from the pool of a graph.
-        every_byte = torch.arange(256, dtype=torch.uint8, device=packed.signs.device)[:, None]
-        self._numbers = unpack_signs(every_byte, 8, spec.dtype)
         settle(packed.signs.device)
+
+    def merges(self, x: Tensor) -> bool:
+        """Whether for x [tokens, columns] one product with a dense sum of W and this part is less work than two."""
+        return not _are_few(x)
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add ``sum_k ((x * right[k]) @ B^T) * left[:, k]`` to y [tokens, rows] and return it; x is [tokens, columns].
 
-        All have the dtype of the factors. The sum is rounded once by the kernel, and for many tokens once a rank.
+        All have the dtype of the factors. The sum is rounded once. For more than `MOST_TOKENS` tokens
+        ``(left @ right) (.) B`` is rounded, where for fewer ``x * right[k]`` is.
         """
         return _add_few((self,), y, x) if _are_few(x) else self.add_dense(y, x)
 
     def add_dense(self, y: Tensor, x: Tensor) -> Tensor:
-        """Do the same by products of cuBLAS, in place."""
-        matrix = self._dense()
-        for column, row in zip(self.packed.left.unbind(1), self.packed.right.unbind(0), strict=True):
-            y = y.addcmul_(functional.linear(x * row, matrix), column)
-        return y
+        """Do the same by a product of cuBLAS, in place."""
+        matrix = self.packed.left.new_empty(self.rows, self.columns)
+        return y.addmm_(x, _write(self, matrix, add=False).t())
 
-    def _dense(self) -> Tensor:
-        """Return the matrix of +1 and -1, [rows, columns]."""
-        numbers = functional.embedding(self.packed.signs.int(), self._numbers)
-        return numbers.view(self.rows, -1)[:, : self.columns]
+    def add_to(self, matrix: Tensor) -> Tensor:
+        """Add ``(left @ right) (.) B`` to a matrix [rows, columns] of rows in a row's columns, in place; return it."""
+        return _write(self, matrix, add=True)
 
 
 class StackedSigns:
@@ -105,6 +115,16 @@ class StackedSigns:
         if len(products) > MOST_STACKED or len(kinds) > 1:
             raise KernelError(f"up to {MOST_STACKED} binary parts of one width and dtype can be stacked, not these")
         self.products = tuple(products)
+
+    def merges(self, x: Tensor) -> bool:
+        """Whether for x [tokens, columns] one product with a dense sum of W and these is less work than two."""
+        return not _are_few(x)
+
+    def add_to(self, matrix: Tensor) -> Tensor:
+        """Add the matrix of each to its rows of a matrix [rows of all, columns], in place; return it."""
+        for one, part in zip(self.products, matrix.split_with_sizes([one.rows for one in self.products]), strict=True):
+            one.add_to(part)
+        return matrix
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add each product to its rows of y [tokens, rows of all] and return it; x is [tokens, columns]."""
@@ -154,6 +174,36 @@ def _add_few(products: Sequence[SignProduct], y: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def _write(product: SignProduct, matrix: Tensor, *, add: bool) -> Tensor:
+    """Write the matrix of a product, or add it to what is there; rows may be apart, columns not.
+
+    Raises:
+        KernelError: the kernel cannot be compiled or loaded.
+    """
+    packed = product.packed
+    if not matrix.is_cuda:
+        decoded = packed.decode()
+        return matrix.copy_(matrix.float() + decoded if add else decoded)
+    arguments = _MatrixArguments(
+        signs=packed.signs.data_ptr(),
+        left=packed.left.data_ptr(),
+        right=packed.right.data_ptr(),
+        matrix=matrix.data_ptr(),
+        stride=matrix.stride(0),
+        rank=product.rank,
+        rows=product.rows,
+        columns=product.columns,
+        add=int(add),
+    )
+    _matrix_launcher(matrix.get_device(), matrix.dtype)(
+        arguments,
+        grid=(-(-product.columns // (BYTE_COLUMNS * MATRIX_THREADS)), -(-product.rows // MATRIX_ROWS), 1),
+        block=(MATRIX_THREADS, 1, 1),
+        stream=torch.cuda.current_stream(matrix.device).cuda_stream,
+    )
+    return matrix
+
+
 @cache
 def _processors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
@@ -161,10 +211,17 @@ def _processors(device_index: int) -> int:
 
 @cache
 def _launcher(device_index: int, dtype: torch.dtype, token_tiles: int, row_tiles: int) -> driver.Launcher:
+    return _load(device_index, dtype, token_tiles, row_tiles).function(PRODUCT_KERNEL).prepare([_Arguments])
+
+
+@cache
+def _matrix_launcher(device_index: int, dtype: torch.dtype) -> driver.Launcher:
+    return _load(device_index, dtype, 1, 1).function(MATRIX_KERNEL).prepare([_MatrixArguments])
+
+
+def _load(device_index: int, dtype: torch.dtype, token_tiles: int, row_tiles: int) -> driver.Module:
     major, _ = torch.cuda.get_device_capability(device_index)
-    defines = launch_defines(dtype, major, token_tiles, row_tiles)
-    module = driver.load(source("signs.cu"), KERNEL_NAME, device_index, defines)
-    return module.function(KERNEL_NAME).prepare([_Arguments])
+    return driver.load(source("signs.cu"), "signs", device_index, launch_defines(dtype, major, token_tiles, row_tiles))
 
 
 def tiles_of_rows(rows: int, processors: int) -> int:

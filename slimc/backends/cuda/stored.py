@@ -19,7 +19,7 @@ from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
-__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "fill_up", "prepare", "run"]
+__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "decode", "fill_up", "prepare", "run"]
 
 
 class StoredMatrix:
@@ -83,6 +83,12 @@ def fill_up(matrix: Tensor, axis: int, multiple: int) -> Tensor:
 def prepare(packed: PackedLinear) -> StoredLayer:
     """Take the tensors as they are."""
     return StoredLayer(packed.format, StoredMatrix(packed.weight), StoredAdapters.of(packed), packed.input_scale)
+
+
+def decode(layer: StoredLayer) -> Tensor:
+    """Return W [rows, columns] in memory of its own; its rows may be apart."""
+    weight = layer.weight.dense()[:, : layer.format.columns]
+    return weight.clone() if weight.data_ptr() == layer.weight.packed.values.data_ptr() else weight
 
 
 def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:

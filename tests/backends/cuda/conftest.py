@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda import compiler, layer
+from slimc.backends.cuda import compiler, layer, mixed
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, _refuses_format, prepare, stack_shared
 from slimc.backends.cuda.layout import restore, tensors
 from slimc.runtime.activations import quantize_tokens
@@ -177,7 +177,7 @@ def calls_made() -> list[int]:
 
 @pytest.fixture
 def cpu_kernels(calls_made: list[int]) -> tuple[Kernel, ...]:
-    """A table with one kernel, for the GPU's form of a layer on a CPU."""
+    """A table with one kernel for each of the GPU's forms of a layer, on a CPU."""
 
     def accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
         if device.type != "cpu" or dtype != spec.weight.dtype:
@@ -188,4 +188,16 @@ def cpu_kernels(calls_made: list[int]) -> tuple[Kernel, ...]:
         calls_made.append(state.format.rows)
         return compute(x, state, bias)
 
-    return (Kernel("fragments on the CPU", accepts, prepare, run, stack_shared),)
+    def accepts_mixed(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:
+        if device.type != "cpu" or dtype != spec.weight.dtype:
+            return "is for the CPU"
+        return mixed.refuses_form(spec)
+
+    def run_mixed(x: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+        y = product(x, mixed.restore((state.format,), mixed.tensors(state), 0))
+        return (y if bias is None else y + bias.double()).to(x.dtype)
+
+    return (
+        Kernel("fragments on the CPU", accepts, prepare, run, stack_shared),
+        Kernel("lines on the CPU", accepts_mixed, mixed.prepare, run_mixed),
+    )

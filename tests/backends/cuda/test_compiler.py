@@ -53,7 +53,7 @@ def test_without_nvrtc_the_error_says_how_to_get_it() -> None:
         compiler.compile_source(TRIVIAL, name="fill", arch="sm_80")
 
 
-FORMS = [(1, 0, 1), (1, 64, 1), (1, 128, 1), (1, 0, 0), (0, 0, 1), (0, 64, 0)]
+FORMS = [(1, 0, 1), (1, 32, 1), (1, 64, 1), (1, 128, 1), (1, 0, 0), (0, 0, 1), (0, 32, 1), (0, 64, 0)]
 """Whether W is 2:4, its groups, and whether there are adapters."""
 
 
@@ -91,7 +91,7 @@ def test_the_kernel_that_decodes_compiles(
     assert cubin.startswith(b"\x7fELF")
 
 
-EXPANDED = [(0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 64), (1, 128, 0)]
+EXPANDED = [(0, 64, 32), (0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 32), (1, 128, 64), (1, 128, 0)]
 """Whether zeros are placed, columns of 64 codes, and columns that share a scale."""
 
 

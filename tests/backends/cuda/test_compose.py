@@ -55,7 +55,7 @@ COMPOSED_FORMS = {
     "16-bit weight, scaled inputs": linear(weight(bits=None), scaled=True),
     "3 bits": linear(weight(bits=3, group=64), 20),
     "2 bits, 2:4": linear(weight(bits=2, sparsity=NM(2, 4)), 20),
-    "groups of 32": linear(weight(group=32), 20),
+    "groups of 24": linear(weight(group=24), 20),
     "groups of 48, 2:4": linear(weight(group=48, sparsity=NM(2, 4)), 20, **PLAIN),
     "groups of 256": linear(weight(group=256), 20),
     "groups of 192": linear(weight(columns=500, group=192), 20),
@@ -81,7 +81,7 @@ DENSE_FORMS = {
     "2:4 of 16-bit values": (linear(weight(bits=None, sparsity=NM(2, 4)), 20), "not 2:4 bf16"),
     "unstructured": (linear(weight(sparsity=Unstructured(), nonzeros=7000), 20), "knows 2:4 and dense weights"),
     "1:4": (linear(weight(sparsity=NM(1, 4)), 20), "knows 2:4 and dense weights, not 1:4"),
-    "groups of 24": (linear(weight(group=24)), "filled up to 64, and take more than twice their room"),
+    "groups of 12": (linear(weight(group=12)), "filled up to 32, and take more than twice their room"),
     "groups of 50, 2:4": (linear(weight(group=50, sparsity=NM(2, 4))), "cut through groups of 4"),
 }
 
@@ -89,7 +89,7 @@ DENSE_FORMS = {
 @pytest.fixture
 def table(cpu_kernels: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
     one = composed(cpu_kernels, "cpu")
-    return (*cpu_kernels, one, decoded("cpu"), DECODE)
+    return (cpu_kernels[0], one, decoded("cpu"), DECODE)
 
 
 def canonical(packed: PackedLinear) -> PackedLinear:
@@ -160,7 +160,7 @@ def test_forms_that_are_decoded_once_say_why(name: str, fill: Any, check: Any, t
 
 
 def test_a_fused_adapter_is_in_the_kernel_and_others_beside_it() -> None:
-    fused = {"adapters in groups of 128", "adapters with a scale a row", "3-bit adapters", "groups of 32", "3 bits"}
+    fused = {"adapters in groups of 128", "adapters with a scale a row", "3-bit adapters", "3 bits"}
     for name, spec in COMPOSED_FORMS.items():
         plan = plan_of(spec)
         assert not isinstance(plan, str)
@@ -200,10 +200,10 @@ def test_what_is_written_for_a_kernel_is_the_same_matrix(
 
 
 def test_a_factor_lies_beside_another_matrix_if_its_groups_do() -> None:
-    main = fit_of(weight(group=32))
+    main = fit_of(weight(group=48))
     assert isinstance(main, Fit)
-    assert isinstance(fit_of(weight(20, group=64), beside=main), Fit)
-    assert isinstance(fit_of(weight(20, group=32), beside=main), Fit)
+    assert isinstance(fit_of(weight(20, group=96), beside=main), Fit)
+    assert isinstance(fit_of(weight(20, group=48), beside=main), Fit)
     refusal = fit_of(weight(20, group=16), beside=main)
     assert refusal == "groups of 16 columns do not fall on its groups of 64"
 

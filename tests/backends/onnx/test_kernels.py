@@ -130,7 +130,7 @@ def test_forms_are_those_of_the_layers(folder: Path, tmp_path: Path) -> None:
     ("passes", "options", "reason"),
     [
         ((Quantize(bits=4),), {"dtype": "float32"}, "computes in another dtype than float16"),
-        ((Quantize(bits=4, group=32),), {}, "has groups of 32 columns"),
+        ((Quantize(bits=4, group=16),), {}, "has groups of 16 columns"),
         ((Quantize(bits=8),), {}, "no constant codes of 4 bits"),
         ((Quantize(bits=4), Activations(kind="int8")), {}, "rounds its inputs to 8 bits"),
         ((Quantize(bits=4),), {"target": "ort"}, "has no layers for a kernel library"),

@@ -23,7 +23,7 @@ from onnx import NodeProto, TensorProto
 
 from slimc.backends.cuda import decode
 from slimc.backends.cuda.compiler import compile_source
-from slimc.backends.cuda.layer import FACTOR_GROUP, source
+from slimc.backends.cuda.layer import FACTOR_GROUP, KERNEL_GROUPS, source
 from slimc.backends.onnx.description import is_onnx_folder, read_description
 from slimc.backends.onnx.functions import DOMAIN, INPUTS
 from slimc.errors import InputError, KernelError
@@ -52,7 +52,6 @@ OPTIONS = (
     "-static-libstdc++",
 )
 
-_KERNEL_GROUPS = (128, 64)
 _TOKEN_TILES = (1, 2)
 _BLOCK_TILES = (1, 2, 3)
 """From three tiles of rows a block on the shape of the launch is the same."""
@@ -64,7 +63,7 @@ class Form:
 
     Attributes:
         sparse: the weight is 2:4.
-        group: columns that share a scale, of 64 and 128; 0: all of a row.
+        group: columns that share a scale, of 32, 64 and 128; 0: all of a row.
         adapters: with low-rank factors.
     """
 
@@ -174,9 +173,9 @@ def _form_of(folder: Path, node: NodeProto, constants: dict[str, TensorProto]) -
     if columns % 8:
         raise refuse(f"has {columns} columns, no multiple of 8")
     block = attributes.get("block_size", 0) if len(scale.dims) == 2 else 0
-    group = next((size for size in _KERNEL_GROUPS if block % size == 0), None) if 0 < block < columns else 0
+    group = next((size for size in KERNEL_GROUPS if block % size == 0), None) if 0 < block < columns else 0
     if group is None:
-        raise refuse(f"has groups of {block} columns, and the kernels know multiples of {_KERNEL_GROUPS[-1]}")
+        raise refuse(f"has groups of {block} columns, and the kernels know multiples of {KERNEL_GROUPS[-1]}")
     for factor in ("left", "right"):
         part, its_scale = constants.get(inputs.get(factor, "")), constants.get(inputs.get(f"{factor}_scale", ""))
         if inputs.get(factor) and (part is None or its_scale is None or part.data_type != TensorProto.INT4):

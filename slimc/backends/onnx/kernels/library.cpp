@@ -217,7 +217,7 @@ struct Scales {
 
 struct Layer {
     int rows = 0, columns = 0, ranks = 0;
-    int sparse = 0, group = 0;  // group: of the kernel, 0, 64 or 128
+    int sparse = 0, group = 0;  // group: of the kernel, 0, 32, 64 or 128
     Matrix weight, right, left;
     cuda::Memory bias, rank_range;
 
@@ -260,8 +260,8 @@ void place_weight(Layer& layer, const ort::Tensor& tensor, const ort::Tensor& sc
     layer.columns = codes.columns;
     if (codes.columns % 8) refuse("the weight has " + std::to_string(codes.columns) + " columns, no multiple of 8");
     const Scales scales = scales_of(scale, codes.rows, block);
-    if (scales.block && scales.block < codes.columns) layer.group = scales.block % 128 == 0 ? 128 : scales.block % 64 == 0 ? 64 : -1;
-    if (layer.group < 0) refuse("the weight has groups of " + std::to_string(scales.block) + " columns; the kernel has groups of 64 and 128");
+    if (scales.block && scales.block < codes.columns) layer.group = scales.block % 128 == 0 ? 128 : scales.block % 64 == 0 ? 64 : scales.block % 32 == 0 ? 32 : -1;
+    if (layer.group < 0) refuse("the weight has groups of " + std::to_string(scales.block) + " columns; the kernel has groups of 32, 64 and 128");
     Matrix& weight = layer.weight;
     Stream kept(codes.rows, divided(codes.columns, 4), kZeros), places(codes.rows, divided(codes.columns, 4), kFirstTwo);
     layer.sparse = sparse && sparse_streams(codes, kept, places);
