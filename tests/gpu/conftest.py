@@ -41,13 +41,14 @@ def make_layer(
     sparse: bool = True,
     group: int | None = None,
     per_tensor: bool = True,
+    bits: int | None = 4,
 ) -> PackedLinear:
     weight = WeightFormat(
         rows,
         columns,
-        bits=4,
+        bits=bits,
         group=group,
-        per_tensor=per_tensor and group is None,
+        per_tensor=per_tensor and group is None and bits is not None,
         sparsity=NM(2, 4) if sparse else None,
         dtype=dtype,
     )
@@ -60,6 +61,8 @@ def make_layer(
             tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         else:
             tensors[name] = ((torch.rand(shape, generator=generator) + 0.5) * 0.01).to(kind)
+    if bits is None:
+        tensors["values"] = (torch.randn(tensors["values"].shape, generator=generator) * 0.02).to(dtype)
     if sparse:
         nibbles = PATTERNS[torch.randint(6, (rows, -(-columns // 8), 2), generator=generator)]
         tensors["pattern"] = nibbles[..., 0] | (nibbles[..., 1] << 4)
@@ -103,7 +106,7 @@ def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: 
 
 @pytest.fixture(scope="session")
 def random_layer() -> Callable[..., PackedLinear]:
-    """Makes a layer of random codes on the GPU, all six 2:4 patterns among them."""
+    """Makes a layer of random codes, or values, on the GPU, all six 2:4 patterns among them."""
     return make_layer
 
 

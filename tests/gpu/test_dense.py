@@ -167,6 +167,19 @@ def test_fragments_become_the_same_numbers(
         assert torch.equal(kept.flatten(), weight.decode().flatten()[weight.unpack()[1].flatten()])
 
 
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="values are for Hopper GPUs")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (200, 1352), (512, 1024)])
+def test_values_become_the_same_matrix(rows: int, columns: int, dtype: torch.dtype, random_layer: Any) -> None:
+    packed = random_layer(rows, columns, bits=None, dtype=dtype)
+    layer = prepare(packed)
+    assert torch.equal(expand_weight(layer), packed.weight.decode())
+    if columns % 16 == 0:
+        kept = torch.full((rows, columns // 2), float("nan"), dtype=dtype, device=CUDA)
+        expand_kept(layer, kept)
+        assert torch.equal(kept, packed.weight.values)
+
+
 @pytest.mark.parametrize("rank", [1, 57, 64, 130])
 def test_fragments_of_factors(rank: int) -> None:
     packed = make_layer(make_weight(200, 648), rank)

@@ -117,6 +117,15 @@ def test_layers_of_a_models_size(
     check_exactly(packed, x, None, run(packed, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 130])
+@pytest.mark.parametrize("tokens", [1, 130, 300, 1024])
+def test_values(random_layer: Any, check: Any, tokens: int, rank: int, dtype: torch.dtype) -> None:
+    packed = random_layer(600, 1352, rank, bits=None, dtype=dtype)
+    x, bias = (torch.randn(*shape, dtype=dtype, device="cuda") for shape in ((tokens, 1352), (600,)))
+    check(packed, x, bias, run(packed, x, bias))
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize(("group", "per_tensor"), [(None, True), (None, False), (32, False), (64, False), (128, False)])
 def test_scales_and_forms(random_layer: Any, check: Any, group: int | None, per_tensor: bool, sparse: bool) -> None:

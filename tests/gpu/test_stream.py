@@ -77,10 +77,20 @@ def test_scales_and_forms(
     check(packed, x, None, run(packed, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 130])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 48, 128, 256])
+def test_values(random_layer: Any, check: Any, tokens: int, rank: int, dtype: torch.dtype) -> None:
+    packed = random_layer(600, 1352, rank, bits=None, dtype=dtype)
+    x, bias = (torch.randn(*shape, dtype=dtype, device="cuda") for shape in ((tokens, 1352), (600,)))
+    check(packed, x, bias, run(packed, x, bias))
+
+
+@pytest.mark.parametrize("bits", [4, None])
 @pytest.mark.parametrize("tile", shapes.TOKEN_TILES)
-def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int) -> None:
-    packed = random_layer(600, 1344, 130)
-    form = shapes.Form(True, 0, True, torch.bfloat16)
+def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int, bits: int | None) -> None:
+    packed = random_layer(600, 1344, 130, bits=bits)
+    form = shapes.Form(True, 0, True, torch.bfloat16, values=bits is None)
     x = torch.randn(tile - 3, 1344, dtype=torch.bfloat16, device="cuda")
     for shape in shapes.suiting(shapes.CANDIDATES, tile, form):
         check(packed, x, None, run(packed, x, None, shape))

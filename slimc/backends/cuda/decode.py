@@ -275,6 +275,8 @@ def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     if device.type == "cuda" and tokens > MAX_TOKENS:
         return f"is for {MAX_TOKENS} tokens at most"
+    if spec.weight.bits is None:
+        return "takes 4-bit codes, not 16-bit values"
     return refuses(spec, dtype, device)
 
 

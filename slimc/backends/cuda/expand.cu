@@ -1,7 +1,7 @@
-// Fragments, the order in which kernels multiply by 4-bit codes (fragments.py), to matrices of 16-bit numbers: code - 8,
-// times the scale, rounded once.
+// Fragments, the order in which kernels multiply (fragments.py), to matrices of 16-bit numbers: of 4-bit codes code - 8,
+// times the scale, rounded once; of values these.
 //
-// A warp takes 16 rows by 64 codes a row. Its lanes hold two numbers of every eight; they exchange them so that each
+// A warp takes 16 rows by 64 codes or values a row. Its lanes hold two numbers of every eight; they exchange them so that each
 // writes 16 bytes at a time.
 //
 // Compiled with -D:
@@ -10,13 +10,14 @@
 //   PLACE     1: two codes become four columns, two of them zeros, as the metadata says; 0: a code is a column
 //   UNIT      columns of the weight in 64 codes: 128 if it is 2:4, else 64
 //   GROUP     columns of the weight that share a scale, 0: all of a row
+//   VALUES    1: 16-bit values; 0: 4-bit codes
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define WRITTEN (PLACE ? 128 : 64)  // columns that a warp writes of a row
 
 struct Arguments {
-    const uint4* codes;     // [row tiles][units][lane]
+    const uint4* codes;     // [row tiles][units][lane], of values [row tiles][units][4][lane]
     const uint2* metadata;  // [row tiles][units][lane], if PLACE
     const u16* scale;       // [1], [rows]; with GROUP u32 [row tiles][groups][8]: rows g and g + 8
     u16* dense;             // [rows][stride]
@@ -85,15 +86,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_fragments(const __g
     const u64 units = (u64)a.row_tiles * a.units;
     for (u64 at = (u64)blockIdx.x * WARPS + threadIdx.x / 32; at < units; at += (u64)gridDim.x * WARPS) {
         const int tile = at / a.units, unit = at % a.units;
+#if !VALUES
         const uint4 codes = load_once(a.codes + at * 32 + lane);
         const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+#endif
         u32 numbers[2][8];  // rows g and g + 8; numbers 2 t and 2 t + 1 of every eight
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+#if VALUES
+            const uint4 values = load_once(a.codes + (at * 4 + i) * 32 + lane);
+            numbers[0][2 * i] = values.x, numbers[1][2 * i] = values.y;
+            numbers[0][2 * i + 1] = values.z, numbers[1][2 * i + 1] = values.w;
+#else
             u32 scales[2];
             load_scales(a, scales, tile, unit, i, g);
 #pragma unroll
             for (int r = 0; r < 4; ++r) numbers[r % 2][2 * i + r / 2] = scaled(decode_pair(words[i] >> (4 * r)), scales[r % 2]);
+#endif
         }
         const int column = unit * WRITTEN;
 #if PLACE

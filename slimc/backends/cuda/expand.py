@@ -78,7 +78,7 @@ def order_metadata(layer: FragmentLayer, into: Tensor) -> None:
     """Write the metadata of a 2:4 weight of a multiple of 64 rows and 32 columns ``into`` cuSPARSELt's order."""
     metadata, device = layer.metadata, into.get_device()
     blocks = layer.format.columns // 32
-    _launcher(METADATA_KERNEL, device, layer.format.weight.dtype, 0, FACTOR_GROUP, 0)(
+    _launcher(METADATA_KERNEL, device, layer.format.weight.dtype, 0, FACTOR_GROUP, 0, 0)(
         _MetadataArguments(pointer(metadata), into.data_ptr(), layer.row_tiles, layer.codes.shape[1], blocks),
         grid=(-(-blocks // (THREADS // 8)), layer.row_tiles, 1),
         block=(THREADS, 1, 1),
@@ -96,7 +96,9 @@ def _expand(
 ) -> None:
     """Launch the kernel; only W has metadata, and a unit of as many columns as it has places."""
     row_tiles, units = codes.shape[:2]
-    unit = layer.unit_columns if codes is layer.codes else FACTOR_GROUP
+    of_weight = codes is layer.codes
+    unit = layer.unit_columns if of_weight else FACTOR_GROUP
+    values = int(of_weight and layer.format.weight.bits is None)
     arguments = _Arguments(
         codes=codes.data_ptr(),
         metadata=pointer(metadata),
@@ -111,7 +113,7 @@ def _expand(
         row_scale=int(scale.numel() > 1),
     )
     processors = torch.cuda.get_device_properties(into.device).multi_processor_count
-    _launcher(MATRIX_KERNEL, into.get_device(), into.dtype, int(metadata is not None), unit, group or 0)(
+    _launcher(MATRIX_KERNEL, into.get_device(), into.dtype, int(metadata is not None), unit, group or 0, values)(
         arguments,
         grid=(min(-(-row_tiles * units // WARPS), WAVES * processors), 1, 1),
         block=(THREADS, 1, 1),
@@ -121,7 +123,7 @@ def _expand(
 
 @cache
 def _launcher(
-    kernel: str, device_index: int, dtype: torch.dtype, places: int, unit: int, group: int
+    kernel: str, device_index: int, dtype: torch.dtype, places: int, unit: int, group: int, values: int
 ) -> driver.Launcher:
     defines = {
         "BFLOAT16": int(dtype == torch.bfloat16),
@@ -129,6 +131,7 @@ def _launcher(
         "PLACE": places,
         "UNIT": unit,
         "GROUP": group,
+        "VALUES": values,
     }
     module = driver.load(source("expand.cu"), "expand", device_index, defines)
     return module.function(kernel).prepare([_Arguments if kernel == MATRIX_KERNEL else _MetadataArguments])

@@ -5,7 +5,8 @@ numbers of row ``g`` or ``g + 8``; four registers are one instruction, 16 column
 and the codes of one register are one byte of the canonical stream: two columns, or the two kept codes of a group of
 four. So both forms have one order of bytes, in units of 32 bytes a row: ``[row tile][unit][lane][instruction]`` words
 of 32 bits, in which nibble ``i`` is the first code of register ``i`` and nibble ``i + 4`` the second. 16 bytes a lane
-are 128 columns of a 2:4 weight or 64 of a dense one. See the PTX manual, "Matrix fragments for mma.m16n8k16" and
+are 128 columns of a 2:4 weight or 64 of a dense one. 16-bit values take four times the room, a register a word:
+``[row tile][unit][instruction][lane][register]``. See the PTX manual, "Matrix fragments for mma.m16n8k16" and
 "mma.sp.m16n8k32".
 
 Every function has an exact inverse, so that a device need not keep the canonical tensors beside this form.
@@ -57,6 +58,25 @@ def code_bytes(words: Tensor, rows: int, size: int) -> Tensor:
             byte = ((lanes >> (4 * register)) & 15) | (((lanes >> (16 + 4 * register)) & 15) << 4)
             stream[:, half, :, :, :, place] = byte.permute(0, 3, 1, 2, 4)
     return _untiled(stream, rows, size)
+
+
+def value_words(values: Tensor) -> Tensor:
+    """Return 16-bit values in the cores' order.
+
+    Args:
+        values: as they are stored, [rows, an even number].
+
+    Returns:
+        int32 [row tiles, units, 4 instructions, 32 lanes, 4 registers] of two values each; a unit is 64 values a row.
+    """
+    tiles = _tiles(_padded(values.contiguous().view(torch.int32), 0))
+    return tiles.permute(0, 3, 4, 2, 6, 5, 1).flatten(5, 6).flatten(3, 4).contiguous()
+
+
+def value_matrix(words: Tensor, rows: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Return the values [rows, size] of which `value_words` made ``words``."""
+    tiles = words.view(*words.shape[:3], 8, 4, 2, 2).permute(0, 6, 3, 1, 2, 5, 4)
+    return _untiled(tiles, rows, size // 2).view(dtype)
 
 
 def metadata_words(pattern: Tensor) -> Tensor:

@@ -14,16 +14,24 @@ from torch import Tensor
 
 from slimc.backends.cuda import compiler
 from slimc.backends.cuda.counters import Counters
-from slimc.backends.cuda.fragments import TILE_ROWS, code_words, metadata_words, scale_groups, scale_words
+from slimc.backends.cuda.fragments import (
+    TILE_ROWS,
+    code_words,
+    metadata_words,
+    scale_groups,
+    scale_words,
+    value_words,
+)
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
-from slimc.runtime.packing import PackedLinear
+from slimc.runtime.packing import PackedLinear, PackedWeight
 
 __all__ = [
     "FACTOR_GROUP",
     "KERNEL_GROUPS",
     "FragmentLayer",
     "complete",
+    "ones",
     "pointer",
     "prepare",
     "refuses",
@@ -75,9 +83,9 @@ class FragmentLayer:
 
     Attributes:
         format: what the layer stores.
-        codes: of W, int32 [row tiles, units, 32, 4].
+        codes: of W, int32 [row tiles, units, 32, 4]; or its 16-bit values, int32 [row tiles, units, 4, 32, 4].
         metadata: of a 2:4 W, int32 [row tiles, units, 32, 2].
-        scale: of W: 16-bit [1] or [rows], or words of groups, int32 [row tiles, groups, 8].
+        scale: of W: 16-bit [1] or [rows], or words of groups, int32 [row tiles, groups, 8]; ones [rows] of values.
         right, left: codes of the factors, their rank padded to a multiple of 64.
         right_scale, left_scale: words of their groups of 64 columns.
         right_largest: the largest magnitude of a row's, 16-bit [ranks].
@@ -131,6 +139,11 @@ class FragmentLayer:
         return 64 if self.metadata is None else 128
 
     @property
+    def code_lines(self) -> Tensor:
+        """Codes or values of W, int32 [row tiles, lines, 128]: a line is 16 bytes of each lane."""
+        return self.codes.reshape(self.row_tiles, -1, 128)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that a launch reads."""
         tensors = (self.codes, self.metadata, self.scale, self.right, self.right_scale, self.left, self.left_scale)
@@ -142,9 +155,9 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
     spec, weight = packed.format, packed.weight
     layer = FragmentLayer(
         spec,
-        codes=code_words(weight.values),
+        codes=value_words(weight.values) if spec.weight.bits is None else code_words(weight.values),
         metadata=None if weight.pattern is None else metadata_words(weight.pattern),
-        scale=_weight_scale(weight.scale, spec.weight),  # type: ignore[arg-type]
+        scale=_weight_scale(weight),
     )
     if packed.left is not None and packed.right is not None:
         ranks = -(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP
@@ -177,13 +190,20 @@ def _fill_rows(tensor: Tensor, rows: int, value: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.shape[0]), value=value)
 
 
-def _weight_scale(scale: Tensor, spec: WeightFormat) -> Tensor:
-    return scale_words(scale) if spec.group is not None else scale.flatten().contiguous()
+def _weight_scale(weight: PackedWeight) -> Tensor:
+    if weight.scale is None:
+        return ones(weight.format, weight.values.device)
+    return scale_words(weight.scale) if weight.format.group is not None else weight.scale.flatten().contiguous()
+
+
+def ones(spec: WeightFormat, device: torch.device) -> Tensor:
+    """Return the scale of a weight of values, [rows]."""
+    return torch.ones(spec.rows, dtype=spec.dtype, device=device)
 
 
 def refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
     """Say why the kernels that read fragments cannot compute a layer, or return ``None``."""
-    return refuses_machine(spec, dtype, device) or _refuses_format(spec)
+    return refuses_machine(spec, dtype, device) or _refuses_values(spec, device) or _refuses_format(spec)
 
 
 def refuses_machine(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -207,12 +227,21 @@ def _refuses_toolchain() -> str | None:
     return None
 
 
+def _refuses_values(spec: LinearFormat, device: torch.device) -> str | None:
+    """Say why a weight of 16-bit values is for other kernels, or return ``None``."""
+    if spec.weight.bits is None and torch.cuda.get_device_capability(device) != (9, 0):
+        return "takes 16-bit values on Hopper GPUs only (compute capability 9.0)"
+    return None
+
+
 def _refuses_format(spec: LinearFormat) -> str | None:
     weight = spec.weight
     if weight.widths is not None:
         return f"needs codes of one width, not {weight.describe()}"
-    if weight.bits != 4 or weight.asymmetric:
-        return "needs symmetric 4-bit codes"
+    if weight.bits not in (None, 4) or weight.asymmetric:
+        return "needs symmetric 4-bit codes, or 16-bit values"
+    if weight.bits is None and weight.sparsity != NM(2, 4):
+        return f"takes 16-bit values of 2:4 weights, not {weight.describe()}"
     if weight.sparsity not in (None, NM(2, 4)):
         return f"knows 2:4 and dense weights, not {weight.sparsity}"
     if weight.group not in (None, *KERNEL_GROUPS):

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from slimc.backends.cuda.fragments import TILE_ROWS, code_bytes, metadata_pattern, scale_groups
+from slimc.backends.cuda.fragments import TILE_ROWS, code_bytes, metadata_pattern, scale_groups, value_matrix
 from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, complete, prepare
 from slimc.runtime.formats import WeightFormat
 from slimc.runtime.layouts import Formats, Layout, register_layout
@@ -65,9 +65,14 @@ def _restore_matrix(
     spec: WeightFormat, prefix: str, codes: Tensor, metadata: Tensor | None, scale: Tensor
 ) -> dict[str, Tensor]:
     (rows, size), _ = spec.tensor_specs()["values"]
-    made = {f"{prefix}values": code_bytes(codes, rows, size)}
+    if spec.bits is None:
+        made = {f"{prefix}values": value_matrix(codes, rows, size, spec.dtype)}
+    else:
+        made = {f"{prefix}values": code_bytes(codes, rows, size)}
     if metadata is not None:
         made[f"{prefix}pattern"] = metadata_pattern(metadata, rows, spec.columns)
+    if spec.bits is None:
+        return made
     if spec.group is None:
         made[f"{prefix}scale"] = scale.clone().view(spec.scale_shape)
     else:

@@ -10,6 +10,7 @@
 // Compiled with -D, besides those of common.cuh:
 //   SPARSE     1: W is 2:4; 0: W is dense
 //   GROUP      columns of W that share a scale, 0: all of a row
+//   VALUES     1: W is 16-bit values, with no GROUP and ACTIVATION 16; 0: it is 4-bit codes
 //   ADAPTERS   1: with t and L
 //   ACTIVATION 16: of the type that common.cuh is compiled for; 8: int8, 80: float8 e4m3, both with a scale a token
 //   TOKENS     of a tile: 64 or 128
@@ -36,7 +37,8 @@
 #define SCALE_GROUPS (GROUP == 0 ? 1 : COLUMNS > GROUP ? COLUMNS / GROUP : 1)
 #define BOX_BYTES (TOKENS * 128)
 #define CODES_AT (BOXES * BOX_BYTES)
-#define METADATA_AT (CODES_AT + TILES * 512 * UNITS)
+#define WORDS (VALUES ? 4 : 1)  // of a lane, each of 16 bytes, in a unit; of values those of all tiles lie together
+#define METADATA_AT (CODES_AT + TILES * 512 * UNITS * WORDS)
 #define SCALES_AT (METADATA_AT + (SPARSE ? TILES * 256 : 0))
 #define SLOT_BYTES ((SCALES_AT + (GROUP > 0 || ADAPTERS ? TILES * 32 * SCALE_GROUPS : 0) + 1023) / 1024 * 1024)
 
@@ -425,7 +427,7 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
         for (int unit = s.first; unit < min(s.last, a.pieces); ++unit) {
             if (used >= STAGES) barrier_wait(p.empty + 8 * p.slot, p.parity ^ 1);
             const u32 barrier = p.full + 8 * p.slot, to = p.data();
-            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 * UNITS + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
+            barrier_expect(barrier, BOXES * BOX_BYTES + TILES * (512 * UNITS * WORDS + (SPARSE ? 256 : 0) + (GROUP > 0 ? 32 * SCALE_GROUPS : 0)));
 #pragma unroll
             for (int box = 0; box < BOXES; ++box) {
 #if MULTICAST > 1
@@ -436,7 +438,13 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
                 load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
 #endif
             }
+#if VALUES
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i)
+                load_box(to + CODES_AT + i * TILES * 512, &a.codes_map, barrier, (unit * WORDS + i) * 128, block_tile);
+#else
             load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128 * UNITS, block_tile);
+#endif
 #if SPARSE
             load_box(to + METADATA_AT, &a.metadata_map, barrier, unit * 64, block_tile);
 #endif
@@ -540,7 +548,9 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
                                                  const float (&inverse)[ROW_TILES][2]) {
     r.at.wait_full();
     const u32 offset = r.offset();
+#if !VALUES
     uint4 codes[ROW_TILES][UNITS];
+#endif
 #if SPARSE
     uint2 words[ROW_TILES];
 #endif
@@ -549,8 +559,10 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
 #endif
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
+#if !VALUES
 #pragma unroll
         for (int unit = 0; unit < UNITS; ++unit) codes[m][unit] = read_uint4(r.codes + offset + (4 * m * UNITS + unit) * 512);
+#endif
 #if SPARSE
         words[m] = read_uint2(r.metadata + offset + 4 * m * 256);
 #if BYTES_8
@@ -582,6 +594,10 @@ __device__ __forceinline__ void multiply_weights(Sum (&sum)[ROW_TILES][SUMS], u3
                 decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), by, r);
 #elif BYTES_8
                 decode_operand(of[set][i][m], word_of(codes[m][j / 2], 2 * j % 4), word_of(codes[m][j / 2], 2 * j % 4 + 1), r);
+#elif VALUES
+                const uint4 values = read_uint4(r.codes + offset + (j * TILES + 4 * m) * 512);
+                of[set][i][m][0] = values.x ^ r.zero, of[set][i][m][1] = values.y ^ r.zero;
+                of[set][i][m][2] = values.z ^ r.zero, of[set][i][m][3] = values.w ^ r.zero;
 #else
                 decode_word(of[set][i][m], word_of(codes[m][0], j));
 #endif

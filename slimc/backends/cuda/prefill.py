@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -158,12 +158,14 @@ class Form:
         group: columns of W that share a scale, 0 for all of a row.
         adapters: whether there are t and L.
         activation: what x is rounded to.
+        values: W is 16-bit values, in place of 4-bit codes.
     """
 
     sparse: bool
     group: int
     adapters: bool
     activation: Activation | None
+    values: bool = False
 
     @property
     def columns(self) -> int:
@@ -184,7 +186,8 @@ class Form:
         """Bytes of a piece in shared memory: activations, codes, metadata and scales."""
         boxes = 2 if self.sparse and self.activation is None else 1
         groups = max(self.scale_groups, int(self.adapters))
-        unit = UNIT_CODE_BYTES * self.units + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
+        codes = UNIT_CODE_BYTES * self.units * (4 if self.values else 1)
+        unit = codes + UNIT_METADATA_BYTES * self.sparse + SCALE_WORDS_BYTES * groups
         return _round_up(boxes * shape.tokens * BOX_BYTES + shape.rows // TILE_ROWS * unit, ALIGNMENT)
 
     def stages(self, shape: LaunchShape) -> int:
@@ -367,8 +370,11 @@ def make_plan(
     if activation is not None and group:
         raise KernelError(f"sums of 8-bit products cannot have a scale every {group} columns; use 16-bit activations")
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-    form = Form(layer.metadata is not None, group, layer.right is not None, activation)
+    values = spec.weight.bits is None
+    form = Form(layer.metadata is not None, group, layer.right is not None, activation, values)
     own_shape, own_right_shape = _shapes(spec.rows, spec.columns, tokens, activation, processors)
+    if values:
+        own_shape = for_values(own_shape)
     main = _plan_launch(
         _Arguments(
             scale=pointer(layer.scale),
@@ -382,7 +388,7 @@ def make_plan(
             wait_first=int(layer.right is None),
         ),
         {
-            "codes_map": (layer.codes, form.units),
+            "codes_map": (layer.code_lines, 1 if values else form.units),
             "metadata_map": (layer.metadata, 1),
             "scale_map": (layer.scale if group else None, form.scale_groups),
             "left_map": (layer.left, 1),
@@ -428,6 +434,7 @@ def defines(form: Form, shape: LaunchShape, *, bfloat16: bool) -> dict[str, int 
         "ARCH": 90,
         "SPARSE": int(form.sparse),
         "GROUP": form.group,
+        "VALUES": int(form.values),
         "ADAPTERS": int(form.adapters),
         "ACTIVATION": ACTIVATION_CODES[form.activation],
         "TOKENS": shape.tokens,
@@ -477,6 +484,11 @@ def _shapes(
     if rows >= MANY_ROWS and tokens >= MANY_TOKENS:
         return LaunchShape(128, 4, 1), SMALL_TILES
     return LARGE_TILES, SMALL_TILES
+
+
+def for_values(shape: LaunchShape) -> LaunchShape:
+    """Return a shape with room for the larger pieces of a weight of values."""
+    return replace(shape, outputs=16 if shape.blocks > 1 else 32, multicast=1)
 
 
 def _plan_launch(
@@ -578,8 +590,9 @@ def _round_up(number: int, to: int) -> int:
 
 
 def _multiplied(spec: LinearFormat) -> Activation | None:
-    """Return what of 8 bits the tensor cores multiply; with groups they multiply the rounded numbers in 16."""
-    return cast("Activation | None", spec.activation) if spec.weight.group is None else None
+    """Return what of 8 bits the tensor cores multiply; with groups, or values, they multiply the rounded ones in 16."""
+    codes_of_rows = spec.weight.bits is not None and spec.weight.group is None
+    return cast("Activation | None", spec.activation) if codes_of_rows else None
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, _tokens: int) -> str | None:

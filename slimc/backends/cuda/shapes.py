@@ -88,12 +88,20 @@ class Form:
         group: columns that share a scale, 0 for all of a row.
         adapters: with t and L.
         dtype: of activations, scales and results.
+        values: 16 bits each, in place of 4-bit codes.
     """
 
     sparse: bool
     group: int
     adapters: bool
     dtype: torch.dtype
+    values: bool = False
+
+    @property
+    def bytes_of_64(self) -> int:
+        """Bytes of 64 columns of a row: codes or values, and metadata."""
+        kept = 32 if self.sparse else 64
+        return (2 * kept if self.values else kept // 2) + (8 if self.sparse else 0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ class LaunchShape:
 
     def slot_bytes(self, form: Form) -> int:
         """Bytes of a slot of weights: codes, metadata, scales."""
-        weights = self.rows * self.step * 3 // 8 if form.sparse else self.rows * self.step // 2
+        weights = self.rows * self.step // 64 * form.bytes_of_64
         scales = self.rows * 2 * (self.step // form.group) if form.group else 0
         return -(-(weights + scales) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 

@@ -21,6 +21,7 @@
 // Compiled with -D, besides those of common.cuh and hopper.cuh:
 //   SPARSE     1: W is 2:4; 0: W is dense
 //   GROUP      columns of W that share a scale, 0: all of a row
+//   VALUES     1: W is 16-bit values, with no GROUP; 0: it is 4-bit codes
 //   ADAPTERS   1: with t and L
 //   ROW_TILES      tiles of 64 rows that a warpgroup holds at once
 //   ROW_GROUPS     warpgroups with rows of their own
@@ -59,7 +60,8 @@
 #define BOX_BYTES (TOKENS * 128)  // 64 columns of activations
 #define BOXES (STEP / 64)
 #define INPUT_BYTES (BOXES * BOX_BYTES)
-#define CODE_BYTES (BLOCK_TILES * UNITS * 512)
+#define WORDS (VALUES ? 4 : 1)                    // of a lane, each of 16 bytes, in a unit
+#define CODE_BYTES (BLOCK_TILES * UNITS * WORDS * 512)
 #define METADATA_AT CODE_BYTES
 #define METADATA_BYTES (SPARSE ? BLOCK_TILES * UNITS * 256 : 0)
 #define SCALES_AT (METADATA_AT + METADATA_BYTES)
@@ -287,7 +289,7 @@ struct Source {
         const int place = c.at.place(step);
         if (!ADAPTERS || step < a.steps) {
             barrier_expect(barrier, CODE_BYTES + METADATA_BYTES + SCALE_BYTES);
-            load_box(to, &a.codes_map, barrier, 0, place * UNITS, tile);
+            load_box(to, &a.codes_map, barrier, 0, place * UNITS * WORDS, tile);
 #if SPARSE
             load_box(to + METADATA_AT, &a.metadata_map, barrier, 0, place * UNITS, tile);
 #endif
@@ -422,9 +424,16 @@ struct Multiplier {
         inputs.advance(COLUMN_GROUPS);
     }
 
+#if VALUES
+    // In registers of their own: products read them when the next values have long been loaded.
+    __device__ __forceinline__ void take(u32 (&of)[4], const uint4& values) const {
+        of[0] = values.x ^ zero, of[1] = values.y ^ zero, of[2] = values.z ^ zero, of[3] = values.w ^ zero;
+    }
+#endif
+
     __device__ __forceinline__ void multiply_weights(float (&sum)[ROW_TILES][SUMS]) {
         u32 of[2][BATCH][ROW_TILES][4];
-        uint4 codes[UNITS][ROW_TILES];
+        uint4 codes[UNITS * WORDS][ROW_TILES];
 #if SPARSE
         u32 indices[2][BATCH][ROW_TILES];
         uint2 metadata[UNITS][ROW_TILES];
@@ -437,12 +446,13 @@ struct Multiplier {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int u = 0; u < UNITS; ++u) {
-                codes[u][m] = load_shared_words(data + (place(m) * UNITS + u) * 512 + lane * 16);
+            for (int i = 0; i < UNITS * WORDS; ++i)
+                codes[i][m] = load_shared_words(data + (place(m) * UNITS * WORDS + i) * 512 + lane * 16);
 #if SPARSE
+#pragma unroll
+            for (int u = 0; u < UNITS; ++u)
                 metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
 #endif
-            }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g)
@@ -453,12 +463,11 @@ struct Multiplier {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int u = 0; u < UNITS; ++u) {
-                seen |= codes[u][m].w;
+            for (int i = 0; i < UNITS * WORDS; ++i) seen |= codes[i][m].w;
 #if SPARSE
-                seen |= metadata[u][m].y;
+#pragma unroll
+            for (int u = 0; u < UNITS; ++u) seen |= metadata[u][m].y;
 #endif
-            }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) seen |= scales[g][m];
@@ -474,7 +483,11 @@ struct Multiplier {
                 const int u = (batch * BATCH + i) / 4, j = (batch * BATCH + i) % 4;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
+#if VALUES
+                    take(of[set][i][m], codes[u * WORDS + j][m]);
+#else
                     decode_word(of[set][i][m], word_of(codes[u][m], j));
+#endif
 #if SPARSE
                     // Straight from a load the assembler would let no two products overlap.
                     indices[set][i][m] = (j < 2 ? metadata[u][m].x : metadata[u][m].y) ^ zero;

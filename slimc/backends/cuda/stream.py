@@ -179,7 +179,8 @@ def make_plan(
     spec, device_index = layer.format, layer.codes.get_device()
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
     whole = int(spec.columns % BOX_COLUMNS == 0)
-    form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype)
+    values = spec.weight.bits is None
+    form = Form(layer.metadata is not None, spec.weight.group or 0, layer.right is not None, dtype, values)
     starts = [] if layer.right is None else [rows.start for rows, _ in layer.parts[1:]]
     shape = shape or shapes.of_layer(spec.rows, spec.columns, tokens, form, starts, processors)
     arguments = _Arguments(
@@ -198,7 +199,7 @@ def make_plan(
         arguments.first_row[index] = rows.start
         arguments.first_rank[index] = ranks.start
         arguments.rank_units[index] = (ranks.stop - ranks.start) // FACTOR_GROUP
-    _describe_weight(arguments, form, shape, layer.codes, layer.metadata, layer.scale)
+    _describe_weight(arguments, form, shape, layer.code_lines, layer.metadata, layer.scale)
     if layer.left is not None and layer.left_scale is not None:
         driver.encode_word_map(arguments.left_map, layer.left.flatten(2), (shape.tiles, shape.left_units, 128))
         driver.encode_word_map(arguments.left_scale_map, layer.left_scale, (shape.tiles, shape.left_units, 8))
@@ -208,15 +209,15 @@ def make_plan(
     form = Form(False, FACTOR_GROUP, False, dtype)
     shape = right_shape or shapes.of_right(layer.ranks, spec.columns, tokens, form, processors, spec.rows)
     arguments = _Arguments(tokens=tokens, rows=layer.ranks, whole=whole, steps=-(-spec.columns // shape.step))
-    _describe_weight(arguments, form, shape, layer.right, None, layer.right_scale)
+    _describe_weight(arguments, form, shape, layer.right.flatten(2), None, layer.right_scale)
     return Plan(main, _plan_launch(arguments, shape, form, -(-layer.ranks // shape.rows), layer))
 
 
 def _describe_weight(
-    arguments: _Arguments, form: Form, shape: LaunchShape, codes: Tensor, metadata: Tensor | None, scale: Tensor
+    arguments: _Arguments, form: Form, shape: LaunchShape, lines: Tensor, metadata: Tensor | None, scale: Tensor
 ) -> None:
     units = shape.step // (128 if form.sparse else 64)
-    driver.encode_word_map(arguments.codes_map, codes.flatten(2), (shape.tiles, units, 128))
+    driver.encode_word_map(arguments.codes_map, lines, (shape.tiles, units * (4 if form.values else 1), 128))
     if metadata is not None:
         driver.encode_word_map(arguments.metadata_map, metadata.flatten(2), (shape.tiles, units, 64))
     if form.group:
@@ -263,6 +264,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "ARCH": 90,
         "SPARSE": int(form.sparse),
         "GROUP": form.group,
+        "VALUES": int(form.values),
         "ADAPTERS": int(form.adapters),
         "TOKENS": shape.tokens,
         "ROW_TILES": shape.row_tiles,

@@ -52,14 +52,13 @@ def build(
     group: int | None = None,
     per_tensor: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    bits: int = 4,
+    bits: int | None = 4,
     seed: int = 0,
 ) -> PackedLinear:
-    """Return a layer of random codes."""
+    """Return a layer of random codes, or of random values if they have no bits."""
     sparsity = NM(2, 4) if sparse else None
-    weight = WeightFormat(
-        rows, columns, bits, group, per_tensor and group is None, sparsity=sparsity, dtype=dtype
-    )  # fmt: skip
+    one_scale = per_tensor and group is None and bits is not None
+    weight = WeightFormat(rows, columns, bits, group, one_scale, sparsity=sparsity, dtype=dtype)
     factors = [WeightFormat(*shape, bits=4, group=64, dtype=dtype) for shape in ((rows, rank), (rank, columns)) if rank]
     return random_tensors(LinearFormat(weight, *factors), seed)
 
@@ -79,7 +78,7 @@ def part_of(layer: FragmentLayer, first_tile: int, rows: int) -> PackedLinear:
         rank, ranks = FACTOR_GROUP * units, slice(first // 16, first // 16 + 4 * units)
         named |= {name: held[name][ranks] for name in ("right", "right_scale")}
         named |= {name: held[name][tiles, :units] for name in ("left", "left_scale")}
-    own = WeightFormat(rows, weight.columns, 4, weight.group, sparsity=weight.sparsity, dtype=weight.dtype)
+    own = WeightFormat(rows, weight.columns, weight.bits, weight.group, sparsity=weight.sparsity, dtype=weight.dtype)
     shapes = ((rows, rank), (rank, weight.columns))
     factors = [WeightFormat(*shape, bits=4, group=64, dtype=weight.dtype) for shape in shapes if rank]
     return restore((LinearFormat(own, *factors, activation=layer.format.activation),), named, 0)

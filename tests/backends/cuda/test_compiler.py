@@ -100,13 +100,14 @@ EXPANDED = [(0, 64, 32), (0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 32), (
 def test_the_kernel_that_expands_fragments_compiles(
     arch: str, number: int, bfloat16: int, place: int, unit: int, group: int
 ) -> None:
-    defines = {"BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group}
+    defines = {"BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group, "VALUES": 0}
     cubin = compiler.compile_source(source("expand.cu"), name="expand", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
 
 
 PREFILL_FORMS = [
     *(prefill.Form(bool(sparse), group, bool(adapters), None) for sparse, group, adapters in FORMS),
+    *(prefill.Form(True, 0, adapters, None, values=True) for adapters in (True, False)),
     *(
         prefill.Form(sparse, 0, adapters, activation)
         for sparse, adapters in ((True, True), (False, False))
@@ -134,6 +135,7 @@ OF_T = [
 def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
     shape: prefill.LaunchShape, form: prefill.Form, caplog: pytest.LogCaptureFixture
 ) -> None:
+    shape = prefill.for_values(shape) if form.values else shape
     defines = prefill.defines(form, shape, bfloat16=True)
     with caplog.at_level(logging.DEBUG, compiler.__name__):
         cubin = compiler.compile_source(source("prefill.cu"), name="prefill_linear", arch="sm_90a", defines=defines)
@@ -144,6 +146,7 @@ def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
 @pytest.mark.parametrize("form", PREFILL_FORMS, ids=str)
 @pytest.mark.parametrize("shape", PREFILL_SHAPES, ids=str)
 def test_the_slots_of_the_kernel_for_many_tokens_fit(shape: prefill.LaunchShape, form: prefill.Form) -> None:
+    shape = prefill.for_values(shape) if form.values else shape
     assert form.stages(shape) >= 3
     assert shape.blocks * (form.shared_bytes(shape) + 2 * form.stages(shape) * 8 + 1024) <= 228 << 10
 

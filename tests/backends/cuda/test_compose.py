@@ -78,7 +78,7 @@ COMPOSED_FORMS = {
 DENSE_FORMS = {
     "8 bits, 2:4": (linear(weight(bits=8, sparsity=NM(2, 4)), 20), "sums over groups count what was pruned"),
     "asymmetric, 2:4": (linear(weight(asymmetric=True, sparsity=NM(2, 4))), "sums over groups count what was pruned"),
-    "2:4 of 16-bit values": (linear(weight(bits=None, sparsity=NM(2, 4)), 20), "not 2:4 bf16"),
+    "2:4 of 16-bit values": (linear(weight(bits=None, sparsity=NM(2, 4)), 20, **PLAIN), "not 2:4 bf16"),
     "unstructured": (linear(weight(sparsity=Unstructured(), nonzeros=7000), 20), "knows 2:4 and dense weights"),
     "1:4": (linear(weight(sparsity=NM(1, 4)), 20), "knows 2:4 and dense weights, not 1:4"),
     "groups of 12": (linear(weight(group=12)), "filled up to 32, and take more than twice their room"),

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from slimc.backends.cuda.fragments import value_words
 from slimc.backends.cuda.layout import FRAGMENTS
 from slimc.runtime import calls
 from slimc.runtime.devices import copy_to
@@ -52,7 +53,7 @@ def share(layers: list[SlimLinear]) -> bool:
     columns=st.integers(1, 40).map(lambda n: 8 * n),
     rank=st.integers(0, 130),
     sparse=st.booleans(),
-    scales=st.sampled_from([(None, True), (None, False), (64, False), (128, False)]),
+    scales=st.sampled_from([(None, True), (None, False), (32, False), (64, False), (128, False)]),
     half=st.booleans(),
 )
 def test_the_canonical_bytes_come_back(
@@ -66,6 +67,42 @@ def test_the_canonical_bytes_come_back(
     assert same(restored.tensors(), packed.tensors())
     own = {tensor.data_ptr() for tensor in FRAGMENTS.tensors(state).values()}
     assert not own & {tensor.data_ptr() for tensor in restored.tensors().values()}
+
+
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 40).map(lambda n: 8 * n),
+    rank=st.integers(0, 130),
+    half=st.booleans(),
+)
+def test_the_canonical_values_come_back(make_packed: Make, rows: int, columns: int, rank: int, half: bool) -> None:
+    dtype = torch.float16 if half else torch.bfloat16
+    packed = make_packed(rows, columns, rank, bits=None, dtype=dtype)
+    state = FRAGMENTS.prepare(packed)
+    restored = FRAGMENTS.restore((packed.format,), FRAGMENTS.tensors(state), 0)
+    assert same(restored.tensors(), packed.tensors())
+
+
+def test_values_lie_as_the_registers_of_a_product() -> None:
+    values = torch.arange(32 * 128, dtype=torch.int16).view(torch.bfloat16).view(32, 128)
+    words = value_words(values)
+    assert words.shape == (2, 2, 4, 32, 4)
+    tile, unit, instruction, g, t = 1, 1, 2, 5, 3
+    for register in range(4):
+        row, column = 16 * tile + g + 8 * (register % 2), 64 * unit + 16 * instruction + 8 * (register // 2) + 2 * t
+        word = int(words[tile, unit, instruction, 4 * g + t, register])
+        assert word == (128 * row + column) | (128 * row + column + 1) << 16
+
+
+def test_siblings_of_values_share_and_are_cast(make_packed: Make, cpu_kernels: Table, check: Any) -> None:
+    packed = [make_packed(rows, 128, 20, bits=None, seed=rows) for rows in (256, 48)]
+    layers = [SlimLinear(one, kernels=cpu_kernels) for one in packed]
+    assert share(layers)
+    x = torch.randn(3, 128).bfloat16()
+    for layer, one in zip(layers, packed, strict=True):
+        check(layer(x), x, one)
+        assert same(layer.state_dict(), one.tensors())
+        assert torch.equal(layer.half().values, one.weight.values.half())
 
 
 def test_a_layer_holds_one_copy_and_shows_the_canonical_one(make_packed: Make, cpu_kernels: Table) -> None:
