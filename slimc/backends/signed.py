@@ -34,14 +34,11 @@ class Adds(Protocol):
 
 
 @runtime_checkable
-class Merges(Protocol):
-    """Something that can be added to a weight as well."""
+class Merges(Adds, Protocol):
+    """Something that can be part of a dense weight as well."""
 
     def merges(self, x: Tensor) -> bool:
         """Whether for x [tokens, columns] one product with a dense sum of both is less work than two products."""
-
-    def add_to(self, matrix: Tensor) -> Tensor:
-        """Add its matrix to a dense weight [rows, columns], in place; return it."""
 
 
 class Product(Adds, Protocol):
@@ -53,8 +50,8 @@ class Product(Adds, Protocol):
 Join = Callable[[Sequence[Any]], Adds]
 """Makes one product of those of layers that read the same inputs; raises `KernelError` if they do not fit."""
 
-Decode = Callable[[Any], Tensor]
-"""Returns the dense weight [rows, columns] of a state of kernels, in memory of its own."""
+Decode = Callable[[Any, Any], Tensor]
+"""Returns the dense weight [rows, columns] of a state of kernels, with a product's matrix added to it."""
 
 
 @dataclass
@@ -113,8 +110,8 @@ def signed(
         prepare: that of the layout in which the layer is held, if the kernels share one.
         join: puts products of layers that read the same inputs together; such layers are computed as one by those of
             the kernels that can.
-        decode: writes the rest of a layer as one dense matrix. A product that `Merges` is added to that, where it says
-            so, if the rest is nothing but a weight: their sum is rounded once more than the weight is.
+        decode: writes the rest of a layer and a product that `Merges` as one dense matrix. That is what is multiplied
+            by where the product says so and the rest is nothing but a weight. Sums are rounded once more than it is.
     """
     stacking = [kernel for kernel in kernels if kernel.stack is not None]
 
@@ -130,7 +127,7 @@ def signed(
         spec = layer.widest
         inputs = x.reshape(-1, spec.columns)
         if decode is not None and layer.is_plain and isinstance(layer.product, Merges) and layer.product.merges(inputs):
-            y = functional.linear(inputs, layer.product.add_to(decode(layer.rest)), bias)
+            y = functional.linear(inputs, decode(layer.rest, layer.product), bias)
             return y.view(*x.shape[:-1], layer.rows)
         case = (x.dtype, token_bucket(len(inputs)))
         kernel = layer.chosen.get(case)

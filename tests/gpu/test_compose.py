@@ -45,7 +45,7 @@ COMPOSED_FORMS = {
 }
 DENSE_FORMS = {
     "2:4 8 bits": linear(bits=8, sparsity=NM(2, 4)),
-    "2:4 16 bit": linear(columns=704, bits=None, sparsity=NM(2, 4)),
+    "2:4 16 bit": linear(columns=704, bits=None, sparsity=NM(2, 4), factor=(None,)),
     "unstructured": linear(sparsity=Unstructured(), nonzeros=ROWS * COLUMNS // 2),
 }
 DECODED_ONCE = linear(group=12)

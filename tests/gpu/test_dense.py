@@ -167,7 +167,6 @@ def test_fragments_become_the_same_numbers(
         assert torch.equal(kept.flatten(), weight.decode().flatten()[weight.unpack()[1].flatten()])
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="values are for Hopper GPUs")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (200, 1352), (512, 1024)])
 def test_values_become_the_same_matrix(rows: int, columns: int, dtype: torch.dtype, random_layer: Any) -> None:
@@ -196,8 +195,9 @@ def test_fragments_of_factors(rank: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 @pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (0, 0)])
 def test_the_dense_kernel_and_stacks(tokens: int, ranks: tuple[int, int]) -> None:
-    for sparsity, scales in (("2:4", "tensor"), ("dense", 64), ("2:4", "row")):
-        weights = [make_weight(rows, 640, 4, sparsity, scales) for rows in (512, 384)]
+    forms = ((4, "2:4", "tensor"), (4, "dense", 64), (4, "2:4", "row"), (None, "2:4", "tensor"))
+    for bits, sparsity, scales in forms:
+        weights = [make_weight(rows, 640, bits, sparsity, scales) for rows in (512, 384)]
         parts = [make_layer(weight, rank) for weight, rank in zip(weights, ranks, strict=True)]
         x, bias = random(tokens, 640), random(896)
         for run in (dense.run, cusparselt.run_decoded) if sparsity == "2:4" else (dense.run,):

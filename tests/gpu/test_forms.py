@@ -32,6 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "2:4 widths": {"bits": 4, "widths": WIDTHS, "sparsity": NM(2, 4), "asymmetric": True},
     "2:4 widths, symmetric": {"bits": 4, "widths": WIDTHS, "sparsity": NM(2, 4)},
     "2:4 int4 and signs": {"bits": 4, "sparsity": NM(2, 4), "signs": True},
+    "2:4 16 bit": {"bits": None, "sparsity": NM(2, 4), "rank": 8, "factor": (4, 64)},
     "2:4 16 bit and signs": {"bits": None, "sparsity": NM(2, 4), "signs": True},
     "unstructured and signs": {
         "bits": None, "sparsity": Unstructured(), "nonzeros": ROWS * COLUMNS // 2, "signs": True
@@ -42,10 +43,10 @@ FORMS: dict[str, dict[str, Any]] = {
 def random_layer(form: dict[str, Any], seed: int = 0) -> PackedLinear:
     """Return a layer of random codes, whose zero points are those of codes of one bit or 1."""
     options = {"group": None if form["bits"] is None else GROUP} | form
-    rank, signs = options.pop("rank", 0), options.pop("signs", False)
+    rank, signs, factor = options.pop("rank", 0), options.pop("signs", False), options.pop("factor", (None,))
     weight = WeightFormat(ROWS, COLUMNS, dtype=DTYPE, **options)
     shapes = ((ROWS, rank), (rank, COLUMNS)) if rank else ()
-    factors = [WeightFormat(*shape, None, dtype=DTYPE) for shape in shapes]
+    factors = [WeightFormat(*shape, *factor, dtype=DTYPE) for shape in shapes]
     spec = LinearFormat(weight, *factors, binary=BinaryFormat(ROWS, COLUMNS, 1, DTYPE) if signs else None)
     generator = torch.Generator().manual_seed(seed)
     named: dict[str, Tensor] = {}

@@ -39,7 +39,7 @@ __all__ = ["COMPOSED", "DECODED", "ComposedLayer", "Plan", "composed", "decoded"
 
 T = TypeVar("T")
 
-MOST_ADDED_TOKENS = 256
+MOST_ADDED_TOKENS = 32
 """Up to here L's product comes from a kernel and is added to y; cuBLAS adds while it multiplies, by a decoded L."""
 
 

@@ -11,6 +11,7 @@
 //   UNIT      columns of the weight in 64 codes: 128 if it is 2:4, else 64
 //   GROUP     columns of the weight that share a scale, 0: all of a row
 //   VALUES    1: 16-bit values; 0: 4-bit codes
+//   SIGNS     1: with a binary part, whose sum with the weight is rounded once more
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -28,6 +29,9 @@ struct Arguments {
     int units;              // of a row tile
     int groups;             // of a row, if GROUP
     int row_scale;          // 1: a scale a row, 0: one for all
+#if SIGNS
+    Signs signs;
+#endif
 };
 
 __device__ __forceinline__ u32 scaled(u32 pair, u32 scale) {
@@ -78,7 +82,11 @@ __device__ __forceinline__ uint2 place(u32 pair, u32 code) {
 }
 
 __device__ __forceinline__ void store(const Arguments& a, int row, int column, uint4 numbers) {
-    if (row < a.rows && column < a.columns) *(uint4*)(a.dense + (u64)row * a.stride + column) = numbers;
+    if (row >= a.rows || column >= a.columns) return;
+#if SIGNS
+    numbers = with_signs(a.signs, row, column, numbers);
+#endif
+    *(uint4*)(a.dense + (u64)row * a.stride + column) = numbers;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) expand_fragments(const __grid_constant__ Arguments a) {

@@ -50,8 +50,11 @@ KERNEL_GROUPS = (128, 64, 32)
 
 HEADERS = {
     "attend.cu": ("hopper.cuh",),
+    "expand.cu": ("signs.cuh",),
     "prefill.cu": ("hopper.cuh",),
+    "signs.cu": ("signs.cuh",),
     "stream.cu": ("hopper.cuh", "wgmma.cuh"),
+    "unpack.cu": ("signs.cuh",),
 }
 """What the source of a kernel needs besides what all of them share."""
 

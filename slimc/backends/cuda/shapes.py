@@ -4,7 +4,8 @@
 (``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
 columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
 those of two tiles); else the one of `CANDIDATES` that fills the device best. The launch for t takes those of the factor
-that is nearest in ranks and columns, of several the one whose layer is nearest in rows.
+that is nearest in ranks and columns, of several the one whose layer is nearest in rows. A layer of 16-bit values takes
+the one of `VALUE_CANDIDATES` that fills the device best.
 """
 
 from __future__ import annotations
@@ -307,7 +308,8 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
     Raises:
         KernelError: no shape suits the layer.
     """
-    return _choose("layers", CANDIDATES, rows, columns, tokens, form, starts, processors)
+    candidates = VALUE_CANDIDATES if form.values else CANDIDATES
+    return _choose("layers", candidates, rows, columns, tokens, form, starts, processors)
 
 
 def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int, beside: int) -> LaunchShape:
@@ -382,8 +384,9 @@ def _choose(
     beside: int | None = None,
 ) -> LaunchShape:
     tile = token_tile(tokens)
+    of_codes: Sequence[Measured] = () if form.values else measured()[table]
     for size in (MOST_TOKENS, tile) if tokens > tile else (tile,):
-        of_this_size = [one for one in measured()[table] if one.tokens == size]
+        of_this_size = [one for one in of_codes if one.tokens == size]
         for one in sorted(of_this_size, key=lambda one: (_distance(one, rows, columns), _distance_beside(one, beside))):
             if _distance(one, rows, columns) > math.log2(NEAR):
                 break
@@ -544,6 +547,15 @@ CANDIDATES = {
     ),
 }
 """Shapes worth measuring, by the tokens of a block, those that suit most layers first."""
+
+VALUE_CANDIDATES = {
+    8: _of(8, (1, 2, 1, 2, 256, 0, 0), (2, 1, 1, 2, 256, 0, 0)),
+    16: _of(16, (1, 2, 1, 2, 256, 0, 0), (2, 1, 1, 2, 256, 0, 0)),
+    32: _of(32, (1, 2, 1, 2, 128, 0, 0), (2, 1, 1, 2, 128, 0, 0)),
+    64: _of(64, (1, 3, 1, 1, 256, 0, 3), (1, 2, 1, 1, 256, 0, 0)),
+    128: _of(128, (1, 3, 1, 1, 128, 0, 0), (1, 2, 1, 1, 128, 0, 0)),
+}
+"""The same for weights of 16-bit values, of which a slot holds four times the bytes."""
 
 RIGHT_CANDIDATES = {
     8: _of(8, (1, 1, 2, 3, 256, 0, 0), (1, 1, 4, 2, 128, 0, 0), (1, 1, 3, 3, 128, 0, 0)),

@@ -193,71 +193,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_signs(const __grid_
 }
 
 struct MatrixArguments {
-    const unsigned char* signs;  // [rows][columns / 8, rounded up], a set bit is -1
-    const u16* left;             // [rows][rank]
-    const u16* right;            // [rank][columns]
-    u16* matrix;                 // [rows][stride]
+    Signs signs;
+    u16* matrix;  // [rows][stride]
     u32 stride;
-    int rank;
     int rows;
-    int columns;
-    int add;                     // 1: to what is there, rounded once; 0: in its place
+    int add;      // 1: to what is there; 0: in its place
 };
 
 #define MATRIX_THREADS 128
-#define MATRIX_ROWS 8  // of a thread, which takes 8 columns of each: what it reads of `right` serves all of them
 
 extern "C" __global__ void __launch_bounds__(MATRIX_THREADS) write_signs(const __grid_constant__ MatrixArguments a) {
-    const int bytes = (a.columns + 7) / 8, byte = blockIdx.x * MATRIX_THREADS + threadIdx.x, column = 8 * byte;
-    if (byte >= bytes) return;
-    const bool whole = column + 8 <= a.columns && a.stride % 8 == 0, of_right = column + 8 <= a.columns && a.columns % 8 == 0;
-    const int first_row = blockIdx.y * MATRIX_ROWS;
-    float magnitude[MATRIX_ROWS][8] = {};
-    for (int k = 0; k < a.rank; ++k) {
-        const u16* const from = a.right + (u64)k * a.columns + column;
-        float right[8];
-        if (of_right) {
-            const uint4 words = __ldg((const uint4*)from);
-            const u32 pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int i = 0; i < 8; ++i) right[i] = to_float((u16)(pairs[i / 2] >> (16 * (i % 2))));
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) right[i] = column + i < a.columns ? to_float(__ldg(from + i)) : 0.f;
-        }
-#pragma unroll
-        for (int r = 0; r < MATRIX_ROWS; ++r) {
-            const float left = to_float(__ldg(a.left + (u64)min(first_row + r, a.rows - 1) * a.rank + k));
-#pragma unroll
-            for (int i = 0; i < 8; ++i) magnitude[r][i] = fmaf(left, right[i], magnitude[r][i]);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < MATRIX_ROWS; ++r) {
-        const int row = first_row + r;
-        if (row >= a.rows) return;
-        const u32 signs = __ldg(a.signs + (u64)row * bytes + byte);
+    const int column = 8 * (blockIdx.x * MATRIX_THREADS + threadIdx.x), columns = a.signs.columns;
+    if (column >= columns) return;
+    const bool whole = column + 8 <= columns && a.stride % 8 == 0;
+    for (int row = blockIdx.y; row < a.rows; row += gridDim.y) {
         u16* const to = a.matrix + (u64)row * a.stride + column;
-        u32 pairs[4] = {};
-        if (a.add && whole) {
-            const uint4 words = *(const uint4*)to;
-            pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
-        } else if (a.add) {
+        u32 words[4] = {};
+        if (a.add && !whole) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) pairs[i / 2] |= column + i < a.columns ? (u32)to[i] << (16 * (i % 2)) : 0;
+            for (int i = 0; i < 8; ++i) words[i / 2] |= column + i < columns ? (u32)to[i] << (16 * (i % 2)) : 0;
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float even = signs >> (2 * i) & 1 ? -magnitude[r][2 * i] : magnitude[r][2 * i];
-            const float odd = signs >> (2 * i + 1) & 1 ? -magnitude[r][2 * i + 1] : magnitude[r][2 * i + 1];
-            pairs[i] = from_float(to_float((u16)pairs[i]) + even) | (u32)from_float(to_float((u16)(pairs[i] >> 16)) + odd) << 16;
-        }
+        const uint4 before = a.add && whole ? *(const uint4*)to : uint4{words[0], words[1], words[2], words[3]};
+        const uint4 numbers = with_signs(a.signs, row, column, before);
         if (whole) {
-            *(uint4*)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            *(uint4*)to = numbers;
         } else {
+            const u32 pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                if (column + i < a.columns) to[i] = (u16)(pairs[i / 2] >> (16 * (i % 2)));
+                if (column + i < columns) to[i] = (u16)(pairs[i / 2] >> (16 * (i % 2)));
         }
     }
 }

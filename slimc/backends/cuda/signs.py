@@ -1,7 +1,8 @@
 """Products with a matrix of signs on a GPU: for a few tokens by a kernel that reads one bit a weight (``signs.cu``).
 
 For more, ``(left @ right) (.) B`` is written out at every call, into memory of PyTorch's allocator, and cuBLAS
-multiplies by it: added to the rest of the layer's weight, if that is decoded too, so that one product does for both.
+multiplies by it. Where the rest of the layer's weight is decoded too, that adds the signs while it writes (`Signs`), so
+that one product does for both.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from slimc.backends.cuda.layer import MOST_STACKED, settle, source
 from slimc.errors import KernelError
 from slimc.runtime.packing import PackedBinary
 
-__all__ = ["MOST_TOKENS", "SignProduct", "StackedSigns"]
+__all__ = ["MOST_TOKENS", "SignProduct", "Signs", "StackedSigns"]
 
 PRODUCT_KERNEL = "add_signs"
 MATRIX_KERNEL = "write_signs"
 
 WARPS = 8
 WORD_COLUMNS = 32
-MOST_TOKENS = 16
-"""Above, the kernel is slower than a dense product and writing its matrix."""
+MOST_TOKENS = 32
+"""Above, the kernel is slower than decoding the weight, signs included, and a dense product."""
 
-MATRIX_THREADS, MATRIX_ROWS, BYTE_COLUMNS = 128, 8, 8
+MATRIX_THREADS, BYTE_COLUMNS = 128, 8
+MOST_GRID_ROWS = 65535
 
 TILE_ROWS, TILE_TOKENS = 16, 8
 LOAD_BYTES = 16
@@ -53,13 +55,23 @@ class _Arguments(ctypes.Structure):
     )
 
 
+class Signs(ctypes.Structure):
+    """``struct Signs`` of ``signs.cuh``: the binary part of a weight, for kernels that add it to what they decode."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("signs", "left", "right")),
+        *((name, ctypes.c_int) for name in ("rank", "columns")),
+    )
+
+
 class _MatrixArguments(ctypes.Structure):
     """``struct MatrixArguments`` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("signs", "left", "right", "matrix")),
+        ("signs", Signs),
+        ("matrix", ctypes.c_void_p),
         ("stride", ctypes.c_uint32),
-        *((name, ctypes.c_int) for name in ("rank", "rows", "columns", "add")),
+        *((name, ctypes.c_int) for name in ("rows", "add")),
     )
 
 
@@ -76,6 +88,17 @@ class SignProduct:
         spec = packed.format
         self.rows, self.columns, self.rank = spec.rows, spec.columns, spec.rank
         settle(packed.signs.device)
+
+    @property
+    def products(self) -> tuple[SignProduct, ...]:
+        """Itself: the only one of what is no stack."""
+        return (self,)
+
+    @property
+    def arguments(self) -> Signs:
+        """What kernels that decode the rest of the weight need to know."""
+        tensors = (tensor.data_ptr() for tensor in self.packed.tensors().values())
+        return Signs(*tensors, self.rank, self.columns)
 
     def merges(self, x: Tensor) -> bool:
         """Whether for x [tokens, columns] one product with a dense sum of W and this part is less work than two."""
@@ -119,12 +142,6 @@ class StackedSigns:
     def merges(self, x: Tensor) -> bool:
         """Whether for x [tokens, columns] one product with a dense sum of W and these is less work than two."""
         return not _are_few(x)
-
-    def add_to(self, matrix: Tensor) -> Tensor:
-        """Add the matrix of each to its rows of a matrix [rows of all, columns], in place; return it."""
-        for one, part in zip(self.products, matrix.split_with_sizes([one.rows for one in self.products]), strict=True):
-            one.add_to(part)
-        return matrix
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add each product to its rows of y [tokens, rows of all] and return it; x is [tokens, columns]."""
@@ -180,24 +197,12 @@ def _write(product: SignProduct, matrix: Tensor, *, add: bool) -> Tensor:
     Raises:
         KernelError: the kernel cannot be compiled or loaded.
     """
-    packed = product.packed
     if not matrix.is_cuda:
-        decoded = packed.decode()
+        decoded = product.packed.decode()
         return matrix.copy_(matrix.float() + decoded if add else decoded)
-    arguments = _MatrixArguments(
-        signs=packed.signs.data_ptr(),
-        left=packed.left.data_ptr(),
-        right=packed.right.data_ptr(),
-        matrix=matrix.data_ptr(),
-        stride=matrix.stride(0),
-        rank=product.rank,
-        rows=product.rows,
-        columns=product.columns,
-        add=int(add),
-    )
     _matrix_launcher(matrix.get_device(), matrix.dtype)(
-        arguments,
-        grid=(-(-product.columns // (BYTE_COLUMNS * MATRIX_THREADS)), -(-product.rows // MATRIX_ROWS), 1),
+        _MatrixArguments(product.arguments, matrix.data_ptr(), matrix.stride(0), product.rows, int(add)),
+        grid=(-(-product.columns // (BYTE_COLUMNS * MATRIX_THREADS)), min(product.rows, MOST_GRID_ROWS), 1),
         block=(MATRIX_THREADS, 1, 1),
         stream=torch.cuda.current_stream(matrix.device).cuda_stream,
     )

@@ -14,12 +14,13 @@ from torch.nn import functional
 
 from slimc.backends.cuda.layer import refuses_machine
 from slimc.backends.cuda.rounding import round_inputs
+from slimc.backends.cuda.signs import SignProduct, Signs
 from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, unpacker, whole_pieces
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
-__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "decode", "fill_up", "prepare", "run"]
+__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "decode_with_signs", "fill_up", "prepare", "run"]
 
 
 class StoredMatrix:
@@ -27,17 +28,29 @@ class StoredMatrix:
 
     def __init__(self, packed: PackedWeight) -> None:
         self.packed = packed
-        self._unpacker: Unpacker | None = None
+        self._unpackers: dict[bool, Unpacker] = {}
 
     def dense(self) -> Tensor:
         """Return the dense matrix, for reading only, its columns filled up to whole pieces by zeros."""
-        spec, values = self.packed.format, self.packed.values
-        if spec.bits is None and self.packed.pattern is None:
-            return fill_up(values, 1, PIECE_COLUMNS)
-        if self._unpacker is None:
-            self._unpacker = unpacker(self.packed)
-        made = values.new_empty(spec.rows, whole_pieces(spec.columns), dtype=spec.dtype)
-        self._unpacker(made)
+        return fill_up(self.packed.values, 1, PIECE_COLUMNS) if self._is_dense else self._unpacked(None)
+
+    def with_signs(self, product: SignProduct) -> Tensor:
+        """Return the dense matrix [rows, columns] with a binary part; rows may be apart."""
+        columns = self.packed.format.columns
+        if self._is_dense:
+            return product.add_to(self.packed.values.clone())
+        return self._unpacked(product.arguments)[:, :columns]
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.packed.format.bits is None and self.packed.pattern is None
+
+    def _unpacked(self, signs: Signs | None) -> Tensor:
+        spec, signed = self.packed.format, signs is not None
+        if signed not in self._unpackers:
+            self._unpackers[signed] = unpacker(self.packed, signs=signed)
+        made = self.packed.values.new_empty(spec.rows, whole_pieces(spec.columns), dtype=spec.dtype)
+        self._unpackers[signed](made, signs)
         return made
 
 
@@ -85,10 +98,9 @@ def prepare(packed: PackedLinear) -> StoredLayer:
     return StoredLayer(packed.format, StoredMatrix(packed.weight), StoredAdapters.of(packed), packed.input_scale)
 
 
-def decode(layer: StoredLayer) -> Tensor:
-    """Return W [rows, columns] in memory of its own; its rows may be apart."""
-    weight = layer.weight.dense()[:, : layer.format.columns]
-    return weight.clone() if weight.data_ptr() == layer.weight.packed.values.data_ptr() else weight
+def decode_with_signs(layer: StoredLayer, product: SignProduct) -> Tensor:
+    """Return W with its binary part, dense [rows, columns]; rows may be apart."""
+    return layer.weight.with_signs(product)
 
 
 def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@
 //   LOAD_BYTES  codes are loaded by 1, 2 or 4 bytes; if more than 1, the codes of a thread are whole loads
 //   TAIL        1: the last columns are fewer than eight
 //   ROWS        of a thread
+//   SIGNS       1: with a binary part, whose sum with the weight is rounded once more
 
 #define THREADS 128
 #define COLUMNS 8  // of a thread
@@ -48,6 +49,9 @@ struct Arguments {
     int groups;
     int pattern_bytes;
     int segments;          // of 256 columns
+#if SIGNS
+    Signs signs;
+#endif
 };
 
 struct Piece {
@@ -233,8 +237,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack_weight(const __grid
         for (int i = 0; i < ROWS; ++i) load_piece(a, pieces[i], min(row + i, a.rows - 1), piece, group, lane);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-            const uint4 numbers = spread(pieces[i], placements);
-            if (writes && row + i < a.rows) *(uint4*)(to + product(row + i, a.stride)) = own ? numbers : uint4{0, 0, 0, 0};
+            uint4 numbers = spread(pieces[i], placements);
+            if (writes && row + i < a.rows) {
+#if SIGNS
+                if (own) numbers = with_signs(a.signs, row + i, COLUMNS * piece, numbers);
+#endif
+                *(uint4*)(to + product(row + i, a.stride)) = own ? numbers : uint4{0, 0, 0, 0};
+            }
         }
     }
 }

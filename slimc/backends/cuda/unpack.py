@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import pointer, source
+from slimc.backends.cuda.signs import Signs
 from slimc.runtime.bits import unpack_bits
 from slimc.runtime.formats import NM, WeightFormat
 from slimc.runtime.packing import PackedWeight
@@ -49,6 +50,12 @@ class _Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _SignedArguments(_Arguments):
+    """The same with SIGNS."""
+
+    _fields_ = [("signs", Signs)]
+
+
 @dataclass
 class Unpacker:
     """The launch that decodes one matrix, ready but for where the result goes.
@@ -63,13 +70,16 @@ class Unpacker:
     _launcher: driver.Launcher
     _rows_a_thread: int
 
-    def __call__(self, dense: Tensor) -> None:
+    def __call__(self, dense: Tensor, signs: Signs | None = None) -> None:
         """Decode into ``dense`` [rows, a multiple of 8 columns]; those beyond the matrix's own become zeros.
 
-        Rows of ``dense`` begin at multiples of 16 bytes.
+        Rows of ``dense`` begin at multiples of 16 bytes. ``signs``, if it was made for them, are added, and their sum
+        with the weight is rounded once more.
         """
         # Another thread may use the same launch.
-        arguments = _Arguments.from_buffer_copy(self._arguments)
+        arguments = type(self._arguments).from_buffer_copy(self._arguments)
+        if isinstance(arguments, _SignedArguments) and signs is not None:
+            arguments.signs = signs
         rows, width = dense.shape
         arguments.dense, arguments.stride, arguments.width = dense.data_ptr(), dense.stride(0), width
         self._launcher(
@@ -80,8 +90,12 @@ class Unpacker:
         )
 
 
-def unpacker(weight: PackedWeight) -> Unpacker:
+def unpacker(weight: PackedWeight, *, signs: bool = False) -> Unpacker:
     """Compile the kernel for a form, if that was not done yet, and fill in all but where the result goes.
+
+    Args:
+        weight: the matrix.
+        signs: whether every call has a binary part to add.
 
     Raises:
         KernelError: the kernel cannot be compiled or loaded.
@@ -94,7 +108,8 @@ def unpacker(weight: PackedWeight) -> Unpacker:
     bits = spec.bits or 0
     row_bytes = 0 if values.dim() == 1 else values.element_size() * values.stride(0)
     rows_a_thread = 2 if kept == KEPT_BY_PATTERN else 4
-    arguments = _Arguments(
+    kind = _SignedArguments if signs else _Arguments
+    arguments = kind(
         values=values.data_ptr(),
         pattern=pointer(weight.pattern),
         scale=pointer(weight.scale),
@@ -122,9 +137,10 @@ def unpacker(weight: PackedWeight) -> Unpacker:
         "LOAD_BYTES": _load_bytes(piece_bits, row_bytes, values.data_ptr()) if whole else 1,
         "TAIL": int(not whole),
         "ROWS": rows_a_thread,
+        "SIGNS": int(signs),
     }
     module = driver.load(source("unpack.cu"), KERNEL_NAME, values.get_device(), defines)
-    launcher = module.function(KERNEL_NAME).prepare([_Arguments])
+    launcher = module.function(KERNEL_NAME).prepare([kind])
     return Unpacker(weight, kept_before, arguments, launcher, rows_a_thread)
 
 

@@ -85,22 +85,29 @@ def test_the_kernel_that_decodes_compiles(
 ) -> None:
     defines = {
         "BFLOAT16": bfloat16, "ARCH": number, "BITS": bits, "KEPT": kept, "SCALES": bfloat16, "ASYMMETRIC": bfloat16,
-        "LOAD_BYTES": load, "TAIL": int(load == 1), "ROWS": 4,
+        "LOAD_BYTES": load, "TAIL": int(load == 1), "ROWS": 4, "SIGNS": bfloat16,
     }  # fmt: skip
     cubin = compiler.compile_source(source("unpack.cu"), name="unpack_weight", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
 
 
-EXPANDED = [(0, 64, 32), (0, 64, 64), (0, 64, 128), (0, 128, 0), (1, 128, 32), (1, 128, 64), (1, 128, 0)]
-"""Whether zeros are placed, columns of 64 codes, and columns that share a scale."""
+EXPANDED = [
+    (0, 64, 32, 0), (0, 64, 64, 0), (0, 64, 128, 0), (0, 128, 0, 0), (1, 128, 32, 0), (1, 128, 64, 0), (1, 128, 0, 0),
+    (0, 128, 0, 1), (1, 128, 0, 1),
+]  # fmt: skip
+"""Whether zeros are placed, columns of 64 codes, columns that share a scale, and whether codes are values."""
 
 
-@pytest.mark.parametrize(("place", "unit", "group"), EXPANDED)
+@pytest.mark.parametrize("signs", [0, 1])
+@pytest.mark.parametrize(("place", "unit", "group", "values"), EXPANDED)
 @pytest.mark.parametrize(("arch", "number", "bfloat16"), [("sm_80", 80, 1), ("sm_90a", 90, 0), ("sm_90a", 90, 1)])
 def test_the_kernel_that_expands_fragments_compiles(
-    arch: str, number: int, bfloat16: int, place: int, unit: int, group: int
+    arch: str, number: int, bfloat16: int, place: int, unit: int, group: int, values: int, signs: int
 ) -> None:
-    defines = {"BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group, "VALUES": 0}
+    defines = {
+        "BFLOAT16": bfloat16, "ARCH": number, "PLACE": place, "UNIT": unit, "GROUP": group, "VALUES": values,
+        "SIGNS": signs,
+    }  # fmt: skip
     cubin = compiler.compile_source(source("expand.cu"), name="expand", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")
 

@@ -215,7 +215,7 @@ class _Image:
     def cubin(self) -> bytes:
         common: dict[str, int | str] = {"BFLOAT16": 0, "ARCH": 10 * self.major, "GROUP": self.group}
         if self.shape is None:
-            own = {"PLACE": int(self.sparse), "UNIT": 128 if self.sparse else FACTOR_GROUP, "VALUES": 0}
+            own = {"PLACE": int(self.sparse), "UNIT": 128 if self.sparse else FACTOR_GROUP, "VALUES": 0, "SIGNS": 0}
             return compile_source(source("expand.cu"), name="expand", arch=self.arch, defines=common | own)
         own = {
             "SPARSE": int(self.sparse),
