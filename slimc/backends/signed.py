@@ -111,7 +111,7 @@ def signed(
         join: puts products of layers that read the same inputs together; such layers are computed as one by those of
             the kernels that can.
         decode: writes the rest of a layer and a product that `Merges` as one dense matrix. That is what is multiplied
-            by where the product says so and the rest is nothing but a weight. Sums are rounded once more than it is.
+            by where the product says so and the rest is nothing but a weight. Sums are rounded once more for each rank.
     """
     stacking = [kernel for kernel in kernels if kernel.stack is not None]
 

@@ -39,7 +39,7 @@ COMPOSED_FORMS = {
     "groups of 48": linear(group=48),
     "3 bits": linear(bits=3, **SPARSE),
     "a width that is not round": linear(columns=701, group=64),
-    "16-bit weight": linear(bits=None),
+    "16-bit weight": linear(bits=None, factor=(8, 64)),
     "8 bits": linear(bits=8, group=64),
     "asymmetric": linear(asymmetric=True, group=64),
 }

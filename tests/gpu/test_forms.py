@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "2:4 widths, symmetric": {"bits": 4, "widths": WIDTHS, "sparsity": NM(2, 4)},
     "2:4 int4 and signs": {"bits": 4, "sparsity": NM(2, 4), "signs": True},
     "2:4 16 bit": {"bits": None, "sparsity": NM(2, 4), "rank": 8, "factor": (4, 64)},
+    "16 bit and adapters": {"bits": None, "rank": 8, "factor": (4, 64)},
     "2:4 16 bit and signs": {"bits": None, "sparsity": NM(2, 4), "signs": True},
     "unstructured and signs": {
         "bits": None, "sparsity": Unstructured(), "nonzeros": ROWS * COLUMNS // 2, "signs": True

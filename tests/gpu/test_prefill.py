@@ -118,12 +118,28 @@ def test_layers_of_a_models_size(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [0, 130])
+@pytest.mark.parametrize(("rank", "sparse"), [(0, True), (130, True), (130, False)])
 @pytest.mark.parametrize("tokens", [1, 130, 300, 1024])
-def test_values(random_layer: Any, check: Any, tokens: int, rank: int, dtype: torch.dtype) -> None:
-    packed = random_layer(600, 1352, rank, bits=None, dtype=dtype)
+def test_values(random_layer: Any, check: Any, tokens: int, rank: int, sparse: bool, dtype: torch.dtype) -> None:
+    packed = random_layer(600, 1352, rank, bits=None, sparse=sparse, dtype=dtype)
     x, bias = (torch.randn(*shape, dtype=dtype, device="cuda") for shape in ((tokens, 1352), (600,)))
     check(packed, x, bias, run(packed, x, bias))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("tokens", [256, 512, 1100])
+def test_shapes_for_values(random_layer: Any, check: Any, sparse: bool, tokens: int) -> None:
+    packed = random_layer(600, 1352, 130, bits=None, sparse=sparse)
+    x = torch.randn(tokens, 1352, dtype=torch.bfloat16, device="cuda")
+    codes = (
+        LaunchShape(64, 2, 1, 2, beside=True),
+        LaunchShape(128, 4, 1),
+        LaunchShape(128, 2, 2),
+        LaunchShape(64, 4, 1),
+    )
+    for shape in (*codes, replace(codes[2], multicast=2)):
+        columns = prefill.LARGE_LAYER if shape.multicast > 1 else 0
+        check(packed, x, None, run(packed, x, None, shape=prefill.for_values(shape, 0, columns)))
 
 
 @pytest.mark.parametrize("sparse", [True, False])

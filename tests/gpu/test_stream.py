@@ -78,10 +78,10 @@ def test_scales_and_forms(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [0, 130])
-@pytest.mark.parametrize("tokens", [1, 5, 16, 48, 128, 256])
-def test_values(random_layer: Any, check: Any, tokens: int, rank: int, dtype: torch.dtype) -> None:
-    packed = random_layer(600, 1352, rank, bits=None, dtype=dtype)
+@pytest.mark.parametrize(("rank", "sparse"), [(0, True), (130, True), (130, False)])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 32, 48, 128, 256])
+def test_values(random_layer: Any, check: Any, tokens: int, rank: int, sparse: bool, dtype: torch.dtype) -> None:
+    packed = random_layer(600, 1352, rank, bits=None, sparse=sparse, dtype=dtype)
     x, bias = (torch.randn(*shape, dtype=dtype, device="cuda") for shape in ((tokens, 1352), (600,)))
     check(packed, x, bias, run(packed, x, bias))
 

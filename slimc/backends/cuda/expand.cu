@@ -11,7 +11,7 @@
 //   UNIT      columns of the weight in 64 codes: 128 if it is 2:4, else 64
 //   GROUP     columns of the weight that share a scale, 0: all of a row
 //   VALUES    1: 16-bit values; 0: 4-bit codes
-//   SIGNS     1: with a binary part, whose sum with the weight is rounded once more
+//   SIGNS     1: with a binary part (signs.cuh)
 
 #define THREADS 256
 #define WARPS (THREADS / 32)

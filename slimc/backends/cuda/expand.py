@@ -97,7 +97,7 @@ def expand_weight(layer: FragmentLayer) -> Tensor:
 
 
 def expand_with_signs(layer: FragmentLayer, signs: SignProduct | StackedSigns) -> Tensor:
-    """Return the dense weight with the binary part, or those of a stack's layers: sums that are rounded once more."""
+    """Return the dense weight with the binary part, or those of a stack's layers: sums rounded once a rank."""
     dense, weight = _dense(layer), _Matrix.weight(layer)
     row = 0
     for one in signs.products:

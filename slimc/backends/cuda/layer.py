@@ -243,8 +243,8 @@ def _refuses_format(spec: LinearFormat) -> str | None:
         return f"needs codes of one width, not {weight.describe()}"
     if weight.bits not in (None, 4) or weight.asymmetric:
         return "needs symmetric 4-bit codes, or 16-bit values"
-    if weight.bits is None and weight.sparsity != NM(2, 4):
-        return f"takes 16-bit values of 2:4 weights, not {weight.describe()}"
+    if weight.bits is None and weight.sparsity is None and spec.left is None:
+        return "is one dense product"
     if weight.sparsity not in (None, NM(2, 4)):
         return f"knows 2:4 and dense weights, not {weight.sparsity}"
     if weight.group not in (None, *KERNEL_GROUPS):

@@ -374,7 +374,7 @@ def make_plan(
     form = Form(layer.metadata is not None, group, layer.right is not None, activation, values)
     own_shape, own_right_shape = _shapes(spec.rows, spec.columns, tokens, activation, processors)
     if values:
-        own_shape = for_values(own_shape)
+        own_shape = for_values(own_shape, spec.rows if layer.metadata is None else 0, spec.columns)
     main = _plan_launch(
         _Arguments(
             scale=pointer(layer.scale),
@@ -486,9 +486,19 @@ def _shapes(
     return LARGE_TILES, SMALL_TILES
 
 
-def for_values(shape: LaunchShape) -> LaunchShape:
-    """Return a shape with room for the larger pieces of a weight of values."""
-    return replace(shape, outputs=16 if shape.blocks > 1 else 32, multicast=1)
+def for_values(shape: LaunchShape, rows: int, columns: int) -> LaunchShape:
+    """Return the shape for a weight of values, whose pieces are larger, in place of the one for codes.
+
+    Args:
+        shape: for codes.
+        rows: of a dense weight, 0 if it is 2:4: blocks that bring activations for each other pay for many of them.
+        columns: of the weight.
+    """
+    if shape.blocks > 1:
+        return replace(shape, outputs=16)
+    if max(rows, columns) >= LARGE_LAYER:
+        return replace(LARGE_TILES_TOGETHER, outputs=32)
+    return replace(shape, outputs=32, multicast=1)
 
 
 def _plan_launch(

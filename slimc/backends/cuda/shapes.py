@@ -5,7 +5,7 @@
 columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
 those of two tiles); else the one of `CANDIDATES` that fills the device best. The launch for t takes those of the factor
 that is nearest in ranks and columns, of several the one whose layer is nearest in rows. A layer of 16-bit values takes
-the one of `VALUE_CANDIDATES` that fills the device best.
+one of `VALUE_SHAPES` or `DENSE_VALUE_SHAPES`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ MOST_BY_MEMORY = 4
 WHOLE_TILES = 5 / 6
 """Share of the multiprocessors that is enough for an even launch whose blocks then have whole tiles, where nothing runs
 beside it: 112 of 132 were faster than all of them."""
+
+BLOCK_EACH = (0.8, 1.0)
+"""Blocks of values a multiprocessor that use all of them, and find room at once."""
+
+ROOM_BESIDE_T, ROOM_ALONE = 0.61, 0.75
+"""Blocks of values that share columns, a multiprocessor, at most."""
 
 FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
@@ -308,8 +314,9 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
     Raises:
         KernelError: no shape suits the layer.
     """
-    candidates = VALUE_CANDIDATES if form.values else CANDIDATES
-    return _choose("layers", candidates, rows, columns, tokens, form, starts, processors)
+    if form.values:
+        return _of_values(rows, tokens, form, starts, processors)
+    return _choose("layers", CANDIDATES, rows, columns, tokens, form, starts, processors)
 
 
 def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int, beside: int) -> LaunchShape:
@@ -384,9 +391,8 @@ def _choose(
     beside: int | None = None,
 ) -> LaunchShape:
     tile = token_tile(tokens)
-    of_codes: Sequence[Measured] = () if form.values else measured()[table]
     for size in (MOST_TOKENS, tile) if tokens > tile else (tile,):
-        of_this_size = [one for one in of_codes if one.tokens == size]
+        of_this_size = [one for one in measured()[table] if one.tokens == size]
         for one in sorted(of_this_size, key=lambda one: (_distance(one, rows, columns), _distance_beside(one, beside))):
             if _distance(one, rows, columns) > math.log2(NEAR):
                 break
@@ -404,6 +410,27 @@ def _choose(
         like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
         return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows, starts) - wanted))
     return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
+
+
+def _of_values(rows: int, tokens: int, form: Form, starts: Sequence[int], processors: int) -> LaunchShape:
+    """Choose the shape of a layer of 16-bit values, as measured on an H100.
+
+    Raises:
+        KernelError: no shape suits the layer.
+    """
+    usual, *larger = (VALUE_SHAPES if form.sparse else DENSE_VALUE_SHAPES)[token_tile(tokens)]
+    for shape in larger:
+        if BLOCK_EACH[0] <= blocks_of(shape, rows, starts) / processors <= BLOCK_EACH[1] and shape.fits(form):
+            return shape
+    possible = [shape for shape in (replace(usual, cluster=size) for size in CLUSTERS) if shape.fits(form)]
+    if not possible:
+        raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {usual.tokens} tokens")
+    if usual.blocks > 1:
+        # Few tokens wait for memory: there must be enough blocks to ask for all that it can bring.
+        enough = [shape for shape in possible if blocks_of(shape, rows, starts) >= BLOCK_EACH[0] * processors]
+        return enough[0] if enough else possible[-1]
+    room = processors * (ROOM_BESIDE_T if form.adapters else ROOM_ALONE)
+    return [possible[0], *(shape for shape in possible if blocks_of(shape, rows, starts) <= room)][-1]
 
 
 def _in_one_round(
@@ -548,14 +575,20 @@ CANDIDATES = {
 }
 """Shapes worth measuring, by the tokens of a block, those that suit most layers first."""
 
-VALUE_CANDIDATES = {
-    8: _of(8, (1, 2, 1, 2, 256, 0, 0), (2, 1, 1, 2, 256, 0, 0)),
-    16: _of(16, (1, 2, 1, 2, 256, 0, 0), (2, 1, 1, 2, 256, 0, 0)),
-    32: _of(32, (1, 2, 1, 2, 128, 0, 0), (2, 1, 1, 2, 128, 0, 0)),
-    64: _of(64, (1, 3, 1, 1, 256, 0, 3), (1, 2, 1, 1, 256, 0, 0)),
-    128: _of(128, (1, 3, 1, 1, 128, 0, 0), (1, 2, 1, 1, 128, 0, 0)),
+VALUE_SHAPES = {
+    8: _of(8, (1, 2, 1, 2, 256, 0, 0)),
+    16: _of(16, (1, 2, 1, 2, 256, 0, 0)),
+    32: _of(32, (1, 2, 1, 2, 128, 0, 0)),
+    64: _of(64, (1, 2, 1, 1, 256, 0, 0), (1, 3, 1, 1, 256, 0, 3)),
+    128: _of(128, (1, 2, 1, 1, 128, 0, 0), (1, 3, 1, 1, 128, 0, 0)),
 }
-"""The same for weights of 16-bit values, of which a slot holds four times the bytes."""
+"""For 2:4 weights of 16-bit values: one, and a larger one for layers of which each multiprocessor then has a block."""
+
+DENSE_VALUE_SHAPES = {
+    **{tile: _of(tile, (1, 3, 1, 1, 128, 0, 0)) for tile in (8, 16, 32)},
+    **{tile: _of(tile, (1, 2, 1, 1, 128, 0, 0), (1, 3, 1, 1, 128, 0, 0)) for tile in (64, 128)},
+}
+"""The same for dense weights."""
 
 RIGHT_CANDIDATES = {
     8: _of(8, (1, 1, 2, 3, 256, 0, 0), (1, 1, 4, 2, 128, 0, 0), (1, 1, 3, 3, 128, 0, 0)),

@@ -26,7 +26,7 @@ MATRIX_KERNEL = "write_signs"
 
 WARPS = 8
 WORD_COLUMNS = 32
-MOST_TOKENS = 32
+MOST_TOKENS = 16
 """Above, the kernel is slower than decoding the weight, signs included, and a dense product."""
 
 MATRIX_THREADS, BYTE_COLUMNS = 128, 8
@@ -108,7 +108,7 @@ class SignProduct:
         """Add ``sum_k ((x * right[k]) @ B^T) * left[:, k]`` to y [tokens, rows] and return it; x is [tokens, columns].
 
         All have the dtype of the factors. The sum is rounded once. For more than `MOST_TOKENS` tokens
-        ``(left @ right) (.) B`` is rounded, where for fewer ``x * right[k]`` is.
+        ``(left @ right) (.) B`` is rounded, once a rank, where for fewer ``x * right[k]`` is.
         """
         return _add_few((self,), y, x) if _are_few(x) else self.add_dense(y, x)
 

@@ -300,11 +300,15 @@ def _expects(case: Case) -> str | None:
 def _was_faster(case: Case) -> bool:
     """Whether ``cuda-prefill`` took longer where just this was measured, with more tokens than a tile has.
 
-    That was 2:4 with a scale for all columns and 4-bit adapters: with another form either kernel has other work to do.
+    That was 2:4 codes with a scale for all columns and 4-bit adapters: with another form either kernel has other work.
     """
     members = case.members
     alike = all(
-        one.weight.sparsity is not None and one.weight.group is None and one.activation is None for one in members
+        one.weight.sparsity is not None
+        and one.weight.bits is not None
+        and one.weight.group is None
+        and one.activation is None
+        for one in members
     )
     factors = [one.right for one in members if one.right is not None]
     if not alike or len(factors) < len(members):

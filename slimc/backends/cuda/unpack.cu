@@ -14,7 +14,7 @@
 //   LOAD_BYTES  codes are loaded by 1, 2 or 4 bytes; if more than 1, the codes of a thread are whole loads
 //   TAIL        1: the last columns are fewer than eight
 //   ROWS        of a thread
-//   SIGNS       1: with a binary part, whose sum with the weight is rounded once more
+//   SIGNS       1: with a binary part (signs.cuh)
 
 #define THREADS 128
 #define COLUMNS 8  // of a thread

@@ -73,8 +73,8 @@ class Unpacker:
     def __call__(self, dense: Tensor, signs: Signs | None = None) -> None:
         """Decode into ``dense`` [rows, a multiple of 8 columns]; those beyond the matrix's own become zeros.
 
-        Rows of ``dense`` begin at multiples of 16 bytes. ``signs``, if it was made for them, are added, and their sum
-        with the weight is rounded once more.
+        Rows of ``dense`` begin at multiples of 16 bytes. ``signs``, if it was made for them, are added, and the
+        sums rounded once a rank.
         """
         # Another thread may use the same launch.
         arguments = type(self._arguments).from_buffer_copy(self._arguments)

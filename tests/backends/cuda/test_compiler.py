@@ -114,7 +114,7 @@ def test_the_kernel_that_expands_fragments_compiles(
 
 PREFILL_FORMS = [
     *(prefill.Form(bool(sparse), group, bool(adapters), None) for sparse, group, adapters in FORMS),
-    *(prefill.Form(True, 0, adapters, None, values=True) for adapters in (True, False)),
+    *(prefill.Form(sparse, 0, True, None, values=True) for sparse in (True, False)),
     *(
         prefill.Form(sparse, 0, adapters, activation)
         for sparse, adapters in ((True, True), (False, False))
@@ -142,7 +142,7 @@ OF_T = [
 def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
     shape: prefill.LaunchShape, form: prefill.Form, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shape = prefill.for_values(shape) if form.values else shape
+    shape = prefill.for_values(shape, 0, 4096) if form.values else shape
     defines = prefill.defines(form, shape, bfloat16=True)
     with caplog.at_level(logging.DEBUG, compiler.__name__):
         cubin = compiler.compile_source(source("prefill.cu"), name="prefill_linear", arch="sm_90a", defines=defines)
@@ -153,7 +153,7 @@ def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
 @pytest.mark.parametrize("form", PREFILL_FORMS, ids=str)
 @pytest.mark.parametrize("shape", PREFILL_SHAPES, ids=str)
 def test_the_slots_of_the_kernel_for_many_tokens_fit(shape: prefill.LaunchShape, form: prefill.Form) -> None:
-    shape = prefill.for_values(shape) if form.values else shape
+    shape = prefill.for_values(shape, 0, 4096) if form.values else shape
     assert form.stages(shape) >= 3
     assert shape.blocks * (form.shared_bytes(shape) + 2 * form.stages(shape) * 8 + 1024) <= 228 << 10
 

@@ -51,7 +51,7 @@ COMPOSED_FORMS = {
     "adapters in groups of 32": linear(weight(group=64), 70, group=32),
     "8-bit adapters": linear(weight(group=64), 70, bits=8),
     "3-bit adapters": linear(weight(group=64), 70, bits=3),
-    "16-bit weight": linear(weight(bits=None), 20),
+    "16-bit weight": linear(weight(bits=None), 20, bits=8),
     "16-bit weight, scaled inputs": linear(weight(bits=None), scaled=True),
     "3 bits": linear(weight(bits=3, group=64), 20),
     "2 bits, 2:4": linear(weight(bits=2, sparsity=NM(2, 4)), 20),

@@ -23,10 +23,11 @@ def linear(weight: WeightFormat, rank: int, bits: int | None = 4, scaled: bool =
 
 
 class FakeUnpacker:
-    def __init__(self, packed: PackedWeight) -> None:
+    def __init__(self, packed: PackedWeight, *, signs: bool = False) -> None:
+        assert not signs
         self.packed = packed
 
-    def __call__(self, into: Tensor) -> None:
+    def __call__(self, into: Tensor, _signs: None = None) -> None:
         assert into.shape[1] == whole_pieces(self.packed.format.columns)
         into.zero_()[:, : self.packed.format.columns] = self.packed.decode()
 
