@@ -5,7 +5,6 @@ from __future__ import annotations
 from slimc.backends import cpu, cusparselt, reference
 from slimc.backends.cpu_signs import INT4PACK_SIGNS
 from slimc.backends.cuda import compose, decode, dense, layout, mixed, prefill, stored, stream
-from slimc.backends.cuda.expand import expand_with_signs
 from slimc.backends.cuda.signs import SignProduct, StackedSigns
 from slimc.backends.signed import signed, signed_layout
 from slimc.backends.tuning import TIMINGS
@@ -30,10 +29,10 @@ SIGNED_LAYOUTS = tuple(
 
 SIGNED: tuple[Kernel, ...] = (
     INT4PACK_SIGNS,
-    signed("cuda-signs", FRAGMENT_KERNELS, SignProduct, SIGNED_LAYOUTS[0].prepare, StackedSigns, expand_with_signs),
+    signed("cuda-signs", FRAGMENT_KERNELS, SignProduct, SIGNED_LAYOUTS[0].prepare, StackedSigns, dense.run_with_signs),
     signed("cusparselt-signs", (cusparselt.CUSPARSELT,), SignProduct, SIGNED_LAYOUTS[1].prepare),
     signed("cuda-composed-signs", (COMPOSED,), SignProduct, SIGNED_LAYOUTS[2].prepare),
-    signed("cuda-stored-signs", (stored.STORED,), SignProduct, decode=stored.decode_with_signs),
+    signed("cuda-stored-signs", (stored.STORED,), SignProduct, together=stored.run_with_signs),
 )
 """Those for layers with a binary part, each by the kernels of the others that hold a layer in the same order."""
 

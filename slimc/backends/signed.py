@@ -4,18 +4,17 @@
 
 So every kernel serves such layers too, and none of them knows of signs: a kernel is never asked about a layer with a
 binary part unless it says that it computes one (`slimc.runtime.select.Kernel.binary`). Where both parts would be
-decoded for dense products, they are decoded into one matrix for one product.
+decoded, they are decoded into one matrix for one product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
@@ -33,14 +32,6 @@ class Adds(Protocol):
         """Add the product with x [tokens, columns] to y [tokens, rows], perhaps in place; return it."""
 
 
-@runtime_checkable
-class Merges(Adds, Protocol):
-    """Something that can be part of a dense weight as well."""
-
-    def merges(self, x: Tensor) -> bool:
-        """Whether for x [tokens, columns] one product with a dense sum of both is less work than two products."""
-
-
 class Product(Adds, Protocol):
     """A binary part that can be added to a result."""
 
@@ -50,8 +41,9 @@ class Product(Adds, Protocol):
 Join = Callable[[Sequence[Any]], Adds]
 """Makes one product of those of layers that read the same inputs; raises `KernelError` if they do not fit."""
 
-Decode = Callable[[Any, Any], Tensor]
-"""Returns the dense weight [rows, columns] of a state of kernels, with a product's matrix added to it."""
+Together = Callable[[Tensor, Any, Any, Tensor | None], Tensor | None]
+"""Computes y [tokens, rows] of x [tokens, columns], a state of kernels, a product with signs and a bias by one product;
+returns ``None`` where two are faster."""
 
 
 @dataclass
@@ -99,7 +91,7 @@ def signed(
     make: Callable[[PackedBinary], Product],
     prepare: Callable[[PackedLinear], SignedLayer] | None = None,
     join: Join | None = None,
-    decode: Decode | None = None,
+    together: Together | None = None,
 ) -> Kernel:
     """Make the kernel that adds signs to what some kernels compute.
 
@@ -110,8 +102,8 @@ def signed(
         prepare: that of the layout in which the layer is held, if the kernels share one.
         join: puts products of layers that read the same inputs together; such layers are computed as one by those of
             the kernels that can.
-        decode: writes the rest of a layer and a product that `Merges` as one dense matrix. That is what is multiplied
-            by where the product says so and the rest is nothing but a weight. Sums are rounded once more for each rank.
+        together: computes with the signs as a part of the weight, where the rest of a layer is nothing but a weight.
+            Sums of both are rounded once more for each rank.
     """
     stacking = [kernel for kernel in kernels if kernel.stack is not None]
 
@@ -126,9 +118,10 @@ def signed(
     def run(x: Tensor, layer: SignedLayer, bias: Tensor | None) -> Tensor:
         spec = layer.widest
         inputs = x.reshape(-1, spec.columns)
-        if decode is not None and layer.is_plain and isinstance(layer.product, Merges) and layer.product.merges(inputs):
-            y = functional.linear(inputs, decode(layer.rest, layer.product), bias)
-            return y.view(*x.shape[:-1], layer.rows)
+        if together is not None and layer.is_plain:
+            y = together(inputs, layer.rest, layer.product, bias)
+            if y is not None:
+                return y.view(*x.shape[:-1], layer.rows)
         case = (x.dtype, token_bucket(len(inputs)))
         kernel = layer.chosen.get(case)
         if kernel is None:

@@ -99,13 +99,14 @@ def test_what_is_computed_is_the_rest_and_the_signs(
     assert torch.equal(module.signs, packed.binary.signs)
 
 
-def decode_both(layer: Any, product: SignProduct) -> Tensor:
-    return product.add_to(layout.restore((layer.format,), layout.tensors(layer), 0).weight.decode())
+def run_together(x: Tensor, layer: Any, product: SignProduct, bias: Tensor | None) -> Tensor | None:
+    matrix = layout.restore((layer.format,), layout.tensors(layer), 0).weight.decode()
+    return torch.nn.functional.linear(x, product.add_to(matrix), bias) if len(x) > 1 else None
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_both_parts_become_one_matrix_where_both_would_be_decoded(rank: int) -> None:
-    kernel = signed("both", (ANY,), SignProduct, LAYOUT.prepare, decode=decode_both)
+    kernel = signed("both", (ANY,), SignProduct, LAYOUT.prepare, together=run_together)
     packed = make_layer(ROWS, rank)
     assert packed.binary is not None
     bias, x = torch.rand(ROWS).to(BF16), torch.randn(2, 20, COLUMNS).to(BF16)

@@ -12,7 +12,8 @@ from slimc.backends import KERNELS, cusparselt
 from slimc.backends.cuda import dense, stored
 from slimc.backends.cuda.expand import expand_kept, expand_left, expand_right, expand_weight
 from slimc.backends.cuda.layer import prepare, stack
-from slimc.backends.cuda.unpack import unpacker, whole_pieces
+from slimc.backends.cuda.stored import FEW_TOKENS, StoredMatrix
+from slimc.backends.cuda.unpack import Unpacker, whole_pieces
 from slimc.backends.tuning import tune
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
@@ -62,10 +63,34 @@ def decode(packed: PackedWeight) -> Tensor:
     """Decode into memory that holds NaN before, and beyond the columns."""
     spec = packed.format
     whole = torch.full((spec.rows, whole_pieces(spec.columns) + 16), float("nan"), dtype=spec.dtype, device=CUDA)
-    unpacker(packed)(whole[:, :-8])
+    Unpacker(packed).write(whole[:, :-8])
     assert bool(whole[:, -8:].isnan().all())
     assert not bool(whole[:, spec.columns : -8].any())
     return whole[:, : spec.columns]
+
+
+def check_products(packed: PackedWeight) -> None:
+    """Products of a few tokens: sums of exact products in float32, rounded once, the same at every call."""
+    spec, matrix = packed.format, StoredMatrix(packed)
+    unit, exact_weight = torch.finfo(spec.dtype).eps / 2, packed.decode().double()
+    bias = random(spec.rows, dtype=spec.dtype)
+    for tokens in (1, 2, 3, 8, FEW_TOKENS):
+        x, before = random(tokens, spec.columns, dtype=spec.dtype), random(tokens, spec.rows + 3, dtype=spec.dtype)
+        exact, size = x.double() @ exact_weight.T, x.double().abs() @ exact_weight.abs().T
+        y = matrix.product(x, bias)
+        bound = unit * (exact + bias).abs() + spec.columns * 2.0**-23 * (size + bias.abs())
+        assert bool(((y.double() - exact - bias.double()).abs() <= bound).all())
+        assert torch.equal(y, matrix.product(x, bias))
+        into = before[:, : spec.rows]
+        exact = exact + into.double()
+        bound = unit * exact.abs() + spec.columns * 2.0**-23 * (size + into.abs())
+        kept = before.clone()
+        assert matrix.add_product(into, x).data_ptr() == before.data_ptr()
+        assert bool(((into.double() - exact).abs() <= bound).all())
+        assert torch.equal(before[:, spec.rows :], kept[:, spec.rows :])
+        filled = matrix.product(x, filled=True)
+        assert filled.shape == (tokens, whole_pieces(spec.rows))
+        assert not bool(filled[:, spec.rows :].any())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,6 +102,7 @@ def test_every_width_and_pattern(bits: int | None, sparsity: str, dtype: torch.d
     for rows, columns in ((1, 8), (7, 1352), (130, 4096)):
         packed = make_weight(rows, columns, bits, sparsity, dtype=dtype)
         assert torch.equal(decode(packed), packed.decode())
+        check_products(packed)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -86,13 +112,14 @@ def test_scales_and_zero_points(scales: str | int, sparsity: str, asymmetric: bo
     for bits in (3, 4, 8):
         packed = make_weight(33, 1352, bits, sparsity, scales, asymmetric)
         assert torch.equal(decode(packed), packed.decode())
+        check_products(packed)
 
 
 def test_columns_that_are_not_its_own_become_zeros() -> None:
     for sparsity in SPARSITIES:
         packed = make_weight(33, 1352, 4, sparsity)
         wide = torch.full((33, 1352 + 2 * 1024), float("nan"), dtype=torch.bfloat16, device=CUDA)
-        unpacker(packed)(wide)
+        Unpacker(packed).write(wide)
         assert torch.equal(wide, torch.nn.functional.pad(packed.decode(), (0, 2 * 1024)))
 
 
@@ -101,8 +128,10 @@ def test_columns_that_are_no_whole_pieces(columns: int) -> None:
     for bits in (3, 4, 5):
         packed = make_weight(65, columns, bits, "dense", "row")
         assert torch.equal(decode(packed), packed.decode())
+        check_products(packed)
     packed = make_weight(65, 4 * columns, 4, "2:4")
     assert torch.equal(decode(packed), packed.decode())
+    check_products(packed)
 
 
 def make_layer(weight: PackedWeight, rank: int, bits: int | None = 4, scaled: bool = False) -> PackedLinear:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimc.backends.cuda.expand import expand_left, expand_right, expand_weight
+from slimc.backends.cuda.expand import expand_left, expand_right, expand_weight, expand_with_signs
 from slimc.backends.cuda.layer import FragmentLayer, prepare, refuses, stack_shared
 from slimc.backends.cuda.rounding import round_inputs
+from slimc.backends.cuda.signs import SignProduct, StackedSigns
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
-__all__ = ["DENSE", "add_adapters", "run"]
+__all__ = ["DENSE", "add_adapters", "run", "run_with_signs"]
 
 
 def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
@@ -32,6 +33,16 @@ def run(x: Tensor, layer: FragmentLayer, bias: Tensor | None) -> Tensor:
     else:
         y = add_adapters(functional.linear(flat, weight, bias), flat, layer)
     return y.view(*x.shape[:-1], spec.rows)
+
+
+def run_with_signs(
+    x: Tensor, layer: FragmentLayer, signs: SignProduct | StackedSigns, bias: Tensor | None
+) -> Tensor | None:
+    """Compute y [tokens, rows] from x [tokens, columns] by a weight that is nothing else, and its binary part.
+
+    Return ``None`` for so few tokens that other products are faster.
+    """
+    return functional.linear(x, expand_with_signs(layer, signs), bias) if signs.merges(x) else None
 
 
 def add_adapters(y: Tensor, x: Tensor, layer: FragmentLayer) -> Tensor:

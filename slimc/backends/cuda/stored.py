@@ -1,7 +1,7 @@
 """``cuda-stored``: decode the canonical tensors (``unpack.cu``), multiply densely. For nearly every form.
 
 It is for forms that no other kernel reads. Nothing is derived and nothing is kept: W, L and R are decoded at every
-call into memory of PyTorch's allocator.
+call, into memory of PyTorch's allocator or, for a few tokens, into registers.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from torch.nn import functional
 from slimc.backends.cuda.layer import refuses_machine
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.signs import SignProduct, Signs
-from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, unpacker, whole_pieces
+from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, whole_pieces
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
-__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "decode_with_signs", "fill_up", "prepare", "run"]
+__all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "fill_up", "prepare", "run", "run_with_signs"]
+
+
+FEW_TOKENS = 16
+"""Up to here numbers are multiplied as they are decoded; more tokens have a dense matrix written for cuBLAS."""
 
 
 class StoredMatrix:
-    """A matrix as it is stored, and the launch that decodes it, made when it is first needed."""
+    """A matrix as it is stored, and the launches that decode it, made when they are first needed."""
 
     def __init__(self, packed: PackedWeight) -> None:
         self.packed = packed
@@ -32,26 +36,68 @@ class StoredMatrix:
 
     def dense(self) -> Tensor:
         """Return the dense matrix, for reading only, its columns filled up to whole pieces by zeros."""
-        return fill_up(self.packed.values, 1, PIECE_COLUMNS) if self._is_dense else self._unpacked(None)
+        return fill_up(self.packed.values, 1, PIECE_COLUMNS) if self._is_dense else self._decoded(None)
 
-    def with_signs(self, product: SignProduct) -> Tensor:
-        """Return the dense matrix [rows, columns] with a binary part; rows may be apart."""
-        columns = self.packed.format.columns
-        if self._is_dense:
-            return product.add_to(self.packed.values.clone())
-        return self._unpacked(product.arguments)[:, :columns]
+    def product(
+        self, x: Tensor, bias: Tensor | None = None, binary: SignProduct | None = None, *, filled: bool = False
+    ) -> Tensor:
+        """Return ``x @ W^T + bias`` [tokens, rows] of x [tokens, columns].
+
+        Args:
+            x: inputs.
+            bias: [rows] or ``None``.
+            binary: what is added to W.
+            filled: whether the result shall have columns of zeros up to whole pieces, as further products want it.
+        """
+        rows = self.packed.format.rows
+        if self._are_few(x):
+            width = whole_pieces(rows) if filled else rows
+            y = x.new_zeros(len(x), width) if width > rows else x.new_empty(len(x), rows)
+            self._multiply(x, bias, y[:, :rows], binary=binary)
+            return y
+        if binary is None:
+            matrix = self.dense()
+        elif self._is_dense:
+            matrix = binary.add_to(self.packed.values.clone())
+        else:
+            matrix = self._decoded(binary.arguments)
+        # Products with a rank that is no multiple of 8 take several times as long.
+        matrix = fill_up(matrix, 0, PIECE_COLUMNS) if filled else matrix
+        return functional.linear(x, matrix[:, : x.shape[1]], bias)
+
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add ``x @ W^T`` to y [tokens, rows], in place; return y."""
+        if not self._are_few(x):
+            return y.addmm_(x, self.dense()[:, : x.shape[1]].t())
+        self._multiply(x, None, y, add=True)
+        return y
 
     @property
     def _is_dense(self) -> bool:
         return self.packed.format.bits is None and self.packed.pattern is None
 
-    def _unpacked(self, signs: Signs | None) -> Tensor:
-        spec, signed = self.packed.format, signs is not None
-        if signed not in self._unpackers:
-            self._unpackers[signed] = unpacker(self.packed, signs=signed)
+    def _are_few(self, x: Tensor) -> bool:
+        return x.is_cuda and len(x) <= FEW_TOKENS and not self._is_dense
+
+    def _multiply(
+        self, x: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False, binary: SignProduct | None = None
+    ) -> None:
+        x = fill_up(x, 1, PIECE_COLUMNS)
+        x = x if x.stride(1) == 1 and x.stride(0) % PIECE_COLUMNS == x.data_ptr() % 16 == 0 else x.clone()
+        signs = None if binary is None else binary.arguments
+        self._unpacker(signs).multiply(x, bias, y, add=add, signs=signs)
+
+    def _decoded(self, signs: Signs | None) -> Tensor:
+        spec = self.packed.format
         made = self.packed.values.new_empty(spec.rows, whole_pieces(spec.columns), dtype=spec.dtype)
-        self._unpackers[signed](made, signs)
+        self._unpacker(signs).write(made, signs)
         return made
+
+    def _unpacker(self, signs: Signs | None) -> Unpacker:
+        signed = signs is not None
+        if signed not in self._unpackers:
+            self._unpackers[signed] = Unpacker(self.packed, signs=signed)
+        return self._unpackers[signed]
 
 
 @dataclass
@@ -70,9 +116,7 @@ class StoredAdapters:
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add ``(x @ R^T) @ L^T`` to y [tokens, rows], in place; return y."""
-        # Products with a rank that is no multiple of 8 take several times as long.
-        right = fill_up(self.right.dense(), 0, PIECE_COLUMNS)[:, : x.shape[1]]
-        return y.addmm_(torch.mm(x, right.t()), self.left.dense().t())
+        return self.left.add_product(y, self.right.product(x, filled=True))
 
 
 @dataclass
@@ -98,9 +142,9 @@ def prepare(packed: PackedLinear) -> StoredLayer:
     return StoredLayer(packed.format, StoredMatrix(packed.weight), StoredAdapters.of(packed), packed.input_scale)
 
 
-def decode_with_signs(layer: StoredLayer, product: SignProduct) -> Tensor:
-    """Return W with its binary part, dense [rows, columns]; rows may be apart."""
-    return layer.weight.with_signs(product)
+def run_with_signs(x: Tensor, layer: StoredLayer, binary: SignProduct, bias: Tensor | None) -> Tensor:
+    """Compute y [tokens, rows] from x [tokens, columns] by a weight that is nothing else, and a binary part."""
+    return layer.weight.product(x, bias, binary)
 
 
 def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:
@@ -109,7 +153,7 @@ def run(x: Tensor, layer: StoredLayer, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, spec.columns)
     scaled = flat if layer.input_scale is None else flat * layer.input_scale
     rounded = round_inputs(scaled, spec.activation)
-    y = functional.linear(rounded, layer.weight.dense()[:, : spec.columns], bias)
+    y = layer.weight.product(rounded, bias)
     if layer.adapters is not None:
         layer.adapters.add(y, rounded if layer.input_scale is None else flat)
     return y.view(*x.shape[:-1], spec.rows)

@@ -1,5 +1,6 @@
 // Packed tensors, as files and modules hold them, to a dense matrix of 16-bit numbers: weight = (code - zero) * scale,
-// rounded once, and zero where nothing is stored.
+// rounded once, and zero where nothing is stored. And the product of a few tokens with that matrix, which is then never
+// written.
 //
 // A thread makes eight columns of a few rows: their codes are whole bytes in most forms, and their numbers 16 bytes that
 // the threads of a warp write side by side.
@@ -14,6 +15,7 @@
 //   LOAD_BYTES  codes are loaded by 1, 2 or 4 bytes; if more than 1, the codes of a thread are whole loads
 //   TAIL        1: the last columns are fewer than eight
 //   ROWS        of a thread
+//   TOKENS      that a block of the product takes at once
 //   SIGNS       1: with a binary part (signs.cuh)
 
 #define THREADS 128
@@ -49,9 +51,7 @@ struct Arguments {
     int groups;
     int pattern_bytes;
     int segments;          // of 256 columns
-#if SIGNS
-    Signs signs;
-#endif
+    Signs signs;           // if SIGNS
 };
 
 struct Piece {
@@ -245,5 +245,78 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack_weight(const __grid
                 *(uint4*)(to + product(row + i, a.stride)) = own ? numbers : uint4{0, 0, 0, 0};
             }
         }
+    }
+}
+
+struct ProductArguments {
+    Arguments weight;
+    const u16* x;     // [tokens][stride of x], rows at multiples of 16 bytes
+    const u16* bias;  // [rows] or null
+    u16* y;           // [tokens][stride of y]
+    u32 x_stride;
+    u32 y_stride;
+    int tokens;
+    int add;          // 1: to what is in y
+};
+
+#define WARPS (THREADS / 32)
+
+// Warps share the columns of a block's rows, 256 at a time.
+extern "C" __global__ void __launch_bounds__(THREADS) unpack_linear(const __grid_constant__ ProductArguments a) {
+    __shared__ float shared[WARPS][ROWS * TOKENS];
+    const Arguments& w = a.weight;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
+    const u32 placements = placement(lane & 15);
+    float sums[ROWS][TOKENS] = {};
+    for (int first = 32 * warp; COLUMNS * first < w.columns; first += 32 * WARPS) {
+        const int piece = first + lane;
+        const bool own = COLUMNS * piece < w.columns;
+        // All lanes take part in the exchanges; those without columns of their own load what is there.
+        const int loaded = TAIL || own ? piece : 0;
+        const int group = w.groups > 1 ? min(COLUMNS * loaded / w.group, w.groups - 1) : 0;
+        Piece pieces[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) load_piece(w, pieces[i], min(first_row + i, w.rows - 1), loaded, group, lane);
+        uint4 inputs[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            const bool there = own && first_token + t < a.tokens;
+            inputs[t] = there ? *(const uint4*)(a.x + (u64)(first_token + t) * a.x_stride + COLUMNS * piece) : uint4{0, 0, 0, 0};
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            uint4 numbers = spread(pieces[i], placements);
+#if SIGNS
+            if (own) numbers = with_signs(w.signs, min(first_row + i, w.rows - 1), COLUMNS * piece, numbers);
+#endif
+            const u32 pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                const u32 of[4] = {inputs[t].x, inputs[t].y, inputs[t].z, inputs[t].w};
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    sums[i][t] = fmaf(to_float((u16)pairs[k]), to_float((u16)of[k]), sums[i][t]);
+                    sums[i][t] = fmaf(to_float((u16)(pairs[k] >> 16)), to_float((u16)(of[k] >> 16)), sums[i][t]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS * TOKENS; ++i) {
+        float sum = sums[i / TOKENS][i % TOKENS];
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0) shared[warp][i] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROWS * TOKENS; i += THREADS) {
+        const int row = first_row + i / TOKENS, token = first_token + i % TOKENS;
+        if (row >= w.rows || token >= a.tokens) continue;
+        u16* const y = a.y + (u64)token * a.y_stride + row;
+        float sum = a.bias ? to_float(a.bias[row]) : 0.f;
+#pragma unroll
+        for (int k = 0; k < WARPS; ++k) sum += shared[k][i];
+        *y = from_float(a.add ? to_float(*y) + sum : sum);
     }
 }

@@ -1,12 +1,11 @@
 """Packed tensors, as they are stored, to dense matrices of 16-bit numbers on a GPU (``unpack.cu``).
 
-The result is what `PackedWeight.decode` gives, bit for bit.
+The numbers are what `PackedWeight.decode` gives, bit for bit. A few tokens are multiplied by them without a matrix.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from slimc.runtime.bits import unpack_bits
 from slimc.runtime.formats import NM, WeightFormat
 from slimc.runtime.packing import PackedWeight
 
-__all__ = ["PIECE_COLUMNS", "Unpacker", "refuses_weight", "unpacker", "whole_pieces"]
+__all__ = ["PIECE_COLUMNS", "Unpacker", "refuses_weight", "whole_pieces"]
 
-KERNEL_NAME = "unpack_weight"
+MATRIX_KERNEL = "unpack_weight"
+PRODUCT_KERNEL = "unpack_linear"
 
 THREADS = 128
 PIECE_COLUMNS = 8
@@ -29,6 +29,9 @@ PIECE_COLUMNS = 8
 
 SEGMENT_COLUMNS = 256
 MOST_GRID_ROWS = 65535
+MOST_PRODUCT_TOKENS = 8
+"""Of a block."""
+
 MOST_VALUES = 2**31
 """Offsets into one stream of values are 32-bit numbers."""
 
@@ -47,101 +50,144 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in (
             "rows", "columns", "width", "group", "groups", "pattern_bytes", "segments",
         )),
+        ("signs", Signs),
     ]  # fmt: skip
 
 
-class _SignedArguments(_Arguments):
-    """The same with SIGNS."""
+class _ProductArguments(ctypes.Structure):
+    """``struct ProductArguments`` of the source."""
 
-    _fields_ = [("signs", Signs)]
+    _fields_ = [
+        ("weight", _Arguments),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        *((name, ctypes.c_uint32) for name in ("x_stride", "y_stride")),
+        *((name, ctypes.c_int) for name in ("tokens", "add")),
+    ]  # fmt: skip
 
 
-@dataclass
 class Unpacker:
-    """The launch that decodes one matrix, ready but for where the result goes.
+    """The launches that decode one matrix, or multiply by it, ready but for where the result goes.
 
-    Attributes:
-        packed: the matrix; the launch reads its tensors.
+    Args:
+        weight: the matrix; launches read its tensors.
+        signs: whether every call has a binary part to add.
     """
 
-    packed: PackedWeight
-    _kept_before: Tensor | None
-    _arguments: _Arguments
-    _launcher: driver.Launcher
-    _rows_a_thread: int
+    def __init__(self, weight: PackedWeight, *, signs: bool = False) -> None:
+        """Compile nothing yet."""
+        spec, values = weight.format, weight.values
+        kept_before = None
+        kept = KEPT_ALL if weight.pattern is None else KEPT_2_OF_4
+        if weight.pattern is not None and spec.sparsity != NM(2, 4):
+            kept, kept_before = KEPT_BY_PATTERN, _kept_before(weight.pattern, spec)
+        bits = spec.bits or 0
+        row_bytes = 0 if values.dim() == 1 else values.element_size() * values.stride(0)
+        self.weight = weight
+        self._device_index = values.get_device()
+        self._kept_before = kept_before
+        self._rows_a_thread = 2 if kept == KEPT_BY_PATTERN else 4
+        self._arguments = _Arguments(
+            values=values.data_ptr(),
+            pattern=pointer(weight.pattern),
+            scale=pointer(weight.scale),
+            zero_point=pointer(weight.zero_point),
+            kept_before=pointer(kept_before),
+            value_bytes=values.nbytes,
+            row_bytes=row_bytes,
+            rows=spec.rows,
+            columns=spec.columns,
+            group=spec.group or 0,
+            groups=spec.scale_shape[1],
+            pattern_bytes=0 if weight.pattern is None else weight.pattern.shape[1],
+            segments=0 if kept_before is None else kept_before.shape[1],
+        )
+        piece_bits = PIECE_COLUMNS * bits // (2 if kept == KEPT_2_OF_4 else 1)
+        whole = kept != KEPT_BY_PATTERN and spec.columns % PIECE_COLUMNS == 0
+        major, _ = torch.cuda.get_device_capability(values.device)
+        self._defines = {
+            "BFLOAT16": int(spec.dtype == torch.bfloat16),
+            "ARCH": 10 * major,
+            "BITS": bits,
+            "KEPT": kept,
+            "SCALES": int(not spec.per_tensor),
+            "ASYMMETRIC": int(spec.asymmetric),
+            "LOAD_BYTES": _load_bytes(piece_bits, row_bytes, values.data_ptr()) if whole else 1,
+            "TAIL": int(not whole),
+            "ROWS": self._rows_a_thread,
+            "SIGNS": int(signs),
+        }
+        self._launchers: dict[int, driver.Launcher] = {}
 
-    def __call__(self, dense: Tensor, signs: Signs | None = None) -> None:
+    def write(self, dense: Tensor, signs: Signs | None = None) -> None:
         """Decode into ``dense`` [rows, a multiple of 8 columns]; those beyond the matrix's own become zeros.
 
-        Rows of ``dense`` begin at multiples of 16 bytes. ``signs``, if it was made for them, are added, and the
-        sums rounded once a rank.
+        Args:
+            dense: its rows begin at multiples of 16 bytes.
+            signs: the binary part, if it was made for one; sums are rounded once a rank.
+
+        Raises:
+            KernelError: the kernel cannot be compiled or loaded.
         """
-        # Another thread may use the same launch.
-        arguments = type(self._arguments).from_buffer_copy(self._arguments)
-        if isinstance(arguments, _SignedArguments) and signs is not None:
-            arguments.signs = signs
+        arguments = self._arguments_of_call(signs)
         rows, width = dense.shape
         arguments.dense, arguments.stride, arguments.width = dense.data_ptr(), dense.stride(0), width
-        self._launcher(
+        self._launcher(0)(
             arguments,
             grid=(-(-width // (PIECE_COLUMNS * THREADS)), min(-(-rows // self._rows_a_thread), MOST_GRID_ROWS), 1),
             block=(THREADS, 1, 1),
             stream=torch.cuda.current_stream(dense.device).cuda_stream,
         )
 
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False, signs: Signs | None = None
+    ) -> None:
+        """Compute ``x @ W^T + bias`` of a few tokens into y, or add it, by numbers that `write` would have written.
 
-def unpacker(weight: PackedWeight, *, signs: bool = False) -> Unpacker:
-    """Compile the kernel for a form, if that was not done yet, and fill in all but where the result goes.
+        Args:
+            x: [tokens, a multiple of 8 columns], rows at multiples of 16 bytes; columns beyond the matrix's are not
+                read.
+            bias: [rows] or ``None``.
+            y: [tokens, rows]; its rows may be apart.
+            add: to what is in y, and not in its place.
+            signs: as in `write`.
 
-    Args:
-        weight: the matrix.
-        signs: whether every call has a binary part to add.
+        Raises:
+            KernelError: the kernel cannot be compiled or loaded.
+        """
+        tokens, rows = y.shape
+        tile = min(1 << (tokens - 1).bit_length(), MOST_PRODUCT_TOKENS)
+        self._launcher(tile)(
+            _ProductArguments(
+                weight=self._arguments_of_call(signs),
+                x=x.data_ptr(),
+                bias=pointer(bias),
+                y=y.data_ptr(),
+                x_stride=x.stride(0),
+                y_stride=y.stride(0),
+                tokens=tokens,
+                add=int(add),
+            ),
+            grid=(-(-rows // self._rows_a_thread), -(-tokens // tile), 1),
+            block=(THREADS, 1, 1),
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+        )
 
-    Raises:
-        KernelError: the kernel cannot be compiled or loaded.
-    """
-    spec, values = weight.format, weight.values
-    kept_before = None
-    kept = KEPT_ALL if weight.pattern is None else KEPT_2_OF_4
-    if weight.pattern is not None and spec.sparsity != NM(2, 4):
-        kept, kept_before = KEPT_BY_PATTERN, _kept_before(weight.pattern, spec)
-    bits = spec.bits or 0
-    row_bytes = 0 if values.dim() == 1 else values.element_size() * values.stride(0)
-    rows_a_thread = 2 if kept == KEPT_BY_PATTERN else 4
-    kind = _SignedArguments if signs else _Arguments
-    arguments = kind(
-        values=values.data_ptr(),
-        pattern=pointer(weight.pattern),
-        scale=pointer(weight.scale),
-        zero_point=pointer(weight.zero_point),
-        kept_before=pointer(kept_before),
-        value_bytes=values.nbytes,
-        row_bytes=row_bytes,
-        rows=spec.rows,
-        columns=spec.columns,
-        group=spec.group or 0,
-        groups=spec.scale_shape[1],
-        pattern_bytes=0 if weight.pattern is None else weight.pattern.shape[1],
-        segments=0 if kept_before is None else kept_before.shape[1],
-    )
-    piece_bits = PIECE_COLUMNS * bits // (2 if kept == KEPT_2_OF_4 else 1)
-    whole = kept != KEPT_BY_PATTERN and spec.columns % PIECE_COLUMNS == 0
-    major, _ = torch.cuda.get_device_capability(values.device)
-    defines = {
-        "BFLOAT16": int(spec.dtype == torch.bfloat16),
-        "ARCH": 10 * major,
-        "BITS": bits,
-        "KEPT": kept,
-        "SCALES": int(not spec.per_tensor),
-        "ASYMMETRIC": int(spec.asymmetric),
-        "LOAD_BYTES": _load_bytes(piece_bits, row_bytes, values.data_ptr()) if whole else 1,
-        "TAIL": int(not whole),
-        "ROWS": rows_a_thread,
-        "SIGNS": int(signs),
-    }
-    module = driver.load(source("unpack.cu"), KERNEL_NAME, values.get_device(), defines)
-    launcher = module.function(KERNEL_NAME).prepare([kind])
-    return Unpacker(weight, kept_before, arguments, launcher, rows_a_thread)
+    def _arguments_of_call(self, signs: Signs | None) -> _Arguments:
+        # Another thread may use the same launch.
+        arguments = _Arguments.from_buffer_copy(self._arguments)
+        if signs is not None:
+            arguments.signs = signs
+        return arguments
+
+    def _launcher(self, tokens: int) -> driver.Launcher:
+        """Return the launcher of the product with so many tokens at once, of what writes the matrix if 0."""
+        found = self._launchers.get(tokens)
+        if found is None:
+            kernel, kind = (PRODUCT_KERNEL, _ProductArguments) if tokens else (MATRIX_KERNEL, _Arguments)
+            defines = self._defines | {"TOKENS": max(tokens, 1)}
+            module = driver.load(source("unpack.cu"), "unpack", self._device_index, defines)
+            found = self._launchers[tokens] = module.function(kernel).prepare([kind])
+        return found
 
 
 def refuses_weight(spec: WeightFormat) -> str | None:

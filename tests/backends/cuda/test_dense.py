@@ -27,14 +27,14 @@ class FakeUnpacker:
         assert not signs
         self.packed = packed
 
-    def __call__(self, into: Tensor, _signs: None = None) -> None:
+    def write(self, into: Tensor, _signs: None) -> None:
         assert into.shape[1] == whole_pieces(self.packed.format.columns)
         into.zero_()[:, : self.packed.format.columns] = self.packed.decode()
 
 
 @pytest.fixture(autouse=True)
 def unpacker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "unpacker", FakeUnpacker)
+    monkeypatch.setattr(stored, "Unpacker", FakeUnpacker)
 
 
 @pytest.mark.parametrize(("rank", "bits"), [(0, None), (9, 4), (9, None), (64, 3)])
