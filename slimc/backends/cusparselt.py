@@ -310,4 +310,4 @@ CUSPARSELT = Kernel("cusparselt", _accepts, prepare, run)
 DECODED = Kernel(
     "cusparselt-decoded", _accepts_decoded, prepare_fragments, run_decoded, stack_shared, expects=_expects_decoded
 )
-"""For layers of 4-bit codes."""
+"""For layers in the order of the tensor cores."""

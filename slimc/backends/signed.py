@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +75,7 @@ class SignedLayer:
         """Rows of all layers."""
         return sum(form.rows for form in self.formats)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether nothing is computed but products with weights and signs."""
         return all(form == LinearFormat(form.weight, binary=form.binary) for form in self.formats)

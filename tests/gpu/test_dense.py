@@ -78,6 +78,7 @@ def check_products(packed: PackedWeight) -> None:
         x, before = random(tokens, spec.columns, dtype=spec.dtype), random(tokens, spec.rows + 3, dtype=spec.dtype)
         exact, size = x.double() @ exact_weight.T, x.double().abs() @ exact_weight.abs().T
         y = matrix.product(x, bias)
+        assert torch.equal(y, matrix.product(x.t().contiguous().t(), bias))
         bound = unit * (exact + bias).abs() + spec.columns * 2.0**-23 * (size + bias.abs())
         assert bool(((y.double() - exact - bias.double()).abs() <= bound).all())
         assert torch.equal(y, matrix.product(x, bias))

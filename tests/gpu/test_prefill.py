@@ -138,8 +138,8 @@ def test_shapes_for_values(random_layer: Any, check: Any, sparse: bool, tokens: 
         LaunchShape(64, 4, 1),
     )
     for shape in (*codes, replace(codes[2], multicast=2)):
-        columns = prefill.LARGE_LAYER if shape.multicast > 1 else 0
-        check(packed, x, None, run(packed, x, None, shape=prefill.for_values(shape, 0, columns)))
+        form = prefill.Form(sparse, 0, True, None, values=True)
+        check(packed, x, None, run(packed, x, None, shape=prefill.for_values(shape, form, 0, 4096 * shape.multicast)))
 
 
 @pytest.mark.parametrize("sparse", [True, False])

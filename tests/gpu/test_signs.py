@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from slimc.backends import KERNELS
+from slimc.backends.cuda.expand import expand_with_signs
+from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.signs import MOST_TOKENS, SignProduct, StackedSigns
 from slimc.backends.dynamo import slim
 from slimc.runtime.formats import NM, Unstructured
@@ -89,6 +91,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("cuda-signs", {"bits": 4}),
     "2:4 16 bit": ("cuda-signs", {"sparsity": NM(2, 4)}),
     "2:4 16 bit by the library": ("cusparselt-signs", {"sparsity": NM(2, 4)}),
+    "16 bit of another width": ("cuda-stored-signs", {"columns": 580}),
     "2:4 16 bit of another width": ("cuda-stored-signs", {"sparsity": NM(2, 4), "columns": 580}),
     "3 bits": ("cuda-composed-signs", {"bits": 3}),
     "unstructured": ("cuda-stored-signs", {"sparsity": Unstructured()}),
@@ -135,6 +138,19 @@ def test_signs_of_siblings_in_one_launch(tokens: int) -> None:
         exact, size = product(part, x)
         bound = 2**-9 * (1 + part.format.rank) * exact.abs() + (3 * 2**-9 + 640 * 2.0**-24) * size
         assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_stack_is_decoded_with_the_signs_of_each(bits: int | None) -> None:
+    parts = [layer(bits=bits, sparsity=NM(2, 4)), replace(layer(bits=bits, sparsity=NM(2, 4)), binary=None)]
+    parts[1] = replace(parts[1], binary=random_signs(512, 640, 3, torch.bfloat16))
+    shared = stack([prepare(replace(part, binary=None)) for part in parts])
+    matrix = expand_with_signs(shared, StackedSigns([SignProduct(part.binary) for part in parts]))
+    for part, found in zip(parts, matrix.split(512), strict=True):
+        exact = part.weight.decode().double() + part.binary.decode().double()
+        size = part.weight.decode().double().abs() + part.binary.left.double() @ part.binary.right.double()
+        # A sum is rounded for each rank.
+        assert bool(((found.double() - exact).abs() <= 2**-8 * part.binary.format.rank * size).all())
 
 
 class Siblings(nn.Module):

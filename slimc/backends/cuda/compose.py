@@ -256,7 +256,7 @@ def prepare(packed: PackedLinear) -> ComposedLayer:
         named |= _write("main_", Plan(plan.main), weight)
     if high is not None:
         named |= _write("high_", Plan(plan.high), high)
-    if packed.weight.zero_point is not None:
+    if plan.split is not None and packed.weight.zero_point is not None:
         named["zero_point"] = packed.weight.zero_point
     if packed.left is not None and packed.right is not None and not plan.fused:
         for prefix, fit, factor in parts[1:]:

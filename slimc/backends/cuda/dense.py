@@ -1,6 +1,6 @@
 """``cuda-dense``: decode the weight (``expand.cu``), then multiply densely. For many tokens, on any card.
 
-Fragments of 4-bit codes become a dense weight in memory of PyTorch's allocator for the time of a call, so that layer
+Fragments become a dense weight in memory of PyTorch's allocator for the time of a call, so that layer
 after layer of a stream decodes into the same place, and a captured graph has a place of its own. Writing it takes as
 long as a card takes to write 16 bits a weight: an H100 has that much time to spare from some 2048 tokens on.
 

@@ -23,7 +23,7 @@ __all__ = ["COLUMN_MULTIPLE", "Fit", "fit_of", "padding", "put_padding"]
 BITS = 4
 COLUMN_MULTIPLE = 8
 MOST_ROOM = 2
-"""How many times its columns a group may take; beyond that 8-bit codes would take no more."""
+"""How many times its bits a group may take; for more, decoding at every call is the better use of memory."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def fit_of(spec: WeightFormat, *, beside: Fit | None = None, grouped: bool = Fal
         return Fit(spec, None, spec.columns, spec.columns)
     group = spec.group or 0
     width = group + -group % KERNEL_GROUPS[-1]
-    if width > MOST_ROOM * group:
-        return f"groups of {group} columns would be filled up to {width}, and take more than twice their room"
+    if width * BITS > MOST_ROOM * group * (spec.bits or BITS):
+        return f"groups of {group} columns would be filled up to {width} codes of 4 bits, more than twice their room"
     if isinstance(spec.sparsity, NM) and group % spec.sparsity.m:
         return f"groups of {group} columns cut through groups of {spec.sparsity.m}"
     return Fit(spec, next(size for size in KERNEL_GROUPS if width % size == 0), group, width)

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 TILE_ROWS = 16
 UNIT_BYTES = 32
-"""Bytes of a row in one unit: four instructions of eight bytes."""
+"""Bytes of a row's codes in one unit, four instructions of eight bytes; of values as many words."""
 
 GROUP_COLUMNS = 4
 """Columns of a 2:4 group, one nibble of the bit mask."""

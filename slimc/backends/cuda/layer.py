@@ -1,4 +1,7 @@
-"""A 4-bit linear layer in the order of the tensor cores: one form on the GPU, for every kernel of this package."""
+"""A linear layer in the order of the tensor cores: one form on the GPU, for every kernel of this package.
+
+Its weight is 4-bit codes or 16-bit values, 2:4 or dense.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,7 @@ class FragmentLayer:
     @property
     def code_lines(self) -> Tensor:
         """Codes or values of W, int32 [row tiles, lines, 128]: a line is 16 bytes of each lane."""
-        return self.codes.reshape(self.row_tiles, -1, 128)
+        return self.codes.view(self.row_tiles, -1, 128)
 
     @property
     def nbytes(self) -> int:
@@ -283,10 +286,10 @@ def stack(layers: Sequence[FragmentLayer]) -> FragmentLayer:
         raise KernelError(f"at most {MOST_STACKED} layers can be stacked, not {len(layers)}")
     first = layers[0]
     weights = [one.format.weight for one in layers]
-    forms = {(weight.columns, weight.group, weight.sparsity, weight.dtype) for weight in weights}
+    forms = {(weight.bits, weight.columns, weight.group, weight.sparsity, weight.dtype) for weight in weights}
     kinds = {(one.right is None, one.format.activation) for one in layers}
     if len(forms) > 1 or len(kinds) > 1:
-        raise KernelError("layers of different widths, groups, sparsities, dtypes or kinds cannot be stacked")
+        raise KernelError("layers of different bits, widths, groups, sparsities, dtypes or kinds cannot be stacked")
     if any(one.format.rows % STACKED_ROWS for one in layers[:-1]):
         raise KernelError(f"layers above others need a multiple of {STACKED_ROWS} rows to be stacked")
     rows = sum(one.format.rows for one in layers)

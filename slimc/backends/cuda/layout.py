@@ -1,4 +1,4 @@
-"""The layout ``fragments``: a 4-bit layer in the order of the tensor cores, with nothing canonical beside it.
+"""The layout ``fragments``: a layer in the order of the tensor cores, with nothing canonical beside it.
 
 Stacked layers lie one after another: each has its tiles of rows of W and L, and its ranks of R. So a part is a slice
 of every tensor, and can be computed, or turned back into canonical tensors, by itself.

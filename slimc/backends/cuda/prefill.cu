@@ -51,7 +51,8 @@ struct Arguments {
     TensorMap x_map;       // activations [tokens, columns], in boxes of TOKENS / MULTICAST x 128 bytes
     TensorMap t_map;       // t [tokens, ranks], in boxes of TOKENS x 128 bytes
     TensorMap y_map;       // [tokens, rows], in boxes of OUTPUTS x 128 bytes, if rows are a multiple of 8
-    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x UNITS, as all that follow of one
+    TensorMap codes_map;    // of W, [row tiles of 16][units][lane][4] words, in boxes of TILES x UNITS, as all that follow of one;
+                            // if VALUES [row tiles][units][4 instructions][lane][4], in boxes of TILES x 1
     TensorMap metadata_map; // of W if SPARSE, [row tiles][units][lane][2] words
     TensorMap scale_map;    // of W if GROUP, [row tiles][groups][8] words: rows g and g + 8
     TensorMap left_map;     // of L, [row tiles][left units][lane][4] words

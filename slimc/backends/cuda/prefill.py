@@ -1,4 +1,4 @@
-"""``cuda-prefill``: a 4-bit linear layer with its adapters for many tokens, on Hopper's tensor cores (``prefill.cu``).
+"""``cuda-prefill``: a linear layer with its adapters for many tokens, on Hopper's tensor cores (``prefill.cu``).
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer, of which all but the part that reads t
 runs beside the first. With activations of 8 bits a launch ahead of them rounds x (``quantize.cu``), and both multiply
@@ -374,7 +374,7 @@ def make_plan(
     form = Form(layer.metadata is not None, group, layer.right is not None, activation, values)
     own_shape, own_right_shape = _shapes(spec.rows, spec.columns, tokens, activation, processors)
     if values:
-        own_shape = for_values(own_shape, spec.rows if layer.metadata is None else 0, spec.columns)
+        own_shape = for_values(own_shape, form, spec.rows, spec.columns)
     main = _plan_launch(
         _Arguments(
             scale=pointer(layer.scale),
@@ -486,17 +486,12 @@ def _shapes(
     return LARGE_TILES, SMALL_TILES
 
 
-def for_values(shape: LaunchShape, rows: int, columns: int) -> LaunchShape:
-    """Return the shape for a weight of values, whose pieces are larger, in place of the one for codes.
-
-    Args:
-        shape: for codes.
-        rows: of a dense weight, 0 if it is 2:4: blocks that bring activations for each other pay for many of them.
-        columns: of the weight.
-    """
+def for_values(shape: LaunchShape, form: Form, rows: int, columns: int) -> LaunchShape:
+    """Return the shape for a weight of values, whose pieces are larger, in place of the one for codes."""
     if shape.blocks > 1:
         return replace(shape, outputs=16)
-    if max(rows, columns) >= LARGE_LAYER:
+    # It pays that blocks bring activations for each other where there are many columns, or many rows of a dense weight.
+    if columns >= LARGE_LAYER or (rows >= LARGE_LAYER and not form.sparse):
         return replace(LARGE_TILES_TOGETHER, outputs=32)
     return replace(shape, outputs=32, multicast=1)
 

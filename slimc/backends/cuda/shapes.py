@@ -67,8 +67,8 @@ WHOLE_TILES = 5 / 6
 """Share of the multiprocessors that is enough for an even launch whose blocks then have whole tiles, where nothing runs
 beside it: 112 of 132 were faster than all of them."""
 
-BLOCK_EACH = (0.8, 1.0)
-"""Blocks of values a multiprocessor that use all of them, and find room at once."""
+ENOUGH_BLOCKS = 0.8
+"""Blocks of values a multiprocessor, from which on all of its memory's bandwidth is used."""
 
 ROOM_BESIDE_T, ROOM_ALONE = 0.61, 0.75
 """Blocks of values that share columns, a multiprocessor, at most."""
@@ -418,16 +418,16 @@ def _of_values(rows: int, tokens: int, form: Form, starts: Sequence[int], proces
     Raises:
         KernelError: no shape suits the layer.
     """
-    usual, *larger = (VALUE_SHAPES if form.sparse else DENSE_VALUE_SHAPES)[token_tile(tokens)]
-    for shape in larger:
-        if BLOCK_EACH[0] <= blocks_of(shape, rows, starts) / processors <= BLOCK_EACH[1] and shape.fits(form):
-            return shape
+    in_order = (VALUE_SHAPES if form.sparse else DENSE_VALUE_SHAPES)[token_tile(tokens)]
+    # Blocks of a second round would have the others wait for them.
+    at_once = (one for one in in_order if one.fits(form) and blocks_of(one, rows, starts) <= processors * one.blocks)
+    usual = next(at_once, in_order[0])
     possible = [shape for shape in (replace(usual, cluster=size) for size in CLUSTERS) if shape.fits(form)]
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {usual.tokens} tokens")
     if usual.blocks > 1:
         # Few tokens wait for memory: there must be enough blocks to ask for all that it can bring.
-        enough = [shape for shape in possible if blocks_of(shape, rows, starts) >= BLOCK_EACH[0] * processors]
+        enough = [shape for shape in possible if blocks_of(shape, rows, starts) >= ENOUGH_BLOCKS * processors]
         return enough[0] if enough else possible[-1]
     room = processors * (ROOM_BESIDE_T if form.adapters else ROOM_ALONE)
     return [possible[0], *(shape for shape in possible if blocks_of(shape, rows, starts) <= room)][-1]
@@ -582,10 +582,10 @@ VALUE_SHAPES = {
     64: _of(64, (1, 2, 1, 1, 256, 0, 0), (1, 3, 1, 1, 256, 0, 3)),
     128: _of(128, (1, 2, 1, 1, 128, 0, 0), (1, 3, 1, 1, 128, 0, 0)),
 }
-"""For 2:4 weights of 16-bit values: one, and a larger one for layers of which each multiprocessor then has a block."""
+"""For 2:4 weights of 16-bit values: the first whose blocks run all at once, columns not divided."""
 
 DENSE_VALUE_SHAPES = {
-    **{tile: _of(tile, (1, 3, 1, 1, 128, 0, 0)) for tile in (8, 16, 32)},
+    **{tile: _of(tile, (1, 3, 1, 1, 128, 0, 0), (1, 2, 1, 2, 128, 0, 0)) for tile in (8, 16, 32)},
     **{tile: _of(tile, (1, 2, 1, 1, 128, 0, 0), (1, 3, 1, 1, 128, 0, 0)) for tile in (64, 128)},
 }
 """The same for dense weights."""

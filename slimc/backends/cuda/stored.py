@@ -23,7 +23,7 @@ from slimc.runtime.select import Kernel
 __all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "fill_up", "prepare", "run", "run_with_signs"]
 
 
-FEW_TOKENS = 16
+FEW_TOKENS = 4
 """Up to here numbers are multiplied as they are decoded; more tokens have a dense matrix written for cuBLAS."""
 
 
@@ -83,7 +83,11 @@ class StoredMatrix:
         self, x: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False, binary: SignProduct | None = None
     ) -> None:
         x = fill_up(x, 1, PIECE_COLUMNS)
-        x = x if x.stride(1) == 1 and x.stride(0) % PIECE_COLUMNS == x.data_ptr() % 16 == 0 else x.clone()
+        x = (
+            x
+            if x.stride(1) == 1 and x.stride(0) % PIECE_COLUMNS == x.data_ptr() % 16 == 0
+            else x.clone(memory_format=torch.contiguous_format)
+        )
         signs = None if binary is None else binary.arguments
         self._unpacker(signs).multiply(x, bias, y, add=add, signs=signs)
 

@@ -86,7 +86,8 @@ struct Arguments {
     TensorMap x_map;           // activations [columns / 64][tokens][64], in boxes of BOXES x TOKENS x 64; or as they lie,
                                // [tokens][columns], in boxes of TOKENS x 64, if there are other than whole pieces of 64
     TensorMap t_map;           // t [ranks / 64][tokens][64], in boxes of LEFT_UNITS x TOKENS x 64
-    TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128
+    TensorMap codes_map;       // [row tiles of 16][units][128 words], in boxes of BLOCK_TILES x UNITS x 128; if VALUES four of
+                               // 128 words a unit, one for each instruction
     TensorMap metadata_map;    // [row tiles][units][64 words], if SPARSE
     TensorMap scale_map;       // [row tiles][groups][8 words], if GROUP
     TensorMap left_map;        // [row tiles][left units][128 words]

@@ -1,4 +1,4 @@
-"""``cuda-stream``: a 4-bit linear layer with its adapters on Hopper, for up to 256 tokens (``stream.cu``).
+"""``cuda-stream``: a linear layer with its adapters on Hopper, for up to 256 tokens (``stream.cu``).
 
 With adapters it is two launches of one kernel: t = x @ R^T, then the layer. Weights do not depend on what ran before,
 so each launch begins to bring its own while the one before still computes. Sums are taken in an order fixed by the

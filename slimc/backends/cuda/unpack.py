@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.layer import pointer, source
 from slimc.backends.cuda.signs import Signs
+from slimc.errors import KernelError
 from slimc.runtime.bits import unpack_bits
 from slimc.runtime.formats import NM, WeightFormat
 from slimc.runtime.packing import PackedWeight
@@ -29,7 +30,7 @@ PIECE_COLUMNS = 8
 
 SEGMENT_COLUMNS = 256
 MOST_GRID_ROWS = 65535
-MOST_PRODUCT_TOKENS = 8
+MOST_PRODUCT_TOKENS = 4
 """Of a block."""
 
 MOST_VALUES = 2**31
@@ -126,7 +127,7 @@ class Unpacker:
             signs: the binary part, if it was made for one; sums are rounded once a rank.
 
         Raises:
-            KernelError: the kernel cannot be compiled or loaded.
+            KernelError: the kernel cannot be compiled or loaded, or was made for other weights.
         """
         arguments = self._arguments_of_call(signs)
         rows, width = dense.shape
@@ -173,6 +174,10 @@ class Unpacker:
         )
 
     def _arguments_of_call(self, signs: Signs | None) -> _Arguments:
+        if bool(self._defines["SIGNS"]) != (signs is not None):
+            raise KernelError(
+                "a launch was made for a weight with a binary part, and none is given, or without and one is"
+            )
         # Another thread may use the same launch.
         arguments = _Arguments.from_buffer_copy(self._arguments)
         if signs is not None:

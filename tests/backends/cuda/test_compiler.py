@@ -143,7 +143,7 @@ OF_T = [
 def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
     shape: prefill.LaunchShape, form: prefill.Form, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shape = prefill.for_values(shape, 0, 4096) if form.values else shape
+    shape = prefill.for_values(shape, form, 4096, 4096 * shape.multicast) if form.values else shape
     defines = prefill.defines(form, shape, bfloat16=True)
     with caplog.at_level(logging.DEBUG, compiler.__name__):
         cubin = compiler.compile_source(source("prefill.cu"), name="prefill_linear", arch="sm_90a", defines=defines)
@@ -154,7 +154,7 @@ def test_the_kernel_for_many_tokens_compiles_and_its_products_overlap(
 @pytest.mark.parametrize("form", PREFILL_FORMS, ids=str)
 @pytest.mark.parametrize("shape", PREFILL_SHAPES, ids=str)
 def test_the_slots_of_the_kernel_for_many_tokens_fit(shape: prefill.LaunchShape, form: prefill.Form) -> None:
-    shape = prefill.for_values(shape, 0, 4096) if form.values else shape
+    shape = prefill.for_values(shape, form, 4096, 4096 * shape.multicast) if form.values else shape
     assert form.stages(shape) >= 3
     assert shape.blocks * (form.shared_bytes(shape) + 2 * form.stages(shape) * 8 + 1024) <= 228 << 10
 

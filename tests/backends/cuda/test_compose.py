@@ -81,7 +81,7 @@ DENSE_FORMS = {
     "2:4 of 16-bit values": (linear(weight(bits=None, sparsity=NM(2, 4)), 20, **PLAIN), "not 2:4 bf16"),
     "unstructured": (linear(weight(sparsity=Unstructured(), nonzeros=7000), 20), "knows 2:4 and dense weights"),
     "1:4": (linear(weight(sparsity=NM(1, 4)), 20), "knows 2:4 and dense weights, not 1:4"),
-    "groups of 12": (linear(weight(group=12)), "filled up to 32, and take more than twice their room"),
+    "groups of 12": (linear(weight(group=12)), "filled up to 32 codes of 4 bits, more than twice"),
     "groups of 50, 2:4": (linear(weight(group=50, sparsity=NM(2, 4))), "cut through groups of 4"),
 }
 

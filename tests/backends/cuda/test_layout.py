@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slimc.backends.cuda.fragments import value_words
+from slimc.backends.cuda.layer import stack
 from slimc.backends.cuda.layout import FRAGMENTS
+from slimc.errors import KernelError
 from slimc.runtime import calls
 from slimc.runtime.devices import copy_to
 from slimc.runtime.formats import ACTIVATIONS
@@ -92,6 +94,12 @@ def test_values_lie_as_the_registers_of_a_product() -> None:
         row, column = 16 * tile + g + 8 * (register % 2), 64 * unit + 16 * instruction + 8 * (register // 2) + 2 * t
         word = int(words[tile, unit, instruction, 4 * g + t, register])
         assert word == (128 * row + column) | (128 * row + column + 1) << 16
+
+
+def test_values_are_not_stacked_with_codes(make_packed: Make) -> None:
+    layers = [FRAGMENTS.prepare(make_packed(256, 128, 20, bits=bits)) for bits in (4, None)]
+    with pytest.raises(KernelError, match="different bits"):
+        stack(layers)
 
 
 def test_siblings_of_values_share_and_are_cast(make_packed: Make, cpu_kernels: Table, check: Any) -> None:
