@@ -101,7 +101,7 @@ def test_what_is_computed_is_the_rest_and_the_signs(
 
 def run_together(x: Tensor, layer: Any, product: SignProduct, bias: Tensor | None) -> Tensor | None:
     matrix = layout.restore((layer.format,), layout.tensors(layer), 0).weight.decode()
-    return torch.nn.functional.linear(x, product.add_to(matrix), bias) if len(x) > 1 else None
+    return torch.nn.functional.linear(x, matrix + product.matrix(), bias) if len(x) > 1 else None
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -112,7 +112,7 @@ def test_both_parts_become_one_matrix_where_both_would_be_decoded(rank: int) -> 
     bias, x = torch.rand(ROWS).to(BF16), torch.randn(2, 20, COLUMNS).to(BF16)
     state = kernel.prepare(packed)
     y = kernel.run(x, state, bias)
-    matrix = (packed.weight.decode().float() + packed.binary.decode()).to(BF16)
+    matrix = packed.weight.decode() + packed.binary.decode().to(BF16)
     assert torch.equal(y, torch.nn.functional.linear(x, matrix, bias))
     # Adapters, rounded inputs and what else a weight is not stay with the kernels of the rest.
     scaled = replace(packed, input_scale=torch.rand(COLUMNS).to(BF16))

@@ -74,7 +74,7 @@ def check_products(packed: PackedWeight) -> None:
     spec, matrix = packed.format, StoredMatrix(packed)
     unit, exact_weight = torch.finfo(spec.dtype).eps / 2, packed.decode().double()
     bias = random(spec.rows, dtype=spec.dtype)
-    for tokens in (1, 2, 3, 8, FEW_TOKENS):
+    for tokens in (1, 2, 3, FEW_TOKENS):
         x, before = random(tokens, spec.columns, dtype=spec.dtype), random(tokens, spec.rows + 3, dtype=spec.dtype)
         exact, size = x.double() @ exact_weight.T, x.double().abs() @ exact_weight.abs().T
         y = matrix.product(x, bias)

@@ -91,7 +91,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("cuda-signs", {"bits": 4}),
     "2:4 16 bit": ("cuda-signs", {"sparsity": NM(2, 4)}),
     "2:4 16 bit by the library": ("cusparselt-signs", {"sparsity": NM(2, 4)}),
-    "16 bit of another width": ("cuda-stored-signs", {"columns": 580}),
+    "16 bit of another width": ("cuda-composed-signs", {"columns": 580}),
     "2:4 16 bit of another width": ("cuda-stored-signs", {"sparsity": NM(2, 4), "columns": 580}),
     "3 bits": ("cuda-composed-signs", {"bits": 3}),
     "unstructured": ("cuda-stored-signs", {"sparsity": Unstructured()}),

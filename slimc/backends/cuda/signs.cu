@@ -1,5 +1,5 @@
 // The binary part of a layer: y += sum_k left[:, k] (.) (B (right[k] (.) x)), with B = +1 and -1, for a few tokens; and
-// the matrix itself, W += (left @ right) (.) B, for dense products.
+// the matrix itself, (left @ right) (.) B, for dense products.
 //
 // A sign becomes the sign bit of a one: two by a shift and one logical operation. A lane reads 32 signs of a row, bits of
 // one word, and the activations of the same 32 columns; the order of columns in a product of the tensor cores is free, so
@@ -197,7 +197,6 @@ struct MatrixArguments {
     u16* matrix;  // [rows][stride]
     u32 stride;
     int rows;
-    int add;      // 1: to what is there; 0: in its place
 };
 
 #define MATRIX_THREADS 128
@@ -208,13 +207,7 @@ extern "C" __global__ void __launch_bounds__(MATRIX_THREADS) write_signs(const _
     const bool whole = column + 8 <= columns && a.stride % 8 == 0;
     for (int row = blockIdx.y; row < a.rows; row += gridDim.y) {
         u16* const to = a.matrix + (u64)row * a.stride + column;
-        u32 words[4] = {};
-        if (a.add && !whole) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) words[i / 2] |= column + i < columns ? (u32)to[i] << (16 * (i % 2)) : 0;
-        }
-        const uint4 before = a.add && whole ? *(const uint4*)to : uint4{words[0], words[1], words[2], words[3]};
-        const uint4 numbers = with_signs(a.signs, row, column, before);
+        const uint4 numbers = with_signs(a.signs, row, column, uint4{0, 0, 0, 0});
         if (whole) {
             *(uint4*)to = numbers;
         } else {

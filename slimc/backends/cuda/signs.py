@@ -71,7 +71,7 @@ class _MatrixArguments(ctypes.Structure):
         ("signs", Signs),
         ("matrix", ctypes.c_void_p),
         ("stride", ctypes.c_uint32),
-        *((name, ctypes.c_int) for name in ("rows", "add")),
+        ("rows", ctypes.c_int),
     )
 
 
@@ -114,12 +114,24 @@ class SignProduct:
 
     def add_dense(self, y: Tensor, x: Tensor) -> Tensor:
         """Do the same by a product of cuBLAS, in place."""
-        matrix = self.packed.left.new_empty(self.rows, self.columns)
-        return y.addmm_(x, _write(self, matrix, add=False).t())
+        return y.addmm_(x, self.matrix().t())
 
-    def add_to(self, matrix: Tensor) -> Tensor:
-        """Add ``(left @ right) (.) B`` to a matrix [rows, columns] of rows in a row's columns, in place; return it."""
-        return _write(self, matrix, add=True)
+    def matrix(self) -> Tensor:
+        """Return ``(left @ right) (.) B`` [rows, columns], rounded once a rank.
+
+        Raises:
+            KernelError: the kernel cannot be compiled or loaded.
+        """
+        matrix = self.packed.left.new_empty(self.rows, self.columns)
+        if not matrix.is_cuda:
+            return matrix.copy_(self.packed.decode())
+        _matrix_launcher(matrix.get_device(), matrix.dtype)(
+            _MatrixArguments(self.arguments, matrix.data_ptr(), matrix.stride(0), self.rows),
+            grid=(-(-self.columns // (BYTE_COLUMNS * MATRIX_THREADS)), min(self.rows, MOST_GRID_ROWS), 1),
+            block=(MATRIX_THREADS, 1, 1),
+            stream=torch.cuda.current_stream(matrix.device).cuda_stream,
+        )
+        return matrix
 
 
 class StackedSigns:
@@ -189,24 +201,6 @@ def _add_few(products: Sequence[SignProduct], y: Tensor, x: Tensor) -> Tensor:
         programmatic=True,
     )
     return y
-
-
-def _write(product: SignProduct, matrix: Tensor, *, add: bool) -> Tensor:
-    """Write the matrix of a product, or add it to what is there; rows may be apart, columns not.
-
-    Raises:
-        KernelError: the kernel cannot be compiled or loaded.
-    """
-    if not matrix.is_cuda:
-        decoded = product.packed.decode()
-        return matrix.copy_(matrix.float() + decoded if add else decoded)
-    _matrix_launcher(matrix.get_device(), matrix.dtype)(
-        _MatrixArguments(product.arguments, matrix.data_ptr(), matrix.stride(0), product.rows, int(add)),
-        grid=(-(-product.columns // (BYTE_COLUMNS * MATRIX_THREADS)), min(product.rows, MOST_GRID_ROWS), 1),
-        block=(MATRIX_THREADS, 1, 1),
-        stream=torch.cuda.current_stream(matrix.device).cuda_stream,
-    )
-    return matrix
 
 
 @cache

@@ -58,7 +58,7 @@ class StoredMatrix:
         if binary is None:
             matrix = self.dense()
         elif self._is_dense:
-            matrix = binary.add_to(self.packed.values.clone())
+            matrix = binary.matrix().add_(self.packed.values)
         else:
             matrix = self._decoded(binary.arguments)
         # Products with a rank that is no multiple of 8 take several times as long.

@@ -123,22 +123,8 @@ __device__ __forceinline__ void load_piece(const Arguments& a, Piece& p, int row
 #else
     const u16* from = (const u16*)(a.values + product(row, a.row_bytes)) + before;
     const int kept = KEPT == 1 ? __popc(p.mask) : 2 * ((p.mask & 15) != 0) + 2 * ((p.mask >> 4) != 0);
-#if KEPT == 1
-    // By words, of which the first value may be the second half: half as many loads.
-    const u32* const words = (const u32*)((u64)from & ~3ull);
-    const int ahead = (u64)from >> 1 & 1, needed = kept ? (kept + ahead + 1) / 2 : 0;
-    u32 loaded[VALUES / 2 + 1];
-#pragma unroll
-    for (int i = 0; i <= VALUES / 2; ++i) loaded[i] = i < needed ? __ldg(words + i) : 0;
-#pragma unroll
-    for (int i = 0; i < VALUES / 2; ++i) {
-        const u32 pair = __funnelshift_r(loaded[i], loaded[i + 1], 16 * ahead);
-        p.numbers[2 * i] = (u16)pair, p.numbers[2 * i + 1] = (u16)(pair >> 16);
-    }
-#else
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) p.numbers[i] = i < kept ? __ldg(from + i) : 0;
-#endif
 #endif
 }
 
