@@ -1,10 +1,10 @@
-"""The tables of GPU figures in README.md, made of the files of results: no figure is copied by hand.
+"""The tables of GPU figures in README.md and docs/results.md, made of the files of results: none is copied by hand.
 
-    python benchmarks/readme_tables.py            (writes them into README.md)
+    python benchmarks/readme_tables.py            (writes them into the texts)
     python benchmarks/readme_tables.py --check    (fails if they are not what the files give)
 
-A table stands between ``<!-- gpu-linear -->`` or ``<!-- gpu-generate -->`` and ``<!-- end -->``; the files are written
-by `benchmarks/gpu_linear.py --json` and `benchmarks/gpu_generate.py --json`.
+A table stands between ``<!-- gpu-linear -->``, ``<!-- gpu-generate -->`` or ``<!-- gpu-forms -->`` and ``<!-- end -->``;
+the files are written with ``--json`` by the benchmarks of these names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from slimc.runtime.formats import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 Row = dict[str, Any]
 
@@ -72,6 +73,21 @@ def generate_table(rows: Sequence[Row]) -> list[str]:
     return _table(["model", "batch", "weights", "tokens/s", "prompt", "memory, at most"], lines)
 
 
+def forms_table(rows: Sequence[Row]) -> list[str]:
+    """Return for each form, beside its kernels and bits a weight, how fast it is over dense in each layer."""
+    layers, counts = ({row[key]: None for row in rows} for key in ("layer", "tokens"))
+    of = {(row["form"], row["layer"], row["tokens"]): row for row in rows}
+    lines = []
+    for form in dict.fromkeys(row["form"] for row in rows):
+        alike = [row for row in rows if row["form"] == form]
+        kernels = dict.fromkeys(f"`{row['kernel'].removeprefix('cuda-')}`" for row in alike)
+        sides = [int(side) for side in alike[0]["layer"].split("x")]
+        bits = 8 * alike[0]["held"] / (sides[0] * sides[1])
+        speeds = [" / ".join(f"{of[form, layer, count]['ratio']:.2f}" for count in counts) for layer in layers]
+        lines.append([form, f"{bits:.1f}", ", ".join(kernels), *speeds])
+    return _table(["form", "bits", "kernels", *(layer.replace("x", " x ") for layer in layers)], lines)
+
+
 def _prompt(row: Row) -> str:
     compiled = row.get("compiled_prompt_milliseconds")
     return f"{row['prompt_milliseconds']:.0f} ms" + ("" if compiled is None else f", compiled {compiled:.0f} ms")
@@ -84,6 +100,7 @@ def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "gpu-linear": ("gpu-linear-h100.json", linear_table),
     "gpu-generate": ("gpu-generate-h100.json", generate_table),
+    "gpu-forms": ("gpu-forms-h100.json", forms_table),
 }
 """What makes a table, by its name in the text: a file of results, and a function of its rows."""
 
@@ -108,13 +125,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    filled = fill(text, read_results())
-    if not options.check:
-        readme.write_text(filled, "utf-8")
-    elif filled != text:
-        sys.exit("tables in README.md are not those of benchmarks/results; run python benchmarks/readme_tables.py")
+    results = read_results()
+    for path in TEXTS:
+        text = path.read_text("utf-8")
+        filled = fill(text, results)
+        if not options.check:
+            path.write_text(filled, "utf-8")
+        elif filled != text:
+            sys.exit(
+                f"tables in {path.name} are not those of benchmarks/results; run python benchmarks/readme_tables.py"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables in README.md: made of results, and in step with them."""
+"""The tables in README.md and docs/results.md: made of results, and in step with them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,22 @@ def tables() -> ModuleType:
     return module
 
 
-def test_the_readme_has_the_figures_of_the_files(tables: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert tables.fill(text, tables.read_results()) == text
+def test_texts_have_the_figures_of_the_files(tables: ModuleType) -> None:
+    texts = [path.read_text("utf-8") for path in tables.TEXTS]
+    for text in texts:
+        assert tables.fill(text, tables.read_results()) == text
+    assert all(any(f"<!-- {name} -->" in text for text in texts) for name in tables.TABLES)
+
+
+def test_a_form_stands_in_one_line_with_its_kernels(tables: ModuleType) -> None:
+    def row(layer: str, tokens: int, kernel: str, ratio: float) -> dict[str, object]:
+        return {"form": "f", "layer": layer, "tokens": tokens, "kernel": kernel, "ratio": ratio, "held": 5 * 4 * 8 // 8}
+
+    rows = [row("4x8", 1, "cuda-stream", 2.0), row("4x8", 256, "cuda-prefill", 0.5)]
+    rows += [row("8x4", tokens, "cuda-stream", 1.25) for tokens in (1, 256)]
+    titles, _, line = tables.forms_table(rows)
+    assert titles == "| form | bits | kernels | 4 x 8 | 8 x 4 |"
+    assert line == "| f | 5.0 | `stream`, `prefill` | 2.00 / 0.50 | 1.25 / 1.25 |"
 
 
 def test_means_stand_where_all_served_layers_were_measured(tables: ModuleType) -> None:
