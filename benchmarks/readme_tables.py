@@ -3,7 +3,7 @@
     python benchmarks/readme_tables.py            (writes them into the texts)
     python benchmarks/readme_tables.py --check    (fails if they are not what the files give)
 
-A table stands between ``<!-- gpu-linear -->``, ``<!-- gpu-generate -->`` or ``<!-- gpu-forms -->`` and ``<!-- end -->``;
+A table stands between a line like ``<!-- gpu-linear -->``, ``gpu-generate`` or ``gpu-forms``, and ``<!-- end -->``;
 the files are written with ``--json`` by the benchmarks of these names.
 """
 
