@@ -83,11 +83,8 @@ class StoredMatrix:
         self, x: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False, binary: SignProduct | None = None
     ) -> None:
         x = fill_up(x, 1, PIECE_COLUMNS)
-        x = (
-            x
-            if x.stride(1) == 1 and x.stride(0) % PIECE_COLUMNS == x.data_ptr() % 16 == 0
-            else x.clone(memory_format=torch.contiguous_format)
-        )
+        readable = x.stride(1) == 1 and x.stride(0) % PIECE_COLUMNS == x.data_ptr() % 16 == 0
+        x = x if readable else x.clone(memory_format=torch.contiguous_format)
         signs = None if binary is None else binary.arguments
         self._unpacker(signs).multiply(x, bias, y, add=add, signs=signs)
 
