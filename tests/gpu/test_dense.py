@@ -12,8 +12,8 @@ from slimc.backends import KERNELS, cusparselt
 from slimc.backends.cuda import dense, stored
 from slimc.backends.cuda.expand import expand_kept, expand_left, expand_right, expand_weight
 from slimc.backends.cuda.layer import prepare, stack
-from slimc.backends.cuda.stored import FEW_TOKENS, StoredMatrix
-from slimc.backends.cuda.unpack import Unpacker, whole_pieces
+from slimc.backends.cuda.stored import StoredMatrix
+from slimc.backends.cuda.unpack import MOST_PRODUCT_TOKENS, Unpacker, whole_pieces
 from slimc.backends.tuning import tune
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
@@ -74,7 +74,7 @@ def check_products(packed: PackedWeight) -> None:
     spec, matrix = packed.format, StoredMatrix(packed)
     unit, exact_weight = torch.finfo(spec.dtype).eps / 2, packed.decode().double()
     bias = random(spec.rows, dtype=spec.dtype)
-    for tokens in (1, 2, 3, FEW_TOKENS):
+    for tokens in (1, 2, 3, MOST_PRODUCT_TOKENS):
         x, before = random(tokens, spec.columns, dtype=spec.dtype), random(tokens, spec.rows + 3, dtype=spec.dtype)
         exact, size = x.double() @ exact_weight.T, x.double().abs() @ exact_weight.abs().T
         y = matrix.product(x, bias)

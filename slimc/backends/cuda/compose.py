@@ -2,10 +2,10 @@
 
 A layer is ``y = round(x * input_scale) @ W^T + (x @ R^T) @ L^T + bias``, where inputs are rounded if the layer says so.
 W, R and L are products of their own here, each by the best that there is for it: codes by a kernel
-(`slimc.backends.cuda.fit` writes them so that one takes them, and `slimc.backends.cuda.split` as sums of 4-bit codes),
-16-bit values by cuBLAS. Adapters stay inside W's kernel where they fit there; where they do not, L is decoded for many
-tokens, so that cuBLAS adds its product to y. As everywhere on a GPU the canonical tensors are not kept; only adapters
-of codes that no kernel takes are, beside their values.
+(`slimc.backends.cuda.mixed` takes some as they are, `slimc.backends.cuda.fit` writes others so that one takes them, and
+`slimc.backends.cuda.split` as sums of 4-bit codes), 16-bit values by cuBLAS. Adapters stay inside W's kernel where they
+fit there; where they do not, L is decoded for many tokens, so that cuBLAS adds its product to y. As everywhere on a GPU
+the canonical tensors are not kept; only adapters of codes that no kernel takes are, beside their values.
 
 What even that cannot hold is decoded for each call (`slimc.backends.cuda.stored`), and what that cannot decode, once
 and for all (`decoded`), beside the canonical tensors.

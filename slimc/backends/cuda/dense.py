@@ -16,7 +16,7 @@ from torch.nn import functional
 from slimc.backends.cuda.expand import expand_left, expand_right, expand_weight, expand_with_signs
 from slimc.backends.cuda.layer import FragmentLayer, prepare, refuses, stack_shared
 from slimc.backends.cuda.rounding import round_inputs
-from slimc.backends.cuda.signs import SignProduct, StackedSigns
+from slimc.backends.cuda.signs import SignProduct, StackedSigns, are_few
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Kernel
 
@@ -42,7 +42,7 @@ def run_with_signs(
 
     Return ``None`` for so few tokens that other products are faster.
     """
-    return functional.linear(x, expand_with_signs(layer, signs), bias) if signs.merges(x) else None
+    return None if are_few(x) else functional.linear(x, expand_with_signs(layer, signs), bias)
 
 
 def add_adapters(y: Tensor, x: Tensor, layer: FragmentLayer) -> Tensor:

@@ -603,7 +603,8 @@ RIGHT_CANDIDATES = {
         *_of(32, (1, 2, 1, 2, 128, 3, 0), (1, 1, 2, 2, 128, 4, 0)),
     ],
 }
-"""The same for the launch that computes t. It ends sooner the more blocks there are, so they may take fewer tokens."""
+"""Like `CANDIDATES`, for the launch that computes t: it ends sooner the more blocks there are, so they may take fewer
+tokens."""
 
 
 def as_entry(one: Measured) -> dict[str, object]:

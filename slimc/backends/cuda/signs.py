@@ -19,7 +19,7 @@ from slimc.backends.cuda.layer import MOST_STACKED, settle, source
 from slimc.errors import KernelError
 from slimc.runtime.packing import PackedBinary
 
-__all__ = ["MOST_TOKENS", "SignProduct", "Signs", "StackedSigns"]
+__all__ = ["MOST_TOKENS", "SignProduct", "Signs", "StackedSigns", "are_few"]
 
 PRODUCT_KERNEL = "add_signs"
 MATRIX_KERNEL = "write_signs"
@@ -100,17 +100,13 @@ class SignProduct:
         tensors = (tensor.data_ptr() for tensor in self.packed.tensors().values())
         return Signs(*tensors, self.rank, self.columns)
 
-    def merges(self, x: Tensor) -> bool:
-        """Whether for x [tokens, columns] one product with a dense sum of W and this part is less work than two."""
-        return not _are_few(x)
-
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add ``sum_k ((x * right[k]) @ B^T) * left[:, k]`` to y [tokens, rows] and return it; x is [tokens, columns].
 
-        All have the dtype of the factors. The sum is rounded once. For more than `MOST_TOKENS` tokens
-        ``(left @ right) (.) B`` is rounded, once a rank, where for fewer ``x * right[k]`` is.
+        All have the dtype of the factors. The sum is rounded once. For a few tokens (`are_few`)
+        ``x * right[k]`` is rounded too, for others ``(left @ right) (.) B``, once a rank.
         """
-        return _add_few((self,), y, x) if _are_few(x) else self.add_dense(y, x)
+        return _add_few((self,), y, x) if are_few(x) else self.add_dense(y, x)
 
     def add_dense(self, y: Tensor, x: Tensor) -> Tensor:
         """Do the same by a product of cuBLAS, in place."""
@@ -151,20 +147,17 @@ class StackedSigns:
             raise KernelError(f"up to {MOST_STACKED} binary parts of one width and dtype can be stacked, not these")
         self.products = tuple(products)
 
-    def merges(self, x: Tensor) -> bool:
-        """Whether for x [tokens, columns] one product with a dense sum of W and these is less work than two."""
-        return not _are_few(x)
-
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """Add each product to its rows of y [tokens, rows of all] and return it; x is [tokens, columns]."""
-        if _are_few(x):
+        if are_few(x):
             return _add_few(self.products, y, x)
         for one, part in zip(self.products, y.split_with_sizes([one.rows for one in self.products], 1), strict=True):
             one.add_dense(part, x)
         return y
 
 
-def _are_few(x: Tensor) -> bool:
+def are_few(x: Tensor) -> bool:
+    """Return whether a kernel reads the signs for x [tokens, columns], and not a matrix that is written of them."""
     return x.is_cuda and len(x) <= MOST_TOKENS and not x.shape[1] % WORD_COLUMNS
 
 

@@ -15,16 +15,12 @@ from torch.nn import functional
 from slimc.backends.cuda.layer import refuses_machine
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.backends.cuda.signs import SignProduct, Signs
-from slimc.backends.cuda.unpack import PIECE_COLUMNS, Unpacker, refuses_weight, whole_pieces
+from slimc.backends.cuda.unpack import MOST_PRODUCT_TOKENS, PIECE_COLUMNS, Unpacker, refuses_weight, whole_pieces
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 from slimc.runtime.select import Kernel
 
 __all__ = ["STORED", "StoredAdapters", "StoredLayer", "StoredMatrix", "fill_up", "prepare", "run", "run_with_signs"]
-
-
-FEW_TOKENS = 4
-"""Up to here numbers are multiplied as they are decoded; more tokens have a dense matrix written for cuBLAS."""
 
 
 class StoredMatrix:
@@ -77,7 +73,7 @@ class StoredMatrix:
         return self.packed.format.bits is None and self.packed.pattern is None
 
     def _are_few(self, x: Tensor) -> bool:
-        return x.is_cuda and len(x) <= FEW_TOKENS and not self._is_dense
+        return x.is_cuda and len(x) <= MOST_PRODUCT_TOKENS and not self._is_dense
 
     def _multiply(
         self, x: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False, binary: SignProduct | None = None
