@@ -122,8 +122,9 @@ __device__ __forceinline__ void multiply_dense_half(float (&c)[TOKEN_TILES][4], 
 
 // 16 rows by 64 columns.
 __device__ __forceinline__ void multiply_dense_unit(float (&c)[TOKEN_TILES][4], uint4 codes, const Activations& x, int column) {
-    multiply_dense_half(c, codes.x, codes.y, x, column);
-    multiply_dense_half(c, codes.z, codes.w, x, column + 32);
+    const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) multiply_dense_half(c, words[2 * half], words[2 * half + 1], x, column + 32 * half);
 }
 
 // Add `c` times the scales of rows g (low half of `scales`) and g + 8 (high half).

@@ -447,13 +447,13 @@ struct Multiplier {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int i = 0; i < UNITS * WORDS; ++i)
+            for (int i = 0; i < UNITS * WORDS; ++i) {
                 codes[i][m] = load_shared_words(data + (place(m) * UNITS * WORDS + i) * 512 + lane * 16);
 #if SPARSE
-#pragma unroll
-            for (int u = 0; u < UNITS; ++u)
-                metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
+                const int u = i / WORDS;
+                if (i % WORDS == 0) metadata[u][m] = load_shared_pair(data + METADATA_AT + (place(m) * UNITS + u) * 256 + lane * 8);
 #endif
+            }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g)
@@ -464,11 +464,12 @@ struct Multiplier {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int i = 0; i < UNITS * WORDS; ++i) seen |= codes[i][m].w;
+            for (int i = 0; i < UNITS * WORDS; ++i) {
+                seen |= codes[i][m].w;
 #if SPARSE
-#pragma unroll
-            for (int u = 0; u < UNITS; ++u) seen |= metadata[u][m].y;
+                if (i % WORDS == 0) seen |= metadata[i / WORDS][m].y;
 #endif
+            }
 #if GROUP > 0
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) seen |= scales[g][m];

@@ -367,6 +367,35 @@ ONE_AFTER_ANOTHER = {(1088, 8192, 16), (832, 8192, 256)}
 """Ranks, columns and tokens where t's few products wait for each other, and took the least time so."""
 
 
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_kernels_for_values_compile_and_their_products_overlap(
+    sparse: bool, tile: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = Form(sparse, 0, adapters=True, dtype=torch.bfloat16, values=True)
+    for shape in (shapes.VALUE_SHAPES if sparse else shapes.DENSE_VALUE_SHAPES)[tile]:
+        assert shape.fits(form)
+        with caplog.at_level(logging.DEBUG, compiler.__name__):
+            compiler.compile_source(
+                source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines_of(shape, form)
+            )
+    assert "serialized" not in caplog.text
+
+
+def test_blocks_of_values_run_at_once() -> None:
+    def blocks(rows: int, tokens: int, adapters: bool = True) -> float:
+        form = Form(True, 0, adapters, torch.bfloat16, values=True)
+        shape = shapes.of_layer(rows, 4096, tokens, form, (), 132)
+        return shapes.blocks_of(shape, rows) / (132 * shape.blocks)
+
+    # 18944 rows are 148 blocks of 128, and 99 of 192; 4096 are 32, whose columns two share, or three where t takes none.
+    assert blocks(18944, 128) == 99 / 132
+    assert blocks(4096, 128) == 64 / 132
+    assert blocks(4096, 128, adapters=False) == 96 / 132
+    # Few tokens: enough blocks for the bandwidth of the memory.
+    assert blocks(4096, 1) == 128 / 264
+
+
 @pytest.mark.parametrize("tokens", [*shapes.TOKEN_TILES, shapes.MOST_TOKENS])
 @pytest.mark.parametrize(("table", "form"), [("layers", LAYER), ("factors", FACTOR)], ids=["layers", "factors"])
 def test_measured_kernels_compile_and_their_products_overlap(
