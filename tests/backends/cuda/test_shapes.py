@@ -388,7 +388,7 @@ def test_blocks_of_values_run_at_once() -> None:
         shape = shapes.of_layer(rows, 4096, tokens, form, (), 132)
         return shapes.blocks_of(shape, rows) / (132 * shape.blocks)
 
-    # 18944 rows are 148 blocks of 128, and 99 of 192; 4096 are 32, whose columns two share, or three where t takes none.
+    # 18944 rows are 148 blocks of 128, or 99 of 192; 4096 are 32, whose columns two share, three where there is no t.
     assert blocks(18944, 128) == 99 / 132
     assert blocks(4096, 128) == 64 / 132
     assert blocks(4096, 128, adapters=False) == 96 / 132
