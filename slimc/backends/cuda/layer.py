@@ -26,7 +26,7 @@ from slimc.backends.cuda.fragments import (
     value_words,
 )
 from slimc.errors import KernelError
-from slimc.runtime.formats import NM, LinearFormat, WeightFormat
+from slimc.runtime.formats import NM, LinearFormat
 from slimc.runtime.packing import PackedLinear, PackedWeight
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "KERNEL_GROUPS",
     "FragmentLayer",
     "complete",
-    "ones",
     "pointer",
     "prepare",
     "refuses",
@@ -198,13 +197,8 @@ def _fill_rows(tensor: Tensor, rows: int, value: int) -> Tensor:
 
 def _weight_scale(weight: PackedWeight) -> Tensor:
     if weight.scale is None:
-        return ones(weight.format, weight.values.device)
+        return torch.ones(weight.format.rows, dtype=weight.format.dtype, device=weight.values.device)
     return scale_words(weight.scale) if weight.format.group is not None else weight.scale.flatten().contiguous()
-
-
-def ones(spec: WeightFormat, device: torch.device) -> Tensor:
-    """Return the scale of a weight of values, [rows]."""
-    return torch.ones(spec.rows, dtype=spec.dtype, device=device)
 
 
 def refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -65,18 +65,15 @@ def _restore_matrix(
     spec: WeightFormat, prefix: str, codes: Tensor, metadata: Tensor | None, scale: Tensor
 ) -> dict[str, Tensor]:
     (rows, size), _ = spec.tensor_specs()["values"]
-    if spec.bits is None:
-        made = {f"{prefix}values": value_matrix(codes, rows, size, spec.dtype)}
-    else:
-        made = {f"{prefix}values": code_bytes(codes, rows, size)}
+    of_values = spec.bits is None
+    values = value_matrix(codes, rows, size, spec.dtype) if of_values else code_bytes(codes, rows, size)
+    made = {f"{prefix}values": values}
     if metadata is not None:
         made[f"{prefix}pattern"] = metadata_pattern(metadata, rows, spec.columns)
-    if spec.bits is None:
-        return made
-    if spec.group is None:
-        made[f"{prefix}scale"] = scale.clone().view(spec.scale_shape)
-    else:
+    if spec.group is not None:
         made[f"{prefix}scale"] = scale_groups(scale, *spec.scale_shape, spec.dtype)
+    elif not of_values:
+        made[f"{prefix}scale"] = scale.clone().view(spec.scale_shape)
     return made
 
 

@@ -439,13 +439,9 @@ __device__ __forceinline__ void bring_pieces(const Arguments& a, Pipeline p) {
                 load_box(to + box * BOX_BYTES, &a.x_map, barrier, unit * COLUMNS + box * 64, token);
 #endif
             }
-#if VALUES
 #pragma unroll
             for (int i = 0; i < WORDS; ++i)
-                load_box(to + CODES_AT + i * TILES * 512, &a.codes_map, barrier, (unit * WORDS + i) * 128, block_tile);
-#else
-            load_box(to + CODES_AT, &a.codes_map, barrier, unit * 128 * UNITS, block_tile);
-#endif
+                load_box(to + CODES_AT + i * TILES * 512, &a.codes_map, barrier, (unit * WORDS + i) * 128 * UNITS, block_tile);
 #if SPARSE
             load_box(to + METADATA_AT, &a.metadata_map, barrier, unit * 64, block_tile);
 #endif

@@ -194,8 +194,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_signs(const __grid_
 
 struct MatrixArguments {
     Signs signs;
-    u16* matrix;  // [rows][stride]
-    u32 stride;
+    u16* matrix;  // [rows][columns]
     int rows;
 };
 
@@ -204,11 +203,10 @@ struct MatrixArguments {
 extern "C" __global__ void __launch_bounds__(MATRIX_THREADS) write_signs(const __grid_constant__ MatrixArguments a) {
     const int column = 8 * (blockIdx.x * MATRIX_THREADS + threadIdx.x), columns = a.signs.columns;
     if (column >= columns) return;
-    const bool whole = column + 8 <= columns && a.stride % 8 == 0;
     for (int row = blockIdx.y; row < a.rows; row += gridDim.y) {
-        u16* const to = a.matrix + (u64)row * a.stride + column;
+        u16* const to = a.matrix + (u64)row * columns + column;
         const uint4 numbers = with_signs(a.signs, row, column, uint4{0, 0, 0, 0});
-        if (whole) {
+        if (columns % 8 == 0) {
             *(uint4*)to = numbers;
         } else {
             const u32 pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};

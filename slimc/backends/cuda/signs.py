@@ -70,7 +70,6 @@ class _MatrixArguments(ctypes.Structure):
     _fields_ = (
         ("signs", Signs),
         ("matrix", ctypes.c_void_p),
-        ("stride", ctypes.c_uint32),
         ("rows", ctypes.c_int),
     )
 
@@ -122,7 +121,7 @@ class SignProduct:
         if not matrix.is_cuda:
             return matrix.copy_(self.packed.decode())
         _matrix_launcher(matrix.get_device(), matrix.dtype)(
-            _MatrixArguments(self.arguments, matrix.data_ptr(), matrix.stride(0), self.rows),
+            _MatrixArguments(self.arguments, matrix.data_ptr(), self.rows),
             grid=(-(-self.columns // (BYTE_COLUMNS * MATRIX_THREADS)), min(self.rows, MOST_GRID_ROWS), 1),
             block=(MATRIX_THREADS, 1, 1),
             stream=torch.cuda.current_stream(matrix.device).cuda_stream,
