@@ -9,24 +9,19 @@ import torch
 from torch import Tensor
 
 from slimc.backends import KERNELS
+from slimc.backends.cuda import decode
 from slimc.backends.cuda.decode import DECODE, launch, make_plan
 from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.stream import STREAM
+from slimc.bench.unwritten import into_nans
 from slimc.runtime.modules import SlimLinear
 from slimc.runtime.packing import PackedLinear
 
 
 def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Run the kernel three times, into memory that holds NaN before, and return the result, which must not change."""
+    """Run the kernel in memory that holds NaN before, too, and return the result, which must not change."""
     layer = prepare(packed)
-    plan = make_plan(layer, x.dtype, len(x))
-    results = []
-    for _ in range(3):
-        poison = torch.full((len(x), packed.format.rows), float("nan"), dtype=x.dtype, device=x.device)
-        del poison
-        results.append(launch(plan, x, layer, bias))
-    assert all(torch.equal(results[0], other) for other in results[1:])
-    return results[0]
+    return into_nans(launch, make_plan(layer, x.dtype, len(x)), x, layer, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,6 +59,20 @@ def test_layers_of_a_models_size(
 def test_scales_and_forms(random_layer: Any, check: Any, group: int | None, per_tensor: bool, sparse: bool) -> None:
     packed = random_layer(160, 1344, 130, group=group, per_tensor=per_tensor, sparse=sparse)
     x = torch.randn(5, 1344, dtype=torch.bfloat16, device="cuda")
+    check(packed, x, None, run(packed, x))
+
+
+@pytest.mark.parametrize("available", [162 << 10, 98 << 10], ids=["as on an A100", "as on an L4"])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(300, 4096, 409), (300, 11008, 409), (6400, 8192, 64)])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16])
+def test_cards_with_less_shared_memory(
+    random_layer: Any, check: Any, monkeypatch: pytest.MonkeyPatch,
+    rows: int, columns: int, rank: int, tokens: int, available: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(decode, "available_shared", lambda _device: available)
+    packed = random_layer(rows, columns, rank)
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
+    assert make_plan(prepare(packed), x.dtype, tokens).shared_bytes <= available
     check(packed, x, None, run(packed, x))
 
 

@@ -10,13 +10,23 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimc.backends.cuda import driver
 from slimc.backends.cuda.fragments import TILE_ROWS
-from slimc.backends.cuda.layer import FACTOR_GROUP, FragmentLayer, pointer, prepare, refuses, source, stack_shared
+from slimc.backends.cuda.layer import (
+    FACTOR_GROUP,
+    FragmentLayer,
+    pointer,
+    prepare,
+    refuses,
+    source,
+    stack_shared,
+    unit_columns,
+)
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
@@ -36,8 +46,8 @@ On an H100, rank 0.1, microseconds for 1 and 16 tokens, cuBLAS bfloat16 in brack
 TOKEN_TILE = 8
 WARP = 32
 
-SHARED_BYTES = 226 << 10
-"""Dynamic shared memory of a block: what compute capability 9.0 has, less the kernel's own variables."""
+OWN_SHARED_BYTES = 1 << 10
+"""Room for the kernel's own variables, of the shared memory of a block."""
 
 PARTIAL_TOKENS = 8
 """The product with R is split by columns among blocks only as far as splits times tokens stays below this.
@@ -148,18 +158,17 @@ def make_plan(
         KernelError: the kernel cannot be compiled or loaded.
     """
     spec, device = layer.format, layer.codes.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     major, _ = torch.cuda.get_device_capability(device)
-    token_tiles = 1 << max(-(-tokens // TOKEN_TILE) - 1, 0).bit_length()
+    token_tiles = _token_tiles(tokens)
     row_tiles, units, ranks, left_units = layer.row_tiles, layer.codes.shape[1], layer.ranks, layer.left_units
-    grid = min(row_tiles, processors)
-    staged_tokens = tokens if token_tiles == 1 else token_tiles * TOKEN_TILE
+    grid = _blocks(row_tiles, device)
     shape, staging = _fitting(
         [shape] if shape else launch_shapes(token_tiles, -(-row_tiles // grid)),
         spec.columns,
         layer.unit_columns,
-        staged_tokens,
+        tokens,
         ranks,
+        available_shared(device),
     )
     rank_tiles, column_units = ranks // TILE_ROWS, -(-spec.columns // FACTOR_GROUP)
     splits = splits or max(1, min(grid // max(rank_tiles, 1), PARTIAL_TOKENS // tokens))
@@ -204,7 +213,7 @@ def make_plan(
         "WARP_ROWS": shape.warp_rows,
         "WARP_COLUMNS": shape.warp_columns,
         "STAGES": shape.stages,
-        "BLOCKS": shape.blocks if staging.shared_bytes <= SHARED_BYTES // shape.blocks else 1,
+        "BLOCKS": shape.blocks if staging.shared_bytes <= available_shared(device) // shape.blocks else 1,
     }
     module = driver.load(source("decode.cu"), KERNEL_NAME, layer.codes.get_device(), defines)
     function = module.function(KERNEL_NAME, shared_bytes=staging.shared_bytes)
@@ -229,22 +238,40 @@ class Staging:
     shared_bytes: int
 
 
+def available_shared(device: torch.device) -> int:
+    """Return bytes of dynamic shared memory that a block can have: 226 KiB on Hopper, 162 on an A100, 98 on an L4."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - OWN_SHARED_BYTES
+
+
+def _blocks(row_tiles: int, device: torch.device) -> int:
+    return min(row_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _token_tiles(tokens: int) -> int:
+    return 1 << max(-(-tokens // TOKEN_TILE) - 1, 0).bit_length()
+
+
 def _fitting(
-    shapes: Sequence[LaunchShape], columns: int, unit: int, tokens: int, ranks: int
+    shapes: Sequence[LaunchShape], columns: int, unit: int, tokens: int, ranks: int, available: int
 ) -> tuple[LaunchShape, Staging]:
-    """Return the first shape for which x, or two pieces of it, fit in shared memory.
+    """Return the first shape for which x, or two pieces of it, fit in the shared memory that is available.
 
     Raises:
         KernelError: none fits.
     """
+    token_tiles = _token_tiles(tokens)
+    staged_tokens = tokens if token_tiles == 1 else token_tiles * TOKEN_TILE
     for shape in shapes:
-        staging = _stage(columns, unit, tokens, ranks, shape)
-        if staging.shared_bytes <= SHARED_BYTES:
+        staging = _stage(columns, unit, staged_tokens, ranks, shape, available)
+        if staging.shared_bytes <= available:
             return shape, staging
-    raise KernelError(f"{tokens} tokens of {columns} columns and {ranks} ranks do not fit in shared memory")
+    raise KernelError(
+        f"{tokens} tokens of {columns} columns and {ranks} ranks do not fit in {available >> 10} KiB of shared memory"
+    )
 
 
-def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape) -> Staging:
+def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape, available: int) -> Staging:
     """Keep all of x in shared memory, or failing that, two pieces at a time, as large as fit."""
 
     def shared(chunk: int, whole: bool) -> int:
@@ -254,10 +281,10 @@ def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape)
 
     step = unit * shape.warp_columns * shape.stages
     chunk = -(-columns // unit) * unit
-    if shared(chunk, True) <= SHARED_BYTES:
+    if shared(chunk, True) <= available:
         return Staging(chunk, 1, -(-chunk // step) * shape.stages, shared(chunk, True))
     chunk = step
-    while shared(chunk + step, False) <= SHARED_BYTES:
+    while shared(chunk + step, False) <= available:
         chunk += step
     return Staging(chunk, -(-columns // chunk), chunk // unit // shape.warp_columns, shared(chunk, False))
 
@@ -265,11 +292,12 @@ def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape)
 def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
     """Return shapes for blocks that have ``block_tiles`` tiles of rows, best first, as measured on an H100.
 
-    The last one needs the least shared memory.
+    The last one needs the least shared memory: half as many warps take pieces of x that are half as wide, for parts
+    that have less than half of Hopper's.
     """
     row_tiles = 4 if token_tiles == 1 and block_tiles > 2 else min(2, block_tiles)
     stages = 1 if row_tiles == 4 else 2
-    return [LaunchShape(row_tiles, 1, 16, stages, 1), LaunchShape(row_tiles, 1, 16, 1, 1)]
+    return [LaunchShape(row_tiles, 1, warps, depth, 1) for warps, depth in ((16, stages), (16, 1), (8, 1))]
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
@@ -277,7 +305,21 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
         return f"is for {MAX_TOKENS} tokens at most"
     if spec.weight.bits is None:
         return "takes 4-bit codes, not 16-bit values"
-    return refuses(spec, dtype, device)
+    return refuses(spec, dtype, device) or _refuses_size(spec, device, tokens)
+
+
+def _refuses_size(spec: LinearFormat, device: torch.device, tokens: int) -> str | None:
+    """Say that a layer needs more shared memory than a device has, or return ``None``."""
+    row_tiles = -(-spec.rows // TILE_ROWS)
+    block_tiles = -(-row_tiles // _blocks(row_tiles, device))
+    unit = unit_columns(spec.weight.sparsity is not None)
+    ranks = -(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP
+    try:
+        shapes = launch_shapes(_token_tiles(tokens), block_tiles)
+        _fitting(shapes, spec.columns, unit, tokens, ranks, available_shared(device))
+    except KernelError as error:
+        return f"keeps its inputs in shared memory: {error}"
+    return None
 
 
 DECODE = Kernel("cuda-decode", _accepts, prepare, run, stack_shared)

@@ -42,6 +42,7 @@ __all__ = [
     "source",
     "stack",
     "stack_shared",
+    "unit_columns",
 ]
 
 FACTOR_GROUP = 64
@@ -141,7 +142,7 @@ class FragmentLayer:
     @property
     def unit_columns(self) -> int:
         """Columns that a warp takes at a time."""
-        return 64 if self.metadata is None else 128
+        return unit_columns(self.metadata is not None)
 
     @property
     def code_lines(self) -> Tensor:
@@ -199,6 +200,11 @@ def _weight_scale(weight: PackedWeight) -> Tensor:
     if weight.scale is None:
         return torch.ones(weight.format.rows, dtype=weight.format.dtype, device=weight.values.device)
     return scale_words(weight.scale) if weight.format.group is not None else weight.scale.flatten().contiguous()
+
+
+def unit_columns(sparse: bool) -> int:
+    """Return the columns of a row whose codes are one unit of `UNIT_BYTES`."""
+    return 128 if sparse else 64
 
 
 def refuses(spec: LinearFormat, dtype: torch.dtype, device: torch.device) -> str | None:

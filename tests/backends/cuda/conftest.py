@@ -109,8 +109,8 @@ def product(x: Tensor, packed: PackedLinear) -> Tensor:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Pretends that there is a GPU, of a capability and with multiprocessors that a test may change."""
-    card = SimpleNamespace(capability=(9, 0), multi_processor_count=132)
+    """Pretends that there is a GPU, of a capability, multiprocessors and shared memory that a test may change."""
+    card = SimpleNamespace(capability=(9, 0), multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: card.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device=None: card)
     layer._refuses_toolchain.cache_clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,3 +134,47 @@ def test_many_at_once_leave_one_whole_file(folder: Path, compiled: list[str], ge
     compiled.clear()
     assert get() == b"cubin of a"
     assert compiled == []
+
+
+PROCESSES = """
+import logging, multiprocessing, random, sys
+from pathlib import Path
+
+from slimc.backends.cuda import cache, compiler
+
+folder, form = Path(sys.argv[1]), {"name": "k", "arch": "sm_80", "defines": {}, "driver": "13.0"}
+wholes = {source: 100_000 * source.encode() for source in "abc"}
+compiler.version = lambda: "13.0"
+compiler.compile_source = lambda source, **_: wholes[source]
+# A file that is damaged or cannot be used is compiled again, and only the log says so.
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+fork = multiprocessing.get_context("fork")
+start = fork.Barrier(6)
+
+
+def fill_and_read(seed):
+    chance = random.Random(seed)
+    start.wait()
+    for source in chance.choices("abc", k=100):
+        if chance.random() < 0.3:
+            (folder / (cache.cubin_key(source, **form) + ".cubin")).unlink(missing_ok=True)
+        cache._in_memory.clear()
+        assert cache.cached_cubin(source, **form) == wholes[source]
+
+
+processes = [fork.Process(target=fill_and_read, args=(seed,)) for seed in range(6)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+print([process.exitcode for process in processes])
+"""
+"""Six processes ask for three entries, a hundred times each; now and then one removes what it is about to ask for."""
+
+
+def test_processes_that_fill_and_read_the_same_entries_find_whole_ones(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PROCESSES, str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 0, 0, 0, 0, 0]\n", done.stderr
+    kept = [cache._FOLDER.read(file.name.removesuffix(".cubin")) for file in folder.iterdir()]
+    assert sorted(map(len, filter(None, kept))) == [100_000] * 3
+    assert len(kept) == 3

@@ -236,8 +236,9 @@ class _Image:
 
     def row(self, symbol: str) -> str:
         """Return the image as an entry of the table."""
-        row_tiles, stages = (0, 0) if self.shape is None else (self.shape.row_tiles, self.shape.stages)
-        numbers = (self.major, int(self.sparse), self.group, int(self.adapters), self.token_tiles, row_tiles, stages)
+        shape = self.shape
+        launched = (0, 0, 0) if shape is None else (shape.row_tiles, shape.stages, shape.warps)
+        numbers = (self.major, int(self.sparse), self.group, int(self.adapters), self.token_tiles, *launched)
         return f"    {{{self.kind}, {', '.join(map(str, numbers))}, {symbol}}},"
 
 
@@ -257,8 +258,8 @@ def _images(forms: Sequence[Form], architectures: Sequence[str], work: Path) -> 
         rows.append(image.row(symbol))
     return "\n".join(
         [
-            f"constexpr int kWarps = {decode.launch_shapes(1, 1)[0].warps};",
-            f"constexpr int kSharedBytes = {decode.SHARED_BYTES};",
+            f"constexpr int kMostWarps = {decode.launch_shapes(1, 1)[0].warps};",
+            f"constexpr int kOwnSharedBytes = {decode.OWN_SHARED_BYTES};",
             f"constexpr int kPartialTokens = {decode.PARTIAL_TOKENS};",
             *declared,
             "const Image kImages[] = {",

@@ -31,7 +31,7 @@ struct LaunchConfig {
 
 constexpr int kProgrammaticStreamSerialization = 6;
 constexpr int kMaxDynamicSharedBytes = 8;
-constexpr int kMultiprocessors = 16, kMajor = 75;
+constexpr int kMultiprocessors = 16, kMajor = 75, kSharedBytesOfBlock = 97;
 
 class Driver {
   public:

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "driver.hpp"
 #include "fragments.hpp"
@@ -32,10 +33,11 @@ struct Image {
     int token_tiles;  // decode: tokens / 8, rounded up
     int row_tiles;    // decode: tiles of 16 rows that a warp holds at once
     int stages;       // decode: units of the weight in flight in each warp
+    int warps;        // decode: warps of a block
     const unsigned char* cubin;
 };
 
-#include "images.inc"  // kImages, kWarps, kSharedBytes, kPartialTokens: what decode.py launches with
+#include "images.inc"  // kImages, kMostWarps, kOwnSharedBytes, kPartialTokens: what decode.py launches with
 
 constexpr int kTokensAtOnce = 16;
 constexpr int kMostByDecode = 48;  // three launches; beyond them it is faster to write the weight out
@@ -89,6 +91,9 @@ class Device {
 
     int processors() const { return processors_; }
 
+    // Dynamic shared memory that a block can have.
+    int shared_bytes() const { return shared_bytes_ - kOwnSharedBytes; }
+
     // The kernel of an image that fits, with leave for so much shared memory; null if there is none.
     cuda::Handle function(const Image& wanted, int shared_bytes) {
         const auto& driver = cuda::Driver::get();
@@ -128,6 +133,7 @@ class Device {
         const auto& driver = cuda::Driver::get();
         driver.check(driver.cuDeviceGetAttribute(&processors_, cuda::kMultiprocessors, number), "cuDeviceGetAttribute");
         driver.check(driver.cuDeviceGetAttribute(&major_, cuda::kMajor, number), "cuDeviceGetAttribute");
+        driver.check(driver.cuDeviceGetAttribute(&shared_bytes_, cuda::kSharedBytesOfBlock, number), "cuDeviceGetAttribute");
     }
 
     const Image* find(const Image& wanted) const {
@@ -135,13 +141,14 @@ class Device {
             const bool decode = image.kind == kDecode;
             if (image.kind == wanted.kind && image.major == major_ && image.sparse == wanted.sparse && image.group == wanted.group &&
                 (!decode || (image.adapters == wanted.adapters && image.token_tiles == wanted.token_tiles &&
-                             image.row_tiles == wanted.row_tiles && image.stages == wanted.stages)))
+                             image.row_tiles == wanted.row_tiles && image.stages == wanted.stages &&
+                             image.warps == wanted.warps)))
                 return &image;
         }
         return nullptr;
     }
 
-    int processors_ = 0, major_ = 0;
+    int processors_ = 0, major_ = 0, shared_bytes_ = 0;
     std::mutex mutex_;
     std::map<const Image*, Loaded> loaded_;
     std::map<cuda::Handle, std::vector<cuda::Memory>> rooms_;
@@ -321,17 +328,17 @@ struct Staging {
     int chunk, chunks, steps, shared_bytes;
 };
 
-Staging stage(int columns, int unit, int tokens, int ranks, int row_tiles, int stages) {
+Staging stage(int columns, int unit, int tokens, int ranks, int row_tiles, int stages, int warps, int available) {
     const auto shared = [&](int chunk, bool whole) {
         const int x = tokens * (2 * chunk + 16), t = ranks ? tokens * (2 * ranks + 16) : 0;
-        return 16 + kWarps * row_tiles * 512 + (whole ? x + t : std::max(2 * x, t));
+        return 16 + warps * row_tiles * 512 + (whole ? x + t : std::max(2 * x, t));
     };
-    const int step = unit * kWarps * stages;
+    const int step = unit * warps * stages;
     int chunk = divided(columns, unit) * unit;
-    if (shared(chunk, true) <= kSharedBytes) return {chunk, 1, divided(chunk, step) * stages, shared(chunk, true)};
+    if (shared(chunk, true) <= available) return {chunk, 1, divided(chunk, step) * stages, shared(chunk, true)};
     chunk = step;
-    while (shared(chunk + step, false) <= kSharedBytes) chunk += step;
-    return {chunk, divided(columns, chunk), chunk / unit / kWarps, shared(chunk, false)};
+    while (shared(chunk + step, false) <= available) chunk += step;
+    return {chunk, divided(columns, chunk), chunk / unit / warps, shared(chunk, false)};
 }
 
 class Kernel {
@@ -385,7 +392,7 @@ class Kernel {
     struct Plan {
         cuda::Handle function;
         DecodeArguments arguments;
-        int grid, shared_bytes;
+        int grid, threads, shared_bytes;
     };
 
     Plan plan(int tokens) const {
@@ -393,15 +400,15 @@ class Kernel {
         const int token_tiles = tokens <= kTokenTile ? 1 : 2, tiles = layer_.weight.row_tiles;
         const int grid = std::min(tiles, device.processors()), block_tiles = divided(tiles, grid);
         const int staged = token_tiles == 1 ? tokens : token_tiles * kTokenTile;
-        Image wanted{kDecode, 0, layer_.sparse, layer_.group, layer_.ranks > 0, token_tiles, 0, 0, nullptr};
+        Image wanted{kDecode, 0, layer_.sparse, layer_.group, layer_.ranks > 0, token_tiles, 0, 0, 0, nullptr};
         wanted.row_tiles = token_tiles == 1 && block_tiles > 2 ? 4 : std::min(2, block_tiles);
         Staging staging{};
-        for (const int stages : {wanted.row_tiles == 4 ? 1 : 2, 1}) {
-            wanted.stages = stages;
-            staging = stage(layer_.columns, layer_.unit_columns(), staged, layer_.ranks, wanted.row_tiles, stages);
-            if (staging.shared_bytes <= kSharedBytes) break;
+        for (const auto& [stages, warps] : {std::pair(wanted.row_tiles == 4 ? 1 : 2, kMostWarps), std::pair(1, kMostWarps), std::pair(1, kMostWarps / 2)}) {
+            wanted.stages = stages, wanted.warps = warps;
+            staging = stage(layer_.columns, layer_.unit_columns(), staged, layer_.ranks, wanted.row_tiles, stages, warps, device.shared_bytes());
+            if (staging.shared_bytes <= device.shared_bytes()) break;
         }
-        if (staging.shared_bytes > kSharedBytes) refuse("its columns and ranks do not fit in shared memory");
+        if (staging.shared_bytes > device.shared_bytes()) refuse("its columns and ranks do not fit in shared memory");
         const cuda::Handle function = device.function(wanted, staging.shared_bytes);
         if (!function)
             refuse("this library has no kernel for " + std::string(layer_.sparse ? "2:4" : "dense") + " weights with groups of " +
@@ -419,17 +426,17 @@ class Kernel {
         a.tokens = tokens, a.rows = layer_.rows, a.columns = layer_.columns, a.row_tiles = tiles;
         a.units = layer_.weight.units, a.groups = layer_.weight.groups, a.row_scale = layer_.weight.row_scale;
         a.ranks = layer_.ranks, a.rank_tiles = rank_tiles, a.left_units = layer_.left_units();
-        a.left_steps = divided(a.left_units, kWarps * wanted.stages) * wanted.stages;
+        a.left_steps = divided(a.left_units, wanted.warps * wanted.stages) * wanted.stages;
         a.splits = splits, a.split_units = split_units;
         a.chunk = staging.chunk, a.steps = staging.steps, a.chunks = staging.chunks;
-        return {function, a, grid, staging.shared_bytes};
+        return {function, a, grid, 32 * wanted.warps, staging.shared_bytes};
     }
 
     void decode(cuda::Handle stream, cuda::Address x, cuda::Address y, int tokens) {
         Plan made = plans_[tokens - 1];
         made.arguments.x = x, made.arguments.y = y;
         if (layer_.ranks) workspace(stream, made.arguments);
-        launch(made.function, made.grid, 32 * kWarps, made.shared_bytes, stream, &made.arguments);
+        launch(made.function, made.grid, made.threads, made.shared_bytes, stream, &made.arguments);
     }
 
     void workspace(cuda::Handle stream, DecodeArguments& arguments) {
@@ -448,7 +455,7 @@ class Kernel {
 
     void write_out(cuda::Handle stream, const Matrix& matrix, int sparse, int group, int rows, int columns, cuda::Address dense) const {
         Device& device = Device::current();
-        const cuda::Handle function = device.function({kExpand, 0, sparse, group, 0, 0, 0, 0, nullptr}, 0);
+        const cuda::Handle function = device.function({kExpand, 0, sparse, group, 0, 0, 0, 0, 0, nullptr}, 0);
         if (!function) refuse("this library has no kernel that writes its weight out on this GPU");
         ExpandArguments a{};
         a.codes = matrix.codes.address(), a.metadata = sparse ? matrix.metadata.address() : 0, a.scale = matrix.scale.address();
