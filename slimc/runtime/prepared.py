@@ -187,11 +187,7 @@ class PreparedLayer:
             InputError: x and the layer are on different devices.
         """
         spec = self.format
-        if x.device != self._device:
-            raise InputError(
-                f"x is on {x.device}, but this compressed layer of {spec.columns} inputs is on {self._device}; move "
-                "one of them with .to()"
-            )
+        refuse_elsewhere(x, self._device, spec)
         kernel, _ = self.choose(x.dtype, tokens)
         run = run_on(kernel.run, self._device)
         if self._is_made_anew(kernel):
@@ -223,7 +219,7 @@ class SiblingLayers:
         """Prepare nothing yet."""
         # The handles keep their addresses, by which this object is found, from coming to mean other layers.
         self._handles = [member.handle for member in members]
-        self._plans: dict[tuple[torch.dtype, int], tuple[_Run, Any] | None] = {}
+        self._plans: dict[tuple[torch.dtype, torch.device, int], tuple[_Run, Any] | None] = {}
         self._states: dict[Callable[..., Any], Any] = {}
         for member in members:
             member.keep(self)
@@ -238,10 +234,16 @@ class SiblingLayers:
         self._plans.clear()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the results [..., rows of all] for x [..., columns], at least one token; biases are left out."""
+        """Return the results [..., rows of all] for x [..., columns], at least one token; biases are left out.
+
+        Raises:
+            InputError: x and the layers are on different devices.
+        """
         tokens = x.numel() // x.shape[-1]
-        key = (x.dtype, (tokens - 1).bit_length())
+        key = (x.dtype, x.device, (tokens - 1).bit_length())
         if key not in self._plans:
+            for handle, member in zip(self._handles, self.members, strict=True):
+                refuse_elsewhere(x, handle.device, member.format)
             self._plans[key] = self._plan(x.dtype, tokens)
         plan = self._plans[key]
         if plan is None:
@@ -304,6 +306,19 @@ class SiblingLayers:
             for index, part in enumerate(parts):
                 members[index].adopt(kernel, formats, index, shared, part)
         return self._states[kernel.prepare]
+
+
+def refuse_elsewhere(x: Tensor, device: torch.device, spec: LinearFormat) -> None:
+    """Refuse an input that is not where its layer is.
+
+    Raises:
+        InputError: it is on another device.
+    """
+    if x.device != device:
+        raise InputError(
+            f"x is on {x.device}, but this compressed layer of {spec.columns} inputs is on {device}; move one of them "
+            "with .to()"
+        )
 
 
 def usable_bias(bias: Tensor, x: Tensor, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.stored import StoredMatrix
 from slimc.backends.cuda.unpack import MOST_PRODUCT_TOKENS, Unpacker, whole_pieces
 from slimc.backends.tuning import tune
+from slimc.bench.unwritten import into_nans
 from slimc.errors import KernelError
 from slimc.runtime.formats import NM, LinearFormat, Unstructured, WeightFormat
 from slimc.runtime.modules import SlimLinear
@@ -137,8 +139,9 @@ def test_columns_that_are_no_whole_pieces(columns: int) -> None:
 
 def make_layer(weight: PackedWeight, rank: int, bits: int | None = 4, scaled: bool = False) -> PackedLinear:
     spec = weight.format
-    left = make_weight(spec.rows, rank, bits, "dense", 64 if bits else "tensor") if rank else None
-    right = make_weight(rank, spec.columns, bits, "dense", 64 if bits else "tensor") if rank else None
+    scales = 64 if bits else "tensor"
+    left = make_weight(spec.rows, rank, bits, "dense", scales, dtype=spec.dtype) if rank else None
+    right = make_weight(rank, spec.columns, bits, "dense", scales, dtype=spec.dtype) if rank else None
     scale = (torch.rand(spec.columns, device=CUDA) + 0.5).to(spec.dtype) if scaled else None
     return PackedLinear(weight, left, right, scale)
 
@@ -178,7 +181,7 @@ def test_what_is_stored_in_any_form(tokens: int, rank: int, bits: int | None, sc
         packed = make_layer(weight, rank, bits, scaled)
         x, bias = random(tokens, weight.format.columns), random(weight.format.rows)
         assert stored.STORED.accepts(packed.format, x.dtype, CUDA, tokens) is None
-        check(packed, x, bias, stored.run(x, stored.prepare(packed), bias))
+        check(packed, x, bias, into_nans(stored.run, x, stored.prepare(packed), bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -231,10 +234,17 @@ def test_the_dense_kernel_and_stacks(tokens: int, ranks: tuple[int, int]) -> Non
         parts = [make_layer(weight, rank) for weight, rank in zip(weights, ranks, strict=True)]
         x, bias = random(tokens, 640), random(896)
         for run in (dense.run, cusparselt.run_decoded) if sparsity == "2:4" else (dense.run,):
-            y = run(x[None], stack([prepare(part) for part in parts]), bias)[0]
+            y = into_nans(run, x[None], stack([prepare(part) for part in parts]), bias)[0]
             check(parts[0], x, bias[:512], y[:, :512])
             check(parts[1], x, bias[512:], y[:, 512:])
-            check(parts[0], x, bias[:512], run(x, prepare(parts[0]), bias[:512]))
+            check(parts[0], x, bias[:512], into_nans(run, x, prepare(parts[0]), bias[:512]))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+def test_the_dense_kernel_in_float16(tokens: int) -> None:
+    packed = make_layer(make_weight(512, 640, 4, "2:4", dtype=torch.float16), 57)
+    x, bias = random(tokens, 640, dtype=torch.float16), random(512, dtype=torch.float16)
+    check(packed, x, bias, into_nans(dense.run, x, prepare(packed), bias))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 13, 300])
@@ -273,6 +283,9 @@ def test_what_is_accepted() -> None:
     sparse = WeightFormat(128, 128, 4, per_tensor=True, sparsity=NM(2, 4), dtype=torch.bfloat16)
     assert reason(cusparselt.DECODED, sparse) is None
     assert reason(dense.DENSE, sparse) is None
+    float16 = replace(sparse, dtype=torch.float16)
+    assert "is for bfloat16" in str(reason(cusparselt.DECODED, float16))
+    assert reason(dense.DENSE, float16) is None
     assert reason(stored.STORED, sparse) is None
     assert "multiple of 8" in str(reason(stored.STORED, WeightFormat(64, 64, 4, 12, dtype=torch.bfloat16)))
 

@@ -61,9 +61,9 @@ def random_layer(form: dict[str, Any], seed: int = 0) -> PackedLinear:
             [[int(width > 1) for width in weight.widths or ()]], dtype=torch.uint8
         ).repeat(ROWS, 1)
     if weight.sparsity is not None:
-        kept = torch.zeros(ROWS * COLUMNS // 4, 4, dtype=torch.uint8)
-        kept[:, 1::2] = 1
-        named["pattern"] = pack_bits(kept.view(ROWS, COLUMNS), 1)
+        # Any two of every four, in each of the six ways; half of all is what the unstructured weight keeps too.
+        kept = torch.rand(ROWS, COLUMNS // 4, 4, generator=generator).argsort(-1) < 2
+        named["pattern"] = pack_bits(kept.flatten(1).to(torch.uint8), 1)
     return PackedLinear.from_tensors(spec, {name: tensor.cuda() for name, tensor in named.items()})
 
 

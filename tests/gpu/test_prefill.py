@@ -13,6 +13,7 @@ from slimc.backends import KERNELS
 from slimc.backends.cuda import prefill
 from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.prefill import PREFILL, Activation, LaunchShape, launch, make_plan
+from slimc.bench.unwritten import into_nans
 from slimc.errors import KernelError
 from slimc.runtime.activations import quantize_tokens
 from slimc.runtime.modules import SlimLinear
@@ -27,16 +28,10 @@ def run(
     shape: LaunchShape | None = None,
     right_shape: LaunchShape | None = None,
 ) -> Tensor:
-    """Run three times, into memory that holds NaN before, and return the result, which must not change."""
+    """Run the kernel in memory that holds NaN before, too, and return the result, which must not change."""
     layer = prepare(packed)
     plan = make_plan(layer, x.dtype, len(x), activation, shape, right_shape)
-    results = []
-    for _ in range(3):
-        poison = torch.full((len(x), packed.format.rows), float("nan"), dtype=x.dtype, device=x.device)
-        del poison
-        results.append(launch(plan, x, layer, bias))
-    assert all(torch.equal(results[0], other) for other in results[1:])
-    return results[0]
+    return into_nans(launch, plan, x, layer, bias)
 
 
 def rounded(x: Tensor, activation: Activation) -> Tensor:
@@ -86,7 +81,7 @@ def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 129, 191, 192, 193, 256, 257, 300, 2048])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 128, 129, 191, 192, 193, 256, 257, 300, 2048])
 def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
     packed = random_layer(256, 640, 57, dtype=dtype)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
@@ -106,6 +101,23 @@ def test_tails_of_rows_columns_and_ranks(
     packed = random_layer(rows, columns, rank)
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
     check(packed, x, None, run(packed, x))
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize(("rows", "shape"), [(9000, prefill.SMALL_TILES), (24000, prefill.LARGE_TILES)])
+@pytest.mark.parametrize("tokens", [17, 64, 65, 128])
+def test_few_tokens_in_tiles_for_many(
+    random_layer: Any, check: Any, rows: int, shape: LaunchShape, tokens: int, activation: Activation | None
+) -> None:
+    """Tuning may choose the kernel at any number of tokens; with so many rows its tiles are not its smallest."""
+    packed = random_layer(rows, 1024, 64)
+    x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
+    assert make_plan(prepare(packed), x.dtype, tokens, activation).main.shape == shape
+    y = run(packed, x, None, activation)
+    if activation is None:
+        check(packed, x, None, y)
+    else:
+        check_8_bits(packed, x, None, y, activation)
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(4096, 4096, 409), (4096, 11008, 409), (22016, 4096, 409)])

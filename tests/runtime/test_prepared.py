@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimc.errors import KernelError
+from slimc.errors import InputError, KernelError
 from slimc.runtime.modules import SlimLinear, explain
 from slimc.runtime.packing import NM
 from slimc.runtime.prepared import prepared_layer, sibling_layers
@@ -60,6 +60,16 @@ def test_siblings_compute_what_each_computes(layers: list[SlimLinear], x: Tensor
     for tokens in (x, torch.randn(5, 16).bfloat16()):
         torch.testing.assert_close(family(tokens), torch.cat([layer(tokens) for layer in layers], -1))
     assert len(STACKED) == 1
+
+
+@pytest.mark.parametrize("tokens", [2, 5], ids=["as one", "one by one"])
+def test_siblings_refuse_an_input_elsewhere(layers: list[SlimLinear], tokens: int) -> None:
+    family = sibling_layers(handles(layers))
+    x = torch.randn(tokens, 16).bfloat16()
+    expected = family(x)
+    with pytest.raises(InputError, match=r"x is on meta, but this compressed layer of 16 inputs is on cpu; move one"):
+        family(x.to("meta"))
+    assert torch.equal(family(x), expected)
 
 
 def test_siblings_are_one_object_as_long_as_a_member_lives(layers: list[SlimLinear], x: Tensor) -> None:
