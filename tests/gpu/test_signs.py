@@ -55,6 +55,9 @@ def test_products_with_signs(rows: int, columns: int, rank: int, tokens: int, dt
     # x * right is rounded, beyond MOST_TOKENS the product too, and the sum with y once a rank; sums are of float32.
     unit = torch.finfo(dtype).eps / 2
     bound = unit * (1 + rank) * (exact.abs() + before.double().abs()) + (3 * unit + columns * 2.0**-24) * size
+    # What is below the smallest normal number, of x * right or of left * right, is rounded to steps of one size.
+    step = torch.finfo(dtype).smallest_normal * unit
+    bound += step * rank * (x.double().abs().sum(1, keepdim=True) + columns)
     assert bool(((y.double() - before.double() - exact).abs() <= bound).all())
 
 
