@@ -38,6 +38,15 @@ types: lint
 pytest: types
 	OMP_NUM_THREADS=1 $(TEST) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# A kernel's tests of few columns, in which its memory is checked in minutes: reads and writes, races, barriers.
+CHECKED = tests/gpu/test_decode.py tests/gpu/test_stream.py tests/gpu/test_prefill.py
+CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rings_and
+
+sanitize: .venv/ready  ## check the CUDA kernels with NVIDIA's compute-sanitizer (needs a GPU)
+	for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" || exit 1; \
+	done
+
 format: .venv/ready  ## put the code into its canonical form
 	$(TEST) -m ruff check --fix .
 	$(TEST) -m ruff format .

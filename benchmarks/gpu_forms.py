@@ -55,6 +55,7 @@ def formats(rows: int, columns: int) -> dict[str, LinearFormat]:
     binary = BinaryFormat(rows, columns, 1, torch.bfloat16)
     return {
         "2:4 int4": form(**sparse),
+        "2:4 int4/128": form(group=128, sparsity=NM(2, 4)),
         "int4/128": form(group=128),
         "int4/128, adapters a row": form((4, None), group=128),
         "2:4 int4, 16-bit adapters": form((None,), **sparse),

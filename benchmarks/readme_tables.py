@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from slimc.bench.linear import SERVED, geometric_mean
-from slimc.runtime.formats import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,7 +38,7 @@ def linear_table(rows: Sequence[Row]) -> list[str]:
         return f"{geometric_mean([row[key] for row in of]):.2f} x" if whole else ""
 
     columns = {"over bf16": "over_cublas", "over int4": "over_int4"}
-    columns |= {f"{kind} inputs, over bf16": f"{kind}_over_cublas" for kind in ACTIVATIONS}
+    columns |= {"int8 inputs, over bf16": "int8_over_cublas"}
     columns |= {"`cuda-dense`, over bf16": "fallback_over_cublas"}
     cells = {
         (model, title): [mean(model, count, key) for count in counts]
