@@ -16,7 +16,7 @@ SOURCES     = $(shell find slimc -name '*.py' -o -name '*.yaml' -o -name '*.html
 TEST = .venv/bin/python
 DEMO = .venv-demo/bin/python
 
-.PHONY: help demo test lint types pytest format clean python-check
+.PHONY: help demo test lint types pytest sanitize format clean python-check
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -38,13 +38,13 @@ types: lint
 pytest: types
 	OMP_NUM_THREADS=1 $(TEST) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# A kernel's tests of few columns, in which its memory is checked in minutes: reads and writes, races, barriers.
+# Tests of kernels with few columns: races of all of them take some ten minutes, the others three.
 CHECKED = tests/gpu/test_decode.py tests/gpu/test_stream.py tests/gpu/test_prefill.py
 CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rings_and
 
 sanitize: .venv/ready  ## check the CUDA kernels with NVIDIA's compute-sanitizer (needs a GPU)
 	for tool in memcheck racecheck synccheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" || exit 1; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" || exit 1; \
 	done
 
 format: .venv/ready  ## put the code into its canonical form

@@ -1,12 +1,12 @@
 r"""The launches of a layer, for NVIDIA's profiler: how busy each part of a multiprocessor is.
 
     ncu --clock-control none -k regex:stream_linear --section SpeedOfLight --section ComputeWorkloadAnalysis \
-        --section SchedulerStats --csv --page details \
+        --section MemoryWorkloadAnalysis --section SchedulerStats --csv --page details \
         python benchmarks/gpu_profile.py [--model llama-2-70b] [--tokens 128] > profile.csv
     python benchmarks/gpu_profile.py --read profile.csv [--json FILE]
 
 The profiler runs each launch by itself and from a cold cache, so t and the layer do not overlap, and neither does one
-layer and the next. Of a launch that has fewer blocks than the card multiprocessors, shares are of those that work.
+layer and the next. Shares of what a multiprocessor has are of the cycles in which one works, of device memory of all.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ OF_ALL = ("tensor_cores", "issue_slots")
 
 def launch(model: str, layers: list[str], tokens: int) -> None:
     """Call each layer, as it is served."""
-    for name, rows, columns in LAYERS[model]:
-        if name not in layers:
-            continue
+    shapes = {name: (rows, columns) for name, rows, columns in LAYERS[model]}
+    for name in layers:
+        rows, columns = shapes[name]
         subject = Subject(rows, columns)
         x = torch.randn(tokens, columns, dtype=DTYPE, device="cuda")
         kernel, _ = chosen_for(KERNELS, subject.formats, x.device, tokens)
@@ -83,7 +83,7 @@ def main() -> None:
     """Launch, or read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-2-70b", choices=sorted(LAYERS))
-    parser.add_argument("--layers", nargs="*", default=[name for name in SERVED if name != "qkv"])
+    parser.add_argument("--layers", nargs="+", default=[name for name in SERVED if name != "qkv"])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--read", type=Path, help="a file of the profiler's, to be summed up")
     parser.add_argument("--json", type=Path)
@@ -97,7 +97,8 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        results = {"model": arguments.model, "tokens": arguments.tokens, "rows": rows}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

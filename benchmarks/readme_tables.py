@@ -37,9 +37,12 @@ def linear_table(rows: Sequence[Row]) -> list[str]:
         whole = {row["layer"] for row in of} == layers and all(key in row for row in of)
         return f"{geometric_mean([row[key] for row in of]):.2f} x" if whole else ""
 
-    columns = {"over bf16": "over_cublas", "over int4": "over_int4"}
-    columns |= {"int8 inputs, over bf16": "int8_over_cublas"}
-    columns |= {"`cuda-dense`, over bf16": "fallback_over_cublas"}
+    columns = {
+        "over bf16": "over_cublas",
+        "over int4": "over_int4",
+        "int8 inputs, over bf16": "int8_over_cublas",
+        "`cuda-dense`, over bf16": "fallback_over_cublas",
+    }
     cells = {
         (model, title): [mean(model, count, key) for count in counts]
         for model in models

@@ -35,7 +35,8 @@ class FilledWithNaNs(TorchFunctionMode):
 def into_nans(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Compute as it is, and twice in memory that holds NaN before, and return the result, which must not change.
 
-    That is all memory that a kernel is given through PyTorch: its result's, and that of whatever it writes on the way.
+    That is all memory that Python code asks PyTorch for on the way: for results, partial sums, decoded weights. What
+    registered operators ask for themselves is not seen, so ``compute`` calls a kernel, not an operator.
 
     Raises:
         NumericsError: a result differs from the first, bit by bit.

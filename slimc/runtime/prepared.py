@@ -242,8 +242,8 @@ class SiblingLayers:
         tokens = x.numel() // x.shape[-1]
         key = (x.dtype, x.device, (tokens - 1).bit_length())
         if key not in self._plans:
-            for handle, member in zip(self._handles, self.members, strict=True):
-                refuse_elsewhere(x, handle.device, member.format)
+            for member in self.members:
+                refuse_elsewhere(x, member.handle.device, member.format)
             self._plans[key] = self._plan(x.dtype, tokens)
         plan = self._plans[key]
         if plan is None:

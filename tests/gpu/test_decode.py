@@ -72,7 +72,9 @@ def test_cards_with_less_shared_memory(
     monkeypatch.setattr(decode, "available_shared", lambda _device: available)
     packed = random_layer(rows, columns, rank)
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    assert make_plan(prepare(packed), x.dtype, tokens).shared_bytes <= available
+    # Pieces of x that are 16 warps wide find no room, if they hold more than 8 tokens of an L4's.
+    threads = make_plan(prepare(packed), x.dtype, tokens).threads
+    assert threads == (256 if available < 100 << 10 and tokens > 8 else 512)
     check(packed, x, None, run(packed, x))
 
 

@@ -30,7 +30,7 @@ from slimc.backends.cuda.layer import (
 from slimc.backends.cuda.rounding import round_inputs
 from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
-from slimc.runtime.select import Kernel
+from slimc.runtime.select import Case, Kernel
 
 __all__ = ["DECODE", "LaunchShape", "launch", "launch_shapes", "make_plan"]
 
@@ -290,10 +290,10 @@ def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape,
 
 
 def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
-    """Return shapes for blocks that have ``block_tiles`` tiles of rows, best first, as measured on an H100.
+    """Return shapes for blocks that have ``block_tiles`` tiles of rows, best first.
 
-    The last one needs the least shared memory: half as many warps take pieces of x that are half as wide, for parts
-    that have less than half of Hopper's.
+    Which of 16 warps are best was measured on an H100. The last one needs the least shared memory, for GPUs that have
+    less than half of Hopper's: half as many warps take pieces of x that are half as wide.
     """
     row_tiles = 4 if token_tiles == 1 and block_tiles > 2 else min(2, block_tiles)
     stages = 1 if row_tiles == 4 else 2
@@ -305,21 +305,24 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
         return f"is for {MAX_TOKENS} tokens at most"
     if spec.weight.bits is None:
         return "takes 4-bit codes, not 16-bit values"
-    return refuses(spec, dtype, device) or _refuses_size(spec, device, tokens)
+    return refuses(spec, dtype, device) or _refuses_size((spec,), device, tokens)
 
 
-def _refuses_size(spec: LinearFormat, device: torch.device, tokens: int) -> str | None:
-    """Say that a layer needs more shared memory than a device has, or return ``None``."""
-    row_tiles = -(-spec.rows // TILE_ROWS)
-    block_tiles = -(-row_tiles // _blocks(row_tiles, device))
-    unit = unit_columns(spec.weight.sparsity is not None)
-    ranks = -(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP
+def _expects(case: Case) -> str | None:
+    return _refuses_size(case.members, case.device, case.tokens)
+
+
+def _refuses_size(members: Sequence[LinearFormat], device: torch.device, tokens: int) -> str | None:
+    """Say that layers that are run as one need more shared memory than a device has, or return ``None``."""
+    row_tiles = -(-sum(spec.rows for spec in members) // TILE_ROWS)
+    ranks = sum(-(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP for spec in members)
+    shapes = launch_shapes(_token_tiles(tokens), -(-row_tiles // _blocks(row_tiles, device)))
+    unit = unit_columns(members[0].weight.sparsity is not None)
     try:
-        shapes = launch_shapes(_token_tiles(tokens), block_tiles)
-        _fitting(shapes, spec.columns, unit, tokens, ranks, available_shared(device))
-    except KernelError as error:
-        return f"keeps its inputs in shared memory: {error}"
+        _fitting(shapes, members[0].columns, unit, tokens, ranks, available_shared(device))
+    except KernelError:
+        return f"needs more shared memory for {members[0].columns} columns and {ranks} ranks than this GPU has"
     return None
 
 
-DECODE = Kernel("cuda-decode", _accepts, prepare, run, stack_shared)
+DECODE = Kernel("cuda-decode", _accepts, prepare, run, stack_shared, expects=_expects)

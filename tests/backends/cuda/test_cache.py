@@ -154,7 +154,7 @@ start = fork.Barrier(6)
 
 def fill_and_read(seed):
     chance = random.Random(seed)
-    start.wait()
+    start.wait(30)
     for source in chance.choices("abc", k=100):
         if chance.random() < 0.3:
             (folder / (cache.cubin_key(source, **form) + ".cubin")).unlink(missing_ok=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from dataclasses import astuple
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
@@ -18,7 +21,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 import slimc  # noqa: E402
+from slimc.backends.cuda import decode  # noqa: E402
 from slimc.backends.cuda.fragments import code_words, metadata_words  # noqa: E402
+from slimc.backends.cuda.layer import unit_columns  # noqa: E402
 from slimc.backends.onnx.kernels import build  # noqa: E402
 from slimc.backends.onnx.kernels.build import Form, build_library, forms_of  # noqa: E402
 from slimc.cli import app  # noqa: E402
@@ -106,6 +111,29 @@ def test_three_of_four_are_not_taken_for_2_to_4(library: Path) -> None:
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, metadata)]
     rearrange = ctypes.CDLL(str(library)).slim_fragments
     assert rearrange(in_a_graph(codes).ctypes.data_as(ctypes.c_void_p), 16, 128, *pointers) == 0
+
+
+@given(
+    columns=st.integers(1, 4096).map(lambda eights: 8 * eights),
+    sparse=st.booleans(),
+    tokens=st.integers(1, decode.MAX_TOKENS),
+    ranks=st.integers(0, 100).map(lambda units: 64 * units),
+    block_tiles=st.integers(1, 9),
+    available=st.integers(60, 226).map(lambda kibibytes: kibibytes << 10),
+)
+def test_a_launch_is_staged_as_in_python(
+    library: Path, columns: int, sparse: bool, tokens: int, ranks: int, block_tiles: int, available: int
+) -> None:
+    unit, found = unit_columns(sparse), (ctypes.c_int * 7)()
+    fits = ctypes.CDLL(str(library)).slim_fitting(columns, unit, tokens, ranks, block_tiles, available, found)
+    shapes = decode.launch_shapes(-(-tokens // 8), block_tiles)
+    try:
+        shape, staging = decode._fitting(shapes, columns, unit, tokens, ranks, available)
+    except KernelError:
+        assert fits == 0
+    else:
+        expected = [shape.row_tiles, shape.stages, shape.warps, *astuple(staging)]
+        assert (fits, list(found)) == (1, expected)
 
 
 def test_onnx_runtime_takes_the_kernel_in_place_of_the_body(library: Path, folder: Path) -> None:

@@ -23,7 +23,7 @@ from onnx import NodeProto, TensorProto
 
 from slimc.backends.cuda import decode
 from slimc.backends.cuda.compiler import compile_source
-from slimc.backends.cuda.layer import FACTOR_GROUP, KERNEL_GROUPS, source
+from slimc.backends.cuda.layer import FACTOR_GROUP, KERNEL_GROUPS, source, unit_columns
 from slimc.backends.onnx.description import is_onnx_folder, read_description
 from slimc.backends.onnx.functions import DOMAIN, INPUTS
 from slimc.errors import InputError, KernelError
@@ -215,7 +215,7 @@ class _Image:
     def cubin(self) -> bytes:
         common: dict[str, int | str] = {"BFLOAT16": 0, "ARCH": 10 * self.major, "GROUP": self.group}
         if self.shape is None:
-            own = {"PLACE": int(self.sparse), "UNIT": 128 if self.sparse else FACTOR_GROUP, "VALUES": 0, "SIGNS": 0}
+            own = {"PLACE": int(self.sparse), "UNIT": unit_columns(self.sparse), "VALUES": 0, "SIGNS": 0}
             return compile_source(source("expand.cu"), name="expand", arch=self.arch, defines=common | own)
         own = {
             "SPARSE": int(self.sparse),
@@ -236,10 +236,8 @@ class _Image:
 
     def row(self, symbol: str) -> str:
         """Return the image as an entry of the table."""
-        shape = self.shape
-        launched = (0, 0, 0) if shape is None else (shape.row_tiles, shape.stages, shape.warps)
-        numbers = (self.major, int(self.sparse), self.group, int(self.adapters), self.token_tiles, *launched)
-        return f"    {{{self.kind}, {', '.join(map(str, numbers))}, {symbol}}},"
+        numbers = (self.major, int(self.sparse), self.group, int(self.adapters), self.token_tiles)
+        return f"    {{{self.kind}, {', '.join(map(str, numbers))}, {_written(self.shape)}, {symbol}}},"
 
 
 def _images(forms: Sequence[Form], architectures: Sequence[str], work: Path) -> str:
@@ -258,7 +256,7 @@ def _images(forms: Sequence[Form], architectures: Sequence[str], work: Path) -> 
         rows.append(image.row(symbol))
     return "\n".join(
         [
-            f"constexpr int kMostWarps = {decode.launch_shapes(1, 1)[0].warps};",
+            _shapes(),
             f"constexpr int kOwnSharedBytes = {decode.OWN_SHARED_BYTES};",
             f"constexpr int kPartialTokens = {decode.PARTIAL_TOKENS};",
             *declared,
@@ -267,6 +265,20 @@ def _images(forms: Sequence[Form], architectures: Sequence[str], work: Path) -> 
             "};\n",
         ]
     )
+
+
+def _shapes() -> str:
+    """Return the shapes of launches as an array: tiles of tokens, tiles of rows of a block, best first."""
+    table = [[decode.launch_shapes(tokens, rows) for rows in _BLOCK_TILES] for tokens in _TOKEN_TILES]
+    written = ", ".join(
+        "{" + ", ".join("{" + ", ".join(map(_written, shapes)) + "}" for shapes in row) + "}" for row in table
+    )
+    return f"constexpr Shape kShapes[{len(table)}][{len(table[0])}][{len(table[0][0])}] = {{{written}}};"
+
+
+def _written(shape: decode.LaunchShape | None) -> str:
+    """Return a shape as ``struct Shape``; zeros if there is none."""
+    return "{}" if shape is None else f"{{{shape.row_tiles}, {shape.stages}, {shape.warps}}}"
 
 
 def _wanted(forms: Sequence[Form], architectures: Sequence[str]) -> Iterator[_Image]:

@@ -4,15 +4,16 @@
 // constants of a node stay in host memory. When a kernel is made for it they are put into the order of the tensor cores once
 // and go to the device, so that it holds no second copy of a weight.
 //
-// Up to 16 tokens, and a few times that, are computed by decode.cu, 16 at a time. More are products of cuBLAS by the weight
+// Up to 16 tokens, and a few times that, are computed by decode.cu, 16 at a time or as many as find room. More are products of cuBLAS by the weight
 // that expand.cu writes out as numbers. Both are compiled ahead (images.inc), so that nothing is compiled where this runs.
 
 #include <array>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <utility>
+#include <optional>
 
 #include "driver.hpp"
 #include "fragments.hpp"
@@ -23,6 +24,11 @@ namespace {
 
 enum Kind { kDecode, kExpand };
 
+// How a launch divides the work (slimc/backends/cuda/decode.py).
+struct Shape {
+    int row_tiles, stages, warps;
+};
+
 // A kernel compiled for one kind of machine.
 struct Image {
     Kind kind;
@@ -31,13 +37,11 @@ struct Image {
     int group;        // columns that share a scale, 0: all of a row
     int adapters;     // decode: 1 with R and L
     int token_tiles;  // decode: tokens / 8, rounded up
-    int row_tiles;    // decode: tiles of 16 rows that a warp holds at once
-    int stages;       // decode: units of the weight in flight in each warp
-    int warps;        // decode: warps of a block
+    Shape shape;      // decode
     const unsigned char* cubin;
 };
 
-#include "images.inc"  // kImages, kMostWarps, kOwnSharedBytes, kPartialTokens: what decode.py launches with
+#include "images.inc"  // kImages, kShapes, kOwnSharedBytes, kPartialTokens: what decode.py launches with
 
 constexpr int kTokensAtOnce = 16;
 constexpr int kMostByDecode = 48;  // three launches; beyond them it is faster to write the weight out
@@ -141,8 +145,8 @@ class Device {
             const bool decode = image.kind == kDecode;
             if (image.kind == wanted.kind && image.major == major_ && image.sparse == wanted.sparse && image.group == wanted.group &&
                 (!decode || (image.adapters == wanted.adapters && image.token_tiles == wanted.token_tiles &&
-                             image.row_tiles == wanted.row_tiles && image.stages == wanted.stages &&
-                             image.warps == wanted.warps)))
+                             image.shape.row_tiles == wanted.shape.row_tiles && image.shape.stages == wanted.shape.stages &&
+                             image.shape.warps == wanted.shape.warps)))
                 return &image;
         }
         return nullptr;
@@ -328,17 +332,27 @@ struct Staging {
     int chunk, chunks, steps, shared_bytes;
 };
 
-Staging stage(int columns, int unit, int tokens, int ranks, int row_tiles, int stages, int warps, int available) {
+Staging stage(int columns, int unit, int tokens, int ranks, const Shape& shape, int available) {
     const auto shared = [&](int chunk, bool whole) {
         const int x = tokens * (2 * chunk + 16), t = ranks ? tokens * (2 * ranks + 16) : 0;
-        return 16 + warps * row_tiles * 512 + (whole ? x + t : std::max(2 * x, t));
+        return 16 + shape.warps * shape.row_tiles * 512 + (whole ? x + t : std::max(2 * x, t));
     };
-    const int step = unit * warps * stages;
+    const int step = unit * shape.warps * shape.stages;
     int chunk = divided(columns, unit) * unit;
-    if (shared(chunk, true) <= available) return {chunk, 1, divided(chunk, step) * stages, shared(chunk, true)};
+    if (shared(chunk, true) <= available) return {chunk, 1, divided(chunk, step) * shape.stages, shared(chunk, true)};
     chunk = step;
     while (shared(chunk + step, false) <= available) chunk += step;
-    return {chunk, divided(columns, chunk), chunk / unit / warps, shared(chunk, false)};
+    return {chunk, divided(columns, chunk), chunk / unit / shape.warps, shared(chunk, false)};
+}
+
+// The first of the shapes for which x, or two pieces of it, fit in the shared memory that is available; null if none does.
+const Shape* fitting(int columns, int unit, int tokens, int ranks, int block_tiles, int available, Staging& staging) {
+    const int token_tiles = divided(tokens, kTokenTile), staged = token_tiles == 1 ? tokens : token_tiles * kTokenTile;
+    for (const Shape& shape : kShapes[token_tiles - 1][std::min<int>(block_tiles, std::size(kShapes[0])) - 1]) {
+        staging = stage(columns, unit, staged, ranks, shape, available);
+        if (staging.shared_bytes <= available) return &shape;
+    }
+    return nullptr;
 }
 
 class Kernel {
@@ -346,11 +360,17 @@ class Kernel {
     Kernel(const ort::Api& api, const void* info) : api_(api), name_(api.node_name(info)) {
         Device::current();
         layer_ = layer_of(api, info);
+        // As many as find room: others take several launches.
         for (int tokens = 1; tokens <= kTokensAtOnce; ++tokens) {
-            plans_.push_back(plan(tokens));
-            const DecodeArguments& a = plans_.back().arguments;
+            const std::optional<Plan> made = plan(tokens);
+            if (!made) break;
+            plans_.push_back(*made);
+            const DecodeArguments& a = made->arguments;
             partial_bytes_ = std::max(partial_bytes_, static_cast<size_t>(a.splits) * tokens * a.ranks * sizeof(float));
         }
+        if (plans_.empty())
+            refuse("one token of " + std::to_string(layer_.columns) + " columns and " + std::to_string(layer_.ranks) +
+                   " ranks does not fit in the shared memory of this GPU");
     }
 
     void compute(void* context) {
@@ -373,8 +393,9 @@ class Kernel {
             expand(context, stream, from, to, tokens);
             return;
         }
-        for (int first = 0; first < tokens; first += kTokensAtOnce) {
-            const int count = std::min(kTokensAtOnce, tokens - first);
+        const int at_once = static_cast<int>(plans_.size());
+        for (int first = 0; first < tokens; first += at_once) {
+            const int count = std::min(at_once, tokens - first);
             decode(stream, from + 2ll * first * layer_.columns, to + 2ll * first * layer_.rows, count);
         }
     }
@@ -395,20 +416,14 @@ class Kernel {
         int grid, threads, shared_bytes;
     };
 
-    Plan plan(int tokens) const {
+    // Nothing if so many tokens do not fit in shared memory.
+    std::optional<Plan> plan(int tokens) const {
         Device& device = Device::current();
-        const int token_tiles = tokens <= kTokenTile ? 1 : 2, tiles = layer_.weight.row_tiles;
-        const int grid = std::min(tiles, device.processors()), block_tiles = divided(tiles, grid);
-        const int staged = token_tiles == 1 ? tokens : token_tiles * kTokenTile;
-        Image wanted{kDecode, 0, layer_.sparse, layer_.group, layer_.ranks > 0, token_tiles, 0, 0, 0, nullptr};
-        wanted.row_tiles = token_tiles == 1 && block_tiles > 2 ? 4 : std::min(2, block_tiles);
+        const int tiles = layer_.weight.row_tiles, grid = std::min(tiles, device.processors());
         Staging staging{};
-        for (const auto& [stages, warps] : {std::pair(wanted.row_tiles == 4 ? 1 : 2, kMostWarps), std::pair(1, kMostWarps), std::pair(1, kMostWarps / 2)}) {
-            wanted.stages = stages, wanted.warps = warps;
-            staging = stage(layer_.columns, layer_.unit_columns(), staged, layer_.ranks, wanted.row_tiles, stages, warps, device.shared_bytes());
-            if (staging.shared_bytes <= device.shared_bytes()) break;
-        }
-        if (staging.shared_bytes > device.shared_bytes()) refuse("its columns and ranks do not fit in shared memory");
+        const Shape* const shape = fitting(layer_.columns, layer_.unit_columns(), tokens, layer_.ranks, divided(tiles, grid), device.shared_bytes(), staging);
+        if (!shape) return std::nullopt;
+        const Image wanted{kDecode, 0, layer_.sparse, layer_.group, layer_.ranks > 0, divided(tokens, kTokenTile), *shape, nullptr};
         const cuda::Handle function = device.function(wanted, staging.shared_bytes);
         if (!function)
             refuse("this library has no kernel for " + std::string(layer_.sparse ? "2:4" : "dense") + " weights with groups of " +
@@ -426,10 +441,10 @@ class Kernel {
         a.tokens = tokens, a.rows = layer_.rows, a.columns = layer_.columns, a.row_tiles = tiles;
         a.units = layer_.weight.units, a.groups = layer_.weight.groups, a.row_scale = layer_.weight.row_scale;
         a.ranks = layer_.ranks, a.rank_tiles = rank_tiles, a.left_units = layer_.left_units();
-        a.left_steps = divided(a.left_units, wanted.warps * wanted.stages) * wanted.stages;
+        a.left_steps = divided(a.left_units, shape->warps * shape->stages) * shape->stages;
         a.splits = splits, a.split_units = split_units;
         a.chunk = staging.chunk, a.steps = staging.steps, a.chunks = staging.chunks;
-        return {function, a, grid, 32 * wanted.warps, staging.shared_bytes};
+        return Plan{function, a, grid, 32 * shape->warps, staging.shared_bytes};
     }
 
     void decode(cuda::Handle stream, cuda::Address x, cuda::Address y, int tokens) {
@@ -455,7 +470,7 @@ class Kernel {
 
     void write_out(cuda::Handle stream, const Matrix& matrix, int sparse, int group, int rows, int columns, cuda::Address dense) const {
         Device& device = Device::current();
-        const cuda::Handle function = device.function({kExpand, 0, sparse, group, 0, 0, 0, 0, 0, nullptr}, 0);
+        const cuda::Handle function = device.function({kExpand, 0, sparse, group, 0, 0, {}, nullptr}, 0);
         if (!function) refuse("this library has no kernel that writes its weight out on this GPU");
         ExpandArguments a{};
         a.codes = matrix.codes.address(), a.metadata = sparse ? matrix.metadata.address() : 0, a.scale = matrix.scale.address();
@@ -489,7 +504,7 @@ class Kernel {
     std::string name_;
     Layer layer_;
     size_t partial_bytes_ = 0;  // of any launch: a captured graph holds on to the address
-    std::vector<Plan> plans_;  // for 1 to 16 tokens
+    std::vector<Plan> plans_;  // for 1 token and more
     std::mutex mutex_;
     std::map<cuda::Handle, Workspace> workspaces_;
 };
@@ -566,6 +581,17 @@ extern "C" __attribute__((visibility("default"))) slim::ort::Status* RegisterCus
     } catch (const std::exception& error) {
         return api.failure(error.what());
     }
+}
+
+// How a launch stages its inputs, for the tests: the three numbers of its shape and the four of its staging; 0 if nothing fits.
+extern "C" __attribute__((visibility("default"))) int slim_fitting(int columns, int unit, int tokens, int ranks, int block_tiles, int available, int* found) {
+    using namespace slim;
+    Staging staging{};
+    const Shape* const shape = fitting(columns, unit, tokens, ranks, block_tiles, available, staging);
+    if (!shape) return 0;
+    for (const int number : {shape->row_tiles, shape->stages, shape->warps, staging.chunk, staging.chunks, staging.steps, staging.shared_bytes})
+        *found++ = number;
+    return 1;
 }
 
 // Fragments of codes [columns, rows], for the tests: `words` [row tiles][units][32][4], `metadata` [..][2] or null if dense.
