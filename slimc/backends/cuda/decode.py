@@ -292,8 +292,8 @@ def _stage(columns: int, unit: int, tokens: int, ranks: int, shape: LaunchShape,
 def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
     """Return shapes for blocks that have ``block_tiles`` tiles of rows, best first.
 
-    Which of 16 warps are best was measured on an H100. The last one needs the least shared memory, for GPUs that have
-    less than half of Hopper's: half as many warps take pieces of x that are half as wide.
+    Which shapes of 16 warps are best was measured on an H100. The last one needs the least shared memory, for GPUs that
+    have less than half of Hopper's: half as many warps take pieces of x that are half as wide.
     """
     row_tiles = 4 if token_tiles == 1 and block_tiles > 2 else min(2, block_tiles)
     stages = 1 if row_tiles == 4 else 2

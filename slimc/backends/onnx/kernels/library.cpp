@@ -4,8 +4,9 @@
 // constants of a node stay in host memory. When a kernel is made for it they are put into the order of the tensor cores once
 // and go to the device, so that it holds no second copy of a weight.
 //
-// Up to 16 tokens, and a few times that, are computed by decode.cu, 16 at a time or as many as find room. More are products of cuBLAS by the weight
-// that expand.cu writes out as numbers. Both are compiled ahead (images.inc), so that nothing is compiled where this runs.
+// Up to 16 tokens, and a few times that, are computed by decode.cu, 16 at a time or as many as find room. More are products
+// of cuBLAS by the weight that expand.cu writes out as numbers. Both are compiled ahead (images.inc), so that nothing is
+// compiled where this runs.
 
 #include <array>
 #include <cstring>
