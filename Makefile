@@ -38,7 +38,7 @@ types: lint
 pytest: types
 	OMP_NUM_THREADS=1 $(TEST) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Tests of kernels with few columns: races of all of them take some ten minutes, the others three.
+# Tests of kernels with few columns, since a kernel that is checked is many times slower.
 CHECKED = tests/gpu/test_decode.py tests/gpu/test_stream.py tests/gpu/test_prefill.py
 CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rings_and
 

@@ -20,7 +20,6 @@
 //   WARP_ROWS     warps side by side on different tiles
 //   WARP_COLUMNS  warps that share the columns of a tile
 //   STAGES        units of the weight in flight in each warp
-//   BLOCKS        blocks that a multiprocessor can hold at once (of this launch and the next)
 
 #define WARPS (WARP_ROWS * WARP_COLUMNS)
 #define THREADS (32 * WARPS)
@@ -364,7 +363,7 @@ __device__ __forceinline__ void prefetch(const Arguments& a, int begin, int end)
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_linear(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_linear(const Arguments a) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ int number;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

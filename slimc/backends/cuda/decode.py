@@ -20,6 +20,7 @@ from slimc.backends.cuda.fragments import TILE_ROWS
 from slimc.backends.cuda.layer import (
     FACTOR_GROUP,
     FragmentLayer,
+    padded_rank,
     pointer,
     prepare,
     refuses,
@@ -80,24 +81,17 @@ class LaunchShape:
         warp_rows: warps side by side on different tiles.
         warp_columns: warps that share the columns of a tile.
         stages: units of the weight in flight in each warp.
-        blocks: blocks that must fit on a multiprocessor, which caps the registers.
     """
 
     row_tiles: int
     warp_rows: int
     warp_columns: int
     stages: int
-    blocks: int
 
     @property
     def warps(self) -> int:
         """Warps of a block."""
         return self.warp_rows * self.warp_columns
-
-    @property
-    def pass_tiles(self) -> int:
-        """Tiles that a block works on at once."""
-        return self.warp_rows * self.row_tiles
 
 
 @dataclass
@@ -213,7 +207,6 @@ def make_plan(
         "WARP_ROWS": shape.warp_rows,
         "WARP_COLUMNS": shape.warp_columns,
         "STAGES": shape.stages,
-        "BLOCKS": shape.blocks if staging.shared_bytes <= available_shared(device) // shape.blocks else 1,
     }
     module = driver.load(source("decode.cu"), KERNEL_NAME, layer.codes.get_device(), defines)
     function = module.function(KERNEL_NAME, shared_bytes=staging.shared_bytes)
@@ -297,7 +290,7 @@ def launch_shapes(token_tiles: int, block_tiles: int) -> list[LaunchShape]:
     """
     row_tiles = 4 if token_tiles == 1 and block_tiles > 2 else min(2, block_tiles)
     stages = 1 if row_tiles == 4 else 2
-    return [LaunchShape(row_tiles, 1, warps, depth, 1) for warps, depth in ((16, stages), (16, 1), (8, 1))]
+    return [LaunchShape(row_tiles, 1, warps, depth) for warps, depth in ((16, stages), (16, 1), (8, 1))]
 
 
 def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
@@ -309,13 +302,14 @@ def _accepts(spec: LinearFormat, dtype: torch.dtype, device: torch.device, token
 
 
 def _expects(case: Case) -> str | None:
+    """Say that a stack finds no room, all of whose layers do: kernels are asked to accept them one by one."""
     return _refuses_size(case.members, case.device, case.tokens)
 
 
 def _refuses_size(members: Sequence[LinearFormat], device: torch.device, tokens: int) -> str | None:
     """Say that layers that are run as one need more shared memory than a device has, or return ``None``."""
     row_tiles = -(-sum(spec.rows for spec in members) // TILE_ROWS)
-    ranks = sum(-(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP for spec in members)
+    ranks = sum(map(padded_rank, members))
     shapes = launch_shapes(_token_tiles(tokens), -(-row_tiles // _blocks(row_tiles, device)))
     unit = unit_columns(members[0].weight.sparsity is not None)
     try:

@@ -34,6 +34,7 @@ __all__ = [
     "KERNEL_GROUPS",
     "FragmentLayer",
     "complete",
+    "padded_rank",
     "pointer",
     "prepare",
     "refuses",
@@ -166,7 +167,7 @@ def prepare(packed: PackedLinear) -> FragmentLayer:
         scale=_weight_scale(weight),
     )
     if packed.left is not None and packed.right is not None:
-        ranks = -(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP
+        ranks = padded_rank(spec)
         layer.right = code_words(_fill_rows(packed.right.values, ranks, 0x88))
         layer.right_scale = scale_words(_fill_rows(packed.right.scale, ranks, 0))  # type: ignore[arg-type]
         layer.left = code_words(packed.left.values)
@@ -200,6 +201,11 @@ def _weight_scale(weight: PackedWeight) -> Tensor:
     if weight.scale is None:
         return torch.ones(weight.format.rows, dtype=weight.format.dtype, device=weight.values.device)
     return scale_words(weight.scale) if weight.format.group is not None else weight.scale.flatten().contiguous()
+
+
+def padded_rank(spec: LinearFormat) -> int:
+    """Return the ranks that the kernels have of a layer: its own, filled up to a multiple of `FACTOR_GROUP`."""
+    return -(-spec.rank // FACTOR_GROUP) * FACTOR_GROUP
 
 
 def unit_columns(sparse: bool) -> int:

@@ -20,6 +20,7 @@ from slimc.backends.cuda.layer import (
     FACTOR_GROUP,
     MOST_STACKED,
     FragmentLayer,
+    padded_rank,
     pointer,
     prepare,
     refuses,
@@ -310,10 +311,9 @@ def _was_faster(case: Case) -> bool:
         and one.activation is None
         for one in members
     )
-    factors = [one.right for one in members if one.right is not None]
-    if not alike or len(factors) < len(members):
+    if not alike or any(one.right is None for one in members):
         return False
-    ranks = sum(-(-factor.rows // FACTOR_GROUP) * FACTOR_GROUP for factor in factors)
+    ranks = sum(map(padded_rank, members))
     rows = [one.rows for one in members]
     form = Form(sparse=True, group=0, adapters=True, dtype=case.dtype)
     processors = torch.cuda.get_device_properties(case.device).multi_processor_count

@@ -65,7 +65,7 @@ def test_the_kernel_for_few_tokens_compiles(
 ) -> None:
     defines = {
         "BFLOAT16": bfloat16, "ARCH": number, "SPARSE": sparse, "GROUP": group, "ADAPTERS": adapters,
-        "TOKEN_TILES": 1, "ROW_TILES": 2, "WARP_ROWS": 1, "WARP_COLUMNS": 16, "STAGES": 2, "BLOCKS": 1,
+        "TOKEN_TILES": 1, "ROW_TILES": 2, "WARP_ROWS": 1, "WARP_COLUMNS": 16, "STAGES": 2,
     }  # fmt: skip
     cubin = compiler.compile_source(source("decode.cu"), name="decode_linear", arch=arch, defines=defines)
     assert cubin.startswith(b"\x7fELF")

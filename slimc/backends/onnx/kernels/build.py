@@ -225,7 +225,6 @@ class _Image:
             "WARP_ROWS": self.shape.warp_rows,
             "WARP_COLUMNS": self.shape.warp_columns,
             "STAGES": self.shape.stages,
-            "BLOCKS": self.shape.blocks,
         }
         return compile_source(source("decode.cu"), name=decode.KERNEL_NAME, arch=self.arch, defines=common | own)
 
