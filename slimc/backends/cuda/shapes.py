@@ -253,6 +253,17 @@ class LaunchShape:
         weights = -(-stages * self.slot_bytes(form) // ALIGNMENT) * ALIGNMENT
         return inputs * self.input_bytes + weights
 
+    def hands_halves(self, form: Form) -> bool:
+        """Whether blocks exchange sums in 16 bits each, of more precision than results have."""
+        return self.by_memory and form.dtype == torch.bfloat16
+
+    def part_bytes(self, form: Form) -> int:
+        """Bytes of device memory for sums that a block hands on."""
+        pieces, threads = self.row_tiles * self.tokens // 8, 128 * self.row_groups
+        if not self.by_memory:
+            return pieces * threads * 16
+        return (pieces * (8 if self.hands_halves(form) else 16) + -(-pieces // self.cluster) * 16 + 4) * threads
+
     @property
     def _may_share(self) -> bool:
         return 1 < self.cluster <= MOST_BY_MEMORY and self.column_groups == 1 and self.tokens > FEW_TOKENS

@@ -31,6 +31,7 @@
 //   INPUTS         slots of the ring of activations, no more than STAGES
 //   CLUSTER        blocks that share the columns
 //   BY_MEMORY      1: they exchange their sums through device memory, and are not launched as a cluster
+//   HALVES         1: as float16, of an exponent that all have in common which a thread hands over; 0: as float32
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
 //   EVEN           1: all blocks of the launch, no more than tiles, share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
@@ -96,7 +97,8 @@ struct Arguments {
     const u16* scale;          // [1] or [rows], unless GROUP
     const u16* bias;           // [rows] or null
     u32* flags;                // the mark of launches whose x may be read, and blocks that know; null without adapters
-    float4* parts;             // [blocks][pieces][threads that multiply]: sums of shared tiles, if EVEN or BY_MEMORY
+    void* parts;               // sums of shared tiles: [blocks][pieces][threads that multiply] float4, if EVEN; see SharedTile,
+                               // if BY_MEMORY
     u32* shared;               // [tiles][row groups][2], 0 between launches: blocks that have written their sums, and << 16 a bit
                                // for each that has given up waiting; blocks that are done with the tile
     int tokens;
@@ -656,25 +658,61 @@ __device__ __forceinline__ float4 add_up(u32 from, int count, u32 step) {
     return s;
 }
 
-// Sums of 8 tokens of a warp's 16 rows lie as fragments, a row in four lanes; memory wants the rows of a token together.
-__device__ __forceinline__ void write_results(const Arguments& a, const float4& s, int first_row, int end_row, int first_token, int lane) {
-    const int own_row = first_row + lane / 4;
-    const float low = a.bias && own_row < end_row ? to_float(a.bias[own_row]) : 0.f;
-    const float high = a.bias && own_row + 8 < end_row ? to_float(a.bias[own_row + 8]) : 0.f;
+// Where a piece of a warp's results is: 16 rows, of which those before `end_row` are written, by 8 tokens.
+struct Place {
+    int first_row, first_token;
+};
+
+// A piece lies as a fragment, a row in four lanes; memory wants the rows of a token together. Several pieces at once: each step
+// waits for the one before.
+template <int COUNT, typename PlaceOf>
+__device__ __forceinline__ void write_results(const Arguments& a, const float4 (&sums)[COUNT], int end_row, int lane, PlaceOf place_of) {
+    u32 low[COUNT], high[COUNT];  // two rows of a token, and two that are 8 further on
     __syncwarp();
-    const u32 first = transposed(from_float(s.x + low) | (u32)from_float(s.y + low) << 16);
-    const u32 second = transposed(from_float(s.z + high) | (u32)from_float(s.w + high) << 16);
-    const int token = first_token + lane / 4, row = first_row + lane % 4 * 2;
-    if (token >= a.tokens) return;
-    u16* const to = a.y + (size_t)token * a.rows + row;
-    if (a.rows % 2 == 0) {
-        if (row < end_row) *(u32*)to = first;
-        if (row + 8 < end_row) *(u32*)(to + 8) = second;
-    } else {
-        if (row < end_row) to[0] = (u16)first;
-        if (row + 1 < end_row) to[1] = (u16)(first >> 16);
-        if (row + 8 < end_row) to[8] = (u16)second;
-        if (row + 9 < end_row) to[9] = (u16)(second >> 16);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const float4& s = sums[i];
+        const int row = place_of(i).first_row + lane / 4;
+        const float bias = a.bias && row < end_row ? to_float(a.bias[row]) : 0.f;
+        const float bias_on = a.bias && row + 8 < end_row ? to_float(a.bias[row + 8]) : 0.f;
+        low[i] = transposed(from_float(s.x + bias) | (u32)from_float(s.y + bias) << 16);
+        high[i] = transposed(from_float(s.z + bias_on) | (u32)from_float(s.w + bias_on) << 16);
+    }
+    // The neighbour has the two rows that come next to either.
+    const bool odd = lane & 1;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const u32 others = __shfl_xor_sync(~0u, odd ? low[i] : high[i], 1);
+        low[i] = odd ? others : low[i];
+        high[i] = odd ? high[i] : others;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const int row = place_of(i).first_row + (lane & 2) * 2 + (odd ? 8 : 0), token = place_of(i).first_token + lane / 4;
+        if (token >= a.tokens) continue;
+        u16* const to = a.y + (size_t)token * a.rows + row;
+        if (a.rows % 4 == 0 && row + 4 <= end_row) {
+            *(uint2*)to = make_uint2(low[i], high[i]);
+        } else {
+            if (row < end_row) to[0] = (u16)low[i];
+            if (row + 1 < end_row) to[1] = (u16)(low[i] >> 16);
+            if (row + 2 < end_row) to[2] = (u16)high[i];
+            if (row + 3 < end_row) to[3] = (u16)(high[i] >> 16);
+        }
+    }
+}
+
+// All that a warp has summed of a tile that is the block's own.
+__device__ __forceinline__ void write_tile(const Arguments& a, const float (&sum)[ROW_TILES][SUMS], const Segment& s, int first_row, int lane) {
+    constexpr int AT_ONCE = EIGHTS < 4 ? EIGHTS : 4;
+#pragma unroll
+    for (int first = 0; first < PIECES; first += AT_ONCE) {
+        float4 pieces[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) pieces[i] = piece_of(sum, first + i);
+        write_results(a, pieces, s.end_row, lane, [&](int i) {
+            return Place{first_row + (first + i) / EIGHTS * 64, s.token + (first + i) % EIGHTS * 8};
+        });
     }
 }
 
@@ -690,7 +728,7 @@ struct Handover {
     __device__ __forceinline__ u32* is_there() const { return a.shared + (tile * ROW_GROUPS + row_group) * 2; }
 
     __device__ __forceinline__ void give(const float (&sum)[ROW_TILES][SUMS]) const {
-        float4* const part = a.parts + blockIdx.x * PART + thread;
+        float4* const part = (float4*)a.parts + blockIdx.x * PART + thread;
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) part[piece * CONSUMERS] = piece_of(sum, piece);
         wait_named(1 + row_group, 128);
@@ -704,7 +742,7 @@ struct Handover {
             *is_there() = 0;
         }
         wait_named(1 + row_group, 128);
-        const float4* const part = a.parts + (blockIdx.x - 1) * PART + thread;
+        const float4* const part = (const float4*)a.parts + (blockIdx.x - 1) * PART + thread;
         constexpr int AT_ONCE = EIGHTS < 8 ? EIGHTS : 8;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece += AT_ONCE) {
@@ -748,6 +786,54 @@ __device__ __forceinline__ u32 give_up(u32* state, int share, int blocks) {
     return (last & 0xffff) == blocks ? 1 << share : 0;
 }
 
+// What is handed over of a piece.
+#if HALVES
+using Handed = uint2;
+__device__ __forceinline__ Handed load_handed(const Handed* from) {
+    Handed v;
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+#else
+using Handed = float4;
+__device__ __forceinline__ Handed load_handed(const Handed* from) { return load_part(from); }
+#endif
+
+// The numbers that a thread hands over times a power of two: the largest is below 2^15 then, and others have all 11 bits of
+// float16, three more than those of a result in bfloat16, down to 2^-29 of it.
+struct Scaling {
+    float up = 1.f, down = 1.f;
+
+#if HALVES
+    __device__ __forceinline__ explicit Scaling(float largest) {
+        const u32 exponent = max(__float_as_uint(largest) >> 23, 15u);
+        up = __uint_as_float((268 - exponent) << 23);
+        down = __uint_as_float((exponent - 14) << 23);
+    }
+    static __device__ __forceinline__ u32 pair(float low, float high) {
+        u32 v;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+        return v;
+    }
+    static __device__ __forceinline__ float2 both(u32 v) {
+        float low, high;
+        asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(low), "=f"(high) : "r"(v));
+        return make_float2(low, high);
+    }
+    __device__ __forceinline__ Handed pack(const float4& v) const {
+        return make_uint2(pair(v.x * up, v.y * up), pair(v.z * up, v.w * up));
+    }
+    static __device__ __forceinline__ float4 unpack(const Handed& v, float down) {
+        const float2 first = both(v.x), second = both(v.y);
+        return make_float4(first.x * down, first.y * down, second.x * down, second.y * down);
+    }
+#else
+    __device__ __forceinline__ explicit Scaling(float) {}
+    __device__ __forceinline__ Handed pack(const float4& v) const { return v; }
+    static __device__ __forceinline__ float4 unpack(const Handed& v, float) { return v; }
+#endif
+};
+
 // A tile's sums, whose pieces are shared out among the blocks that have parts of them: each keeps its own in registers, hands
 // the others to their blocks, and adds up what these hand to it.
 struct SharedTile {
@@ -755,31 +841,55 @@ struct SharedTile {
     const Segment& segment;
     int row_group, warp, lane;
 
-    static constexpr size_t PART = PIECES * CONSUMERS;
+    // In memory of a block: what it hands over, [pieces][threads that multiply], its own pieces if it does not wait for the others,
+    // and each thread's power of two.
+    static constexpr size_t OWN_AT = sizeof(Handed) * PIECES * CONSUMERS, SCALES_AT_END = OWN_AT + sizeof(float4) * OWN_PIECES * CONSUMERS;
+    static constexpr size_t BYTES = SCALES_AT_END + sizeof(float) * CONSUMERS;
 
     __device__ __forceinline__ int share() const { return blockIdx.x % CLUSTER; }
     static __device__ __forceinline__ constexpr int first_piece(int share) { return PIECES * share / CLUSTER; }
     __device__ __forceinline__ bool speaks() const { return threadIdx.x % 128 == 0; }
     __device__ __forceinline__ u32* state() const { return a.shared + (blockIdx.x / CLUSTER * ROW_GROUPS + row_group) * 2; }
-    // What the block of a share has summed of a piece.
-    __device__ __forceinline__ float4* part(int share, int piece) const {
-        return a.parts + (blockIdx.x / CLUSTER * CLUSTER + share) * PART + piece * CONSUMERS + row_group * 128 + threadIdx.x % 128;
+    template <typename T>
+    __device__ __forceinline__ T* memory(int share, size_t at, int piece) const {
+        T* const of_block = (T*)((char*)a.parts + (blockIdx.x / CLUSTER * CLUSTER + share) * BYTES + at);
+        return of_block + piece * CONSUMERS + row_group * 128 + threadIdx.x % 128;
     }
-    __device__ __forceinline__ void write(const float4& v, int piece) const {
-        const int first_row = (segment.row_tile + (row_group * ROW_TILES + piece / EIGHTS) * 4 + warp) * 16;
-        write_results(a, v, first_row, segment.end_row, segment.token + piece % EIGHTS * 8, lane);
+    __device__ __forceinline__ Handed* handed(int share, int piece) const { return memory<Handed>(share, 0, piece); }
+    __device__ __forceinline__ float4* kept(int share, int i) const { return memory<float4>(share, OWN_AT, i); }
+    __device__ __forceinline__ float* scale(int share) const { return memory<float>(share, SCALES_AT_END, 0); }
+    __device__ __forceinline__ float scale_of(int share) const {
+        float v = 1.f;
+#if HALVES
+        asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(scale(share)) : "memory");
+#endif
+        return v;
+    }
+    __device__ __forceinline__ Place place_of(int piece) const {
+        return {(segment.row_tile + (row_group * ROW_TILES + piece / EIGHTS) * 4 + warp) * 16, segment.token + piece % EIGHTS * 8};
     }
 
     template <int SHARE = 0>
     __device__ __forceinline__ void hand_over(const float (&sum)[ROW_TILES][SUMS], float4 (&own)[OWN_PIECES]) const {
         if constexpr (SHARE < CLUSTER) {
             if (share() != SHARE) return hand_over<SHARE + 1>(sum, own);
+            auto is_own = [](int piece) { return piece >= first_piece(SHARE) && piece < first_piece(SHARE + 1); };
+            float largest = 0.f;
+#if HALVES
 #pragma unroll
             for (int piece = 0; piece < PIECES; ++piece) {
                 const float4 v = piece_of(sum, piece);
-                if (piece < first_piece(SHARE) || piece >= first_piece(SHARE + 1)) *part(SHARE, piece) = v;
-                else own[piece - first_piece(SHARE)] = v;
+                if (!is_own(piece)) largest = fmaxf(fmaxf(fmaxf(largest, fabsf(v.x)), fmaxf(fabsf(v.y), fabsf(v.z))), fabsf(v.w));
             }
+#endif
+            const Scaling scaling(largest);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) {
+                const float4 v = piece_of(sum, piece);
+                if (is_own(piece)) own[piece - first_piece(SHARE)] = v;
+                else *handed(SHARE, piece) = scaling.pack(v);
+            }
+            if (HALVES) *scale(SHARE) = scaling.down;
         }
     }
 
@@ -792,25 +902,32 @@ struct SharedTile {
     }
 
     // Add the others' parts to the own ones, in the order of the blocks, and write the results.
-    __device__ __forceinline__ void add_up(const float4 (&own)[OWN_PIECES]) const {
-        float4 others[CLUSTER - 1][OWN_PIECES];
+    __device__ __forceinline__ void add_up(float4 (&own)[OWN_PIECES]) const {
+        Handed others[CLUSTER - 1][OWN_PIECES];
+        float scales[CLUSTER - 1];
 #pragma unroll
-        for (int other = 0; other < CLUSTER - 1; ++other)
-            for_own_pieces([&](int piece, int i) { others[other][i] = load_part(part(other + (other >= share()), piece)); });
-        for_own_pieces([&](int piece, int i) {
-            float4 v = own[i];
+        for (int other = 0; other < CLUSTER - 1; ++other) {
+            const int from = other + (other >= share());
+            scales[other] = scale_of(from);
+            for_own_pieces([&](int piece, int i) { others[other][i] = load_handed(handed(from, piece)); });
+        }
+        for_own_pieces([&](int, int i) {
 #pragma unroll
-            for (int other = 0; other < CLUSTER - 1; ++other) add(v, others[other][i]);
-            write(v, piece);
+            for (int other = 0; other < CLUSTER - 1; ++other) add(own[i], Scaling::unpack(others[other][i], scales[other]));
         });
+        const int first = first_piece(share()), end = first_piece(share() + 1);
+        write_results(a, own, segment.end_row, lane, [&](int i) { return first + i < end ? place_of(first + i) : Place{segment.end_row, 0}; });
     }
 
     // The same for a block that has not waited: all parts are in memory.
     __device__ __forceinline__ void add_up_for(int share) const {
         for (int piece = first_piece(share); piece < first_piece(share + 1); ++piece) {
-            float4 v = load_part(part(share, piece));
-            for (int other = 0; other < CLUSTER - 1; ++other) add(v, load_part(part(other + (other >= share), piece)));
-            write(v, piece);
+            float4 v[1] = {load_part(kept(share, piece - first_piece(share)))};
+            for (int other = 0; other < CLUSTER - 1; ++other) {
+                const int from = other + (other >= share);
+                add(v[0], Scaling::unpack(load_handed(handed(from, piece)), scale_of(from)));
+            }
+            write_results(a, v, segment.end_row, lane, [&](int) { return place_of(piece); });
         }
     }
 
@@ -819,7 +936,7 @@ struct SharedTile {
         if (speaks()) taken = wait_for_others(state(), before, share(), CLUSTER);
         wait_named(1 + row_group, 128);
         if (taken) return taken;
-        for_own_pieces([&](int piece, int i) { *part(share(), piece) = own[i]; });
+        for_own_pieces([&](int piece, int i) { *kept(share(), i) = own[i]; });
         wait_named(1 + row_group, 128);
         if (speaks()) taken = give_up(state(), share(), CLUSTER);
         wait_named(1 + row_group, 128);
@@ -827,7 +944,7 @@ struct SharedTile {
     }
 
     __device__ __forceinline__ void finish(const float (&sum)[ROW_TILES][SUMS], volatile u32& taken) const {
-        float4 own[OWN_PIECES];
+        float4 own[OWN_PIECES] = {};
         hand_over(sum, own);
         wait_named(1 + row_group, 128);
         const u32 before = speaks() ? add_here_and_there(state(), 1) : 0;
@@ -926,9 +1043,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
         }
         if (!s.whole) handover.take(sum);
         const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
-#pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece)
-            write_results(a, piece_of(sum, piece), first_row + piece / EIGHTS * 64, s.end_row, s.token + piece % EIGHTS * 8, lane);
+        write_tile(a, sum, s, first_row, lane);
     }
 #elif BY_MEMORY
     const Segment s = work.segment(work.first);
@@ -938,14 +1053,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     SharedTile{a, s, row_group, warp % 4, lane}.finish(sum, taken[row_group]);
 #else
     const Segment s = work.segment(work.first);
-    const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16, token = s.token;
+    const int first_row = (s.row_tile + row_group * ROW_TILES * 4 + warp % 4) * 16;
     compute_sums(a, s, by, column_group, sum);
-    // Hand on what this block has summed of a piece: 8 tokens of 64 rows of each row group.
+#if !IN_CLUSTER && COLUMN_GROUPS == 1
+    write_tile(a, sum, s, first_row, lane);
+#else
+    // A piece is 8 tokens of 64 rows of each row group.
+    auto write_piece = [&](int piece, const float4& v) {
+        const float4 pieces[1] = {v};
+        write_results(a, pieces, s.end_row, lane, [&](int) { return Place{first_row + piece / EIGHTS * 64, s.token + piece % EIGHTS * 8}; });
+    };
+    // Hand on what this block has summed of one.
     auto deliver = [&](int piece, const float4& v) {
 #if IN_CLUSTER
         send_sums(sums + (piece % OWN_PIECES * CLUSTER + share) * PIECE_BYTES + thread * 16, arrived, piece / OWN_PIECES, v);
 #else
-        write_results(a, v, first_row + piece / EIGHTS * 64, s.end_row, token + piece % EIGHTS * 8, lane);
+        write_piece(piece, v);
 #endif
     };
 #if IN_CLUSTER
@@ -970,12 +1093,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) stream_linear(cons
     if (column_group < own) barrier_wait(arrived, 0);
     __syncwarp();
     cluster_arrive();
-    for (int i = column_group; i < own; i += COLUMN_GROUPS) {
-        const int piece = share * OWN_PIECES + i;
-        write_results(a, add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES),
-                      first_row + piece / EIGHTS * 64, s.end_row, token + piece % EIGHTS * 8, lane);
-    }
+    for (int i = column_group; i < own; i += COLUMN_GROUPS)
+        write_piece(share * OWN_PIECES + i, add_up(sums + i * CLUSTER * PIECE_BYTES + thread * 16, CLUSTER, PIECE_BYTES));
     cluster_wait();
+#endif
 #endif
 #endif
 }

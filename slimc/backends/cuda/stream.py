@@ -71,6 +71,7 @@ class _Launch:
     shared_bytes: int
     grid: int
     sharing: Counters | None
+    part_bytes: int
 
 
 @dataclass
@@ -122,7 +123,7 @@ def _parts(step: _Launch, device: torch.device) -> Tensor | None:
     """
     if step.sharing is None:
         return None
-    return torch.empty(step.grid * step.shape.rows * step.shape.tokens, dtype=torch.float32, device=device)
+    return torch.empty(step.grid * step.part_bytes // 4, dtype=torch.float32, device=device)
 
 
 def _start(
@@ -245,7 +246,8 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         grid = min(tiles, max(processors - shape.spared, 1) * (1 if shape.alone else shape.blocks))
     if shape.even or shape.by_memory:
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
-    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing)
+    part_bytes = shape.part_bytes(form)
+    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing, part_bytes)
 
 
 def _sharing(layer: FragmentLayer, count: int) -> Counters:
@@ -276,6 +278,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "INPUTS": inputs,
         "CLUSTER": shape.cluster,
         "BY_MEMORY": int(shape.by_memory),
+        "HALVES": int(shape.hands_halves(form)),
         "EVEN": int(shape.even),
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
