@@ -9,9 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slimc.backends.cuda.shapes import MOST_BY_MEMORY
 from slimc.runtime.packing import PackedLinear
 
 __all__ = ["exact_product", "exact_weights"]
+
+SLOT_COLUMNS = 64
+"""Columns, or ranks, of which the blocks of a kernel that share them have whole multiples."""
 
 
 def exact_weights(packed: PackedLinear) -> PackedLinear:
@@ -27,7 +31,8 @@ def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -
     """Return what a layer of `exact_weights` gives for one input, and how far from it a result may be.
 
     A kernel rounds t and y to 16 bits, and adds up exact products in float32: that is 2^-20 of the sum of their sizes
-    at most, which a tensor core may add up with fewer bits than an addition has.
+    at most, which a tensor core may add up with fewer bits than an addition has. Where y is bfloat16 it may share the
+    columns among blocks, all but one of which hand over their sums in 11 bits, with one exponent for many.
 
     Args:
         packed: the layer.
@@ -39,15 +44,31 @@ def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -
     """
     unit = torch.finfo(x.dtype).eps / 2
     weight, inputs = packed.weight.decode().double(), x.double()
-    y, size = inputs @ weight.T, inputs.abs() @ weight.abs().T
+    y, reach = _sums(inputs, weight)
+    size = inputs.abs() @ weight.abs().T
     rounded = torch.zeros_like(y)
     if packed.left is not None and packed.right is not None:
         left, right = packed.left.decode().double(), packed.right.decode().double()
         t = inputs @ right.T
-        y += t @ left.T
+        added, reach_of_left = _sums(t, left)
+        y += added
+        reach += reach_of_left
         rounded = t.abs() @ left.abs().T
         size += inputs.abs() @ right.abs().T @ left.abs().T
     if bias is not None:
         y += bias.double()
     # A rounded y is rounded t's; both at once are a unit of a unit more.
-    return y, unit * (y.abs() + (1 + unit) * rounded) + 2**-20 * size
+    bound = unit * (y.abs() + (1 + unit) * rounded) + 2**-20 * size
+    if x.dtype == torch.bfloat16:
+        bound += (MOST_BY_MEMORY - 1) * (2**-12 * reach + 2**-39 * reach.max())
+    return y, bound
+
+
+def _sums(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `inputs @ weight.T`, and what the products of no run of columns, in whole slots, exceed: sum and size."""
+    y = inputs.new_zeros(len(inputs), len(weight))
+    most, least = y.clone(), y.clone()
+    for begin in range(0, weight.shape[1], SLOT_COLUMNS):
+        y += inputs[:, begin : begin + SLOT_COLUMNS] @ weight[:, begin : begin + SLOT_COLUMNS].T
+        most, least = torch.maximum(most, y), torch.minimum(least, y)
+    return y, most - least

@@ -248,21 +248,21 @@ class LaunchShape:
         needed = self._ring_bytes(form) + self._output_bytes
         return max(needed, SHARED_BYTES // 2) if self.alone else needed
 
-    def _ring_bytes(self, form: Form) -> int:
-        stages, inputs = self.stages_of(form)
-        weights = -(-stages * self.slot_bytes(form) // ALIGNMENT) * ALIGNMENT
-        return inputs * self.input_bytes + weights
-
     def hands_halves(self, form: Form) -> bool:
-        """Whether blocks exchange sums in 16 bits each, of more precision than results have."""
+        """Whether blocks exchange sums as float16 times a power of two: 11 bits, where results have 8."""
         return self.by_memory and form.dtype == torch.bfloat16
 
     def part_bytes(self, form: Form) -> int:
-        """Bytes of device memory for sums that a block hands on."""
+        """Bytes of device memory for the sums that a block hands to others: see `SharedTile` of the source."""
         pieces, threads = self.row_tiles * self.tokens // 8, 128 * self.row_groups
         if not self.by_memory:
             return pieces * threads * 16
         return (pieces * (8 if self.hands_halves(form) else 16) + -(-pieces // self.cluster) * 16 + 4) * threads
+
+    def _ring_bytes(self, form: Form) -> int:
+        stages, inputs = self.stages_of(form)
+        weights = -(-stages * self.slot_bytes(form) // ALIGNMENT) * ALIGNMENT
+        return inputs * self.input_bytes + weights
 
     @property
     def _may_share(self) -> bool:

@@ -34,6 +34,7 @@
 //   HALVES         1: as float16, of an exponent that all have in common which a thread hands over; 0: as float32
 //   REGISTERS      of a thread that multiplies, FEW_REGISTERS of others; together no more than a block has at its start.
 //                  0: all keep what they have
+//   PART_BYTES     of memory for the sums that a block hands to others, if BY_MEMORY or EVEN
 //   EVEN           1: all blocks of the launch, no more than tiles, share the slots of all tiles; CLUSTER and COLUMN_GROUPS are 1
 //   BRINGERS       warps that bring what the others read: 1, or 2
 //   BLOCKS         blocks that a multiprocessor can hold at once, of this launch and those around it
@@ -723,6 +724,7 @@ struct Handover {
     int tile, row_group, thread;
 
     static constexpr size_t PART = PIECES * CONSUMERS;
+    static_assert(PART * sizeof(float4) == PART_BYTES);
 
     __device__ __forceinline__ bool speaks() const { return threadIdx.x % 128 == 0; }
     __device__ __forceinline__ u32* is_there() const { return a.shared + (tile * ROW_GROUPS + row_group) * 2; }
@@ -799,10 +801,18 @@ using Handed = float4;
 __device__ __forceinline__ Handed load_handed(const Handed* from) { return load_part(from); }
 #endif
 
-// The numbers that a thread hands over times a power of two: the largest is below 2^15 then, and others have all 11 bits of
-// float16, three more than those of a result in bfloat16, down to 2^-29 of it.
+// The numbers that a thread hands over times a power of two: the largest that is finite is below 2^15 then, and others have all 11
+// bits of float16, three more than those of a result in bfloat16, down to 2^-28 of it.
 struct Scaling {
     float up = 1.f, down = 1.f;
+
+    static __device__ __forceinline__ float larger(float largest, const float4& v) {
+        return fmaxf(fmaxf(fmaxf(largest, fabsf(v.x)), fmaxf(fabsf(v.y), fabsf(v.z))), fabsf(v.w));
+    }
+    static __device__ __forceinline__ float larger_finite(float largest, const float4& v) {
+        auto finite = [](float f) { return fabsf(f) < __int_as_float(0x7f800000) ? f : 0.f; };
+        return larger(largest, make_float4(finite(v.x), finite(v.y), finite(v.z), finite(v.w)));
+    }
 
 #if HALVES
     __device__ __forceinline__ explicit Scaling(float largest) {
@@ -841,10 +851,11 @@ struct SharedTile {
     const Segment& segment;
     int row_group, warp, lane;
 
-    // In memory of a block: what it hands over, [pieces][threads that multiply], its own pieces if it does not wait for the others,
-    // and each thread's power of two.
-    static constexpr size_t OWN_AT = sizeof(Handed) * PIECES * CONSUMERS, SCALES_AT_END = OWN_AT + sizeof(float4) * OWN_PIECES * CONSUMERS;
-    static constexpr size_t BYTES = SCALES_AT_END + sizeof(float) * CONSUMERS;
+    // In memory of a block: what it hands over, [pieces][threads that multiply]; its own pieces, if it does not wait for the others;
+    // and the power of two by which each thread's numbers are multiplied back.
+    static constexpr size_t KEPT_AT = sizeof(Handed) * PIECES * CONSUMERS, POWERS_AT = KEPT_AT + sizeof(float4) * OWN_PIECES * CONSUMERS;
+    static constexpr size_t BYTES = POWERS_AT + sizeof(float) * CONSUMERS;
+    static_assert(BYTES == PART_BYTES);
 
     __device__ __forceinline__ int share() const { return blockIdx.x % CLUSTER; }
     static __device__ __forceinline__ constexpr int first_piece(int share) { return PIECES * share / CLUSTER; }
@@ -856,12 +867,12 @@ struct SharedTile {
         return of_block + piece * CONSUMERS + row_group * 128 + threadIdx.x % 128;
     }
     __device__ __forceinline__ Handed* handed(int share, int piece) const { return memory<Handed>(share, 0, piece); }
-    __device__ __forceinline__ float4* kept(int share, int i) const { return memory<float4>(share, OWN_AT, i); }
-    __device__ __forceinline__ float* scale(int share) const { return memory<float>(share, SCALES_AT_END, 0); }
-    __device__ __forceinline__ float scale_of(int share) const {
+    __device__ __forceinline__ float4* kept(int share, int i) const { return memory<float4>(share, KEPT_AT, i); }
+    __device__ __forceinline__ float* power(int share) const { return memory<float>(share, POWERS_AT, 0); }
+    __device__ __forceinline__ float power_of(int share) const {
         float v = 1.f;
 #if HALVES
-        asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(scale(share)) : "memory");
+        asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(power(share)) : "memory");
 #endif
         return v;
     }
@@ -877,9 +888,14 @@ struct SharedTile {
             float largest = 0.f;
 #if HALVES
 #pragma unroll
-            for (int piece = 0; piece < PIECES; ++piece) {
-                const float4 v = piece_of(sum, piece);
-                if (!is_own(piece)) largest = fmaxf(fmaxf(fmaxf(largest, fabsf(v.x)), fmaxf(fabsf(v.y), fabsf(v.z))), fabsf(v.w));
+            for (int piece = 0; piece < PIECES; ++piece)
+                if (!is_own(piece)) largest = Scaling::larger(largest, piece_of(sum, piece));
+            // One token that overflows must not cost the others their bits.
+            if (largest == __int_as_float(0x7f800000)) {
+                largest = 0.f;
+#pragma unroll
+                for (int piece = 0; piece < PIECES; ++piece)
+                    if (!is_own(piece)) largest = Scaling::larger_finite(largest, piece_of(sum, piece));
             }
 #endif
             const Scaling scaling(largest);
@@ -889,7 +905,7 @@ struct SharedTile {
                 if (is_own(piece)) own[piece - first_piece(SHARE)] = v;
                 else *handed(SHARE, piece) = scaling.pack(v);
             }
-            if (HALVES) *scale(SHARE) = scaling.down;
+            if (HALVES) *power(SHARE) = scaling.down;
         }
     }
 
@@ -904,16 +920,16 @@ struct SharedTile {
     // Add the others' parts to the own ones, in the order of the blocks, and write the results.
     __device__ __forceinline__ void add_up(float4 (&own)[OWN_PIECES]) const {
         Handed others[CLUSTER - 1][OWN_PIECES];
-        float scales[CLUSTER - 1];
+        float powers[CLUSTER - 1];
 #pragma unroll
         for (int other = 0; other < CLUSTER - 1; ++other) {
             const int from = other + (other >= share());
-            scales[other] = scale_of(from);
+            powers[other] = power_of(from);
             for_own_pieces([&](int piece, int i) { others[other][i] = load_handed(handed(from, piece)); });
         }
         for_own_pieces([&](int, int i) {
 #pragma unroll
-            for (int other = 0; other < CLUSTER - 1; ++other) add(own[i], Scaling::unpack(others[other][i], scales[other]));
+            for (int other = 0; other < CLUSTER - 1; ++other) add(own[i], Scaling::unpack(others[other][i], powers[other]));
         });
         const int first = first_piece(share()), end = first_piece(share() + 1);
         write_results(a, own, segment.end_row, lane, [&](int i) { return first + i < end ? place_of(first + i) : Place{segment.end_row, 0}; });
@@ -925,7 +941,7 @@ struct SharedTile {
             float4 v[1] = {load_part(kept(share, piece - first_piece(share)))};
             for (int other = 0; other < CLUSTER - 1; ++other) {
                 const int from = other + (other >= share);
-                add(v[0], Scaling::unpack(load_handed(handed(from, piece)), scale_of(from)));
+                add(v[0], Scaling::unpack(load_handed(handed(from, piece)), power_of(from)));
             }
             write_results(a, v, segment.end_row, lane, [&](int) { return place_of(piece); });
         }

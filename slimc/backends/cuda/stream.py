@@ -246,8 +246,8 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         grid = min(tiles, max(processors - shape.spared, 1) * (1 if shape.alone else shape.blocks))
     if shape.even or shape.by_memory:
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
-    part_bytes = shape.part_bytes(form)
-    return _Launch(arguments, function.prepare([_Arguments]), shape, shared_bytes, grid, sharing, part_bytes)
+    launcher, part_bytes = function.prepare([_Arguments]), shape.part_bytes(form)
+    return _Launch(arguments, launcher, shape, shared_bytes, grid, sharing, part_bytes)
 
 
 def _sharing(layer: FragmentLayer, count: int) -> Counters:
@@ -279,6 +279,7 @@ def defines_of(shape: LaunchShape, form: Form) -> dict[str, int | str]:
         "CLUSTER": shape.cluster,
         "BY_MEMORY": int(shape.by_memory),
         "HALVES": int(shape.hands_halves(form)),
+        "PART_BYTES": shape.part_bytes(form),
         "EVEN": int(shape.even),
         "REGISTERS": shape.registers[0],
         "FEW_REGISTERS": shape.registers[1],
