@@ -180,14 +180,14 @@ def test_tokens_of_any_size_leave_the_sums_of_others_as_they_are(
 ) -> None:
     """Blocks hand over sums of many tokens with one exponent, of the largest that is finite."""
     packed = exact_layer(600, 1344)
-    x = torch.randn(shape.tokens, 1344, dtype=torch.bfloat16, device="cuda")
-    expected = run(packed, x, None, shape)
+    layer, x = prepare(packed), torch.randn(shape.tokens, 1344, dtype=torch.bfloat16, device="cuda")
+    plan, expected = make_plan(layer, x.dtype, len(x), shape), run(packed, x, None, shape)
     check_exactly(packed, x, None, expected)
     others = [token for token in range(shape.tokens) if token % 8 != 3]
     for factor in (2.0**12, torch.inf, torch.nan):
         loud = x.clone()
         loud[3::8] *= factor
-        assert torch.equal(run(packed, loud, None, shape)[others], expected[others])
+        assert torch.equal(launch(plan, loud, layer, None)[others], expected[others])
     check_exactly(packed, x * 2.0**-100, None, run(packed, x * 2.0**-100, None, shape))
 
 

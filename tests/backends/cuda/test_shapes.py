@@ -126,7 +126,7 @@ def chosen(tokens: int, *members: LinearFormat) -> object:
 @pytest.mark.usefixtures("two_tiles")
 def test_two_tiles_of_tokens_for_the_layers_and_stacks_that_were_measured(gpu: SimpleNamespace) -> None:
     o, gate = layer_format(), layer_format(11008)
-    for measured in ([o], [layer_format(per_tensor=False)], [o] * 3):
+    for measured in ([o], [layer_format(per_tensor=False)], [o] * 3, [layer_format(group=128, per_tensor=False)] * 3):
         assert [chosen(tokens, *measured) for tokens in (128, 129, 256)] == [stream.STREAM] * 3
         assert chosen(257, *measured) == prefill.PREFILL
     # Neither a stack of which one layer was measured, nor layers of which a stack was.
@@ -145,11 +145,11 @@ def test_two_tiles_of_tokens_for_the_layers_and_stacks_that_were_measured(gpu: S
         layer_format(rank=0),
         layer_format(rank=200),
         layer_format(rank=512),
-        layer_format(group=128, per_tensor=False),
+        layer_format(group=32, per_tensor=False),
         layer_format(sparsity=None),
         replace(layer_format(), activation="int8"),
     ],
-    ids=["no adapters", "half the rank", "more ranks", "groups", "dense", "rounded inputs"],
+    ids=["no adapters", "half the rank", "more ranks", "groups of 32", "dense", "rounded inputs"],
 )
 def test_another_form_than_that_which_was_measured_takes_no_two_tiles(form: LinearFormat) -> None:
     assert chosen(128, form) == stream.STREAM
