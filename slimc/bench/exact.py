@@ -32,7 +32,7 @@ def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -
 
     A kernel rounds t and y to 16 bits, and adds up exact products in float32: that is 2^-20 of the sum of their sizes
     at most, which a tensor core may add up with fewer bits than an addition has. Where y is bfloat16 it may share the
-    columns among blocks, all but one of which hand over their sums in 11 bits, with one exponent for many.
+    columns among blocks, all but one of which hand over their sums of t and y as float16, with one exponent for many.
 
     Args:
         packed: the layer.
@@ -46,22 +46,29 @@ def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -
     weight, inputs = packed.weight.decode().double(), x.double()
     y, reach = _sums(inputs, weight)
     size = inputs.abs() @ weight.abs().T
-    rounded = torch.zeros_like(y)
+    rounded, through_t = torch.zeros_like(y), torch.zeros_like(y)
     if packed.left is not None and packed.right is not None:
         left, right = packed.left.decode().double(), packed.right.decode().double()
-        t = inputs @ right.T
+        t, reach_of_t = _sums(inputs, right)
         added, reach_of_left = _sums(t, left)
         y += added
         reach += reach_of_left
         rounded = t.abs() @ left.abs().T
+        through_t = _handed_over(reach_of_t) @ left.abs().T
         size += inputs.abs() @ right.abs().T @ left.abs().T
     if bias is not None:
         y += bias.double()
     # A rounded y is rounded t's; both at once are a unit of a unit more.
     bound = unit * (y.abs() + (1 + unit) * rounded) + 2**-20 * size
     if x.dtype == torch.bfloat16:
-        bound += (MOST_BY_MEMORY - 1) * (2**-12 * reach + 2**-39 * reach.max())
+        # Parts of L's products are of a t that is rounded, and may have been handed over.
+        bound += (1 + unit) * (_handed_over(reach + unit * rounded + through_t) + (1 + unit) * through_t)
     return y, bound
+
+
+def _handed_over(reach: Tensor) -> Tensor:
+    """Return how much all but one block's sums of at most this size may be off as float16, the largest at 2^14."""
+    return (MOST_BY_MEMORY - 1) * (2**-11 * reach + 2**-39 * reach.max())
 
 
 def _sums(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

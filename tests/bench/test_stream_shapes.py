@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -238,6 +239,27 @@ def test_results_are_compared_with_the_product_of_decoded_weights(
     codes[:, 64:96] = codes[:, 96:128]
     late = torch.cat([y[:, :32], as_a_kernel(parts[1], x)], 1)
     assert not bool(((late - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("shares", [2, 3, 4])
+def test_the_bound_has_room_for_sums_that_blocks_hand_over(search: ModuleType, shares: int) -> None:
+    module = sys.modules[search.Clock.__module__]
+    part = module.exact_weights(random_layer(64, 2048, 200))
+    x = torch.randn(16, 2048, generator=torch.Generator().manual_seed(shares)).bfloat16()
+    x[3] *= 1e4
+    exact, bound = module.product([part], x)
+
+    def added(inputs: Tensor, weight: Tensor) -> Tensor:
+        slots = inputs.shape[1] // 64
+        bounds = [64 * (slots * share // shares) for share in range(shares)] + [inputs.shape[1]]
+        parts = [inputs[:, begin:end] @ weight[:, begin:end].T for begin, end in itertools.pairwise(bounds)]
+        power = 2.0 ** (14 - max(math.floor(math.log2(one.abs().max())) for one in parts[1:]))
+        return parts[0] + sum((one * power).half().float() / power for one in parts[1:])
+
+    t = added(x.float(), part.right.decode().float()).bfloat16().float()
+    y = added(x.float(), part.weight.decode().float()) + added(t, part.left.decode().float())
+    assert bool(((y.bfloat16().float() - exact).abs() <= bound).all())
+    assert bool((bound <= 0.1 * exact.std(1, keepdim=True)).all())
 
 
 def as_a_kernel(packed: PackedLinear, x: Tensor) -> Tensor:

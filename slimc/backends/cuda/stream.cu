@@ -669,16 +669,18 @@ struct Place {
 template <int COUNT, typename PlaceOf>
 __device__ __forceinline__ void write_results(const Arguments& a, const float4 (&sums)[COUNT], int end_row, int lane, PlaceOf place_of) {
     u32 low[COUNT], high[COUNT];  // two rows of a token, and two that are 8 further on
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const float4& s = sums[i];
         const int row = place_of(i).first_row + lane / 4;
         const float bias = a.bias && row < end_row ? to_float(a.bias[row]) : 0.f;
         const float bias_on = a.bias && row + 8 < end_row ? to_float(a.bias[row + 8]) : 0.f;
-        low[i] = transposed(from_float(s.x + bias) | (u32)from_float(s.y + bias) << 16);
-        high[i] = transposed(from_float(s.z + bias_on) | (u32)from_float(s.w + bias_on) << 16);
+        low[i] = from_float(s.x + bias) | (u32)from_float(s.y + bias) << 16;
+        high[i] = from_float(s.z + bias_on) | (u32)from_float(s.w + bias_on) << 16;
     }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) low[i] = transposed(low[i]), high[i] = transposed(high[i]);
     // The neighbour has the two rows that come next to either.
     const bool odd = lane & 1;
 #pragma unroll
@@ -802,7 +804,8 @@ __device__ __forceinline__ Handed load_handed(const Handed* from) { return load_
 #endif
 
 // The numbers that a thread hands over times a power of two: the largest that is finite is below 2^15 then, and others have all 11
-// bits of float16, three more than those of a result in bfloat16, down to 2^-28 of it.
+// bits of float16, three more than those of a result in bfloat16, down to 2^-28 of it. Rows beyond the layer's count, too: they
+// are as large as others.
 struct Scaling {
     float up = 1.f, down = 1.f;
 

@@ -303,24 +303,26 @@ def _expects(case: Case) -> str | None:
 
 
 def _was_faster(case: Case) -> bool:
-    """Whether ``cuda-prefill`` took longer where just this was measured, with more tokens than a tile has.
+    """Whether ``cuda-prefill`` took longer in layers of this size, with more tokens than a tile has.
 
-    That was 2:4 codes with 4-bit adapters and a scale for all columns, and in six of these layers with one every 128 or
-    64: with another form either kernel has other work.
+    That was measured of 2:4 codes with 4-bit adapters and a scale for all columns, and in six of the 13 layers with one
+    every 128 or 64: the rest are taken to be like these. With another form either kernel has other work.
     """
     members = case.members
+    group = members[0].weight.group
     alike = all(
         one.weight.sparsity is not None
         and one.weight.bits is not None
-        and one.weight.group in (None, 128, 64)
+        and one.weight.group == group
         and one.activation is None
+        and one.right is not None
         for one in members
     )
-    if not alike or any(one.right is None for one in members):
+    if not alike or group not in (None, 128, 64):
         return False
     ranks = sum(map(padded_rank, members))
     rows = [one.rows for one in members]
-    form = Form(sparse=True, group=members[0].weight.group or 0, adapters=True, dtype=case.dtype)
+    form = Form(sparse=True, group=group or 0, adapters=True, dtype=case.dtype)
     processors = torch.cuda.get_device_properties(case.device).multi_processor_count
     return shapes.pays_for_two_tiles(rows, case.format.columns, ranks, form, processors)
 

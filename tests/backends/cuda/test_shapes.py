@@ -126,7 +126,12 @@ def chosen(tokens: int, *members: LinearFormat) -> object:
 @pytest.mark.usefixtures("two_tiles")
 def test_two_tiles_of_tokens_for_the_layers_and_stacks_that_were_measured(gpu: SimpleNamespace) -> None:
     o, gate = layer_format(), layer_format(11008)
-    for measured in ([o], [layer_format(per_tensor=False)], [o] * 3, [layer_format(group=128, per_tensor=False)] * 3):
+    for measured in (
+        [o],
+        [layer_format(per_tensor=False)],
+        [o] * 3,
+        *([layer_format(group=group, per_tensor=False)] * 3 for group in (128, 64)),
+    ):
         assert [chosen(tokens, *measured) for tokens in (128, 129, 256)] == [stream.STREAM] * 3
         assert chosen(257, *measured) == prefill.PREFILL
     # Neither a stack of which one layer was measured, nor layers of which a stack was.
