@@ -246,8 +246,8 @@ def _plan_launch(arguments: _Arguments, shape: LaunchShape, form: Form, blocks: 
         grid = min(tiles, max(processors - shape.spared, 1) * (1 if shape.alone else shape.blocks))
     if shape.even or shape.by_memory:
         sharing = _sharing(layer, 2 * tiles * shape.row_groups)
-    launcher, part_bytes = function.prepare([_Arguments]), shape.part_bytes(form)
-    return _Launch(arguments, launcher, shape, shared_bytes, grid, sharing, part_bytes)
+    launcher = function.prepare([_Arguments])
+    return _Launch(arguments, launcher, shape, shared_bytes, grid, sharing, shape.part_bytes(form))
 
 
 def _sharing(layer: FragmentLayer, count: int) -> Counters:
