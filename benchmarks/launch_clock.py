@@ -19,7 +19,7 @@ from torch import Tensor
 from slimc.backends.cuda import stream
 from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
 from slimc.backends.cuda.prefill import PREFILL
-from slimc.backends.cuda.shapes import LaunchShape
+from slimc.backends.cuda.shapes import MOST_BY_MEMORY, LaunchShape
 from slimc.bench.exact import exact_product, exact_weights
 from slimc.bench.linear import DTYPE, LAYERS, SERVED, copies, microseconds, random_layer
 from slimc.errors import KernelError
@@ -154,7 +154,9 @@ def _step(place: Place, layers: list[FragmentLayer]) -> Step:
 
 def product(packed: Sequence[PackedLinear], x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what layers give that are run as one, and how far from it a result may be: both float32 [tokens, rows]."""
-    exact, bounds = zip(*(exact_product(one, x) for one in packed), strict=True)
+    # Whatever the shape of a launch.
+    most = {"blocks": MOST_BY_MEMORY, "blocks_of_t": MOST_BY_MEMORY}
+    exact, bounds = zip(*(exact_product(one, x, **most) for one in packed), strict=True)
     return torch.cat(exact, 1).float(), torch.cat(bounds, 1).float()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimc.backends.cuda.shapes import MOST_BY_MEMORY
 from slimc.runtime.packing import PackedLinear
 
 __all__ = ["exact_product", "exact_weights"]
@@ -27,17 +26,21 @@ def exact_weights(packed: PackedLinear) -> PackedLinear:
     return PackedLinear.assemble(packed.format, tensors)
 
 
-def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def exact_product(
+    packed: PackedLinear, x: Tensor, bias: Tensor | None = None, *, blocks: int = 1, blocks_of_t: int = 1
+) -> tuple[Tensor, Tensor]:
     """Return what a layer of `exact_weights` gives for one input, and how far from it a result may be.
 
     A kernel rounds t and y to 16 bits, and adds up exact products in float32: that is 2^-20 of the sum of their sizes
-    at most, which a tensor core may add up with fewer bits than an addition has. Where y is bfloat16 it may share the
-    columns among blocks, all but one of which hand over their sums of t and y as float16, with one exponent for many.
+    at most, which a tensor core may add up with fewer bits than an addition has. Where y is bfloat16, blocks that share
+    the columns of y, or of t, may all but one hand over their sums as float16, with one exponent for many.
 
     Args:
         packed: the layer.
         x: 16-bit [tokens, columns].
         bias: [rows] or ``None``.
+        blocks: that share the columns of y, and hand over sums so.
+        blocks_of_t: the same of t.
 
     Returns:
         Both float64 [tokens, rows].
@@ -54,7 +57,7 @@ def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -
         y += added
         reach += reach_of_left
         rounded = t.abs() @ left.abs().T
-        through_t = _handed_over(reach_of_t) @ left.abs().T
+        through_t = _handed_over(reach_of_t, blocks_of_t) @ left.abs().T
         size += inputs.abs() @ right.abs().T @ left.abs().T
     if bias is not None:
         y += bias.double()
@@ -62,13 +65,13 @@ def exact_product(packed: PackedLinear, x: Tensor, bias: Tensor | None = None) -
     bound = unit * (y.abs() + (1 + unit) * rounded) + 2**-20 * size
     if x.dtype == torch.bfloat16:
         # Parts of L's products are of a t that is rounded, and may have been handed over.
-        bound += (1 + unit) * (_handed_over(reach + unit * rounded + through_t) + (1 + unit) * through_t)
+        bound += (1 + unit) * (_handed_over(reach + unit * rounded + through_t, blocks) + (1 + unit) * through_t)
     return y, bound
 
 
-def _handed_over(reach: Tensor) -> Tensor:
+def _handed_over(reach: Tensor, blocks: int) -> Tensor:
     """Return how much all but one block's sums of at most this size may be off as float16, the largest at 2^14."""
-    return (MOST_BY_MEMORY - 1) * (2**-11 * reach + 2**-39 * reach.max())
+    return (blocks - 1) * (2**-11 * reach + 2**-39 * reach.max())
 
 
 def _sums(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -247,7 +247,7 @@ def test_the_bound_has_room_for_sums_that_blocks_hand_over(search: ModuleType, s
     part = module.exact_weights(random_layer(64, 2048, 200))
     x = torch.randn(16, 2048, generator=torch.Generator().manual_seed(shares)).bfloat16()
     x[3] *= 1e4
-    exact, bound = module.product([part], x)
+    exact, bound = module.exact_product(part, x, blocks=shares, blocks_of_t=shares)
 
     def added(inputs: Tensor, weight: Tensor) -> Tensor:
         slots = inputs.shape[1] // 64

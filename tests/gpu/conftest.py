@@ -94,12 +94,13 @@ def make_exact_layer(rows: int, columns: int, rank: int = 0, **options: Any) -> 
     return exact_weights(make_layer(rows, columns, rank, **options))
 
 
-def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, **sharing: int) -> None:
     """The same for a layer of `make_exact_layer`, where nothing but t and y is rounded.
 
     With the ranks of a model the other bound is larger than the result: it has room for a rounding of each weight.
+    ``sharing`` says which blocks hand over sums, see `exact_product`.
     """
-    exact, bound = exact_product(packed, x, bias)
+    exact, bound = exact_product(packed, x, bias, **sharing)
     assert bool((bound.mean() < 0.1 * exact.std()).item())
     assert bool(((y.double() - exact).abs() <= bound).all())
 

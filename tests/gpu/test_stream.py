@@ -14,7 +14,7 @@ from slimc.backends.cuda import shapes, stream
 from slimc.backends.cuda.layer import prepare, stack
 from slimc.backends.cuda.prefill import PREFILL
 from slimc.backends.cuda.shapes import LaunchShape
-from slimc.backends.cuda.stream import STREAM, launch, make_plan
+from slimc.backends.cuda.stream import STREAM, Plan, launch, make_plan
 from slimc.bench.unwritten import into_nans
 from slimc.runtime.modules import SlimLinear, explain
 from slimc.runtime.packing import PackedLinear
@@ -25,6 +25,12 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None = None, shape: Laun
     """Run the kernel in memory that holds NaN before, too, and return the result, which must not change."""
     layer = prepare(packed)
     return into_nans(launch, make_plan(layer, x.dtype, len(x), shape), x, layer, bias)
+
+
+def sharing(plan: Plan) -> dict[str, int]:
+    """Return how many blocks hand over sums of y and of t as float16, as `exact_product` takes it."""
+    shapes_of = {"blocks": plan.main.shape} | ({"blocks_of_t": plan.right.shape} if plan.right else {})
+    return {name: shape.cluster for name, shape in shapes_of.items() if shape.by_memory}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -57,7 +63,8 @@ def test_layers_of_a_models_size(
     exact_layer: Any, check_exactly: Any, rows: int, columns: int, rank: int, tokens: int
 ) -> None:
     packed, x = exact_layer(rows, columns, rank), torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    check_exactly(packed, x, None, run(packed, x))
+    plan = make_plan(prepare(packed), x.dtype, tokens)
+    check_exactly(packed, x, None, run(packed, x), **sharing(plan))
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -191,7 +198,7 @@ def test_tokens_of_any_size_leave_the_sums_of_others_as_they_are(
     packed = exact_layer(600, 1344)
     layer, x = prepare(packed), torch.randn(shape.tokens, 1344, dtype=torch.bfloat16, device="cuda")
     plan, expected = make_plan(layer, x.dtype, len(x), shape), run(packed, x, None, shape)
-    check_exactly(packed, x, None, expected)
+    check_exactly(packed, x, None, expected, **sharing(plan))
     others = [token for token in range(shape.tokens) if token % 8 != 3]
     infinite = torch.zeros_like(x[3::8])
     infinite[:, ::300] = torch.inf  # few of them in a block: many add up to none
@@ -203,7 +210,7 @@ def test_tokens_of_any_size_leave_the_sums_of_others_as_they_are(
         assert loud is not infinite or bool(found[3::8].isinf().any())
     # Where float16's exponent alone would not do, and where the power of two comes to its end.
     for factor in (2.0**-100, 2.0**-112):
-        check_exactly(packed, x * factor, None, run(packed, x * factor, None, shape))
+        check_exactly(packed, x * factor, None, run(packed, x * factor, None, shape), **sharing(plan))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ struct Segment {
     int begin, middle, left, end;
     int turned;  // slots of W come in a circle, from this one of them on: blocks at the same columns would all ask the same memory
     bool whole;  // nobody else has a part in it
+    bool half;   // its last slot of L has a unit less than others
 
     __device__ __forceinline__ bool empty() const { return begin == middle && left == end; }
 
@@ -196,7 +197,7 @@ struct Work {
         // All rows of a block belong to one member of the stack.
         int member = 0;
         while (member + 1 < a.members && block >= a.first_block[member + 1]) ++member;
-        const int slots = a.steps + (ADAPTERS ? (a.rank_units[member] + LEFT_UNITS - 1) / LEFT_UNITS : 0);
+        const int ranks = ADAPTERS ? a.rank_units[member] : 0, slots = a.steps + (ranks + LEFT_UNITS - 1) / LEFT_UNITS;
         Segment s;
         s.row_tile = a.first_row[member] / 16 + (block - a.first_block[member]) * BLOCK_TILES;
         s.end_row = member + 1 < a.members ? a.first_row[member + 1] : a.rows;
@@ -219,6 +220,7 @@ struct Work {
         s.middle = max(s.begin, min(s.end, a.steps));
         s.left = s.middle;
 #endif
+        s.half = ranks % LEFT_UNITS && s.end == slots && s.left < s.end;
         return s;
     }
 
@@ -524,16 +526,17 @@ struct Multiplier {
     }
 
 #if ADAPTERS
+    template <int COUNT>
     __device__ __forceinline__ void multiply_left(float (&sum)[ROW_TILES][SUMS]) {
         u32 of[2][BATCH][ROW_TILES][4];
-        uint4 codes[LEFT_UNITS][ROW_TILES];
-        u32 scales[LEFT_UNITS][ROW_TILES];
+        uint4 codes[COUNT][ROW_TILES];
+        u32 scales[COUNT][ROW_TILES];
         weights.wait_full();
         const u32 data = weights.data();
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
-            for (int u = 0; u < LEFT_UNITS; ++u) {
+            for (int u = 0; u < COUNT; ++u) {
                 codes[u][m] = load_shared_words(data + (place(m) * LEFT_UNITS + u) * 512 + lane * 16);
                 scales[u][m] = load_shared_word(data + LEFT_SCALES_AT + ((place(m) * LEFT_UNITS + u) * 8 + lane / 4) * 4);
             }
@@ -542,11 +545,11 @@ struct Multiplier {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-            for (int u = 0; u < LEFT_UNITS; ++u) seen |= codes[u][m].w | scales[u][m];
+            for (int u = 0; u < COUNT; ++u) seen |= codes[u][m].w | scales[u][m];
         release_weights(seen);
         const u32 boxes = inputs.data();
 #pragma unroll
-        for (int batch = 0; batch < 4 * LEFT_UNITS / BATCH; ++batch) {
+        for (int batch = 0; batch < 4 * COUNT / BATCH; ++batch) {
             const int set = batch & 1;
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
@@ -616,7 +619,10 @@ __device__ __forceinline__ void compute_sums(const Arguments& a, const Segment& 
 #endif
 #if ADAPTERS
     const int of_both = of_weights + s.end - s.left;
-    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left(sum);
+    for (; slot < of_both - s.half; slot += COLUMN_GROUPS) by.multiply_left<LEFT_UNITS>(sum);
+#if LEFT_UNITS > 1
+    for (; slot < of_both; slot += COLUMN_GROUPS) by.multiply_left<LEFT_UNITS - 1>(sum);
+#endif
     wait_for_sums(sum);
 #endif
 }

@@ -33,7 +33,7 @@ from slimc.errors import KernelError
 from slimc.runtime.formats import LinearFormat
 from slimc.runtime.select import Case, Kernel
 
-__all__ = ["STREAM", "defines_of", "launch", "make_plan"]
+__all__ = ["STREAM", "Plan", "defines_of", "launch", "make_plan"]
 
 KERNEL_NAME = "stream_linear"
 
