@@ -32,15 +32,15 @@ def exact_product(
     """Return what a layer of `exact_weights` gives for one input, and how far from it a result may be.
 
     A kernel rounds t and y to 16 bits, and adds up exact products in float32: that is 2^-20 of the sum of their sizes
-    at most, which a tensor core may add up with fewer bits than an addition has. Where y is bfloat16, blocks that share
-    the columns of y, or of t, may all but one hand over their sums as float16, with one exponent for many.
+    at most, which a tensor core may add up with fewer bits than an addition has. Where y is bfloat16 and blocks share
+    columns, all but one may hand over their sums, of y or of t, as float16, with one exponent for many.
 
     Args:
         packed: the layer.
         x: 16-bit [tokens, columns].
         bias: [rows] or ``None``.
-        blocks: that share the columns of y, and hand over sums so.
-        blocks_of_t: the same of t.
+        blocks: that share the layer's columns and hand over sums so; 1 if none does.
+        blocks_of_t: the same of the launch for t.
 
     Returns:
         Both float64 [tokens, rows].

@@ -58,6 +58,9 @@
 #define UNIT (SPARSE ? 128 : 64)                  // columns of W whose codes lie together
 #define UNITS (STEP / UNIT)                       // of W in a slot
 #define LEFT_UNITS (STEP / 128)                   // of L in a slot, 64 ranks each
+#if LEFT_UNITS > 2
+#error "the last slot of L has all of its units, or one less"
+#endif
 
 #define BOX_BYTES (TOKENS * 128)  // 64 columns of activations
 #define BOXES (STEP / 64)
