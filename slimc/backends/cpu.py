@@ -163,7 +163,7 @@ def _accepts_int8(spec: LinearFormat, dtype: torch.dtype, device: torch.device, 
 
 def _accepts_exact(spec: LinearFormat, dtype: torch.dtype, device: torch.device, tokens: int) -> str | None:
     if spec.activation != "int8":
-        return "multiplies activations that are rounded to int8"
+        return "is for layers with int8 inputs (Activations)"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"computes in float32, not in {str(dtype).removeprefix('torch.')}"
     if spec.columns == 1:

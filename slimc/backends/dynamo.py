@@ -30,6 +30,10 @@ from slimc.runtime.prepared import prepared_layer, sibling_layers
 __all__ = ["slim"]
 
 
+WITHOUT_LAYERS = "a graph without compressed layers; compress the model first (slimc.compile or slimc.load)"
+WITH_GRADIENTS = "compressed layers with gradients, which kernels have not; run the model under torch.no_grad()"
+
+
 def slim(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -56,7 +60,8 @@ def slim(
     placeholders = {node: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     layers = graph.graph.find_nodes(op="call_function", target=calls.prepared_linear)
     if not layers:
-        _say_that_nothing_is_compressed()
+        differentiable = graph.graph.find_nodes(op="call_function", target=torch.ops.slim.linear.default)
+        _say(WITH_GRADIENTS if differentiable else WITHOUT_LAYERS)
     families = []
     for siblings in _siblings(layers):
         if not all(_handle(node) in placeholders for node in siblings):
@@ -110,12 +115,8 @@ def _settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, 
 
 
 @functools.cache
-def _say_that_nothing_is_compressed() -> None:
-    warnings.warn(
-        'backend="slim" was given a graph without compressed layers and leaves it to Inductor; compress the model '
-        "first (slimc.compile or slimc.load), and run it under torch.no_grad(): kernels have no gradients",
-        stacklevel=2,
-    )
+def _say(what: str) -> None:
+    warnings.warn(f'backend="slim" was given, and leaves to Inductor, {what}', stacklevel=2)
 
 
 def _handle(node: fx.Node) -> fx.Node:

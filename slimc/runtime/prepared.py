@@ -184,10 +184,10 @@ class PreparedLayer:
         """Decide how inputs like x are computed.
 
         Raises:
-            InputError: x and the layer are on different devices.
+            InputError: x and the layer are on different devices, or x is not floating point.
         """
         spec = self.format
-        refuse_elsewhere(x, self._device, spec)
+        refuse_unusable(x, self._device, spec)
         kernel, _ = self.choose(x.dtype, tokens)
         run = run_on(kernel.run, self._device)
         if self._is_made_anew(kernel):
@@ -237,13 +237,13 @@ class SiblingLayers:
         """Return the results [..., rows of all] for x [..., columns], at least one token; biases are left out.
 
         Raises:
-            InputError: x and the layers are on different devices.
+            InputError: x and the layers are on different devices, or x is not floating point.
         """
         tokens = x.numel() // x.shape[-1]
         key = (x.dtype, x.device, (tokens - 1).bit_length())
         if key not in self._plans:
             for member in self.members:
-                refuse_elsewhere(x, member.handle.device, member.format)
+                refuse_unusable(x, member.handle.device, member.format)
             self._plans[key] = self._plan(x.dtype, tokens)
         plan = self._plans[key]
         if plan is None:
@@ -308,12 +308,16 @@ class SiblingLayers:
         return self._states[kernel.prepare]
 
 
-def refuse_elsewhere(x: Tensor, device: torch.device, spec: LinearFormat) -> None:
-    """Refuse an input that is not where its layer is.
+def refuse_unusable(x: Tensor, device: torch.device, spec: LinearFormat) -> None:
+    """Refuse an input that is not where its layer is, or of no numbers that a layer computes with.
 
     Raises:
-        InputError: it is on another device.
+        InputError: it is on another device, or its dtype is none of floating point of 16 bits or more.
     """
+    if not x.is_floating_point() or x.element_size() < 2:
+        raise InputError(
+            f"x must be floating point of 16 bits or more, not {x.dtype}; the layer's weight is {spec.weight.dtype}"
+        )
     if x.device != device:
         raise InputError(
             f"x is on {x.device}, but this compressed layer of {spec.columns} inputs is on {device}; move one of them "

@@ -202,8 +202,8 @@ def test_the_table_takes_exact_products_where_they_are_faster() -> None:
 @pytest.mark.parametrize(
     ("activation", "case", "dtype", "reason"),
     [
-        (None, {"bits": 4}, BF16, "multiplies activations that are rounded to int8"),
-        ("float8_e4m3fn", {"bits": 4}, BF16, "multiplies activations that are rounded to int8"),
+        (None, {"bits": 4}, BF16, "is for layers with int8 inputs (Activations)"),
+        ("float8_e4m3fn", {"bits": 4}, BF16, "is for layers with int8 inputs (Activations)"),
         ("int8", {"bits": 4}, torch.float64, "computes in float32, not in float64"),
         ("int8", {"bits": 4, "group": 32}, BF16, "holds one scale a row, not one for 32 columns"),
         ("int8", {"bits": 4, "asymmetric": True}, BF16, "holds symmetric codes only"),

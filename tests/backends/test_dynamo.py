@@ -93,7 +93,7 @@ def x() -> Tensor:
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    dynamo._say_that_nothing_is_compressed.cache_clear()
+    dynamo._say.cache_clear()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         yield
@@ -287,6 +287,14 @@ def test_a_graph_without_layers_is_compiled_and_said_once(graphs: list[fx.Graph]
             assert torch.equal(torch.compile(lambda x, f=function: f(x) + 1, backend=slim)(x), function(x) + 1)
     assert sum("a graph without compressed layers" in str(each.message) for each in noted) == 1
     assert len(graphs) == 2
+
+
+def test_gradients_are_named_as_what_keeps_layers_from_their_kernels(graphs: list[fx.Graph], x: Tensor) -> None:
+    model = Attention()
+    with torch.enable_grad(), pytest.warns(UserWarning, match=r"with gradients.* under torch\.no_grad\(\)") as noted:
+        torch.compile(model, backend=slim)(x.clone().requires_grad_())
+    assert not any("compress the model" in str(each.message) for each in noted)
+    assert graphs
 
 
 def test_mode_and_options_are_those_of_inductor(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:

@@ -52,10 +52,15 @@ def test_another_width(layer: SlimLinear, seen: list[Any], shape: tuple[int, ...
     assert not seen
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
-def test_another_kind_of_number(layer: SlimLinear, seen: list[Any], dtype: torch.dtype) -> None:
-    with pytest.raises(RuntimeError, match=f"x must be floating point, not {dtype}"):
-        layer(torch.zeros(2, 20, dtype=dtype))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn])
+def test_another_kind_of_number(packed: PackedLinear, layer: SlimLinear, seen: list[Any], dtype: torch.dtype) -> None:
+    x, every_kernel = torch.ones(2, 20).to(dtype), SlimLinear(packed)
+    for one in (layer, every_kernel, torch.compile(every_kernel, backend="aot_eager")):
+        with (
+            pytest.raises(InputError, match=f"x must be floating point of 16 bits or more, not {dtype}"),
+            torch.no_grad(),
+        ):
+            one(x)
     assert not seen
 
 
