@@ -61,7 +61,7 @@ def slim(
     layers = graph.graph.find_nodes(op="call_function", target=calls.prepared_linear)
     if not layers:
         differentiable = graph.graph.find_nodes(op="call_function", target=torch.ops.slim.linear.default)
-        _say(WITH_GRADIENTS if differentiable else WITHOUT_LAYERS)
+        _warn_once(WITH_GRADIENTS if differentiable else WITHOUT_LAYERS)
     families = []
     for siblings in _siblings(layers):
         if not all(_handle(node) in placeholders for node in siblings):
@@ -115,7 +115,7 @@ def _settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, 
 
 
 @functools.cache
-def _say(what: str) -> None:
+def _warn_once(what: str) -> None:
     warnings.warn(f'backend="slim" was given, and leaves to Inductor, {what}', stacklevel=2)
 
 

@@ -93,7 +93,7 @@ def x() -> Tensor:
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    dynamo._say.cache_clear()
+    dynamo._warn_once.cache_clear()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         yield
