@@ -94,6 +94,13 @@ def make_exact_layer(rows: int, columns: int, rank: int = 0, **options: Any) -> 
     return exact_weights(make_layer(rows, columns, rank, **options))
 
 
+def make_infinite_ranks(packed: PackedLinear) -> PackedLinear:
+    tensors = packed.tensors()
+    return PackedLinear.assemble(
+        packed.format, tensors | {"right_scale": torch.full_like(tensors["right_scale"], torch.inf)}
+    )
+
+
 def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, **sharing: int) -> None:
     """The same for a layer of `make_exact_layer`, where nothing but t and y is rounded.
 
@@ -121,6 +128,12 @@ def check() -> Callable[..., None]:
 def exact_layer() -> Callable[..., PackedLinear]:
     """Makes a layer of random codes, with scales that are powers of two, on the GPU."""
     return make_exact_layer
+
+
+@pytest.fixture(scope="session")
+def infinite_ranks() -> Callable[[PackedLinear], PackedLinear]:
+    """Makes a layer of another whose t is infinite or NaN: what stands beside it in a stack must not read that."""
+    return make_infinite_ranks
 
 
 @pytest.fixture(scope="session")

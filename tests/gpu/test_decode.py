@@ -121,3 +121,16 @@ def test_stacked_layers_keep_their_own_adapters(
     y = launch(make_plan(layer, x.dtype, tokens), x, layer, bias)
     check(parts[0], x, bias[:512], y[:, :512])
     check(parts[1], x, bias[512:], y[:, 512:])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130)])
+def test_ranks_of_others_in_a_stack_are_not_read(
+    random_layer: Any, check: Any, infinite_ranks: Any, ranks: tuple[int, int], tokens: int
+) -> None:
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
+    layer = stack([prepare(parts[0]), prepare(infinite_ranks(parts[1]))])
+    x = torch.randn(tokens, 640, dtype=torch.bfloat16, device="cuda")
+    y = launch(make_plan(layer, x.dtype, tokens), x, layer, None)
+    check(parts[0], x, None, y[:, :512])
+    assert not y[:, 512:].isfinite().any()

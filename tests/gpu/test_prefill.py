@@ -221,6 +221,18 @@ def test_stacked_layers_keep_their_own_adapters(
             check_8_bits(part, x, bias[rows], y[:, rows], activation)
 
 
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130)])
+def test_ranks_of_others_in_a_stack_are_not_read(
+    random_layer: Any, check: Any, infinite_ranks: Any, ranks: tuple[int, int]
+) -> None:
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
+    layer = stack([prepare(parts[0]), prepare(infinite_ranks(parts[1]))])
+    x = torch.randn(200, 640, dtype=torch.bfloat16, device="cuda")
+    y = launch(make_plan(layer, x.dtype, 200), x, layer, None)
+    check(parts[0], x, None, y[:, :512])
+    assert not y[:, 512:].isfinite().any()
+
+
 SHAPES = [
     LaunchShape(128, 4, 1, share=False),
     LaunchShape(128, 4, 1, multicast=2),

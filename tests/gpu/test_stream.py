@@ -361,6 +361,29 @@ def test_stacked_layers_keep_their_own_adapters(
     check(parts[1], x, bias[512:], y[:, 512:])
 
 
+@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130)])
+@pytest.mark.parametrize(
+    ("tokens", "shape"),
+    [*((tokens, None) for tokens in (1, 16, 64, 128, 256)), *((one.tokens, one) for one in SHAPES if one.step == 256)],
+    ids=str,
+)
+def test_ranks_of_others_in_a_stack_are_not_read(
+    random_layer: Any,
+    check: Any,
+    infinite_ranks: Any,
+    tokens: int,
+    shape: LaunchShape | None,
+    ranks: tuple[int, int],
+) -> None:
+    """A slot of 256 columns holds two units of ranks; of an odd number of them, the last is followed by the next's."""
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
+    layer = stack([prepare(parts[0]), prepare(infinite_ranks(parts[1]))])
+    x = torch.randn(tokens, 640, dtype=torch.bfloat16, device="cuda")
+    y = launch(make_plan(layer, x.dtype, tokens, shape), x, layer, None)
+    check(parts[0], x, None, y[:, :512])
+    assert not y[:, 512:].isfinite().any()
+
+
 @pytest.mark.parametrize("tokens", [129, 193, 256])
 @pytest.mark.parametrize(
     ("rows", "columns"),
