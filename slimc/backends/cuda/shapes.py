@@ -457,12 +457,14 @@ def _in_one_round(
     if by_itself:
         shape = _by_itself(shape, blocks // shape.cluster, processors)
         blocks = blocks // one.shape.cluster * shape.cluster
+    measured_blocks = blocks_of(shape, one.rows) * -(-one.tokens // shape.tokens)
     takes_all = shape.blocks == 1 and shape.tokens <= FEW_TOKENS
-    if takes_all and form.adapters and blocks > processors // 2:
-        # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device.
+    enough = min(processors - processors // 2, MEASURED_PROCESSORS - measured_blocks)
+    if takes_all and form.adapters and processors - blocks < enough:
+        # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device,
+        # or as much of it as was left to it where they were measured.
         return None
     room = processors * (1 if shape.alone else shape.blocks)
-    measured_blocks = blocks_of(shape, one.rows) * -(-one.tokens // shape.tokens)
     # Blocks that run later would have the others wait for them.
     may_be_later = not (shape.alone or shape.by_memory)
     if shape.even or blocks <= room or (measured_blocks > room and may_be_later):

@@ -275,7 +275,8 @@ def test_blocks_of_the_whole_shared_memory_take_the_whole_device_without_a_launc
     for one in whole:
         monkeypatch.setattr(shapes, "measured", lambda one=one: {"layers": [one]})
         without = replace(LAYER, adapters=False)
-        assert shapes.of_layer(5120, one.columns, one.tokens, without, (), PROCESSORS) == one.shape
+        rows = min(one.rows * 5 // 4, PROCESSORS * one.shape.rows // one.shape.cluster)
+        assert shapes.of_layer(rows, one.columns, one.tokens, without, (), PROCESSORS) == one.shape
 
 
 def test_threads_that_multiply_get_registers_of_others_where_they_need_them() -> None:
@@ -308,7 +309,7 @@ def test_blocks_that_run_alone_take_no_second_round() -> None:
         assert not other.alone or shapes.blocks_of(other, one.rows) < blocks
 
 
-def test_blocks_of_the_whole_shared_memory_leave_half_of_the_device_to_the_launch_for_t(
+def test_blocks_of_the_whole_shared_memory_leave_to_the_launch_for_t_what_they_left_when_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = whole_multiprocessors()
@@ -316,7 +317,7 @@ def test_blocks_of_the_whole_shared_memory_leave_half_of_the_device_to_the_launc
     for one in whole:
         monkeypatch.setattr(shapes, "measured", lambda one=one: {"layers": [one]})
         assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS) == one.shape
-        for rows in (5120, 6144):
+        for rows in (one.rows * 5 // 4, one.rows * 3 // 2):
             assert shapes.of_layer(rows, one.columns, one.tokens, LAYER, (), PROCESSORS).blocks > 1
 
 
@@ -330,6 +331,15 @@ def test_factors_of_one_size_take_what_was_measured_beside_their_own_layer(monke
         monkeypatch.setattr(shapes, "measured", lambda order=order: {"factors": order})
         found = [shapes.of_right(896, 4096, 16, FACTOR, PROCESSORS, rows) for rows in (22016, 28672, 4096, 57344)]
         assert [shape.cluster for shape in found] == [4, 2, 4, 2]
+
+
+def test_layers_that_were_measured_take_what_was_measured() -> None:
+    for one in shapes.measured()["layers"]:
+        assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS) == one.shape
+    for one in shapes.measured()["factors"]:
+        if one.beside is not None:
+            found = shapes.of_right(one.rows, one.columns, one.tokens, FACTOR, PROCESSORS, one.beside)
+            assert found == one.shape
 
 
 def test_measured_shapes_can_be_launched() -> None:
