@@ -43,6 +43,9 @@ SHARED_BYTES = 228 << 10
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
 
+MOST_THREADS = 1024
+"""Of a block."""
+
 MOVED_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 """By the warpgroups that multiply: registers of their threads, and of those of one more."""
 
@@ -229,14 +232,14 @@ class LaunchShape:
         return stages, inputs
 
     def fits(self, form: Form) -> bool:
-        """Whether blocks share columns in a way that the kernel knows, and rings fit in shared memory.
+        """Whether blocks share columns in a way that the kernel knows, and threads and rings fit in a multiprocessor.
 
         Warpgroups must be able to wait for a slot while they hold another, and the rings to take their sums at the end.
         """
         _, inputs = self.stages_of(form)
         sums = self.column_groups * self.rows * self.tokens * 4 if self.column_groups > 1 else 0
         sums += self._sent_bytes if self.tokens >= MANY_TOKENS else 0
-        fits = self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
+        fits = self.threads <= MOST_THREADS and self.shared_bytes(form) <= SHARED_BYTES - RESERVED_BYTES
         if self.even and (self.cluster > 1 or self.column_groups > 1):
             return False
         if self.by_memory and not (self._may_share and not self.even):

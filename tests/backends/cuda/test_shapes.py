@@ -54,6 +54,12 @@ def test_a_ring_too_small_for_its_warpgroups_does_not_fit() -> None:
     assert not replace(shape, tokens=128).fits(LAYER)
 
 
+def test_blocks_of_more_threads_than_a_block_may_have_do_not_fit() -> None:
+    shape = LaunchShape(32, 1, 1, 7, cluster=1, blocks=1, step=128)
+    assert shape.threads <= shapes.MOST_THREADS and shape.fits(LAYER)
+    assert not replace(shape, column_groups=8).fits(LAYER)
+
+
 def test_fewer_slots_of_activations_leave_room_for_weights() -> None:
     shape = LaunchShape(64, 1, 2, 1, cluster=1, blocks=1, step=128)
     stages, inputs = shape.stages_of(LAYER)
