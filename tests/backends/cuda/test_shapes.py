@@ -56,7 +56,8 @@ def test_a_ring_too_small_for_its_warpgroups_does_not_fit() -> None:
 
 def test_blocks_of_more_threads_than_a_block_may_have_do_not_fit() -> None:
     shape = LaunchShape(32, 1, 1, 7, cluster=1, blocks=1, step=128)
-    assert shape.threads <= shapes.MOST_THREADS and shape.fits(LAYER)
+    assert shape.threads <= shapes.MOST_THREADS
+    assert shape.fits(LAYER)
     assert not replace(shape, column_groups=8).fits(LAYER)
 
 
