@@ -38,11 +38,13 @@ types: lint
 pytest: types
 	OMP_NUM_THREADS=1 $(TEST) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Tests of kernels with few columns, since a kernel that is checked is many times slower.
-CHECKED = tests/gpu/test_decode.py tests/gpu/test_stream.py tests/gpu/test_prefill.py
-CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rings_and
+# Tests of every kernel with few columns, since one that is checked is many times slower.
+CHECKED = $(addprefix tests/gpu/test_,$(addsuffix .py,decode stream prefill dense mixed signs attention between activations))
+CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rings_and or ranks_of_others \
+    or forms_with_activations or in_float16 or scales_and_zero_points or siblings_in_one_launch \
+    or however_many_blocks or hidden_keys or written_whole or rounds_extremes
 
-sanitize: .venv/ready  ## check the CUDA kernels with NVIDIA's compute-sanitizer (needs a GPU)
+sanitize: .venv/ready  ## check the CUDA kernels with NVIDIA's compute-sanitizer (needs a GPU, and hours on one)
 	for tool in memcheck racecheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" || exit 1; \
 	done

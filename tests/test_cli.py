@@ -747,9 +747,10 @@ def test_bench_runs_both_and_writes_the_figures(tmp_path: Path, monkeypatch: pyt
 
     asked: list[object] = []
 
-    def measure_layers(models: object, tokens: object, *, save: Any) -> None:
+    def measure_layers(models: object, tokens: object, *, save: Any) -> dict[str, Any]:
         asked.append((models, tokens))
         save({"rows": ["layers"]})
+        return {"rows": ["layers"]}
 
     def measure_models(models: object, *, batches: object, save: Any) -> None:
         asked.append((models, batches))
@@ -757,9 +758,12 @@ def test_bench_runs_both_and_writes_the_figures(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(linear, "run", measure_layers)
+    monkeypatch.setattr(linear, "plot", lambda rows, to: asked.append((rows, to)))
     monkeypatch.setattr(generate, "run", measure_models)
-    result = invoke("bench", "--models", "llama-3-8b", "--tokens", "1, 16", "--batches", "4", "-o", tmp_path / "new")
+    options = ("--models", "llama-3-8b", "--tokens", "1, 16", "--batches", "4")
+    result = invoke("bench", *options, "-o", tmp_path / "new", "--plot", tmp_path / "a.png")
     assert result.exit_code == 0
+    assert asked.pop(1) == (["layers"], tmp_path / "a.png")
     assert asked == [(["llama-3-8b"], [1, 16]), (["llama-3-8b"], [4])]
     assert json.loads((tmp_path / "new" / "linear.json").read_text()) == {"rows": ["layers"]}
     assert json.loads((tmp_path / "new" / "generate.json").read_text()) == {"rows": ["models"]}

@@ -5,7 +5,7 @@ within reach. So a file is read only if nobody but this user (and root, who need
 there. Everything is done relative to one open descriptor of the folder: it is the folder that was checked, whatever
 happens to the path meanwhile.
 
-A folder is a convenience. Where it cannot be used the process does without and says so once, at level info.
+A folder is a convenience. Where it cannot be used the process does without and warns once.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ class PrivateFolder:
         return True
 
     def _do_without(self, path: Path | str, error: Exception) -> None:
-        _say_once(f"{path}: {self.otherwise}, because this folder cannot be used ({_reason(error)})")
+        _say_once(
+            f"{path}: {self.otherwise}, because this folder cannot be used ({_reason(error)}); "
+            "the environment variable SLIMC_CACHE_DIR names another one"
+        )
 
 
 def _content(name: str, folder: int) -> bytes:
@@ -168,7 +171,7 @@ def _reason(error: Exception) -> str:
 
 @cache
 def _say_once(message: str) -> None:
-    log.info("%s", message)
+    log.warning("%s", message)
 
 
 def _digest(key: str, content: bytes) -> bytes:

@@ -33,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -492,20 +493,34 @@ def ratios(rows: Sequence[Row], model: str) -> dict[str, dict[int, float]]:
     return found
 
 
+def no_plots() -> str | None:
+    """Say why nothing can be drawn here, or return ``None``."""
+    if find_spec("matplotlib") is None:
+        return "a plot needs matplotlib, which is not installed: pip install 'slimc[report]'"
+    return None
+
+
 def plot(rows: Sequence[Row], to: Path) -> None:
-    """Draw the mean ratio over cuBLAS by tokens: a picture a model, a line for slimc's choice, each kernel and peer."""
+    """Draw the mean ratio over cuBLAS by tokens: a picture a model, a line for slimc's choice, each kernel and peer.
+
+    A kernel that is slimc's choice wherever it was measured has no line of its own.
+    """
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 5), squeeze=False, sharey=True)
+    lines: dict[str, Any] = {}
     for axis, model in zip(axes[0], models, strict=True):
-        for name, by_tokens in ratios(rows, model).items():
+        found = ratios(rows, model)
+        for name, by_tokens in found.items():
             ours = name.startswith("slimc")
-            axis.plot(
+            if not ours and by_tokens.items() <= found["slimc"].items():
+                continue
+            (lines[name],) = axis.plot(
                 list(by_tokens),
                 list(by_tokens.values()),
                 marker="o",
-                label=name,
+                color=lines[name].get_color() if name in lines else f"C{len(lines)}",
                 linewidth=2.5 if ours else 1,
                 linestyle="--" if name in PEERS else "-",
             )
@@ -514,8 +529,8 @@ def plot(rows: Sequence[Row], to: Path) -> None:
         axis.set(xscale="log", xlabel="tokens a call", title=f"{model} (dashed: kernels of others, without adapters)")
         axis.set_xticks(counts, map(str, counts))
         axis.minorticks_off()
-        axis.legend(fontsize="small")
     axes[0][0].set(ylabel="times as fast as cuBLAS in bf16, geometric mean")
+    figure.legend(list(lines.values()), list(lines), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     figure.savefig(to, bbox_inches="tight")
     plt.close(figure)
 
@@ -578,7 +593,10 @@ def run(
 
 
 def _counts(text: str) -> list[int]:
-    return [int(count) for count in text.split(",")]
+    counts = [int(count) for count in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"a call has one token or more: {text!r}")
+    return counts
 
 
 def main() -> None:
@@ -595,13 +613,25 @@ def main() -> None:
     parser.add_argument("--activations", default="", help=f"round inputs too, to some of {', '.join(ACTIVATIONS)}")
     parser.add_argument("--rest", type=float, default=REST, help="seconds before each measurement")
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")
-    parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs slimc[report])")
+    parser.add_argument("--read", type=Path, help="measure nothing: show, and draw, what an earlier --json wrote here")
     options = parser.parse_args()
-    check_words(parser, "--models", options.models.split(","), LAYERS)
+    models = options.models.split(",")
+    check_words(parser, "--models", models, LAYERS)
+    layers = [name for name in options.layers.split(",") if name]
+    check_words(parser, "--layers", layers, dict.fromkeys(name for model in models for name, _, _ in LAYERS[model]))
     check_words(parser, "--peers", filter(None, options.peers.split(",")), PEERS)
     check_words(parser, "--activations", filter(None, options.activations.split(",")), ACTIVATIONS)
     if options.rest < 0:
         parser.error(f"--rest is a number of seconds: {options.rest} is none")
+    if options.plot and (reason := no_plots()):
+        parser.exit(2, f"error: {reason}\n")
+    if options.read:
+        rows = json.loads(options.read.read_text())["rows"]
+        print_means(rows)
+        if options.plot:
+            plot(rows, options.plot)
+        return
     if reason := no_gpu():
         parser.exit(2, f"error: {reason}\n")
 
@@ -610,9 +640,9 @@ def main() -> None:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 
     found = run(
-        options.models.split(","),
+        models,
         options.tokens,
-        layers=[name for name in options.layers.split(",") if name],
+        layers=layers,
         peers=[name for name in options.peers.split(",") if name],
         tuned=options.tuned,
         only_expected=options.chosen,

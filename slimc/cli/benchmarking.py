@@ -36,6 +36,12 @@ def bench(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Write every figure there as JSON.", show_default=False),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="linear: draw ratios over cuBLAS by tokens; needs matplotlib.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Measure what compression brings on this machine's GPU. Nothing is downloaded: the weights are random.
 
@@ -49,7 +55,7 @@ def bench(
 
     [bold]Examples[/bold]
 
-      slimc bench -o figures
+      slimc bench -o figures --plot linear.png
 
       slimc bench linear --models llama-3-8b --tokens 1,16
 
@@ -71,10 +77,14 @@ def bench(
                 )
     if reason := no_gpu():
         raise InputError(reason)
+    if plot is not None and (reason := linear.no_plots()):
+        raise InputError(reason)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     if Benchmark.LINEAR in wanted:
-        linear.run(names or linear.SHOWN, counts, save=lambda found: _write(output, "linear.json", found))
+        found = linear.run(names or linear.SHOWN, counts, save=lambda found: _write(output, "linear.json", found))
+        if plot is not None:
+            linear.plot(found["rows"], plot)
     if Benchmark.GENERATE in wanted:
         generate.run(
             names or tuple(generate.MODELS), batches=sizes, save=lambda found: _write(output, "generate.json", found)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from pathlib import Path
 from threading import Lock
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import image
 
 from slimc.bench import linear
 from slimc.bench.linear import COLD_BYTES, LAYERS, SERVED, copies, geometric_mean, print_means
@@ -59,6 +63,64 @@ def test_ratios_are_means_over_the_served_layers_of_what_was_timed_in_all() -> N
         "slimc, int8 inputs": {1: pytest.approx(2)},
     }
     assert linear.ratios(rows, "other") == {"slimc": {16: pytest.approx(4)}}
+
+
+def test_an_earlier_run_is_shown_and_drawn_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "model": model,
+            "layer": layer,
+            "tokens": tokens,
+            "cublas_us": 4.0 * tokens,
+            "slimc_us": 2.0,
+            "over_cublas": 2.0,
+        }
+        for model in ("one", "two")
+        for layer in ("o", "down")
+        for tokens in (1, 16)
+    ]
+    (tmp_path / "linear.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(
+        "sys.argv", ["linear", "--read", str(tmp_path / "linear.json"), "--plot", str(tmp_path / "a.png")]
+    )
+    linear.main()
+    assert "| one | 16 | 2.00x (from 2.00x) |" in capsys.readouterr().out
+    drawn = image.imread(tmp_path / "a.png")
+    height, width, _ = drawn.shape
+    # A picture a model, side by side, each with lines on white.
+    assert width > 1.5 * height
+    for half in np.array_split(drawn[..., :3], 2, axis=1):
+        assert 0.001 < (half < 1).any(-1).mean() < 0.5
+
+
+def test_a_plot_needs_a_library_and_says_so_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(linear, "find_spec", lambda _name: None)
+    monkeypatch.setattr("sys.argv", ["linear", "--plot", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit, match="2"):
+        linear.main()
+    assert "pip install 'slimc[report]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "qvk"], "--layers knows no 'qvk' (did you mean 'qkv'?)"),
+        (["--models", "llama-2-7b", "--layers", "k"], "--layers knows no 'k'"),
+        (["--tokens", "1,0"], "a call has one token or more: '1,0'"),
+    ],
+)
+def test_what_nothing_is_called_by_is_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["linear", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        linear.main()
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_copies_of_a_peers_layer_have_memory_of_their_own() -> None:

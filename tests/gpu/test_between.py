@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimc.backends import KERNELS
-from slimc.backends.cuda.between import gated_linears, normed_linears, refuses
+from slimc.backends.cuda.between import add_norm, gate_by, gated_linears, normed_linears, refuses
+from slimc.bench.unwritten import into_nans
 from slimc.runtime.modules import SlimLinear
 
 ROWS = 512
@@ -40,6 +41,26 @@ def test_a_norm_ahead(layers: list[SlimLinear], tokens: int) -> None:
     near(y, torch.cat([layer(normed) for layer in layers], -1))
     again = normed_linears(x, residual, weight, 1e-6, handles, rows=2 * ROWS, columns=columns)
     assert torch.equal(again[1], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [8, 512, 4096, 11008])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65])
+def test_norms_and_gates_are_written_whole(columns: int, tokens: int, dtype: torch.dtype) -> None:
+    x, other = torch.randn(2, tokens, columns, dtype=dtype, device="cuda").unbind()
+    weight = 1 + torch.randn(columns, dtype=dtype, device="cuda") / 4
+    assert refuses(x, columns) is None
+    total, normed = into_nans(lambda: torch.stack(add_norm(x, other, weight, 1e-6))).unbind()
+    assert torch.equal(total, x + other)
+    exact = total.double()
+    near(normed, (weight * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-6))).to(dtype))
+
+    def gate() -> Tensor:
+        y = gate_by(x, other)
+        assert y is not None
+        return y
+
+    near(into_nans(gate), (functional.silu(x.double()) * other.double()).to(dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 200])

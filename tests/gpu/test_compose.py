@@ -81,14 +81,14 @@ def compute_and_check(spec: LinearFormat, tokens: int, last: Any, product: Any) 
     return layer
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 16, 100])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 63, 64, 65, 100])
 @pytest.mark.parametrize("name", COMPOSED_FORMS)
 def test_composed_forms(name: str, tokens: int, composed_product: Any) -> None:
     layer = compute_and_check(COMPOSED_FORMS[name], tokens, COMPOSED, composed_product)
     assert all(name.startswith("resident_") for name, _ in layer.named_buffers())
 
 
-@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 63, 64, 65, 100])
 @pytest.mark.parametrize("name", DENSE_FORMS)
 def test_forms_that_are_decoded_at_every_call(name: str, tokens: int, composed_product: Any) -> None:
     layer = compute_and_check(DENSE_FORMS[name], tokens, STORED, composed_product)

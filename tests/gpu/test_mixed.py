@@ -69,7 +69,7 @@ def run(packed: PackedLinear, x: Tensor, bias: Tensor | None, shape: mixed.Launc
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 50])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 32, 33, 50, 63, 64, 65])
 def test_every_number_of_tokens(
     check: Any, tokens: int, asymmetric: bool, dtype: torch.dtype, widths: tuple[int, ...]
 ) -> None:

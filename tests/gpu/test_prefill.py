@@ -81,7 +81,7 @@ def check_8_bits(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 128, 129, 191, 192, 193, 256, 257, 300, 2048])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 63, 64, 65, 128, 129, 191, 192, 193, 256, 257, 300, 2048])
 def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
     packed = random_layer(256, 640, 57, dtype=dtype)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
@@ -221,16 +221,17 @@ def test_stacked_layers_keep_their_own_adapters(
             check_8_bits(part, x, bias[rows], y[:, rows], activation)
 
 
-@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130)])
+@pytest.mark.parametrize("ranks", [(57, 57, 57), (130, 20, 64), (20, 130, 57)])
 def test_ranks_of_others_in_a_stack_are_not_read(
-    random_layer: Any, check: Any, infinite_ranks: Any, ranks: tuple[int, int]
+    random_layer: Any, check: Any, infinite_ranks: Any, ranks: tuple[int, ...]
 ) -> None:
-    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
-    layer = stack([prepare(parts[0]), prepare(infinite_ranks(parts[1]))])
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 256, 300), ranks, strict=True)]
+    layer = stack([prepare(part) for part in (parts[0], infinite_ranks(parts[1]), parts[2])])
     x = torch.randn(200, 640, dtype=torch.bfloat16, device="cuda")
     y = launch(make_plan(layer, x.dtype, 200), x, layer, None)
     check(parts[0], x, None, y[:, :512])
-    assert not y[:, 512:].isfinite().any()
+    assert not y[:, 512:768].isfinite().any()
+    check(parts[2], x, None, y[:, 768:])
 
 
 SHAPES = [

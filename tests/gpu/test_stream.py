@@ -56,7 +56,15 @@ def test_tails_of_rows_columns_and_ranks(
 
 @pytest.mark.parametrize(
     ("rows", "columns", "rank"),
-    [(4096, 4096, 409), (4096, 11008, 409), (22016, 4096, 409), (5120, 5120, 512), (8192, 8192, 819)],
+    [
+        (4096, 4096, 409),
+        (4096, 11008, 409),
+        (22016, 4096, 409),
+        (5120, 5120, 512),
+        (15360, 5120, 512),
+        (5120, 13824, 512),
+        (8192, 8192, 819),
+    ],
 )
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 256])
 def test_layers_of_a_models_size(
@@ -361,7 +369,7 @@ def test_stacked_layers_keep_their_own_adapters(
     check(parts[1], x, bias[512:], y[:, 512:])
 
 
-@pytest.mark.parametrize("ranks", [(57, 57), (130, 20), (20, 130)])
+@pytest.mark.parametrize("ranks", [(57, 57, 57), (130, 20, 64), (20, 130, 57)])
 @pytest.mark.parametrize(
     ("tokens", "shape"),
     [*((tokens, None) for tokens in (1, 16, 64, 128, 256)), *((one.tokens, one) for one in SHAPES if one.step == 256)],
@@ -373,15 +381,16 @@ def test_ranks_of_others_in_a_stack_are_not_read(
     infinite_ranks: Any,
     tokens: int,
     shape: LaunchShape | None,
-    ranks: tuple[int, int],
+    ranks: tuple[int, ...],
 ) -> None:
     """A slot of 256 columns holds two units of ranks; of an odd number of them, the last is followed by the next's."""
-    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 300), ranks, strict=True)]
-    layer = stack([prepare(parts[0]), prepare(infinite_ranks(parts[1]))])
+    parts = [random_layer(rows, 640, rank) for rows, rank in zip((512, 256, 300), ranks, strict=True)]
+    layer = stack([prepare(part) for part in (parts[0], infinite_ranks(parts[1]), parts[2])])
     x = torch.randn(tokens, 640, dtype=torch.bfloat16, device="cuda")
     y = launch(make_plan(layer, x.dtype, tokens, shape), x, layer, None)
     check(parts[0], x, None, y[:, :512])
-    assert not y[:, 512:].isfinite().any()
+    assert not y[:, 512:768].isfinite().any()
+    check(parts[2], x, None, y[:, 768:])
 
 
 @pytest.mark.parametrize("tokens", [129, 193, 256])

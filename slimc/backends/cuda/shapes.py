@@ -136,8 +136,8 @@ class LaunchShape:
         alone: whether no two blocks of the launch run on one multiprocessor; they take two thirds of its shared memory.
         even: whether the launch has no more blocks than run at once, nor than tiles, and divides the columns (and
             ranks of L) of all tiles evenly among them. A block then ends a tile that another began, computes whole
-            ones, and begins one, whose sums it hands on through device memory. No measured shape has it: it is what
-            a layer gets whose blocks would take a second round (`_in_one_round`).
+            ones, and begins one, whose sums it hands on through device memory. A layer gets it, too, whose blocks
+            would take a second round (`_in_one_round`).
         spared: multiprocessors on which an even launch has no blocks: for the launch for t, which runs meanwhile, or,
             without adapters, so that each block has whole tiles (`_idle`).
         window: slots of weights under way at once, at most; all of their ring if 0.
@@ -232,7 +232,7 @@ class LaunchShape:
         return stages, inputs
 
     def fits(self, form: Form) -> bool:
-        """Whether blocks share columns in a way that the kernel knows, and threads and rings fit in a multiprocessor.
+        """Whether blocks share columns in a way that the kernel knows, and have room for their threads and rings.
 
         Warpgroups must be able to wait for a slot while they hold another, and the rings to take their sums at the end.
         """
@@ -467,10 +467,11 @@ def _in_one_round(
         # Beside blocks that take all shared memory the launch for t finds no room: it has the other half of the device,
         # or as much of it as was left to it where they were measured.
         return None
-    room = processors * (1 if shape.alone else shape.blocks)
+    at_once = 1 if shape.alone else shape.blocks
+    room, measured_room = processors * at_once, MEASURED_PROCESSORS * at_once
     # Blocks that run later would have the others wait for them.
     may_be_later = not (shape.alone or shape.by_memory)
-    if shape.even or blocks <= room or (measured_blocks > room and may_be_later):
+    if shape.even or blocks <= room or (measured_blocks > measured_room and may_be_later):
         return shape
     if shape.alone or shape.cluster > 1 or shape.column_groups > 1 or shape.blocks > 1:
         return None

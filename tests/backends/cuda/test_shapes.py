@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -328,6 +329,32 @@ def test_blocks_of_the_whole_shared_memory_leave_to_the_launch_for_t_what_they_l
             assert shapes.of_layer(rows, one.columns, one.tokens, LAYER, (), PROCESSORS).blocks > 1
 
 
+@pytest.mark.parametrize(
+    ("layer", "processors", "most_blocks"),
+    [((15360, 5120), 132, 120), ((15360, 5120), 114, 102), ((4096, 4096), 132, 66), ((4096, 4096), 114, 57)],
+)
+def test_so_many_blocks_of_the_whole_shared_memory_leave_enough(
+    layer: tuple[int, int], processors: int, most_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = next(one for one in whole_multiprocessors() if (one.rows, one.columns, one.tokens) == (*layer, 8))
+    monkeypatch.setattr(shapes, "measured", lambda: {"layers": [one]})
+    most = most_blocks * one.shape.rows
+    assert shapes.of_layer(most, one.columns, 8, LAYER, (), processors) == one.shape
+    assert shapes.of_layer(most + 1, one.columns, 8, LAYER, (), processors) != one.shape
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_on_a_smaller_card_blocks_that_were_measured_in_one_round_take_no_second(adapters: bool) -> None:
+    for one in shapes.measured()["layers"]:
+        form = replace(LAYER, adapters=adapters)
+        found = shapes.of_layer(one.rows, one.columns, one.tokens, form, (), 114)
+        at_once, tiles = 1 if found.alone else found.blocks, -(-one.tokens // found.tokens)
+        blocks = shapes.blocks_of(found, one.rows) * tiles
+        if found.even or replace(found, cluster=1, by_memory=False) != replace(one.shape, cluster=1, by_memory=False):
+            continue
+        assert blocks <= 114 * at_once or shapes.blocks_of(one.shape, one.rows) * tiles > PROCESSORS * at_once
+
+
 def test_factors_of_one_size_take_what_was_measured_beside_their_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = [
         shapes.Measured(896, 4096, 16, LaunchShape(16, 1, 1, 2, cluster, blocks=3, step=128), beside=rows)
@@ -341,8 +368,10 @@ def test_factors_of_one_size_take_what_was_measured_beside_their_own_layer(monke
 
 
 def test_layers_that_were_measured_take_what_was_measured() -> None:
+    stacks = {(sum(rows), columns): rows for layers in linear.LAYERS.values() for _, rows, columns in layers}
     for one in shapes.measured()["layers"]:
-        assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, (), PROCESSORS) == one.shape
+        starts = [*accumulate(stacks.get((one.rows, one.columns), (one.rows,)))][:-1]
+        assert shapes.of_layer(one.rows, one.columns, one.tokens, LAYER, starts, PROCESSORS) == one.shape
     for one in shapes.measured()["factors"]:
         if one.beside is not None:
             found = shapes.of_right(one.rows, one.columns, one.tokens, FACTOR, PROCESSORS, one.beside)
