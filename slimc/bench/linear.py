@@ -507,7 +507,7 @@ def plot(rows: Sequence[Row], to: Path) -> None:
     """
     import matplotlib.pyplot as plt
 
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows if row["layer"] in SERVED))
     figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 5), squeeze=False, sharey=True)
     lines: dict[str, Any] = {}
     for axis, model in zip(axes[0], models, strict=True):
@@ -627,7 +627,10 @@ def main() -> None:
     if options.plot and (reason := no_plots()):
         parser.exit(2, f"error: {reason}\n")
     if options.read:
-        rows = json.loads(options.read.read_text())["rows"]
+        try:
+            rows = json.loads(options.read.read_text())["rows"]
+        except (OSError, ValueError, KeyError) as error:
+            parser.exit(2, f"error: {options.read} is no file of figures that --json wrote: {error}\n")
         print_means(rows)
         if options.plot:
             plot(rows, options.plot)

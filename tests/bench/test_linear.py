@@ -81,6 +81,8 @@ def test_an_earlier_run_is_shown_and_drawn_without_a_gpu(
         for layer in ("o", "down")
         for tokens in (1, 16)
     ]
+    # A layer that is not served by itself has no mean, and its model no picture.
+    rows.append(rows[0] | {"model": "three", "layer": "gate"})
     (tmp_path / "linear.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setattr(
@@ -91,7 +93,7 @@ def test_an_earlier_run_is_shown_and_drawn_without_a_gpu(
     drawn = image.imread(tmp_path / "a.png")
     height, width, _ = drawn.shape
     # A picture a model, side by side, each with lines on white.
-    assert width > 1.5 * height
+    assert 1.5 * height < width < 2.7 * height
     for half in np.array_split(drawn[..., :3], 2, axis=1):
         assert 0.001 < (half < 1).any(-1).mean() < 0.5
 
@@ -104,6 +106,18 @@ def test_a_plot_needs_a_library_and_says_so_before_anything_is_measured(
     with pytest.raises(SystemExit, match="2"):
         linear.main()
     assert "pip install 'slimc[report]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", "{}"])
+def test_what_is_no_earlier_run_is_refused(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "linear.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["linear", "--read", str(tmp_path / "linear.json")])
+    with pytest.raises(SystemExit, match="2"):
+        linear.main()
+    assert "linear.json is no file of figures that --json wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
