@@ -4,9 +4,11 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,16 @@ def test_help_teaches_by_example(command: str) -> None:
     assert result.exit_code == 0
     assert "Examples" in result.stdout
     assert f"slimc {command} " in result.stdout
+
+
+def test_paragraphs_of_help_are_not_broken_where_their_source_is() -> None:
+    about = invoke("bench", "--help").stdout.split("Examples")[0]
+    (paragraph,) = [part for part in re.split(r"\n\s*\n", about) if part.lstrip().startswith("linear:")]
+    lines = paragraph.strip().split("\n")
+    assert len(lines) > 1
+    for line, following in pairwise(line.rstrip() for line in lines):
+        # With margins of one, lines of 80 columns have room for 78: the next word found none.
+        assert len(f"{line} {following.split()[0]}") > 78
 
 
 def test_no_command_shows_the_help() -> None:

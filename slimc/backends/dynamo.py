@@ -30,7 +30,10 @@ from slimc.runtime.prepared import prepared_layer, sibling_layers
 __all__ = ["slim"]
 
 
-WITHOUT_LAYERS = "a graph without compressed layers; compress the model first (slimc.compile or slimc.load)"
+WITHOUT_LAYERS = (
+    "a graph without compressed layers; compress the model first (slimc.compile or slimc.load). If it is compressed, a "
+    "graph break cut off this part of it, which TORCH_LOGS=graph_breaks explains"
+)
 WITH_GRADIENTS = "compressed layers with gradients, which kernels have not; run the model under torch.no_grad()"
 
 

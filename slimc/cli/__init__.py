@@ -5,7 +5,7 @@ The commands import what they need when they run, so that ``slimc --help`` answe
 
 from __future__ import annotations
 
-from slimc.cli.app import app, main
+from slimc.cli.app import Command, app, main
 from slimc.cli.benchmarking import bench
 from slimc.cli.compressing import compress
 from slimc.cli.exporting import export, verify
@@ -18,14 +18,14 @@ from slimc.cli.tuning import tune
 
 __all__ = ["app", "main"]
 
-app.command()(compress)
-app.command()(plan)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(inspect)
-app.command()(export)
-app.command()(kernels)
-app.command()(verify)
-app.command()(recipes)
-app.command()(tune)
-app.command()(bench)
+app.command(cls=Command)(compress)
+app.command(cls=Command)(plan)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(generate)
+app.command(cls=Command)(inspect)
+app.command(cls=Command)(export)
+app.command(cls=Command)(kernels)
+app.command(cls=Command)(verify)
+app.command(cls=Command)(recipes)
+app.command(cls=Command)(tune)
+app.command(cls=Command)(bench)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from slimc.cli.terminal import fail
 from slimc.errors import SlimError
@@ -34,6 +35,15 @@ class _Group(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             raise typer.Exit(_explain(error)) from error
+
+
+class Command(TyperCommand):
+    """Shows the paragraphs of its help as wide as the terminal is, whatever lines they were written in."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        """Join the lines of each paragraph; examples, which are indented, stay as they are."""
+        super().__init__(name, **settings)
+        self.help = self.help and re.sub(r"(?<=\S)\n(?=\S)", " ", self.help)
 
 
 def _explain(error: Exception) -> int:
