@@ -125,7 +125,7 @@ class PrivateFolder:
         return True
 
     def _do_without(self, path: Path | str, error: Exception) -> None:
-        _say_once(
+        _warn_once(
             f"{path}: {self.otherwise}, because this folder cannot be used ({_reason(error)}); "
             "the environment variable SLIMC_CACHE_DIR names another one"
         )
@@ -170,7 +170,7 @@ def _reason(error: Exception) -> str:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning("%s", message)
 
 

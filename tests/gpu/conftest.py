@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from slimc.backends.cuda.layer import FragmentLayer, prepare, stack
 from slimc.bench.exact import exact_product, exact_weights
 from slimc.runtime.formats import NM, LinearFormat, WeightFormat
 from slimc.runtime.packing import PackedLinear
@@ -94,11 +95,20 @@ def make_exact_layer(rows: int, columns: int, rank: int = 0, **options: Any) -> 
     return exact_weights(make_layer(rows, columns, rank, **options))
 
 
-def make_infinite_ranks(packed: PackedLinear) -> PackedLinear:
-    tensors = packed.tensors()
-    return PackedLinear.assemble(
-        packed.format, tensors | {"right_scale": torch.full_like(tensors["right_scale"], torch.inf)}
-    )
+def check_beside_infinite_ranks(
+    ranks: Sequence[int], tokens: int, run: Callable[[Tensor, FragmentLayer], Tensor]
+) -> None:
+    """Neither neighbour of a member of a stack whose t is infinite or NaN may read it."""
+    sizes = 512, 256, 300
+    parts = [make_layer(rows, 640, rank) for rows, rank in zip(sizes, ranks, strict=True)]
+    tensors = parts[1].tensors()
+    infinite = {"right_scale": torch.full_like(tensors["right_scale"], torch.inf)}
+    members = [parts[0], PackedLinear.assemble(parts[1].format, tensors | infinite), parts[2]]
+    x = torch.randn(tokens, 640, dtype=torch.bfloat16, device="cuda")
+    first, middle, last = run(x, stack([prepare(member) for member in members])).split(sizes, 1)
+    check_result(parts[0], x, None, first)
+    assert not middle.isfinite().any()
+    check_result(parts[2], x, None, last)
 
 
 def check_exact_result(packed: PackedLinear, x: Tensor, bias: Tensor | None, y: Tensor, **sharing: int) -> None:
@@ -131,9 +141,9 @@ def exact_layer() -> Callable[..., PackedLinear]:
 
 
 @pytest.fixture(scope="session")
-def infinite_ranks() -> Callable[[PackedLinear], PackedLinear]:
-    """Makes a layer of another whose t is infinite or NaN: what stands beside it in a stack must not read that."""
-    return make_infinite_ranks
+def check_neighbours() -> Callable[..., None]:
+    """Runs a stack of three layers of these ranks, the one between with infinite ones, and checks the other two."""
+    return check_beside_infinite_ranks
 
 
 @pytest.fixture(scope="session")

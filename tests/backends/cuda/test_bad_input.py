@@ -118,7 +118,7 @@ def test_a_read_only_cache_costs_only_time(
         monkeypatch.setattr(private_folder, "_create", read_only)
     else:
         monkeypatch.setattr(private_folder, "_make_private", read_only)
-    private_folder._say_once.cache_clear()
+    private_folder._warn_once.cache_clear()
     for _ in range(2):
         assert cache.cached_cubin("s", name="k", arch="sm_90a", defines={}, driver="13.0") == b"cubin"
     assert compiled == ["s"]
