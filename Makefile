@@ -44,9 +44,12 @@ CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rin
     or forms_with_activations or in_float16 or scales_and_zero_points or siblings_in_one_launch \
     or however_many_blocks or hidden_keys or written_whole or rounds_extremes
 
+# cuBLAS's kernels are not checked: racecheck reports a race in one (docs/design.md).
+NOT_OURS = --kernel-name-exclude kernel_substring=nvjet
+
 sanitize: .venv/ready  ## check the CUDA kernels with NVIDIA's compute-sanitizer (needs a GPU, and hours on one)
 	for tool in memcheck racecheck synccheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" || exit 1; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(NOT_OURS) $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" || exit 1; \
 	done
 
 format: .venv/ready  ## put the code into its canonical form

@@ -29,6 +29,7 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -593,7 +594,7 @@ def run(
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(count) for count in text.split(",")]
+    counts = list(dict.fromkeys(int(count) for count in text.split(",")))
     if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"a call has one token or more: {text!r}")
     return counts
@@ -616,7 +617,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs slimc[report])")
     parser.add_argument("--read", type=Path, help="measure nothing: show, and draw, what an earlier --json wrote here")
     options = parser.parse_args()
-    models = options.models.split(",")
+    models = list(dict.fromkeys(options.models.split(",")))
     check_words(parser, "--models", models, LAYERS)
     layers = [name for name in options.layers.split(",") if name]
     check_words(parser, "--layers", layers, dict.fromkeys(name for model in models for name, _, _ in LAYERS[model]))
@@ -629,8 +630,12 @@ def main() -> None:
     if options.read:
         try:
             rows = json.loads(options.read.read_text())["rows"]
-        except (OSError, ValueError, KeyError) as error:
+            measured = Counter((row["model"], row["layer"], row["tokens"]) for row in rows)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             parser.exit(2, f"error: {options.read} is no file of figures that --json wrote: {error}\n")
+        for (model, layer, count), times in measured.items():
+            if times > 1:
+                parser.exit(2, f"error: {options.read} has {layer} of {model} with {count} tokens {times} times\n")
         print_means(rows)
         if options.plot:
             plot(rows, options.plot)

@@ -108,7 +108,7 @@ def test_a_plot_needs_a_library_and_says_so_before_anything_is_measured(
     assert "pip install 'slimc[report]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "not JSON", "{}"])
+@pytest.mark.parametrize("content", [None, "not JSON", "{}", "[]", '{"rows": [{}]}'])
 def test_what_is_no_earlier_run_is_refused(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +118,17 @@ def test_what_is_no_earlier_run_is_refused(
     with pytest.raises(SystemExit, match="2"):
         linear.main()
     assert "linear.json is no file of figures that --json wrote" in capsys.readouterr().err
+
+
+def test_runs_that_were_put_together_have_no_layer_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"model": "one", "layer": "o", "tokens": 16, "over_cublas": 2.0}
+    (tmp_path / "linear.json").write_text(json.dumps({"rows": [row, row | {"tokens": 1}, row]}))
+    monkeypatch.setattr("sys.argv", ["linear", "--read", str(tmp_path / "linear.json")])
+    with pytest.raises(SystemExit, match="2"):
+        linear.main()
+    assert "has o of one with 16 tokens 2 times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
