@@ -494,6 +494,14 @@ def ratios(rows: Sequence[Row], model: str) -> dict[str, dict[int, float]]:
     return found
 
 
+def _check_once(rows: Sequence[Row]) -> None:
+    """Raise a `ValueError` if rows of several runs were put together, so that a layer would count twice in a mean."""
+    times = Counter((row["model"], row["layer"], row["tokens"]) for row in rows)
+    for (model, layer, count), number in times.items():
+        if number > 1:
+            raise ValueError(f"it has {layer} of {model} with {count} tokens {number} times")
+
+
 def no_plots() -> str | None:
     """Say why nothing can be drawn here, or return ``None``."""
     if find_spec("matplotlib") is None:
@@ -567,14 +575,14 @@ def run(
     print(f"# {card}, torch {torch.__version__}, copies run at {bandwidth / 1e12:.2f} TB/s")
     rows: list[Row] = []
     found: Row = {"card": card, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": rows}
-    for model in models:
+    for model in dict.fromkeys(models):
         for name, parts, columns in LAYERS[model]:
             if layers and name not in layers:
                 continue
             made = measure(
                 parts,
                 columns,
-                tokens,
+                list(dict.fromkeys(tokens)),
                 bandwidth,
                 peers=peers,
                 tuned=tuned,
@@ -594,7 +602,7 @@ def run(
 
 
 def _counts(text: str) -> list[int]:
-    counts = list(dict.fromkeys(int(count) for count in text.split(",")))
+    counts = [int(count) for count in text.split(",")]
     if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"a call has one token or more: {text!r}")
     return counts
@@ -617,7 +625,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs slimc[report])")
     parser.add_argument("--read", type=Path, help="measure nothing: show, and draw, what an earlier --json wrote here")
     options = parser.parse_args()
-    models = list(dict.fromkeys(options.models.split(",")))
+    models = options.models.split(",")
     check_words(parser, "--models", models, LAYERS)
     layers = [name for name in options.layers.split(",") if name]
     check_words(parser, "--layers", layers, dict.fromkeys(name for model in models for name, _, _ in LAYERS[model]))
@@ -630,12 +638,9 @@ def main() -> None:
     if options.read:
         try:
             rows = json.loads(options.read.read_text())["rows"]
-            measured = Counter((row["model"], row["layer"], row["tokens"]) for row in rows)
+            _check_once(rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.exit(2, f"error: {options.read} is no file of figures that --json wrote: {error}\n")
-        for (model, layer, count), times in measured.items():
-            if times > 1:
-                parser.exit(2, f"error: {options.read} has {layer} of {model} with {count} tokens {times} times\n")
         print_means(rows)
         if options.plot:
             plot(rows, options.plot)

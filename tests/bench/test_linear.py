@@ -120,6 +120,20 @@ def test_what_is_no_earlier_run_is_refused(
     assert "linear.json is no file of figures that --json wrote" in capsys.readouterr().err
 
 
+def test_what_is_asked_for_twice_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def measure(_parts: object, columns: int, tokens: list[int], *_others: object, **_options: object) -> list[object]:
+        asked.append((columns, tokens))
+        return []
+
+    monkeypatch.setattr(linear, "measure", measure)
+    monkeypatch.setattr(linear, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    linear.run(["llama-2-7b", "llama-2-7b"], [16, 1, 16], layers=["down"])
+    assert asked == [(11008, [16, 1])]
+
+
 def test_runs_that_were_put_together_have_no_layer_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +142,7 @@ def test_runs_that_were_put_together_have_no_layer_twice(
     monkeypatch.setattr("sys.argv", ["linear", "--read", str(tmp_path / "linear.json")])
     with pytest.raises(SystemExit, match="2"):
         linear.main()
-    assert "has o of one with 16 tokens 2 times" in capsys.readouterr().err
+    assert "--json wrote: it has o of one with 16 tokens 2 times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
