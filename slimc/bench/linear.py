@@ -1,4 +1,4 @@
-"""Linear layers of Llama models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's kernels.
+"""Linear layers of language models on one GPU: slimc's kernels against cuBLAS in bf16 and other people's kernels.
 
     slimc bench linear [--models llama-2-7b,llama-2-70b] [--tokens 1,16,64,128,2048] [-o FOLDER]
     python -m slimc.bench.linear --help    (more options: peers, layers, a plot, selection by the times of this run)
@@ -88,6 +88,18 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
         ("down", (4096,), 14336),
         ("gate", (14336,), 4096),
         ("k", (1024,), 4096),
+    ],
+    "llama-3.2-1b": [
+        ("qkv", (2048, 512, 512), 2048),
+        ("o", (2048,), 2048),
+        ("gate_up", (8192, 8192), 2048),
+        ("down", (2048,), 8192),
+    ],
+    "qwen2.5-1.5b": [
+        ("qkv", (1536, 256, 256), 1536),
+        ("o", (1536,), 1536),
+        ("gate_up", (8960, 8960), 1536),
+        ("down", (1536,), 8960),
     ],
 }
 """For each model its layers: name, rows of the layers that are stacked, columns."""

@@ -28,7 +28,10 @@ def bench(
     ] = None,
     models: Annotated[
         str | None,
-        typer.Option(help="llama-2-7b, llama-3-8b; linear also llama-2-13b, llama-2-70b.", show_default=False),
+        typer.Option(
+            help="llama-2-7b, llama-3-8b; linear also llama-2-13b, llama-2-70b, llama-3.2-1b, qwen2.5-1.5b.",
+            show_default=False,
+        ),
     ] = None,
     tokens: Annotated[str, typer.Option(help="linear: the tokens of a call.")] = "1,2,4,8,16,32,64,128,256,1024,2048",
     batches: Annotated[str, typer.Option(help="generate: how many sequences at once.")] = "1,16",

@@ -38,7 +38,9 @@ def sharing(plan: Plan) -> dict[str, int]:
 def test_numbers_of_tokens(random_layer: Any, check: Any, tokens: int, dtype: torch.dtype) -> None:
     packed = random_layer(256, 640, 57, dtype=dtype)
     x, bias = torch.randn(tokens, 640, dtype=dtype, device="cuda"), torch.randn(256, dtype=dtype, device="cuda")
-    check(packed, x, bias, run(packed, x, bias))
+    shape = make_plan(prepare(packed), dtype, tokens).main.shape
+    for blocks in (shape.cluster, 3):
+        check(packed, x, bias, run(packed, x, bias, replace(shape, cluster=blocks)))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,9 @@ def test_scales_and_forms(
 ) -> None:
     packed = random_layer(160, 1344, 130, group=group, per_tensor=per_tensor, sparse=sparse)
     x = torch.randn(tokens, 1344, dtype=torch.bfloat16, device="cuda")
-    check(packed, x, None, run(packed, x))
+    shape = make_plan(prepare(packed), x.dtype, tokens).main.shape
+    for blocks in (shape.cluster, 2):
+        check(packed, x, None, run(packed, x, None, replace(shape, cluster=blocks)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,9 +3,10 @@
 ``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
 (``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
 columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
-those of two tiles); else the one of `CANDIDATES` that fills the device best. The launch for t takes those of the factor
-that is nearest in ranks and columns, of several the one whose layer is nearest in rows. A layer of 16-bit values takes
-one of `VALUE_SHAPES` or `DENSE_VALUE_SHAPES`.
+those of two tiles); else one of `RULE_SHAPES` that leaves room to the launch for t, or, if none does, the one of
+`CANDIDATES` that fills the device best. The launch for t takes those of the factor that is nearest in ranks and
+columns, of several the one whose layer is nearest in rows. A layer of 16-bit values takes one of `VALUE_SHAPES` or
+`DENSE_VALUE_SHAPES`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,13 @@ ENOUGH_BLOCKS = 0.8
 """Blocks of values a multiprocessor, from which on all of its memory's bandwidth is used."""
 
 ROOM_BESIDE_T, ROOM_ALONE = 0.61, 0.75
-"""Blocks of values that share columns, a multiprocessor, at most."""
+"""Blocks that share columns, a multiprocessor, at most: beside a launch for t that needs many, or few or none."""
+
+MOST_SHARES = 4
+"""Blocks that share the columns of a layer unlike the measured ones, at most."""
+
+FEWEST_COLUMNS_BESIDE_T, FEWEST_COLUMNS_ALONE = 1280, 1024
+"""Of such a layer, that a block has of those that share them."""
 
 FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
@@ -413,6 +420,8 @@ def _choose(
             shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
             if shape is not None and shape.fits(form):
                 return shape
+    if table == "layers" and (shape := _by_rule(rows, columns, tile, form, starts, processors)):
+        return shape
     possible = list(suiting(candidates, tile, form))
     if not possible:
         raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
@@ -424,6 +433,32 @@ def _choose(
         like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
         return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows, starts) - wanted))
     return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
+
+
+def _by_rule(
+    rows: int, columns: int, tile: int, form: Form, starts: Sequence[int], processors: int
+) -> LaunchShape | None:
+    """Choose the shape of a layer unlike the measured ones; None for few tokens and too many rows, or if none fits.
+
+    Where blocks take all of a multiprocessor, those that find none because the launch for t runs there wait for its
+    end, and the other blocks of their clusters with them. So all tiles are to find room beside it; of too many rows
+    the largest do without, divided evenly if there are more of them than multiprocessors.
+    """
+    by_itself = not form.adapters
+    beside_t = ROOM_BESIDE_T if tile > MANY_TOKENS else ROOM_ALONE
+    room = processors * (1 if by_itself else beside_t)
+    shared_room = processors * (ROOM_ALONE if tile > FEW_TOKENS else 1) if by_itself else room
+    fewest_columns = FEWEST_COLUMNS_ALONE if by_itself else FEWEST_COLUMNS_BESIDE_T
+    for shape in RULE_SHAPES[tile]:
+        tiles = blocks_of(shape, rows, starts)
+        if shape.fits(form) and tiles <= room * shape.blocks:
+            shares = min(int(shared_room) // tiles, columns // fewest_columns, MOST_SHARES)
+            shared = (replace(shape, cluster=size) for size in range(shares, 1, -1))
+            return next((one for one in shared if one.fits(form)), shape)
+    largest = RULE_SHAPES[tile][-1]
+    if tile < MANY_TOKENS or not largest.fits(form):
+        return None
+    return replace(largest, even=blocks_of(largest, rows, starts) > processors)
 
 
 def _of_values(rows: int, tokens: int, form: Form, starts: Sequence[int], processors: int) -> LaunchShape:
@@ -591,6 +626,15 @@ CANDIDATES = {
     ),
 }
 """Shapes worth measuring, by the tokens of a block, those that suit most layers first."""
+
+RULE_SHAPES = {
+    8: _of(8, (1, 1, 4, 2, 256, 0, 0), (2, 1, 2, 2, 256, 0, 0)),
+    16: _of(16, (1, 1, 2, 2, 256, 0, 0), (2, 1, 2, 2, 256, 0, 0)),
+    32: _of(32, (1, 1, 1, 1, 256, 0, 0), (1, 2, 1, 1, 256, 0, 0), (1, 3, 1, 1, 256, 0, 0)),
+    64: _of(64, (1, 1, 1, 1, 256, 0, 3), (1, 2, 1, 1, 256, 0, 3), (1, 3, 1, 1, 256, 0, 3), (1, 4, 1, 1, 256, 0, 3)),
+    128: _of(128, (1, 1, 1, 1, 256, 0, 3), (1, 2, 1, 1, 128, 0, 0), (1, 3, 1, 1, 128, 8, 6), (1, 4, 1, 1, 128, 4, 0)),
+}
+"""For layers unlike the measured ones, by the tokens of a block: the first whose tiles all find room at once."""
 
 VALUE_SHAPES = {
     8: _of(8, (1, 2, 1, 2, 256, 0, 0)),

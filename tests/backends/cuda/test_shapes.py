@@ -398,6 +398,65 @@ def test_every_layer_gets_a_shape_for_its_tokens(rows: int, columns: int, tokens
     assert right.fits(FACTOR)
 
 
+SMALL_LAYERS = [
+    ((2048, 512, 512), 2048),
+    ((2048,), 2048),
+    ((8192, 8192), 2048),
+    ((2048,), 8192),
+    ((8960, 8960), 1536),
+    ((1536,), 8960),
+    ((4864, 4864), 896),
+    ((896,), 4864),
+    ((1024,), 8192),
+    ((576,), 576),
+]
+"""Rows of the layers that are stacked, and columns: none is like a measured one."""
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("rows", "columns"), SMALL_LAYERS, ids=str)
+def test_blocks_of_a_layer_leave_room_to_those_of_t(rows: tuple[int, ...], columns: int, tokens: int) -> None:
+    starts, ranks = list(accumulate(rows))[:-1], sum(-(-min(size, columns) // 640) * 64 for size in rows)
+    shape = shapes.of_layer(sum(rows), columns, tokens, LAYER, starts, PROCESSORS)
+    right = shapes.of_right(ranks, columns, tokens, FACTOR, PROCESSORS, sum(rows))
+    blocks_of_t = shapes.blocks_of(right, ranks) * -(-tokens // right.tokens)
+    taken = shapes.blocks_of(shape, sum(rows), starts) / shape.blocks + blocks_of_t / right.blocks
+    assert taken <= PROCESSORS
+    assert shape.cluster <= shapes.MOST_SHARES
+    assert shape.cluster == 1 or columns >= shapes.FEWEST_COLUMNS_BESIDE_T * shape.cluster
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_columns_are_shared_by_more_blocks_the_more_room_they_leave(adapters: bool) -> None:
+    form = replace(LAYER, adapters=adapters)
+    for tokens in (8, 32, 64, 128):
+        found = [shapes.of_layer(64 * tiles, 8192, tokens, form, (), PROCESSORS) for tiles in range(1, 33)]
+        assert [one.cluster for one in found] == sorted((one.cluster for one in found), reverse=True)
+        assert found[0].cluster == shapes.MOST_SHARES
+        assert all(one.column_groups == found[0].column_groups for one in found)
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_tiles_that_find_no_room_at_once_are_divided_evenly(tokens: int) -> None:
+    largest = shapes.RULE_SHAPES[tokens][-1]
+    assert shapes.of_layer(132 * 256, 1024, tokens, LAYER, (), PROCESSORS) == largest
+    assert shapes.of_layer(133 * 256, 1024, tokens, LAYER, (), PROCESSORS) == replace(largest, even=True)
+    assert replace(largest, even=True).fits(LAYER)
+
+
+@pytest.mark.parametrize("tile", shapes.TOKEN_TILES)
+@pytest.mark.parametrize("adapters", [True, False])
+def test_kernels_of_the_rule_compile_and_their_products_overlap(
+    adapters: bool, tile: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = replace(LAYER, adapters=adapters)
+    for shape in shapes.RULE_SHAPES[tile]:
+        with caplog.at_level(logging.DEBUG, compiler.__name__):
+            defines = defines_of(replace(shape, cluster=2), form)
+            compiler.compile_source(source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines)
+    assert "serialized" not in caplog.text
+
+
 def test_no_block_holds_rows_of_two_layers() -> None:
     shape = LaunchShape(8, 1, 3, 1, cluster=2, blocks=1, step=128)
     assert shape.rows == 192
