@@ -39,7 +39,8 @@ OF_ALL = ("tensor_cores", "issue_slots")
 
 
 def launch(model: str, layers: list[str], tokens: int) -> None:
-    """Call each layer, as it is served."""
+    """Call each layer, as it is served, and say which among what the profiler writes."""
+    print(json.dumps({"model": model, "layers": layers, "tokens": tokens}), flush=True)
     shapes = {name: (rows, columns) for name, rows, columns in LAYERS[model]}
     for name in layers:
         rows, columns = shapes[name]
@@ -54,17 +55,22 @@ def launch(model: str, layers: list[str], tokens: int) -> None:
             torch.cuda.synchronize()
 
 
-def read(path: Path, layers: list[str]) -> list[dict[str, Any]]:
-    """Return a row a launch from what the profiler wrote of these layers; each call has two launches."""
+def read(path: Path) -> dict[str, Any]:
+    """Return what was launched, and a row a launch from what the profiler wrote; each call has two launches."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    launched = next((json.loads(line) for line in lines if line.startswith("{")), None)
+    if launched is None:
+        raise SystemExit(f"{path} does not say which layers it is of: it has to have all that the first command writes")
     launches: dict[int, dict[str, str]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for row in csv.DictReader(line for line in lines if line.startswith('"')):
-            metrics = launches.setdefault(int(row["ID"]), {"grid": row["Grid Size"]})
-            metrics[row["Metric Name"]] = row["Metric Value"].replace(",", "")
+    for row in csv.DictReader(line for line in lines if line.startswith('"')):
+        metrics = launches.setdefault(int(row["ID"]), {"grid": row["Grid Size"]})
+        metrics[row["Metric Name"]] = row["Metric Value"].replace(",", "")
+    layers = launched["layers"]
     names = [{"layer": layer, "launch": part} for layer in layers for _ in range(CALLS) for part in ("t", "layer")]
     if len(names) != len(launches):
         raise SystemExit(f"{path} has {len(launches)} launches, and {', '.join(layers)} make {len(names)}")
-    return [name | _summary(metrics) for name, (_, metrics) in zip(names, sorted(launches.items()), strict=True)]
+    rows = [name | _summary(metrics) for name, (_, metrics) in zip(names, sorted(launches.items()), strict=True)]
+    return {"model": launched["model"], "tokens": launched["tokens"], "rows": rows}
 
 
 def _summary(metrics: dict[str, str]) -> dict[str, Any]:
@@ -93,11 +99,10 @@ def main() -> None:
             parser.exit(2, f"error: {reason}\n")
         launch(arguments.model, arguments.layers, arguments.tokens)
         return
-    rows = read(arguments.read, arguments.layers)
-    for row in rows:
+    results = read(arguments.read)
+    for row in results["rows"]:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if arguments.json:
-        results = {"model": arguments.model, "tokens": arguments.tokens, "rows": rows}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

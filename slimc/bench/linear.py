@@ -95,12 +95,6 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
         ("gate_up", (8192, 8192), 2048),
         ("down", (2048,), 8192),
     ],
-    "qwen2.5-1.5b": [
-        ("qkv", (1536, 256, 256), 1536),
-        ("o", (1536,), 1536),
-        ("gate_up", (8960, 8960), 1536),
-        ("down", (1536,), 8960),
-    ],
 }
 """For each model its layers: name, rows of the layers that are stacked, columns."""
 

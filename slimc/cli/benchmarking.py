@@ -29,7 +29,7 @@ def bench(
     models: Annotated[
         str | None,
         typer.Option(
-            help="llama-2-7b, llama-3-8b; linear also llama-2-13b, llama-2-70b, llama-3.2-1b, qwen2.5-1.5b.",
+            help="llama-2-7b, llama-3-8b; linear also llama-2-13b, llama-2-70b, llama-3.2-1b.",
             show_default=False,
         ),
     ] = None,
