@@ -44,8 +44,12 @@ CHECKED_TESTS = number_of_tokens or numbers_of_tokens or scales_and_forms or rin
     or forms_with_activations or in_float16 or scales_and_zero_points or siblings_in_one_launch \
     or however_many_blocks or hidden_keys or written_whole or rounds_extremes
 
-sanitize: memcheck racecheck synccheck  ## check the CUDA kernels with NVIDIA's compute-sanitizer (needs a GPU, and hours on one)
+sanitize:  ## check the CUDA kernels with NVIDIA's compute-sanitizer, one tool after another (needs a GPU, and hours on one)
+	$(MAKE) memcheck
+	$(MAKE) racecheck
+	$(MAKE) synccheck
 
+LEFT_OUT =
 memcheck racecheck synccheck: .venv/ready
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --error-exitcode 1 $(TEST) -m pytest -q $(CHECKED) -k "$(CHECKED_TESTS)" $(LEFT_OUT)
 

@@ -39,8 +39,9 @@ OF_ALL = ("tensor_cores", "issue_slots")
 
 
 def launch(model: str, layers: list[str], tokens: int) -> None:
-    """Call each layer, as it is served, and say which among what the profiler writes."""
-    print(json.dumps({"model": model, "layers": layers, "tokens": tokens}), flush=True)
+    """Call each layer, as it is served, and say which, and where, among what the profiler writes."""
+    where = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps(where | {"model": model, "layers": layers, "tokens": tokens}), flush=True)
     shapes = {name: (rows, columns) for name, rows, columns in LAYERS[model]}
     for name in layers:
         rows, columns = shapes[name]
@@ -65,12 +66,12 @@ def read(path: Path) -> dict[str, Any]:
     for row in csv.DictReader(line for line in lines if line.startswith('"')):
         metrics = launches.setdefault(int(row["ID"]), {"grid": row["Grid Size"]})
         metrics[row["Metric Name"]] = row["Metric Value"].replace(",", "")
-    layers = launched["layers"]
+    layers = launched.pop("layers")
     names = [{"layer": layer, "launch": part} for layer in layers for _ in range(CALLS) for part in ("t", "layer")]
     if len(names) != len(launches):
         raise SystemExit(f"{path} has {len(launches)} launches, and {', '.join(layers)} make {len(names)}")
     rows = [name | _summary(metrics) for name, (_, metrics) in zip(names, sorted(launches.items()), strict=True)]
-    return {"model": launched["model"], "tokens": launched["tokens"], "rows": rows}
+    return launched | {"rows": rows}
 
 
 def _summary(metrics: dict[str, str]) -> dict[str, Any]:
@@ -91,7 +92,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama-2-70b", choices=sorted(LAYERS))
     parser.add_argument("--layers", nargs="+", default=[name for name in SERVED if name != "qkv"])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--read", type=Path, help="a file of the profiler's, to be summed up")
+    parser.add_argument(
+        "--read", type=Path, help="a file of the profiler's, to be summed up; it says what was launched"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.read is None:

@@ -39,6 +39,7 @@ def written(path: Path, *, launches: int, launched: dict[str, Any] | None) -> Pa
 def test_a_row_a_launch_with_what_was_launched(tmp_path: Path) -> None:
     launched = {"model": "llama-2-7b", "layers": ["o"], "tokens": 1}
     found = runpy.run_path(str(SCRIPT))["read"](written(tmp_path / "profile.csv", launches=4, launched=launched))
+    assert list(found) == ["model", "tokens", "rows"]
     assert (found["model"], found["tokens"]) == ("llama-2-7b", 1)
     assert [(row["layer"], row["launch"], row["blocks"]) for row in found["rows"]] == [
         ("o", part, blocks) for blocks, part in enumerate(("t", "layer", "t", "layer"), 1)

@@ -105,7 +105,7 @@ def test_shapes_of_a_launch(random_layer: Any, check: Any, tile: int, bits: int 
     packed = random_layer(600, 1344, 130, bits=bits)
     form = shapes.Form(True, 0, True, torch.bfloat16, values=bits is None)
     x = torch.randn(tile - 3, 1344, dtype=torch.bfloat16, device="cuda")
-    for shape in shapes.suiting(shapes.CANDIDATES, tile, form):
+    for shape in shapes.suiting({tile: [*shapes.CANDIDATES[tile], *shapes.RULE_SHAPES[tile]]}, tile, form):
         check(packed, x, None, run(packed, x, None, shape))
 
 

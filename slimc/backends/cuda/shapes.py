@@ -3,8 +3,8 @@
 ``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
 (``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
 columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
-those of two tiles); else one of `RULE_SHAPES` that leaves room to the launch for t, or, if none does, the one of
-`CANDIDATES` that fills the device best. The launch for t takes those of the factor that is nearest in ranks and
+those of two tiles); else one of `RULE_SHAPES`, which an H200 had (`_by_rule`), or, with few tokens and many rows, the
+one of `CANDIDATES` that fills the device best. The launch for t takes those of the factor that is nearest in ranks and
 columns, of several the one whose layer is nearest in rows. A layer of 16-bit values takes one of `VALUE_SHAPES` or
 `DENSE_VALUE_SHAPES`.
 """
@@ -75,10 +75,16 @@ ENOUGH_BLOCKS = 0.8
 """Blocks of values a multiprocessor, from which on all of its memory's bandwidth is used."""
 
 ROOM_BESIDE_T, ROOM_ALONE = 0.61, 0.75
-"""Blocks that share columns, a multiprocessor, at most: beside a launch for t that needs many, or few or none."""
+"""Blocks of values that share columns, a multiprocessor, at most."""
+
+RULE_ROOM = {8: 0.75, 16: 0.75, 32: 0.75, 64: 0.75, 128: 0.61}
+"""Share of the device for a layer unlike the measured ones beside a launch for t, by the tokens of a block."""
+
+RULE_SHARED_ROOM_ALONE = {8: 1.0, 16: 1.0, 32: 0.75, 64: 0.75, 128: 0.75}
+"""Blocks that share the columns of such a layer where there is no t, a multiprocessor, at most."""
 
 MOST_SHARES = 4
-"""Blocks that share the columns of a layer unlike the measured ones, at most."""
+"""Blocks that share the columns of a tile of such a layer, at most."""
 
 FEWEST_COLUMNS_BESIDE_T, FEWEST_COLUMNS_ALONE = 1280, 1024
 """Of such a layer, that a block has of those that share them."""
@@ -88,6 +94,9 @@ FEW_TOKENS = 16
 
 MANY_TOKENS = 64
 """Of a block, from which on the sums that a cluster exchanges take the place of its rings."""
+
+PRODUCT_BOUND_TOKENS = 64
+"""Of a block, from which on products, not memory, take the time, so that a second round costs as much as the first."""
 
 MEASURED_PROCESSORS = 132
 """Multiprocessors of the cards on which the shapes of ``stream_shapes.json`` were measured."""
@@ -144,7 +153,7 @@ class LaunchShape:
         even: whether the launch has no more blocks than run at once, nor than tiles, and divides the columns (and
             ranks of L) of all tiles evenly among them. A block then ends a tile that another began, computes whole
             ones, and begins one, whose sums it hands on through device memory. A layer gets it, too, whose blocks
-            would take a second round (`_in_one_round`).
+            would take a second round (`_in_one_round`, `_by_rule`).
         spared: multiprocessors on which an even launch has no blocks: for the launch for t, which runs meanwhile, or,
             without adapters, so that each block has whole tiles (`_idle`).
         window: slots of weights under way at once, at most; all of their ring if 0.
@@ -420,7 +429,7 @@ def _choose(
             shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
             if shape is not None and shape.fits(form):
                 return shape
-    if table == "layers" and (shape := _by_rule(rows, columns, tile, form, starts, processors)):
+    if table == "layers" and (shape := _by_rule(rows, columns, tokens, form, starts, processors)):
         return shape
     possible = list(suiting(candidates, tile, form))
     if not possible:
@@ -436,29 +445,32 @@ def _choose(
 
 
 def _by_rule(
-    rows: int, columns: int, tile: int, form: Form, starts: Sequence[int], processors: int
+    rows: int, columns: int, tokens: int, form: Form, starts: Sequence[int], processors: int
 ) -> LaunchShape | None:
     """Choose the shape of a layer unlike the measured ones; None for few tokens and too many rows, or if none fits.
 
-    Where blocks take all of a multiprocessor, those that find none because the launch for t runs there wait for its
-    end, and the other blocks of their clusters with them. So all tiles are to find room beside it; of too many rows
-    the largest do without, divided evenly if there are more of them than multiprocessors.
+    Blocks that find no multiprocessor because the launch for t runs there wait for its end, and the others of their
+    clusters with them. So the first shape is taken whose tiles all find room in a share of the device; of too many rows
+    the largest does without, divided evenly if there are more tiles than multiprocessors.
     """
-    by_itself = not form.adapters
-    beside_t = ROOM_BESIDE_T if tile > MANY_TOKENS else ROOM_ALONE
-    room = processors * (1 if by_itself else beside_t)
-    shared_room = processors * (ROOM_ALONE if tile > FEW_TOKENS else 1) if by_itself else room
+    tile, by_itself = token_tile(tokens), not form.adapters
+    rounds = -(-tokens // tile)
+    room = processors * (1 if by_itself else RULE_ROOM[tile])
+    shared_room = processors * RULE_SHARED_ROOM_ALONE[tile] if by_itself else room
     fewest_columns = FEWEST_COLUMNS_ALONE if by_itself else FEWEST_COLUMNS_BESIDE_T
     for shape in RULE_SHAPES[tile]:
-        tiles = blocks_of(shape, rows, starts)
+        tiles = blocks_of(shape, rows, starts) * rounds
         if shape.fits(form) and tiles <= room * shape.blocks:
             shares = min(int(shared_room) // tiles, columns // fewest_columns, MOST_SHARES)
             shared = (replace(shape, cluster=size) for size in range(shares, 1, -1))
             return next((one for one in shared if one.fits(form)), shape)
     largest = RULE_SHAPES[tile][-1]
-    if tile < MANY_TOKENS or not largest.fits(form):
+    if tile < PRODUCT_BOUND_TOKENS or not largest.fits(form):
         return None
-    return replace(largest, even=blocks_of(largest, rows, starts) > processors)
+    tiles = blocks_of(largest, rows, starts) * rounds
+    if tiles <= processors:
+        return largest
+    return replace(largest, even=True, spared=_idle(tiles, processors) if by_itself else processors // 8)
 
 
 def _of_values(rows: int, tokens: int, form: Form, starts: Sequence[int], processors: int) -> LaunchShape:
@@ -625,7 +637,8 @@ CANDIDATES = {
         (2, 2, 1, 1, 128, 0, 0),
     ),
 }
-"""Shapes worth measuring, by the tokens of a block, those that suit most layers first."""
+"""Shapes worth measuring, by the tokens of a block, those that suit most layers first; up to 32 tokens a layer of more
+rows than `RULE_SHAPES` find room for takes one of them."""
 
 RULE_SHAPES = {
     8: _of(8, (1, 1, 4, 2, 256, 0, 0), (2, 1, 2, 2, 256, 0, 0)),
@@ -634,7 +647,7 @@ RULE_SHAPES = {
     64: _of(64, (1, 1, 1, 1, 256, 0, 3), (1, 2, 1, 1, 256, 0, 3), (1, 3, 1, 1, 256, 0, 3), (1, 4, 1, 1, 256, 0, 3)),
     128: _of(128, (1, 1, 1, 1, 256, 0, 3), (1, 2, 1, 1, 128, 0, 0), (1, 3, 1, 1, 128, 8, 6), (1, 4, 1, 1, 128, 4, 0)),
 }
-"""For layers unlike the measured ones, by the tokens of a block: the first whose tiles all find room at once."""
+"""For layers unlike the measured ones, by the tokens of a block: the first whose tiles find room, or else the last."""
 
 VALUE_SHAPES = {
     8: _of(8, (1, 2, 1, 2, 256, 0, 0)),

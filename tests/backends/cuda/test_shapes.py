@@ -416,6 +416,7 @@ SMALL_LAYERS = [
 @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize(("rows", "columns"), SMALL_LAYERS, ids=str)
 def test_blocks_of_a_layer_leave_room_to_those_of_t(rows: tuple[int, ...], columns: int, tokens: int) -> None:
+    """On the card that the rule was found on, whose share for t is enough for these."""
     starts, ranks = list(accumulate(rows))[:-1], sum(-(-min(size, columns) // 640) * 64 for size in rows)
     shape = shapes.of_layer(sum(rows), columns, tokens, LAYER, starts, PROCESSORS)
     right = shapes.of_right(ranks, columns, tokens, FACTOR, PROCESSORS, sum(rows))
@@ -439,9 +440,19 @@ def test_columns_are_shared_by_more_blocks_the_more_room_they_leave(adapters: bo
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_tiles_that_find_no_room_at_once_are_divided_evenly(tokens: int) -> None:
     largest = shapes.RULE_SHAPES[tokens][-1]
-    assert shapes.of_layer(132 * 256, 1024, tokens, LAYER, (), PROCESSORS) == largest
-    assert shapes.of_layer(133 * 256, 1024, tokens, LAYER, (), PROCESSORS) == replace(largest, even=True)
-    assert replace(largest, even=True).fits(LAYER)
+    alone = replace(LAYER, adapters=False)
+    for form in (LAYER, alone):
+        assert shapes.of_layer(132 * 256, 1024, tokens, form, (), PROCESSORS) == largest
+    # An eighth of the device for t, or the multiprocessors that tiles leave over: 240 are 120 blocks of two.
+    assert shapes.of_layer(133 * 256, 1024, tokens, LAYER, (), PROCESSORS) == replace(largest, even=True, spared=16)
+    assert shapes.of_layer(240 * 256, 1024, tokens, alone, (), PROCESSORS) == replace(largest, even=True, spared=12)
+
+
+def test_two_tiles_of_tokens_take_twice_the_room() -> None:
+    assert shapes.of_layer(72 * 256, 1024, 128, LAYER, (), PROCESSORS) == shapes.RULE_SHAPES[128][-1]
+    assert shapes.of_layer(72 * 256, 1024, 256, LAYER, (), PROCESSORS).even
+    one, two = (shapes.of_layer(1024, 8192, tokens, LAYER, (), PROCESSORS) for tokens in (128, 256))
+    assert (one.cluster, two) == (4, replace(one, cluster=2))
 
 
 @pytest.mark.parametrize("tile", shapes.TOKEN_TILES)
@@ -450,9 +461,12 @@ def test_kernels_of_the_rule_compile_and_their_products_overlap(
     adapters: bool, tile: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     form = replace(LAYER, adapters=adapters)
-    for shape in shapes.RULE_SHAPES[tile]:
+    largest = shapes.RULE_SHAPES[tile][-1]
+    in_rounds = [replace(largest, even=True)] if tile >= shapes.PRODUCT_BOUND_TOKENS else []
+    for shape in [*(replace(one, cluster=2) for one in shapes.RULE_SHAPES[tile]), *in_rounds]:
+        assert shape.fits(form)
         with caplog.at_level(logging.DEBUG, compiler.__name__):
-            defines = defines_of(replace(shape, cluster=2), form)
+            defines = defines_of(shape, form)
             compiler.compile_source(source("stream.cu"), name=KERNEL_NAME, arch="sm_90a", defines=defines)
     assert "serialized" not in caplog.text
 
