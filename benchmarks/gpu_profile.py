@@ -58,10 +58,11 @@ def launch(model: str, layers: list[str], tokens: int) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """Return what was launched, and a row a launch from what the profiler wrote; each call has two launches."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    launched = next((json.loads(line) for line in lines if line.startswith("{")), None)
-    if launched is None:
-        raise SystemExit(f"{path} does not say which layers it is of: it has to have all that the first command writes")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        launched = next(json.loads(line) for line in lines if line.startswith("{"))
+    except (OSError, ValueError, StopIteration) as error:
+        raise SystemExit(f"{path} is not all that the first command above wrote, to be read here: {error!r}") from error
     launches: dict[int, dict[str, str]] = {}
     for row in csv.DictReader(line for line in lines if line.startswith('"')):
         metrics = launches.setdefault(int(row["ID"]), {"grid": row["Grid Size"]})

@@ -30,7 +30,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,6 +100,9 @@ LAYERS: dict[str, list[tuple[str, tuple[int, ...], int]]] = {
 
 SHOWN = ("llama-2-7b", "llama-2-70b")
 """The models that are measured unless others are asked for."""
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048)
+"""Tokens of a call that are measured unless others are asked for."""
 
 SERVED = ("qkv", "o", "gate_up", "down")
 """The layers as they are served: means are taken over these."""
@@ -465,21 +468,25 @@ def show(row: Row) -> str:
     )
 
 
-def print_means(rows: Sequence[Row]) -> None:
-    """Print, as a table, the mean ratios of each model over the layers as they are served, and the worst of them."""
+def print_means(rows: Sequence[Row], layers: Collection[str] = SERVED) -> None:
+    """Print, as a table, the mean ratios of each model over these layers, the least of them, and that of their sums."""
     names = {f"over_{name}": name for name in ("cublas", "int4", *PEERS)}
     names |= {f"{kind}_over_cublas": f"{kind} inputs: cublas" for kind in ACTIVATIONS}
     names["fallback_over_cublas"] = f"{DENSE.name}: cublas"
     present = [name for name in names if any(name in row for row in rows)]
-    print(f"\n| model | tokens | {' | '.join(names[name] for name in present)} |\n|---|---|{'---|' * len(present)}")
-    served = [row for row in rows if row["layer"] in SERVED]
-    for model, count in dict.fromkeys((row["model"], row["tokens"]) for row in served):
-        of = [row for row in served if (row["model"], row["tokens"]) == (model, count)]
+    titles = [*(names[name] for name in present), "cublas, times added up"]
+    print(f"\nHow many times as fast slimc is: the geometric mean of {', '.join(layers)} (and the least of them)")
+    print(f"\n| model | tokens | {' | '.join(titles)} |\n|---|---|{'---|' * len(titles)}")
+    of_layers = [row for row in rows if row["layer"] in layers]
+    for model, count in dict.fromkeys((row["model"], row["tokens"]) for row in of_layers):
+        of = [row for row in of_layers if (row["model"], row["tokens"]) == (model, count)]
         cells = []
         for name in present:
             values = [row[name] for row in of if name in row]
             whole = len(values) == len(of)
             cells.append(f"{geometric_mean(values):.2f}x (from {min(values):.2f}x)" if whole else "")
+        added = [sum(row.get(key, math.nan) for row in of) for key in ("cublas_us", "slimc_us")]
+        cells.append("" if math.isnan(sum(added)) else f"{added[0] / added[1]:.2f}x")
         print(f"| {model} | {count} | {' | '.join(cells)} |")
 
 
@@ -617,9 +624,9 @@ def _counts(text: str) -> list[int]:
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(SHOWN), help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--models", help=f"of {', '.join(LAYERS)}; by default {' and '.join(SHOWN)}")
     parser.add_argument("--layers", default="", help="only layers of these names, such as qkv,o,gate_up,down")
-    parser.add_argument("--tokens", type=_counts, default="1,2,4,8,16,32,64,128,256,1024,2048")
+    parser.add_argument("--tokens", type=_counts, help=f"by default {','.join(map(str, TOKENS))}")
     parser.add_argument(
         "--peers", default=",".join(QUICK_PEERS), help=f"other people's kernels, of {', '.join(PEERS)}; empty for none"
     )
@@ -629,9 +636,14 @@ def main() -> None:
     parser.add_argument("--rest", type=float, default=REST, help="seconds before each measurement")
     parser.add_argument("--json", type=Path, help="write all figures here, after every layer")
     parser.add_argument("--plot", type=Path, help="draw the ratios over cuBLAS here (needs slimc[report])")
-    parser.add_argument("--read", type=Path, help="measure nothing: show, and draw, what an earlier --json wrote here")
+    parser.add_argument(
+        "--read",
+        type=Path,
+        help="measure nothing: show, and draw, what an earlier --json wrote here, all of it or what --models, --layers "
+        "and --tokens leave",
+    )
     options = parser.parse_args()
-    models = options.models.split(",")
+    models = options.models.split(",") if options.models else list(SHOWN)
     check_words(parser, "--models", models, LAYERS)
     layers = [name for name in options.layers.split(",") if name]
     check_words(parser, "--layers", layers, dict.fromkeys(name for model in models for name, _, _ in LAYERS[model]))
@@ -647,7 +659,11 @@ def main() -> None:
             _check_once(rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.exit(2, f"error: {options.read} is no file of figures that --json wrote: {error}\n")
-        print_means(rows)
+        asked = {"model": options.models and models, "layer": layers, "tokens": options.tokens}
+        rows = [row for row in rows if all(row[key] in wanted for key, wanted in asked.items() if wanted)]
+        if not rows:
+            parser.exit(2, f"error: {options.read} has none of the layers that were asked for\n")
+        print_means(rows, layers or SERVED)
         if options.plot:
             plot(rows, options.plot)
         return
@@ -660,7 +676,7 @@ def main() -> None:
 
     found = run(
         models,
-        options.tokens,
+        options.tokens or TOKENS,
         layers=layers,
         peers=[name for name in options.peers.split(",") if name],
         tuned=options.tuned,

@@ -53,7 +53,7 @@ def test_a_row_a_launch_with_what_was_launched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("launches", "launched", "message"),
     [
-        (4, None, "does not say which layers"),
+        (4, None, "is not all that the first command"),
         (3, {"model": "llama-2-7b", "layers": ["o"], "tokens": 1}, "has 3 launches, and o make 4"),
     ],
 )
@@ -62,4 +62,13 @@ def test_a_profile_of_other_launches_is_refused(
 ) -> None:
     path = written(tmp_path / "profile.csv", launches=launches, launched=launched)
     with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(SCRIPT))["read"](path)
+
+
+@pytest.mark.parametrize("content", [None, '{\n "rows": []\n}\n'])
+def test_what_is_no_profile_is_refused(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match="is not all that the first command"):
         runpy.run_path(str(SCRIPT))["read"](path)

@@ -40,7 +40,15 @@ def test_means_are_geometric_and_over_the_served_layers(capsys: pytest.CaptureFi
     print_means(rows)
     *_, row = capsys.readouterr().out.splitlines()
     # What was not measured for all of them has no mean.
-    assert row == "| m | 1 | 2.00x (from 1.00x) |  |"
+    assert row == "| m | 1 | 2.00x (from 1.00x) |  |  |"
+    for one, taken in zip(rows, (1.0, 1.0, 4.0, 2.0, 0.1), strict=True):
+        one |= {"cublas_us": 4.0, "slimc_us": taken}
+    print_means(rows)
+    # Layers weigh as much as they take.
+    assert capsys.readouterr().out.splitlines()[-1] == "| m | 1 | 2.00x (from 1.00x) |  | 2.00x |"
+    print_means(rows, ["gate"])
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row == "| m | 1 | 100.00x (from 100.00x) | 1.00x (from 1.00x) | 40.00x |"
 
 
 def test_ratios_are_means_over_the_served_layers_of_what_was_timed_in_all() -> None:
@@ -89,13 +97,34 @@ def test_an_earlier_run_is_shown_and_drawn_without_a_gpu(
         "sys.argv", ["linear", "--read", str(tmp_path / "linear.json"), "--plot", str(tmp_path / "a.png")]
     )
     linear.main()
-    assert "| one | 16 | 2.00x (from 2.00x) |" in capsys.readouterr().out
+    assert "| one | 16 | 2.00x (from 2.00x) | 32.00x |" in capsys.readouterr().out
     drawn = image.imread(tmp_path / "a.png")
     height, width, _ = drawn.shape
     # A picture a model, side by side, each with lines on white.
     assert 1.5 * height < width < 2.7 * height
     for half in np.array_split(drawn[..., :3], 2, axis=1):
         assert 0.001 < (half < 1).any(-1).mean() < 0.5
+
+
+def test_part_of_an_earlier_run_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"model": model, "layer": layer, "tokens": tokens, "over_cublas": float(tokens)}
+        for model in ("llama-2-7b", "llama-3-8b")
+        for layer in ("o", "gate")
+        for tokens in (1, 16)
+    ]
+    (tmp_path / "linear.json").write_text(json.dumps({"rows": rows}))
+    command = ["linear", "--read", str(tmp_path / "linear.json"), "--models", "llama-3-8b", "--layers"]
+    monkeypatch.setattr("sys.argv", [*command, "gate", "--tokens", "16"])
+    linear.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| llama")]
+    assert table == ["| llama-3-8b | 16 | 16.00x (from 16.00x) |  |"]
+    monkeypatch.setattr("sys.argv", [*command, "down"])
+    with pytest.raises(SystemExit, match="2"):
+        linear.main()
+    assert "has none of the layers that were asked for" in capsys.readouterr().err
 
 
 def test_a_plot_needs_a_library_and_says_so_before_anything_is_measured(
