@@ -3,7 +3,7 @@
 ``stream_shapes.json`` holds, for layers of well-known models, the shapes that took the least time on an H100
 (``benchmarks/stream_shapes.py`` writes it). A layer takes those of the measured one that is nearest in rows and
 columns, if they suit it (divided evenly if its blocks would take a second round; with more tokens than a tile, first
-those of two tiles); else one of `RULE_SHAPES`, which an H200 had (`_by_rule`), or, with few tokens and many rows, the
+those of two tiles); else one of `RULE_SHAPES`, found on an H200 (`_by_rule`), or, with few tokens and many rows, the
 one of `CANDIDATES` that fills the device best. The launch for t takes those of the factor that is nearest in ranks and
 columns, of several the one whose layer is nearest in rows. A layer of 16-bit values takes one of `VALUE_SHAPES` or
 `DENSE_VALUE_SHAPES`.
@@ -87,7 +87,7 @@ MOST_SHARES = 4
 """Blocks that share the columns of a tile of such a layer, at most."""
 
 FEWEST_COLUMNS_BESIDE_T, FEWEST_COLUMNS_ALONE = 1280, 1024
-"""Of such a layer, that a block has of those that share them."""
+"""Columns of such a layer that each of the blocks that share them has, at least."""
 
 FEW_TOKENS = 16
 """Of a block, up to which two warps bring what it reads, and blocks of a cluster are spread over multiprocessors."""
@@ -95,8 +95,8 @@ FEW_TOKENS = 16
 MANY_TOKENS = 64
 """Of a block, from which on the sums that a cluster exchanges take the place of its rings."""
 
-PRODUCT_BOUND_TOKENS = 64
-"""Of a block, from which on products, not memory, take the time, so that a second round costs as much as the first."""
+ROUNDS_TOKENS = 64
+"""Of a block, from which on a layer of too many rows is faster in the largest of `RULE_SHAPES` than in `CANDIDATES`."""
 
 MEASURED_PROCESSORS = 132
 """Multiprocessors of the cards on which the shapes of ``stream_shapes.json`` were measured."""
@@ -346,7 +346,11 @@ def of_layer(rows: int, columns: int, tokens: int, form: Form, starts: Sequence[
     """
     if form.values:
         return _of_values(rows, tokens, form, starts, processors)
-    return _choose("layers", CANDIDATES, rows, columns, tokens, form, starts, processors)
+    return (
+        _of_nearest("layers", rows, columns, tokens, form, starts, processors)
+        or _by_rule(rows, columns, tokens, form, starts, processors)
+        or _filling(CANDIDATES, rows, tokens, form, starts, processors)
+    )
 
 
 def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int, beside: int) -> LaunchShape:
@@ -363,7 +367,9 @@ def of_right(ranks: int, columns: int, tokens: int, form: Form, processors: int,
     Raises:
         KernelError: no shape suits the factor.
     """
-    return _choose("factors", RIGHT_CANDIDATES, ranks, columns, tokens, form, (), processors, beside)
+    return _of_nearest("factors", ranks, columns, tokens, form, (), processors, beside) or _filling(
+        RIGHT_CANDIDATES, ranks, tokens, form, (), processors
+    )
 
 
 def pays_for_two_tiles(rows: Sequence[int], columns: int, ranks: int, form: Form, processors: int) -> bool:
@@ -409,9 +415,8 @@ def blocks_of(shape: LaunchShape, rows: int, starts: Sequence[int] = ()) -> int:
     return first_blocks(shape, rows, starts)[-1] * shape.cluster
 
 
-def _choose(
+def _of_nearest(
     table: str,
-    candidates: dict[int, list[LaunchShape]],
     rows: int,
     columns: int,
     tokens: int,
@@ -419,7 +424,8 @@ def _choose(
     starts: Sequence[int],
     processors: int,
     beside: int | None = None,
-) -> LaunchShape:
+) -> LaunchShape | None:
+    """Choose the shape of the nearest that was measured and whose shape suits; None if none is near."""
     tile = token_tile(tokens)
     for size in (MOST_TOKENS, tile) if tokens > tile else (tile,):
         of_this_size = [one for one in measured()[table] if one.tokens == size]
@@ -429,19 +435,7 @@ def _choose(
             shape = _in_one_round(table, one, rows, tokens, starts, form, processors)
             if shape is not None and shape.fits(form):
                 return shape
-    if table == "layers" and (shape := _by_rule(rows, columns, tokens, form, starts, processors)):
-        return shape
-    possible = list(suiting(candidates, tile, form))
-    if not possible:
-        raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
-    # Blocks of a second wave begin late; too few leave multiprocessors idle. Of one tile of tokens, as these numbers
-    # were found.
-    fewest, most, wanted = (round(share * processors) for share in FILLING)
-    filling = [shape for shape in possible if fewest <= blocks_of(shape, rows, starts) <= most]
-    if filling:
-        like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
-        return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows, starts) - wanted))
-    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
+    return None
 
 
 def _by_rule(
@@ -465,12 +459,40 @@ def _by_rule(
             shared = (replace(shape, cluster=size) for size in range(shares, 1, -1))
             return next((one for one in shared if one.fits(form)), shape)
     largest = RULE_SHAPES[tile][-1]
-    if tile < PRODUCT_BOUND_TOKENS or not largest.fits(form):
+    if tile < ROUNDS_TOKENS or not largest.fits(form):
         return None
     tiles = blocks_of(largest, rows, starts) * rounds
     if tiles <= processors:
         return largest
-    return replace(largest, even=True, spared=_idle(tiles, processors) if by_itself else processors // 8)
+    # Blocks of t are on as many multiprocessors as there are, and not on those that would be left to them.
+    return replace(largest, even=True, spared=_idle(tiles, processors) if by_itself else 0)
+
+
+def _filling(
+    candidates: dict[int, list[LaunchShape]],
+    rows: int,
+    tokens: int,
+    form: Form,
+    starts: Sequence[int],
+    processors: int,
+) -> LaunchShape:
+    """Choose of the candidates the first that fills the device.
+
+    Raises:
+        KernelError: none can be launched.
+    """
+    tile = token_tile(tokens)
+    possible = list(suiting(candidates, tile, form))
+    if not possible:
+        raise KernelError(f"no launch suits {rows} rows of a {form} in blocks of {tile} tokens")
+    # Blocks of a second wave begin late; too few leave multiprocessors idle. Of one tile of tokens, as these numbers
+    # were found.
+    fewest, most, wanted = (round(share * processors) for share in FILLING)
+    filling = [shape for shape in possible if fewest <= blocks_of(shape, rows, starts) <= most]
+    if filling:
+        like_the_first = [shape for shape in filling if replace(shape, cluster=1) == replace(filling[0], cluster=1)]
+        return min(like_the_first, key=lambda shape: abs(blocks_of(shape, rows, starts) - wanted))
+    return min(possible, key=lambda shape: abs(math.log2(blocks_of(shape, rows, starts) / wanted)))
 
 
 def _of_values(rows: int, tokens: int, form: Form, starts: Sequence[int], processors: int) -> LaunchShape:

@@ -443,8 +443,8 @@ def test_tiles_that_find_no_room_at_once_are_divided_evenly(tokens: int) -> None
     alone = replace(LAYER, adapters=False)
     for form in (LAYER, alone):
         assert shapes.of_layer(132 * 256, 1024, tokens, form, (), PROCESSORS) == largest
-    # An eighth of the device for t, or the multiprocessors that tiles leave over: 240 are 120 blocks of two.
-    assert shapes.of_layer(133 * 256, 1024, tokens, LAYER, (), PROCESSORS) == replace(largest, even=True, spared=16)
+    # Without t, multiprocessors that tiles leave over have no block: 240 are 120 blocks of two.
+    assert shapes.of_layer(133 * 256, 1024, tokens, LAYER, (), PROCESSORS) == replace(largest, even=True)
     assert shapes.of_layer(240 * 256, 1024, tokens, alone, (), PROCESSORS) == replace(largest, even=True, spared=12)
 
 
@@ -462,7 +462,7 @@ def test_kernels_of_the_rule_compile_and_their_products_overlap(
 ) -> None:
     form = replace(LAYER, adapters=adapters)
     largest = shapes.RULE_SHAPES[tile][-1]
-    in_rounds = [replace(largest, even=True)] if tile >= shapes.PRODUCT_BOUND_TOKENS else []
+    in_rounds = [replace(largest, even=True)] if tile >= shapes.ROUNDS_TOKENS else []
     for shape in [*(replace(one, cluster=2) for one in shapes.RULE_SHAPES[tile]), *in_rounds]:
         assert shape.fits(form)
         with caplog.at_level(logging.DEBUG, compiler.__name__):
